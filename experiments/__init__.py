@@ -1,0 +1,1 @@
+"""The paper's experiments, run from a clone: `python -m experiments.vtab --help`."""

@@ -1,0 +1,70 @@
+"""SNELLA (arXiv 2510.24037): sparse fine-tuning with kernelized low-rank factors.
+
+Every adapted kernel is `W0 + delta(a, b)`: a nonlinear kernel makes `delta` from two
+low-rank factors, an exact threshold keeps its largest weights, matrices compete for how
+many. Only the factors train, and `delta` is recomputed, never stored.
+
+Axes: `n` inputs and `m` outputs of a matrix (`y = x @ W`, `W[n, m]`), `r` rank, `P`
+pieces, `L` adapted matrices. *Density* is the fraction of weights that may move.
+"""
+
+from snella_jax import kernels
+from snella_jax.adapt import (
+    BudgetsNeverMoved,
+    adapt,
+    adapted_weights,
+    labels,
+    merge,
+    merged_magnitude,
+    partition,
+    seed,
+    stop_gradients,
+)
+from snella_jax.budget import allocate, budget_schedule
+from snella_jax.config import Rule, SnellaConfig
+from snella_jax.dense import adapted, adapted_dense, sparse_delta
+from snella_jax.importance import ImportanceState, importance, track_importance
+from snella_jax.layers import Budget, Factor, Frozen
+from snella_jax.layout import Layout
+from snella_jax.optimizer import (
+    Reallocation,
+    decay_mask,
+    reallocate,
+    steps_since_reallocation,
+)
+from snella_jax.sparsify import sparsify, threshold
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "BudgetsNeverMoved",
+    "Factor",
+    "Frozen",
+    "ImportanceState",
+    "Layout",
+    "Reallocation",
+    "Rule",
+    "SnellaConfig",
+    "adapt",
+    "adapted",
+    "adapted_dense",
+    "adapted_weights",
+    "allocate",
+    "budget_schedule",
+    "decay_mask",
+    "importance",
+    "kernels",
+    "labels",
+    "merge",
+    "merged_magnitude",
+    "partition",
+    "reallocate",
+    "seed",
+    "sparse_delta",
+    "sparsify",
+    "steps_since_reallocation",
+    "stop_gradients",
+    "threshold",
+    "track_importance",
+]

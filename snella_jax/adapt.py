@@ -1,0 +1,325 @@
+"""The Flax NNX binding: adapt a model, split it for training, merge it back.
+
+>>> from flax import nnx
+>>> from snella_jax import SnellaConfig
+>>> class Net(nnx.Module):
+...     def __init__(self, rngs):
+...         self.fc1 = nnx.Linear(6, 8, rngs=rngs)
+...         self.head = nnx.Linear(8, 2, rngs=rngs)
+...     def __call__(self, x):
+...         return self.head(nnx.relu(self.fc1(x)))
+>>> config = SnellaConfig(rank=4, targets="fc1", trainable="head")
+>>> model = adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+>>> graphdef, trainable, budgets, frozen = partition(model)
+>>> sorted(trainable["fc1"]["adapter"]), sorted(trainable["head"])
+(['a', 'alpha', 'b', 'beta', 'piece_coeff'], ['bias', 'kernel'])
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+from snella_jax.budget import allocate
+from snella_jax.config import SnellaConfig
+from snella_jax.importance import factor_paths, path_of
+from snella_jax.layers import (
+    ADAPTABLE,
+    Adapted,
+    Adapter,
+    Budget,
+    DropKey,
+    Frozen,
+    adapted_class,
+    become,
+    layout_of,
+    plain_class,
+)
+
+log = logging.getLogger("snella_jax")
+M = TypeVar("M", bound=nnx.Module)
+
+
+class BudgetsNeverMoved(RuntimeError):
+    """A model that should be adaptively sparse was never reallocated."""
+
+
+def adapt(model: M, config: SnellaConfig, *, rngs: nnx.Rngs) -> M:
+    """A copy of `model` with `w0 + delta` as targeted weights; only `delta` trains.
+
+    Every `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and `nnx.Conv` (or a subclass
+    of them) whose path `config.targets` matches gets an adapter; layers with leading
+    axes from `nnx.vmap` get one set of factors for each index. Besides the factors only
+    what `config.trainable` matches stays an `nnx.Param`; every other parameter becomes
+    `Frozen`, so Flax's default `wrt=nnx.Param` is exactly what trains. `model` itself
+    is not changed, and the arrays of the two are shared.
+
+    Args:
+      model: any NNX module, without adapters.
+      config: what to adapt and how.
+      rngs: its `params` stream draws the factors.
+
+    Raises:
+      ValueError: a rule that matches nothing (the message lists what it could have
+        meant), a model that is adapted already, or a `split` that does not fit.
+    """
+    model = nnx.clone(model)
+    layers = _select(model, config)
+    key = rngs.params()
+    for index, (path, layer) in enumerate(layers.items()):
+        rule = config.rule(path)
+        try:
+            layout = layout_of(layer)
+            layout = layout.split(rule.split) if rule.split > 1 else layout
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be adapted: {error}") from error
+        shape = layer.kernel.shape
+        stack = shape[: len(shape) - len(layout.shape)]
+        become(layer, adapted_class(type(layer)))
+        layer.adapter = Adapter(
+            rule, layout, stack, config.must_move, jax.random.fold_in(key, index)
+        )
+    _start_budgets(model, config.starting_density)
+    _freeze(model, config.trainable)
+    return model
+
+
+def partition(
+    model: nnx.Module,
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+    """Splits an adapted model for functional training.
+
+    Returns:
+      `graphdef`, static; `trainable`, the factors and what `config.trainable` named,
+      for the optimizer; `budgets`, int32, for `reallocate`; `frozen`, all else.
+      `nnx.merge(graphdef, trainable, budgets, frozen)` gives the model back.
+
+    Raises:
+      ValueError: the model has no adapters.
+    """
+    _require_adapters(model)
+    graphdef, trainable, budgets, frozen = nnx.split(model, nnx.Param, Budget, ...)
+    return graphdef, trainable, budgets, frozen
+
+
+def merge(model: M, *, unmoved_budgets: bool = False) -> M:
+    """A plain copy of an adapted model: `w0 + delta` as weights, no adapters.
+
+    Its outputs equal the adapted model's to rounding. The sum is taken in at least
+    float32 and stored in the weight's dtype; where that is narrower, the share of moved
+    weights that rounding lost is logged.
+
+    Args:
+      model: an adapted model.
+      unmoved_budgets: allow a model whose budgets never moved.
+
+    Raises:
+      BudgetsNeverMoved: the config asked for adaptive sparsity, and `reallocate` was
+        never called, so the sparsity is not what the config says.
+      ValueError: the model has no adapters.
+    """
+    _require_adapters(model)
+    model = nnx.clone(model)
+    for path, layer in adapted_layers(model):
+        adapter = layer.adapter
+        never = adapter.must_move and not bool(jnp.any(adapter.allocated_at[...]))
+        if never and not unmoved_budgets:
+            raise BudgetsNeverMoved(
+                f"The budget of {path} was never reallocated, so the model is not as "
+                "sparse as its config says. Call snella.reallocate(budgets, opt_state, "
+                "total) once an epoch while training. For no competition between "
+                'matrices use SnellaConfig(allocation="fixed"); to merge the model as '
+                "it is, pass unmoved_budgets=True."
+            )
+        layer.kernel[...] = _add(path, layer.kernel[...], adapter.delta())
+        del layer.adapter
+        become(layer, plain_class(type(layer)))
+    for _, variable in _variables(model, Frozen):
+        become(variable, variable.get_metadata("trained_as"))
+        variable.del_metadata("trained_as")
+    return model
+
+
+def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
+    """Gives every adapter that drops something a key of its own for this step.
+
+    Call it inside the step on the freshly merged model, with a fresh key every step.
+    Layers of a stack get different keys. Changes `model` in place.
+    """
+    for index, (_, layer) in enumerate(adapted_layers(model)):
+        adapter = layer.adapter
+        if adapter.rule.dropout or adapter.rule.drop_path:
+            stack = adapter.budget.shape[
+                : adapter.budget.ndim - len(adapter.layout.slices)
+            ]
+            own = jax.random.fold_in(key, index)
+            adapter.key = DropKey(jax.random.split(own, stack) if stack else own)
+
+
+def adapted_weights(model: nnx.Module) -> int:
+    """How many weights of the base the adapters reach: the budget of density 1."""
+    _require_adapters(model)
+    return sum(
+        layer.adapter.capacity * layer.adapter.budget.size
+        for _, layer in adapted_layers(model)
+    )
+
+
+def merged_magnitude(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Mean `|delta|` of every matrix: `scores` for `reallocate` (Table X)."""
+    return {
+        f"{path}/adapter": np.asarray(layer.adapter.magnitude())
+        for path, layer in adapted_layers(model)
+    }
+
+
+def labels(params: Any, trainable: str) -> Any:
+    """ "adapter", "trainable" or "frozen" for every leaf, for `optax.partition`.
+
+    A leaf is "adapter" in a mapping with both `a` and `b` (unless it is `Frozen` or an
+    integer), "trainable" where the regex matches its path or a parent's in full, and
+    "frozen" otherwise. `stop_gradients` spares the gradient of the frozen ones.
+
+    >>> params = {"fc1": {"kernel": 0.0, "adapter": {"a": 0.0, "b": 0.0}}, "head": 0.0}
+    >>> labels(params, "head")["fc1"]
+    {'adapter': {'a': 'adapter', 'b': 'adapter'}, 'kernel': 'frozen'}
+
+    Args:
+      params: one tree of all parameters: nested dicts, or an `nnx.State`.
+      trainable: regex over "/"-joined paths, as in `SnellaConfig`; "" for none.
+    """
+    adapters = factor_paths(params)
+    fixed = set()
+    if isinstance(params, nnx.State):
+        flat = params.flat_state()
+        fixed = {_join(path) for path, v in flat if isinstance(v, Frozen)}
+
+    def label(key_path, leaf):
+        *parent, name = path_of(key_path)
+        path = _join((*parent, name))
+        if _join(parent) in adapters:
+            trains = path not in fixed and jnp.issubdtype(
+                jnp.result_type(leaf), jnp.floating
+            )
+            return "adapter" if trains else "frozen"
+        return "trainable" if _matches_or_holds(trainable, path) else "frozen"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def stop_gradients(params: Any, labels: Any) -> Any:
+    """`params` with no gradient through the leaves labelled "frozen"."""
+    return jax.tree.map(
+        lambda p, label: jax.lax.stop_gradient(p) if label == "frozen" else p,
+        params,
+        labels,
+    )
+
+
+def adapted_layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """Path and layer of every adapted layer, each once, in a fixed order."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, Adapted):
+            yield _join(path), node
+
+
+def _select(model: nnx.Module, config: SnellaConfig) -> dict[str, Any]:
+    if any(True for _ in adapted_layers(model)):
+        raise ValueError("The model has adapters already: merge() it first.")
+    adaptable = {
+        _join(path): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, ADAPTABLE)
+    }
+    chosen = {p: n for p, n in adaptable.items() if re.fullmatch(config.targets, p)}
+    if not chosen:
+        raise ValueError(
+            f"targets={config.targets!r} matches no layer that can be adapted. There "
+            f"are: {_listed(adaptable)}"
+        )
+    for regex in config.overrides:
+        if not any(re.fullmatch(regex, path) for path in chosen):
+            raise ValueError(
+                f"overrides: {regex!r} matches none of the targets: {_listed(chosen)}"
+            )
+    return chosen
+
+
+def _freeze(model: nnx.Module, trainable: str) -> None:
+    adapters = {id(v) for _, layer in adapted_layers(model) for v in _leaves(layer)}
+    variables = [
+        (p, v) for p, v in _variables(model, nnx.Param) if id(v) not in adapters
+    ]
+    frozen = [(p, v) for p, v in variables if not _matches_or_holds(trainable, p)]
+    if trainable and len(frozen) == len(variables):
+        paths = [path for path, _ in variables]
+        raise ValueError(
+            f"trainable={trainable!r} matches nothing; pass trainable='' if only the "
+            f"adapters train. There are: {_listed(paths)}"
+        )
+    for _, variable in frozen:
+        variable.set_metadata("trained_as", type(variable))
+        become(variable, Frozen)
+
+
+def _leaves(layer: Any) -> list[nnx.Variable]:
+    return [getattr(layer.adapter, name) for name in layer.adapter.names]
+
+
+def _start_budgets(model: nnx.Module, density: float) -> None:
+    adapters = [layer.adapter for _, layer in adapted_layers(model)]
+    capacities = np.concatenate(
+        [np.full(adapter.budget.size, adapter.capacity) for adapter in adapters]
+    )
+    total = round(density * int(capacities.sum()))
+    counts = allocate(np.zeros(len(capacities)), total, capacities)
+    for adapter in adapters:
+        own, counts = np.split(counts, [adapter.budget.size])
+        adapter.budget[...] = jnp.asarray(own.reshape(adapter.budget.shape), jnp.int32)
+
+
+def _add(path: str, w0: jax.Array, delta: jax.Array) -> jax.Array:
+    merged = (w0 + delta).astype(w0.dtype)
+    moved = jnp.count_nonzero(delta)
+    lost = jnp.count_nonzero((delta != 0) & (merged == w0)) / jnp.maximum(moved, 1)
+    if w0.dtype.itemsize < delta.dtype.itemsize and lost > 0:
+        log.warning(
+            "merging %s into %s lost %.1f%% of its moved weights to rounding",
+            path,
+            w0.dtype,
+            100 * lost,
+        )
+    return merged
+
+
+def _variables(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, kind):
+            yield _join(path), node
+
+
+def _require_adapters(model: nnx.Module) -> None:
+    if not any(True for _ in adapted_layers(model)):
+        raise ValueError(
+            "The model has no adapters: call snella.adapt(model, ...) first."
+        )
+
+
+def _matches_or_holds(regex: str, path: str) -> bool:
+    names = path.split("/")
+    parents = ("/".join(names[: i + 1]) for i in range(len(names)))
+    return bool(regex) and any(re.fullmatch(regex, parent) for parent in parents)
+
+
+def _join(path: Any) -> str:
+    return "/".join(map(str, path))
+
+
+def _listed(paths: Any) -> str:
+    return "\n  ".join(["", *paths]) if paths else "none"

@@ -1,0 +1,142 @@
+"""Budgets: how many weights may move, over time and across matrices (Eq. 12, Alg. 1).
+
+>>> schedule = budget_schedule(1000, 300, steps=3)
+>>> [schedule(t) for t in range(3)]
+[1000, 388, 300]
+>>> allocate([3.0, 1.0], 300, [200, 200]).tolist()
+[200, 100]
+"""
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import numpy as np
+from jaxtyping import Int
+
+
+def budget_schedule(
+    initial: int,
+    target: int,
+    steps: int,
+    power: float = 3,
+    warmup: int = 0,
+    cooldown: int = 0,
+) -> Callable[[int], int]:
+    """`b_t = b_T + (1 - t/T)^power * (b_0 - b_T)` with `T = steps - 1` (Eq. 12).
+
+    A step is whatever reallocates: the paper's epochs, or optimizer steps. Step `t`
+    trains with `schedule(t)` weights, `t = 0 .. steps - 1`; the last one with `target`.
+
+    Args:
+      initial: `b_0`, weights that may move at first.
+      target: `b_T`, weights that may move at last.
+      steps: how many steps there are, at least 2 unless `initial == target`.
+      power: 3 in the paper; 2 and 1 in its ablation (Table XII).
+      warmup: steps at the start that keep `initial`, counted before `t = 0` of Eq. 12.
+      cooldown: steps at the end that keep `target`, counted after `t = T` of Eq. 12.
+
+    Returns:
+      A function from the step to the total budget; steps past the last give `target`.
+
+    Raises:
+      ValueError: a negative budget, power or hold, or too few steps to get from
+        `initial` to `target`; from the function, a negative step.
+    """
+    if min(initial, target, power, warmup, cooldown) < 0:
+        raise ValueError(
+            f"initial={initial}, target={target}, power={power}, warmup={warmup}, "
+            f"cooldown={cooldown}: expected none to be negative."
+        )
+    last = steps - 1 - warmup - cooldown
+    if last < 1 and initial != target:
+        raise ValueError(
+            f"steps={steps} with warmup={warmup} and cooldown={cooldown} leave no "
+            f"step to move the budget from {initial} to {target}: expected at least "
+            f"{2 + warmup + cooldown}."
+        )
+
+    def schedule(t: int) -> int:
+        if t < 0:
+            raise ValueError(f"t={t}: expected a step of at least 0.")
+        if initial == target:
+            return target
+        progress = min(max((t - warmup) / last, 0.0), 1.0)
+        return target + round((1 - progress) ** power * (initial - target))
+
+    return schedule
+
+
+def allocate(
+    scores: Sequence[float] | np.ndarray,
+    total: int,
+    capacities: Sequence[int] | np.ndarray,
+) -> Int[np.ndarray, "L"]:
+    """Divides a total budget over matrices in proportion to their scores (Algorithm 1).
+
+    What a full matrix cannot take goes to the others in proportion to their scores;
+    matrices with a score of 0 get only what is left then, in proportion to their
+    capacities. The real-valued solution is found exactly, in rational arithmetic, and
+    rounded by largest remainder (ties: the earlier matrix first).
+
+    Args:
+      scores: importance of each of `L` matrices, finite and not negative.
+      total: weights to hand out, at least 0; may exceed what fits.
+      capacities: weights that each matrix has.
+
+    Returns:
+      int64 `[L]`; sums to `min(total, sum(capacities))`, none above its capacity, each
+      within 1 of the real solution.
+
+    Raises:
+      ValueError: lengths that differ, a score that is negative, NaN or infinite, or a
+        negative total or capacity.
+    """
+    weights = np.asarray(scores, np.float64)
+    room = [int(c) for c in np.asarray(capacities)]
+    if weights.ndim != 1 or len(weights) != len(room) or not room:
+        raise ValueError(
+            f"{weights.shape} scores and {len(room)} capacities: expected one of each "
+            "for every matrix, and at least one matrix."
+        )
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        bad = np.flatnonzero(~np.isfinite(weights) | (weights < 0))
+        raise ValueError(
+            f"scores of matrices {bad.tolist()} are {weights[bad].tolist()}: expected "
+            "finite numbers of at least 0. Did the loss or a gradient overflow?"
+        )
+    if total < 0 or min(room) < 0:
+        raise ValueError(f"total={total}, capacities={room}: expected none negative.")
+
+    total = min(int(total), sum(room))
+    exact = [Fraction(float(w)) for w in weights]
+    shares = _fill(exact, total, room)
+    left = total - sum(shares)
+    if left:
+        idle = [
+            Fraction(0) if e else Fraction(c) for e, c in zip(exact, room, strict=True)
+        ]
+        for i, share in enumerate(_fill(idle, left, room)):
+            shares[i] += share
+    return _round(shares, total)
+
+
+def _fill(weights: list[Fraction], total: Fraction | int, room: list[int]):
+    """Real shares in proportion to weights, none above its room, as much as fits."""
+    shares = [Fraction(0)] * len(room)
+    left, weight = Fraction(total), sum(weights, Fraction(0))
+    positive = (i for i, w in enumerate(weights) if w)
+    # The matrix that fills up first has the least room for its weight.
+    for i in sorted(positive, key=lambda i: room[i] / weights[i]):
+        shares[i] = min(Fraction(room[i]), left * weights[i] / weight)
+        left -= shares[i]
+        weight -= weights[i]
+    return shares
+
+
+def _round(shares: list[Fraction], total: int) -> Int[np.ndarray, "L"]:
+    whole = [int(share) for share in shares]
+    remainders = [share - floor for share, floor in zip(shares, whole, strict=True)]
+    by_remainder = sorted(range(len(shares)), key=lambda i: -remainders[i])
+    for i in by_remainder[: total - sum(whole)]:
+        whole[i] += 1
+    return np.array(whole, np.int64)

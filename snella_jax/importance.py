@@ -1,0 +1,170 @@
+"""Importance of a matrix: smoothed sensitivity times uncertainty (Eq. 7-11).
+
+`track_importance` is an optax transformation that changes no update: it only watches
+the factors `a` and `b` of every adapted matrix, wherever in the parameter tree a
+mapping has both. Put it first in the chain, before clipping and the optimizer, so that
+it sees the raw gradient.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"fc1": {"a": jnp.ones((2, 6, 4)), "b": jnp.ones((2, 3, 4))}}
+    >>> tx = optax.chain(track_importance(), optax.sgd(0.1))
+    >>> state = tx.init(params)
+    >>> for scale in (1.0, 3.0):
+    ...     grads = jax.tree.map(lambda p: scale * p, params)
+    ...     _, state = tx.update(grads, state, params)
+    >>> {path: round(float(score), 3) for path, score in importance(state).items()}
+    {'fc1': 0.663}
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+Smoothed = dict[str, dict[str, Array]]  # path of a matrix -> {"a": ..., "b": ...}
+
+
+class ImportanceState(NamedTuple):
+    """State of `track_importance`.
+
+    Attributes:
+      step: int32 scalar, updates seen so far.
+      sensitivity: `I_bar`, float32, shaped like each matrix's `a` and `b`.
+      uncertainty: `U_bar`, likewise.
+    """
+
+    step: Int[Array, ""]
+    sensitivity: Smoothed
+    uncertainty: Smoothed
+
+
+def track_importance(
+    beta1: float = 0.85, beta2: float = 0.85, metric: str = "sensitivity"
+) -> optax.GradientTransformation:
+    """Smooths how much the loss depends on each factor; passes updates through.
+
+    With `I = |theta * grad|` for each element of `a` and `b` (Eq. 7):
+    `I_bar <- beta1 * I_bar + (1 - beta1) * I` (Eq. 9) and
+    `U_bar <- beta2 * U_bar + (1 - beta2) * |I_bar - I|` (Eq. 10, with the new `I_bar`),
+    starting from `I_bar = I`, `U_bar = 0` at the first update (Eq. 8).
+
+    Args:
+      beta1: smoothing of the sensitivity, in [0, 1].
+      beta2: smoothing of the uncertainty, in [0, 1].
+      metric: "sensitivity", or "magnitude" for `I = |theta|` (the ablation of Table X).
+
+    Raises:
+      ValueError: a beta outside [0, 1] or an unknown metric; in `init`, a tree without
+        factors; in `update`, no `params`.
+
+    Source: Eq. 7-10; AdaLoRA (Zhang et al., arXiv 2303.10512).
+    """
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta <= 1:
+            raise ValueError(f"{name}={beta}: expected 0 <= {name} <= 1.")
+    if metric not in ("sensitivity", "magnitude"):
+        raise ValueError(f'metric={metric!r}: expected "sensitivity" or "magnitude".')
+
+    def init(params: optax.Params) -> ImportanceState:
+        factors = _factors(params)
+        if not factors:
+            raise ValueError(
+                "track_importance found no factors: no mapping in the parameters has "
+                "both `a` and `b`. Give it the trainable tree of an adapted model."
+            )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), factors)
+        return ImportanceState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(updates: Any, state: Any, params: Any = None):
+        if params is None:
+            raise ValueError(
+                "track_importance needs params: tx.update(g, state, params)."
+            )
+        thetas, grads = _factors(params), _factors(updates)
+
+        def observe(theta, grad):
+            seen = theta * grad if metric == "sensitivity" else theta
+            return jnp.abs(seen.astype(jnp.float32))
+
+        first = state.step == 0
+        now = jax.tree.map(observe, thetas, grads)
+        sensitivity = jax.tree.map(
+            lambda old, new: jnp.where(first, new, beta1 * old + (1 - beta1) * new),
+            state.sensitivity,
+            now,
+        )
+        uncertainty = jax.tree.map(
+            lambda old, smooth, new: beta2 * old + (1 - beta2) * jnp.abs(smooth - new),
+            state.uncertainty,
+            sensitivity,
+            now,
+        )
+        return updates, ImportanceState(state.step + 1, sensitivity, uncertainty)
+
+    return optax.GradientTransformation(init, update)
+
+
+def importance(opt_state: Any) -> dict[str, Float[Array, "*lead"]]:
+    """`p = mean(I_bar_a * U_bar_a) + mean(I_bar_b * U_bar_b)` per matrix (Eq. 11).
+
+    Args:
+      opt_state: any optax state that holds one `ImportanceState`.
+
+    Returns:
+      For the path of each adapted weight, one number per matrix: shape `[]`, or the
+      leading axes of stacked blocks and slices.
+
+    Raises:
+      ValueError: there is no `ImportanceState` in `opt_state`, or more than one.
+    """
+    state = importance_state(opt_state)
+    return _scores(state.sensitivity, state.uncertainty)
+
+
+def importance_state(opt_state: Any) -> ImportanceState:
+    """The one `ImportanceState` inside an optax state; errors as in `importance`."""
+
+    def is_importance(node: Any) -> bool:
+        return isinstance(node, ImportanceState)
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_importance)
+    found = [node for node in nodes if is_importance(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"The optimizer state holds {len(found)} importance states: expected one. "
+            "Build the optimizer as optax.chain(snella.track_importance(), ...)."
+        )
+    return found[0]
+
+
+@jax.jit
+def _scores(sensitivity: Smoothed, uncertainty: Smoothed) -> dict[str, Array]:
+    def mean(matrix: str, name: str) -> Array:
+        product = sensitivity[matrix][name] * uncertainty[matrix][name]
+        return product.mean((-3, -2, -1))  # pieces, rows, columns
+
+    return {path: mean(path, "a") + mean(path, "b") for path in sensitivity}
+
+
+def path_of(key_path: tuple) -> tuple[str, ...]:
+    """The names along a key path, without the `.value` of an `nnx.Variable`."""
+    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
+        key_path = key_path[:-1]
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)
+
+
+def factor_paths(tree: Any) -> set[str]:
+    """Paths of the mappings with both `a` and `b`: the adapters of a parameter tree."""
+    return set(_factors(tree))
+
+
+def _factors(tree: Any) -> Smoothed:
+    """`a` and `b` of every mapping that has both, by the path of the mapping."""
+    found: Smoothed = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        *parent, name = path_of(key_path) or ("",)
+        if name in ("a", "b"):
+            found.setdefault("/".join(parent), {})[name] = leaf
+    return {path: pair for path, pair in found.items() if len(pair) == 2}

@@ -1,0 +1,295 @@
+"""Kernels: how two low-rank factors make a weight update (the paper's Section 3.2).
+
+A kernel is a frozen dataclass, equal and hashable by value, with two pure functions:
+`init` draws the factors of one matrix and `apply` makes its dense update `delta`.
+Factors are a dict: `a[P, n, r/P]`, `b[P, m, r/P]` and the kernel's scalars. `apply`
+also takes factors unfolded over the axes of a higher-rank weight, `a[P, *n, r/P]` and
+`b[P, *m, r/P]`, and then gives `delta[*n, *m]`, without reshaping anything of that
+size.
+
+    >>> import jax
+    >>> kernel = mix_k()
+    >>> factors = kernel.init(jax.random.key(0), (6, 4), rank=8)
+    >>> sorted(factors), kernel.apply(factors).shape
+    (['a', 'alpha', 'b', 'beta', 'piece_coeff'], (6, 4))
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+Factors = dict[str, Array]
+
+
+class Kernel(Protocol):
+    """What every kernel provides."""
+
+    def init(
+        self,
+        key: PRNGKeyArray,
+        shape: tuple[int, int],
+        rank: int,
+        dtype: DTypeLike = jnp.float32,
+    ) -> Factors:
+        """Factors of one `[n, m]` matrix.
+
+        Raises:
+          ValueError: `rank` is not a positive multiple of the kernel's pieces.
+        """
+        ...
+
+    def apply(self, factors: Factors) -> Float[Array, "..."]:
+        """The dense update, in the factors' dtype but at least float32."""
+        ...
+
+
+# The names are lower-case because they are what a config and a command line say.
+@dataclasses.dataclass(frozen=True)
+class linear:
+    """`delta[j, i] = a_j . b_i`: LoRA (Eq. 2 and 4); `b` and delta start at 0.
+
+    >>> import jax
+    >>> k = linear()
+    >>> float(abs(k.apply(k.init(jax.random.key(0), (3, 5), 2))).max())
+    0.0
+    """
+
+    def init(self, key, shape, rank, dtype=jnp.float32) -> Factors:
+        factors = _init_pair(key, shape, rank, 1, dtype)
+        return factors | {"b": jnp.zeros_like(factors["b"])}
+
+    def apply(self, factors: Factors) -> Float[Array, "..."]:
+        return _inner(_at_least_float32(factors))
+
+
+@dataclasses.dataclass(frozen=True)
+class piecewise_linear:
+    """`delta[j, i] = sum_p piece_coeff[p] * ||a_j^p - b_i^p||_2` (Eq. 6, kappa_p).
+
+    SNELL's kernel. Attributes:
+      pieces: `P`, in how many parts the rank is cut; divides the rank.
+      learn_piece_coeff: whether the coefficients (+0.1, -0.1, ...) train; where they do
+        not, they stay in the factors and get a gradient of 0.
+    """
+
+    pieces: int = 2
+    learn_piece_coeff: bool = True
+
+    def init(self, key, shape, rank, dtype=jnp.float32) -> Factors:
+        return _init_pieces(key, shape, rank, self.pieces, dtype)
+
+    def apply(self, factors: Factors) -> Float[Array, "..."]:
+        return _kappa(_at_least_float32(factors), self.learn_piece_coeff)
+
+
+@dataclasses.dataclass(frozen=True)
+class rbf:
+    """`delta[j, i] = alpha * exp(-||a_j - b_i||_2^2 / 2)`.
+
+    Our reading: the paper's Table XIV, which gives its exact form, was not available.
+    """
+
+    def init(self, key, shape, rank, dtype=jnp.float32) -> Factors:
+        return _init_pair(key, shape, rank, 1, dtype) | _scalars(dtype, alpha=1)
+
+    def apply(self, factors: Factors) -> Float[Array, "..."]:
+        f = _at_least_float32(factors)
+        squared = _squared_distance(f["a"][0], f["b"][0])
+        return f["alpha"] * jnp.exp(-squared / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class sigmoid:
+    """`delta[j, i] = alpha * sigmoid(a_j . b_i)`.
+
+    Our reading: the paper's Table XIV, which gives its exact form, was not available.
+    """
+
+    def init(self, key, shape, rank, dtype=jnp.float32) -> Factors:
+        return _init_pair(key, shape, rank, 1, dtype) | _scalars(dtype, alpha=1)
+
+    def apply(self, factors: Factors) -> Float[Array, "..."]:
+        f = _at_least_float32(factors)
+        return f["alpha"] * jax.nn.sigmoid(_inner(f))
+
+
+@dataclasses.dataclass(frozen=True)
+class normalized_rbf:
+    """`delta = alpha * softmax(kappa_p) + beta`: the second half of Eq. 6 alone.
+
+    Attributes:
+      pieces, learn_piece_coeff: as in `piecewise_linear`.
+      normalize_over: "out", each input's weights to all outputs sum to `alpha` (the
+        paper's columns, Eq. 6's bound and the released code), or "in", the literal
+        subscript of Eq. 6.
+    """
+
+    pieces: int = 2
+    normalize_over: Literal["out", "in"] = "out"
+    learn_piece_coeff: bool = True
+
+    def __post_init__(self):
+        _check_normalize_over(self.normalize_over)
+
+    def init(self, key, shape, rank, dtype=jnp.float32) -> Factors:
+        factors = _init_pieces(key, shape, rank, self.pieces, dtype)
+        return factors | _scalars(dtype, alpha=1, beta=0)
+
+    def apply(self, factors: Factors) -> Float[Array, "..."]:
+        f = _at_least_float32(factors)
+        kappa = _kappa(f, self.learn_piece_coeff)
+        return f["alpha"] * _softmax(kappa, f, self.normalize_over) + f["beta"]
+
+
+@dataclasses.dataclass(frozen=True)
+class mix_k:
+    """`delta = kappa_p + alpha * softmax(kappa_p / gamma) + beta`: Mix-K (Eq. 6).
+
+    Attributes:
+      pieces, normalize_over, learn_piece_coeff: as in `normalized_rbf`.
+      temperature: whether `gamma` is learnt, as in the released code; else it is 1.
+    """
+
+    pieces: int = 2
+    normalize_over: Literal["out", "in"] = "out"
+    temperature: bool = False
+    learn_piece_coeff: bool = True
+
+    def __post_init__(self):
+        _check_normalize_over(self.normalize_over)
+
+    def init(self, key, shape, rank, dtype=jnp.float32) -> Factors:
+        factors = _init_pieces(key, shape, rank, self.pieces, dtype)
+        factors |= _scalars(dtype, alpha=1, beta=0)
+        return factors | _scalars(dtype, gamma=1) if self.temperature else factors
+
+    def apply(self, factors: Factors) -> Float[Array, "..."]:
+        f = _at_least_float32(factors)
+        kappa = _kappa(f, self.learn_piece_coeff)
+        logits = kappa / f["gamma"] if self.temperature else kappa
+        soft = _softmax(logits, f, self.normalize_over)
+        return kappa + f["alpha"] * soft + f["beta"]
+
+
+KERNELS = {
+    kernel.__name__: kernel
+    for kernel in (linear, piecewise_linear, rbf, sigmoid, normalized_rbf, mix_k)
+}
+
+
+def named(kernel: str | Kernel) -> Kernel:
+    """The kernel of that name with its default settings; a kernel passes through.
+
+    Raises:
+      ValueError: no kernel has that name; the message lists them.
+
+    >>> named("rbf")
+    rbf()
+    """
+    if not isinstance(kernel, str):
+        return kernel
+    if kernel not in KERNELS:
+        raise ValueError(
+            f"No kernel is called {kernel!r}: expected {', '.join(KERNELS)}."
+        )
+    return KERNELS[kernel]()
+
+
+@jax.custom_jvp
+def distance(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Float[Array, "..."]:
+    """`||a_j - b_i||_2` for every pair, with a gradient of 0 where the two coincide.
+
+    >>> import jax.numpy as jnp
+    >>> distance(jnp.zeros((1, 2)), jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    [[5.0, 0.0]]
+    """
+    return jnp.sqrt(_squared_distance(a, b))
+
+
+@distance.defjvp
+def _(primals, tangents):
+    # d||a - b|| = (a - b).(da - db) / ||a - b||. Expanded into inner products, its
+    # transpose is two matmuls instead of an n x m reduction for each column of a, b.
+    (a, b), (da, db) = primals, tangents
+    value = distance(a, b)
+    inverse = jnp.where(value > 0, 1 / jnp.where(value > 0, value, 1), 0)
+    ones = (1,) * (b.ndim - 1)
+    along_a = jnp.sum(a * da, -1).reshape(*a.shape[:-1], *ones)
+    along_b = jnp.sum(b * db, -1)
+    change = along_a + along_b - _dot(a, db) - _dot(da, b)
+    return value, change * inverse
+
+
+def _squared_distance(a: Array, b: Array) -> Array:
+    # The sum of squared differences never cancels, and XLA fuses it into one loop when
+    # the few columns are written out.
+    a = a.reshape(*a.shape[:-1], *(1,) * (b.ndim - 1), a.shape[-1])
+    return _sum((a[..., i] - b[..., i]) ** 2 for i in range(a.shape[-1]))
+
+
+def _sum(terms: Iterable[Array]) -> Array:
+    return functools.reduce(operator.add, terms)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.tensordot(a, b, axes=(-1, -1), precision="highest")
+
+
+def _inner(factors: Factors) -> Array:
+    return _dot(factors["a"][0], factors["b"][0])
+
+
+def _kappa(factors: Factors, learn_piece_coeff: bool) -> Array:
+    coeff, a, b = (factors[name] for name in ("piece_coeff", "a", "b"))
+    coeff = coeff if learn_piece_coeff else jax.lax.stop_gradient(coeff)
+    return _sum(coeff[p] * distance(a[p], b[p]) for p in range(len(a)))
+
+
+def _softmax(logits: Array, factors: Factors, over: str) -> Array:
+    n_axes = factors["a"].ndim - 2
+    axes = range(logits.ndim)
+    return jax.nn.softmax(logits, axes[n_axes:] if over == "out" else axes[:n_axes])
+
+
+def _at_least_float32(factors: Factors) -> Factors:
+    return {
+        name: value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        for name, value in factors.items()
+    }
+
+
+def _init_pieces(key, shape, rank, pieces, dtype) -> Factors:
+    coeff = 0.1 * (-1.0) ** np.arange(pieces)
+    factors = _init_pair(key, shape, rank, pieces, dtype)
+    return factors | {"piece_coeff": jnp.asarray(coeff, dtype)}
+
+
+def _init_pair(key, shape, rank, pieces, dtype) -> Factors:
+    if rank <= 0 or rank % pieces:
+        raise ValueError(f"rank={rank} is not a positive multiple of pieces={pieces}.")
+    n, m = shape
+    columns = rank // pieces
+    key_a, key_b = jax.random.split(key)
+
+    def uniform(key, rows):
+        bound = (rows * columns) ** -0.5
+        size = (pieces, rows, columns)
+        return jax.random.uniform(key, size, dtype, -bound, bound)
+
+    return {"a": uniform(key_a, n), "b": uniform(key_b, m)}
+
+
+def _scalars(dtype, **values: float) -> Factors:
+    return {name: jnp.asarray(value, dtype) for name, value in values.items()}
+
+
+def _check_normalize_over(value: str) -> None:
+    if value not in ("out", "in"):
+        raise ValueError(f'normalize_over={value!r}: expected "out" or "in".')

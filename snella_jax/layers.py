@@ -1,0 +1,247 @@
+"""Flax NNX layers with an adapter inside: variables, layouts and the adapted call.
+
+An adapted layer is an instance of a subclass of its own class: it keeps its variables,
+their names and its arithmetic, and gains an `adapter`. Its weight and whatever else
+does not train are `Frozen`, its factors are `Factor`, its budgets `Budget`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from snella_jax.config import Rule
+from snella_jax.dense import adapted, sparse_delta
+from snella_jax.kernels import Factors
+from snella_jax.layout import Layout
+
+ADAPTABLE = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv)
+
+
+class Frozen(nnx.Variable):
+    """A weight of the base model that does not train: not an `nnx.Param`."""
+
+
+class Factor(nnx.Param):
+    """A factor or a kernel's scalar: an `nnx.Param`, so it trains by default."""
+
+
+class Budget(nnx.Variable):
+    """int32 per matrix: how many weights survive, or when that was last decided."""
+
+
+class DropKey(nnx.Variable):
+    """A key per layer for this step's dropout and drop-path; `seed` puts it there."""
+
+
+class Adapter(nnx.Module):
+    """Factors and budgets of one weight, for `[*lead]` matrices of `[n, m]`.
+
+    `lead` is the stack of blocks (as many axes as the weight has in front of those of
+    its layer), then the layout's slices.
+
+    Attributes:
+      a, b, alpha, ...: `Factor` of shape `[*lead, *shape of the factor]`.
+      budget: `Budget`, int32 `[*lead]`.
+      allocated_at: `Budget`, int32 `[*lead]`: the optimizer step of the last
+        reallocation, 0 for never.
+      key: `DropKey` of the stack's shape, or None.
+      deterministic: switched by `model.train()` and `model.eval()`.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        layout: Layout,
+        stack: tuple[int, ...],
+        must_move: bool,
+        key: PRNGKeyArray,
+    ):
+        self.rule = rule
+        self.layout = layout
+        self.must_move = must_move
+        self.deterministic = False
+        self.key = nnx.data(None)
+        lead = stack + layout.slices
+        init = functools.partial(
+            self.kernel.init, shape=(layout.n, layout.m), rank=rule.rank
+        )
+        for _ in lead:
+            init = jax.vmap(init)
+        fixed = not getattr(self.kernel, "learn_piece_coeff", True)
+        factors = init(jax.random.split(key, lead) if lead else key)
+        for name, value in factors.items():
+            kind = Frozen if fixed and name == "piece_coeff" else Factor
+            setattr(self, name, kind(value))
+        self.names = tuple(factors)
+        self.budget = Budget(jnp.full(lead, layout.n * layout.m, jnp.int32))
+        self.allocated_at = Budget(jnp.zeros(lead, jnp.int32))
+
+    @property
+    def kernel(self) -> Any:
+        """The kernel that makes the update."""
+        return self.rule.kernel
+
+    @property
+    def capacity(self) -> int:
+        """Weights of one matrix."""
+        return self.layout.n * self.layout.m
+
+    def factors(self) -> Factors:
+        """The factors as arrays, with their leading axes."""
+        return {name: getattr(self, name)[...] for name in self.names}
+
+    def delta(self) -> Float[Array, "..."]:
+        """The sparse update of the whole weight, stack included, at least float32."""
+
+        def one(layer):
+            return sparse_delta(
+                *layer, kernel=self.kernel, gate=self.rule.gate, layout=self.layout
+            )
+
+        stack = self.budget.ndim - len(self.layout.slices)
+        return self._for_each(one, stack)
+
+    def magnitude(self) -> Float[Array, "*lead"]:
+        """Mean `|delta|` of each matrix, after the gate."""
+
+        def one(matrix):
+            delta = sparse_delta(*matrix, kernel=self.kernel, gate=self.rule.gate)
+            return jnp.abs(delta).mean()
+
+        return self._for_each(one, self.budget.ndim)
+
+    def _for_each(self, one: Callable, axes: int) -> Array:
+        for _ in range(axes):  # one matrix at a time: a threshold needs room
+            one = functools.partial(jax.lax.map, one)
+        return one((self.factors(), self.budget[...]))
+
+    def training_key(self) -> PRNGKeyArray | None:
+        """This step's key where the rule drops something and the model is training.
+
+        Raises:
+          ValueError: training needs a key and `seed` gave none.
+        """
+        drops = self.rule.dropout or self.rule.drop_path
+        if not drops or self.deterministic:
+            return None
+        if self.key is None:
+            raise ValueError(
+                f"An adapter with dropout={self.rule.dropout} and "
+                f"drop_path={self.rule.drop_path} was called in training without a "
+                "key. Call snella.seed(model, key) with a fresh key in every step, or "
+                "model.eval() before evaluating."
+            )
+        return self.key[...]
+
+
+class Adapted(nnx.Module):
+    """Mixed into a layer's class: the layer's call with `w0 + delta` as its weight."""
+
+    adapter: Adapter
+    kernel: nnx.Variable
+    bias: nnx.Variable | None
+    dtype: Any
+
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """What the plain layer computes, with the update; same arguments and shapes."""
+        rule = self.adapter.rule
+        cls = plain_class(type(self))
+        weight, bias = self.kernel[...], self.bias
+
+        def op(x: Array, w: Array, **changes: Any) -> Array:
+            # The layer's own call on a stand-in with another weight: its precision,
+            # padding, bias and einsum stay its own business.
+            layer = object.__new__(cls)
+            vars(layer).update(vars(self), kernel=nnx.Param(w), **changes)
+            return cls.__call__(layer, x, *args, **kwargs)
+
+        operands = (inputs, weight) if bias is None else (inputs, weight, bias[...])
+        dtype = self.dtype or jnp.result_type(*operands)
+        return adapted(
+            op,
+            self.adapter.layout,
+            update_op=functools.partial(op, bias=None, use_bias=False),
+        )(
+            inputs.astype(dtype),
+            weight,
+            self.adapter.factors(),
+            self.adapter.budget[...],
+            kernel=self.adapter.kernel,
+            gate=rule.gate,
+            path=rule.path,
+            dropout=rule.dropout,
+            drop_path=rule.drop_path,
+            key=self.adapter.training_key(),
+        )
+
+
+@functools.cache
+def adapted_class(cls: type) -> type:
+    """The subclass of a layer's class whose call is adapted; one per class."""
+    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__doc__": cls.__doc__})
+
+
+def plain_class(cls: type) -> type:
+    """The class that `adapted_class` was given."""
+    return cls.__mro__[2]
+
+
+def become(node: nnx.Module | nnx.Variable, cls: type) -> None:
+    """Changes the class of a module or variable in place.
+
+    Whoever holds the object, by whatever path, then holds the adapted or frozen one:
+    shared modules and tied weights need no bookkeeping.
+    """
+    object.__setattr__(node, "__class__", cls)
+
+
+def layout_of(layer: nnx.Module) -> Layout:
+    """The axes of a layer's weight, without the stack in front of them.
+
+    Raises:
+      ValueError: an einsum whose equation is only known at the call, or that sums over
+        an axis of its weight alone.
+    """
+    match layer:
+        case nnx.Linear():
+            return Layout((layer.in_features,), (layer.out_features,))
+        case nnx.LinearGeneral():
+            slices = tuple(layer.batch_axis.values())
+            return Layout(layer.in_features, layer.out_features, slices)
+        case nnx.Conv():
+            *window, out = layer.kernel_shape
+            return Layout(tuple(window), (out,))
+        case nnx.Einsum():
+            return _einsum_layout(layer.einsum_str, layer.kernel_shape)
+    raise TypeError(f"{type(layer).__name__} has no weight that can be adapted.")
+
+
+def _einsum_layout(equation: str | None, shape: Sequence[int]) -> Layout:
+    if equation is None:
+        raise ValueError(
+            "An einsum is adapted only if its equation is fixed when built."
+        )
+    operands, result = equation.replace("...", "").split("->")
+    inputs, weight = operands.split(",")
+    slices = [c for c in weight if c in inputs and c in result]
+    summed = [c for c in weight if c in inputs and c not in result]
+    outputs = [c for c in weight if c not in inputs and c in result]
+    letters = slices + summed + outputs
+    if sorted(letters) != sorted(weight) or not summed or not outputs:
+        raise ValueError(
+            f"The einsum {equation!r} is no matmul: every axis of its weight must be "
+            "in its input or its result, with at least one in each alone."
+        )
+    size = dict(zip(weight, shape, strict=True))
+    order = tuple(letters.index(c) for c in weight)
+    return Layout(
+        tuple(size[c] for c in summed),
+        tuple(size[c] for c in outputs),
+        tuple(size[c] for c in slices),
+        None if order == tuple(range(len(order))) else order,
+    )

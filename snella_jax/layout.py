@@ -1,0 +1,101 @@
+"""Which axes of a weight are inputs, outputs, or hold several matrices.
+
+Factors are always stored for `[n, m]` matrices, one set for each matrix of the weight:
+`a[*slices, P, n, r/P]`. A `Layout` unfolds them over the weight's own axes and puts the
+update where the weight wants it, so that nothing as large as the weight is reshaped (a
+reshape would gather a weight whose head axis is sharded).
+
+    >>> heads = Layout(inputs=(8,), outputs=(2, 4))  # a [D, H, d] projection
+    >>> heads.n, heads.m, heads.shape
+    (8, 8, (8, 2, 4))
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from snella_jax.kernels import Factors
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The axes of one weight.
+
+    Attributes:
+      inputs: sizes of the axes that a matmul contracts; their product is `n`.
+      outputs: sizes of the axes that remain, of one matrix; their product is `m`.
+      slices: sizes of the axes along which each index is a matrix of its own (the
+        experts of an einsum, the parts of a fused qkv).
+      order: the weight's axes as positions in `slices + inputs + outputs`; None where
+        the weight has them in that order.
+      fused: whether the slices lie side by side in the first output axis (a fused qkv)
+        rather than on axes of their own.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    slices: tuple[int, ...] = ()
+    order: tuple[int, ...] | None = None
+    fused: bool = False
+
+    @property
+    def n(self) -> int:
+        """Inputs of one matrix."""
+        return math.prod(self.inputs)
+
+    @property
+    def m(self) -> int:
+        """Outputs of one matrix."""
+        return math.prod(self.outputs)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        if self.fused:
+            first, *rest = self.outputs
+            return (*self.inputs, math.prod(self.slices) * first, *rest)
+        sizes = self.slices + self.inputs + self.outputs
+        return sizes if self.order is None else tuple(sizes[i] for i in self.order)
+
+    def split(self, parts: int) -> "Layout":
+        """The layout of the same weight read as `parts` matrices, side by side.
+
+        Each takes an equal run of the first output axis (query, key and value of a
+        fused qkv).
+
+        Raises:
+          ValueError: the first output axis is no multiple of `parts`, or the weight has
+            slices already.
+        """
+        first, *rest = self.outputs
+        if self.slices or first % parts or (first > parts and self.order is not None):
+            raise ValueError(
+                f"split={parts} does not fit a weight of shape {self.shape}: it cuts "
+                f"the first output axis, of size {first}, into equal parts."
+            )
+        if first > parts or not rest:
+            outputs = (first // parts, *rest)
+            return dataclasses.replace(
+                self, outputs=outputs, slices=(parts,), fused=True
+            )
+        # The parts have an axis of their own: it moves from the outputs to the slices.
+        k = len(self.inputs)
+        order = self.order or range(k + len(self.outputs))
+        moved = tuple(0 if i == k else i + (i < k) for i in order)
+        return Layout(self.inputs, tuple(rest), (parts,), moved)
+
+    def unfold(self, factors: Factors) -> Factors:
+        """Factors of one matrix with `n` and `m` spread over the weight's axes."""
+        a, b = factors["a"], factors["b"]
+        return factors | {
+            "a": a.reshape(a.shape[0], *self.inputs, a.shape[-1]),
+            "b": b.reshape(b.shape[0], *self.outputs, b.shape[-1]),
+        }
+
+    def place(self, delta: Float[Array, "..."]) -> Float[Array, "*weight"]:
+        """The update in the weight's shape."""
+        if self.fused:
+            delta = jnp.moveaxis(delta, 0, len(self.inputs)).reshape(self.shape)
+        return delta if self.order is None else jnp.transpose(delta, self.order)

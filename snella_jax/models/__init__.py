@@ -1,0 +1,1 @@
+"""Plain Flax NNX models; none of them knows of SNELLA."""

@@ -1,0 +1,286 @@
+"""The Vision Transformer (Dosovitskiy et al., arXiv 2010.11929), pre-norm, in Flax NNX.
+
+The blocks are built stacked (every variable has a leading axis of `depth`) and run by
+`jax.lax.scan`: one block is compiled, whatever the depth. Axes: `B` images, `T` tokens
+(class token first), `D` width, `H` heads, `d = D / H`.
+
+    >>> from flax import nnx
+    >>> from snella_jax.models import vit
+    >>> model = vit.create("vit_ti16", num_classes=10, image_size=32, rngs=nnx.Rngs(0))
+    >>> model(jax.numpy.zeros((2, 32, 32, 3))).shape
+    (2, 10)
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from snella_jax.stochastic import drop_path
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """What fixes the shape and the arithmetic of a `ViT`.
+
+    Attributes:
+      width: `D`, the width of a token.
+      depth: number of blocks.
+      heads: number of attention heads; divides `width`.
+      mlp_dim: hidden width of the MLP; None for `4 * width`.
+      patch_size: side of a patch in pixels, or (height, width).
+      image_size: side of the images in pixels, or (height, width); a multiple of
+        `patch_size`.
+      channels: channels of the images.
+      num_classes: outputs of the head; 0 for no head (the call gives pooled features).
+      class_token: whether a learnt token is put before the patches.
+      pool: what the head sees: the class token ("cls") or the mean of the patch tokens
+        ("mean").
+      layer_scale: initial value of LayerScale (Touvron et al., arXiv 2103.17239); None
+        for none.
+      drop_path: rate of stochastic depth in the last block, rising linearly from 0 in
+        the first; applied only when the call is given a key.
+      dtype: dtype of the computation.
+      param_dtype: dtype in which the weights are kept.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_dim: int | None = None
+    patch_size: int | tuple[int, int] = 16
+    image_size: int | tuple[int, int] = 224
+    channels: int = 3
+    num_classes: int = 1000
+    class_token: bool = True
+    pool: Literal["cls", "mean"] = "cls"
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide width={self.width}.")
+        if self.pool not in ("cls", "mean"):
+            raise ValueError(f'pool={self.pool!r}: expected "cls" or "mean".')
+        if self.pool == "cls" and not self.class_token:
+            raise ValueError('pool="cls" needs class_token=True; use pool="mean".')
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path={self.drop_path}: expected 0 <= rate < 1.")
+        if any(s % p for s, p in zip(self.image_hw, self.patch_hw, strict=True)):
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of "
+                f"patch_size={self.patch_size}."
+            )
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_hw(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row of an image."""
+        (height, width), (ph, pw) = self.image_hw, self.patch_hw
+        return height // ph, width // pw
+
+
+PRESETS = {
+    "vit_ti16": ViTConfig(width=192, depth=12, heads=3, patch_size=16),
+    "vit_s16": ViTConfig(width=384, depth=12, heads=6, patch_size=16),
+    "vit_b16": ViTConfig(width=768, depth=12, heads=12, patch_size=16),
+    "vit_l16": ViTConfig(width=1024, depth=24, heads=16, patch_size=16),
+    "vit_h14": ViTConfig(width=1280, depth=32, heads=16, patch_size=14),
+}
+
+
+def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "ViT":
+    """A randomly initialised preset, any field of its `ViTConfig` overridden.
+
+    Raises:
+      ValueError: `name` is not a preset; the message lists them.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"No ViT is called {name!r}; there are {', '.join(PRESETS)}.")
+    return ViT(dataclasses.replace(PRESETS[name], **overrides), rngs=rngs)
+
+
+class ViT(nnx.Module):
+    """Patch embedding, `depth` scanned blocks, a final norm and a linear head."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        dtypes = {"dtype": c.dtype, "param_dtype": c.param_dtype}
+        small = nnx.initializers.truncated_normal(0.02)
+        tokens = c.grid[0] * c.grid[1] + c.class_token
+
+        self.patch_embed = nnx.Conv(
+            c.channels,
+            c.width,
+            kernel_size=c.patch_hw,
+            strides=c.patch_hw,
+            padding="VALID",
+            kernel_init=nnx.initializers.lecun_normal(),
+            rngs=rngs,
+            **dtypes,
+        )
+        if c.class_token:
+            self.cls_token = nnx.Param(
+                small(rngs.params(), (1, 1, c.width), c.param_dtype)
+            )
+        self.pos_embed = nnx.Param(
+            small(rngs.params(), (1, tokens, c.width), c.param_dtype)
+        )
+        self.blocks = _stacked_blocks(c, rngs)
+        self.norm = nnx.LayerNorm(c.width, epsilon=1e-6, rngs=rngs, **dtypes)
+        if c.num_classes:
+            zeros = nnx.initializers.zeros_init()
+            self.head = nnx.Linear(
+                c.width, c.num_classes, kernel_init=zeros, rngs=rngs, **dtypes
+            )
+
+    def __call__(
+        self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B classes"]:
+        """Logits of normalised images (or pooled features where there is no head).
+
+        Args:
+          images: pixels, already normalised as the weights expect.
+          key: switches stochastic depth on (training); None is deterministic.
+
+        Raises:
+          ValueError: the images do not have the configured height, width or channels.
+        """
+        tokens = self.features(images, key)
+        pooled = tokens[:, 0] if self.config.pool == "cls" else self._patches(tokens)
+        return self.head(pooled) if self.config.num_classes else pooled
+
+    def features(
+        self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B T D"]:
+        """The tokens after the last block and the final norm."""
+        return self.norm(_scan(self.blocks, self._embed(images), self.config, key))
+
+    def _embed(self, images: Array) -> Array:
+        c = self.config
+        expected = (*c.image_hw, c.channels)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(
+                f"images have shape {images.shape}; this model takes "
+                f"[B, {', '.join(map(str, expected))}]."
+            )
+        x = self.patch_embed(images)
+        x = x.reshape(x.shape[0], -1, c.width)  # [B, grid_h * grid_w, D]
+        if c.class_token:
+            cls = self.cls_token[...].astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, c.width)), x], 1)
+        return x + self.pos_embed[...].astype(x.dtype)
+
+    def _patches(self, tokens: Array) -> Array:
+        return tokens[:, int(self.config.class_token) :].mean(1)
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs, **dtypes)
+        self.attn = Attention(config, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs, **dtypes)
+        self.mlp = MLP(config, rngs=rngs)
+        if config.layer_scale is not None:
+            scale = jnp.full(config.width, config.layer_scale, config.param_dtype)
+            self.scale1, self.scale2 = nnx.Param(scale), nnx.Param(scale)
+        self.layer_scale = config.layer_scale is not None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], drop: tuple[Array, Array] | None = None
+    ) -> Float[Array, "B T D"]:
+        """`drop`: None, or a key and the rate of stochastic depth in this block."""
+        x = x + self._branch(self.attn(self.norm1(x)), "scale1", drop, 0)
+        return x + self._branch(self.mlp(self.norm2(x)), "scale2", drop, 1)
+
+    def _branch(self, y: Array, scale: str, drop: Any, salt: int) -> Array:
+        if self.layer_scale:
+            y = y * getattr(self, scale)[...].astype(y.dtype)
+        if drop is not None:
+            key, rate = drop
+            y = drop_path(jax.random.fold_in(key, salt), y, rate)
+        return y
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with separate query, key and value matrices."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        self.heads = config.heads
+        width = config.width
+        self.query, self.key, self.value, self.out = (
+            _linear(width, width, config, rngs) for _ in range(4)
+        )
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        heads = (*x.shape[:2], self.heads, -1)  # [B, T, H, d]
+        q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
+        return self.out(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        hidden = config.mlp_dim or 4 * config.width
+        self.fc1 = _linear(config.width, hidden, config, rngs)
+        self.fc2 = _linear(hidden, config.width, config, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+def _scan(blocks: Block, x: Array, config: ViTConfig, key: PRNGKeyArray | None):
+    graphdef, state = nnx.split(blocks)
+    drops = None
+    if key is not None and config.drop_path:
+        # One key a block as an input of the scan: a stream kept inside would repeat.
+        rates = jnp.linspace(0, config.drop_path, config.depth)
+        drops = (jax.random.split(key, config.depth), rates)
+
+    def body(x, layer):
+        state, drop = layer
+        return nnx.merge(graphdef, state)(x, drop), None
+
+    return jax.lax.scan(body, x, (state, drops), length=config.depth)[0]
+
+
+def _stacked_blocks(config: ViTConfig, rngs: nnx.Rngs) -> Block:
+    @nnx.split_rngs(splits=config.depth)
+    @nnx.vmap
+    def build(rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs=rngs)
+
+    return build(rngs)
+
+
+def _linear(n: int, m: int, config: ViTConfig, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        n,
+        m,
+        kernel_init=nnx.initializers.xavier_uniform(),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )

@@ -1,0 +1,178 @@
+"""Around a user's optax transformation: reallocation and the weight-decay mask."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from snella_jax.budget import allocate
+from snella_jax.importance import importance, importance_state, path_of
+
+log = logging.getLogger("snella_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reallocation:
+    """What `reallocate` did, one entry for each of `L` matrices.
+
+    Attributes:
+      step: optimizer steps seen when it was called.
+      steps_since: steps since the reallocation before it (or since the start).
+      names: path of the weight, with the index of the matrix where it has several.
+      scores: float64 `[L]`, importance.
+      budgets: int64 `[L]`, weights that may move now.
+      capacities: int64 `[L]`, weights there are.
+      died: names whose budget fell to 0 now. Such a matrix gets no gradient and a
+        sensitivity that fades to 0, so it may never come back.
+    """
+
+    step: int
+    steps_since: int
+    names: tuple[str, ...]
+    scores: Float[np.ndarray, "L"]
+    budgets: Int[np.ndarray, "L"]
+    capacities: Int[np.ndarray, "L"]
+    died: tuple[str, ...]
+
+    @property
+    def density(self) -> float:
+        """Fraction of all adapted weights that may move now."""
+        return float(self.budgets.sum() / self.capacities.sum())
+
+
+def reallocate(
+    budgets: Any,
+    opt_state: Any,
+    total: int,
+    *,
+    scores: Mapping[str, Array | np.ndarray] | None = None,
+) -> tuple[Any, Reallocation]:
+    """Moves the budgets: `total` weights, divided by importance (Algorithm 1).
+
+    Runs on the host, once an epoch in the paper. Shapes, dtypes and shardings stay, so
+    the training step does not recompile.
+
+    Args:
+      budgets: the tree that `partition` gave, or any tree with a `budget` and an
+        `allocated_at` beside every pair of factors.
+      opt_state: the optimizer's state, with `track_importance` in it.
+      total: weights that may move from now on, from a `budget_schedule`.
+      scores: one array of scores per adapter path instead of `importance(opt_state)`.
+
+    Returns:
+      The new budgets, and a `Reallocation` that says what went where.
+
+    Raises:
+      ValueError: no step was taken yet, budgets and optimizer belong to different
+        models, or scores or total are not fit to allocate by (see `allocate`).
+    """
+    state = importance_state(opt_state)
+    step = int(state.step)
+    if step == 0:
+        raise ValueError(
+            "reallocate was called before any step: there is no importance to go by. "
+            "Train a step with snella.track_importance() in the optimizer first."
+        )
+    leaves = _leaves_by_path(budgets)
+    current = {path: leaf for (path, name), leaf in leaves.items() if name == "budget"}
+    scores = importance(opt_state) if scores is None else scores
+    if not current.keys() == scores.keys() == state.sensitivity.keys():
+        raise ValueError(
+            f"The budgets are those of {sorted(current)}, the optimizer follows "
+            f"{sorted(state.sensitivity)} and there are scores for {sorted(scores)}: "
+            "expected the same adapters."
+        )
+    old = {path: np.asarray(leaf, np.int64) for path, leaf in current.items()}
+    given = {path: np.asarray(scores[path], np.float64) for path in old}
+    room = {path: np.full(old[path].shape, _capacity(state, path)) for path in old}
+    counts = allocate(_flat(given), total, _flat(room))
+
+    sizes = [value.size for value in old.values()]
+    parts = np.split(counts, np.cumsum(sizes)[:-1])
+    new = dict(zip(old, parts, strict=True))
+
+    def replace(key_path, leaf):
+        path, name = _split(key_path)
+        value = new[path].reshape(leaf.shape) if name == "budget" else step
+        full = jnp.broadcast_to(jnp.asarray(value, leaf.dtype), leaf.shape)
+        return jax.device_put(full, leaf.sharding)
+
+    names = _names(old)
+    died = tuple(
+        name
+        for name, before, now in zip(names, _flat(old), counts, strict=True)
+        if before and not now
+    )
+    if died:
+        log.warning("no budget left, so these may never come back: %s", ", ".join(died))
+    report = Reallocation(
+        step=step,
+        steps_since=steps_since_reallocation(budgets, opt_state),
+        names=names,
+        scores=_flat(given),
+        budgets=counts,
+        capacities=_flat(room),
+        died=died,
+    )
+    return jax.tree_util.tree_map_with_path(replace, budgets), report
+
+
+def steps_since_reallocation(budgets: Any, opt_state: Any) -> int:
+    """Optimizer steps since the budgets last moved, or since the start."""
+    last = [
+        int(np.max(leaf))
+        for (_, name), leaf in _leaves_by_path(budgets).items()
+        if name == "allocated_at"
+    ]
+    if not last:
+        raise ValueError(
+            "There are no budgets: expected those of snella.partition(model)."
+        )
+    return int(importance_state(opt_state).step) - max(last)
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the leaves that weight decay is for: `a`, `b`, kernels and embeddings.
+
+    By name and not by rank, because in stacked blocks a bias has two axes and `alpha`
+    one. For `optax.adamw(..., mask=snella.decay_mask)`.
+
+    >>> decay_mask({"head": {"kernel": 0.0, "bias": 0.0}, "cls_token": 0.0})
+    {'cls_token': False, 'head': {'bias': False, 'kernel': True}}
+    """
+    decayed = {"a", "b", "kernel", "embedding"}
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, _: path_of(key_path)[-1] in decayed, params
+    )
+
+
+def _capacity(state: Any, path: str) -> int:
+    pair = state.sensitivity[path]
+    return pair["a"].shape[-2] * pair["b"].shape[-2]
+
+
+def _flat(values: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([value.ravel() for value in values.values()])
+
+
+def _names(values: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    return tuple(
+        path.removesuffix("/adapter") + "".join(f"[{i}]" for i in index)
+        for path, value in values.items()
+        for index in np.ndindex(value.shape)
+    )
+
+
+def _leaves_by_path(budgets: Any) -> dict[tuple[str, str], Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(budgets)
+    return {_split(key_path): leaf for key_path, leaf in leaves}
+
+
+def _split(key_path: tuple) -> tuple[str, str]:
+    *parent, name = path_of(key_path)
+    return "/".join(parent), name

@@ -1,0 +1,143 @@
+"""Competition inside a matrix: the exact threshold and the gates (Eq. 13).
+
+`budget` weights of an update survive: those whose magnitude is strictly above `tau`,
+the `(budget+1)`-th largest magnitude. (The paper takes the `budget`-th largest, which
+leaves `budget - 1`.) Everything is decided on the bit patterns of the magnitudes, which
+order like the numbers themselves, so ties, zeros and subnormals need no special case.
+
+    >>> import jax.numpy as jnp
+    >>> delta = jnp.array([[3.0, -1.0], [0.5, -2.0]])
+    >>> float(threshold(delta, 2))
+    1.0
+    >>> sparsify(delta, 2, gate="hard").tolist()
+    [[3.0, 0.0], [0.0, -2.0]]
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+TAU = "snella_tau"  # the threshold's name for checkpoint policies
+
+# The value of a survivor, from delta, |delta| and tau.
+GATES: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "product": lambda delta, size, tau: delta * (size - tau),
+    "released": lambda delta, size, tau: delta * jax.lax.stop_gradient(size),
+    "soft": lambda delta, size, tau: delta - jnp.sign(delta) * tau,
+    "hard": lambda delta, size, tau: delta,
+}
+
+
+def threshold(
+    delta: Float[Array, "*axes"], budget: int | Int[Array, ""]
+) -> Float[Array, ""]:
+    """The `(budget+1)`-th largest `|delta|`; 0 when `budget` covers the whole matrix.
+
+    Exact and without a sort: a bisection over bit patterns, one counting pass per bit.
+    Only scalars cross devices when `delta` is sharded. No gradient passes.
+
+    Args:
+      delta: float array of fewer than 2^31 elements. bfloat16 and float16 are widened
+        to float32 (exactly); float64 stays float64.
+      budget: how many weights are to survive, at least 0; may be traced.
+
+    Raises:
+      ValueError: `budget` is negative or no integer, or `delta` is too large.
+    """
+    check_budget(budget)
+    if delta.size >= 2**31:
+        raise ValueError(f"delta has {delta.size} elements: expected fewer than 2^31.")
+    pattern = _pattern(delta)
+    unsigned = pattern.dtype
+    budget = jnp.asarray(budget, jnp.int32)
+
+    # More than budget magnitudes reach low (or it is 0), and not so many reach high.
+    # NaN has the patterns just above infinity's, so it counts as the largest.
+    low = jnp.zeros((), unsigned)
+    high = jnp.asarray(jnp.iinfo(unsigned).max >> 1, unsigned) + jnp.ones((), unsigned)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        reached = _count(pattern >= middle) > budget
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    bits = jnp.iinfo(unsigned).bits - 1
+    low, _ = jax.lax.fori_loop(0, bits, halve, (low, high))
+    return jax.lax.bitcast_convert_type(low, _widened(delta)).astype(delta.dtype)
+
+
+def sparsify(
+    delta: Float[Array, "*axes"],
+    budget: int | Int[Array, ""],
+    gate: str = "product",
+) -> Float[Array, "*axes"]:
+    """Keeps the `budget` weights of largest magnitude and puts them through a gate.
+
+    | gate | survivor's value | gradient |
+    |---|---|---|
+    | `product` (Eq. 13) | `delta * (|delta| - tau)` | of the whole product |
+    | `released` | `delta * |delta|` | `|delta|` is detached |
+    | `soft` | `sign(delta) * (|delta| - tau)` | 1 |
+    | `hard` | `delta` | 1 |
+
+    `tau` carries no gradient, and neither does a weight that does not survive. Fewer
+    than `budget` survive where magnitudes tie with `tau`. A NaN always survives, so
+    that a broken update is seen and not hidden.
+
+    Raises:
+      ValueError: `gate` is not in the table, or as in `threshold`.
+    """
+    check_gate(gate)
+    tau = checkpoint_name(threshold(jax.lax.stop_gradient(delta), budget), TAU)
+    survives = (_pattern(delta) > _pattern(tau)) | jnp.isnan(delta)
+    return jnp.where(survives, GATES[gate](delta, jnp.abs(delta), tau), 0)
+
+
+def check_gate(gate: str) -> None:
+    """Raises a `ValueError` that lists the gates when `gate` is none of them."""
+    if gate not in GATES:
+        raise ValueError(f"No gate is called {gate!r}: expected {', '.join(GATES)}.")
+
+
+def check_budget(budget: int | Array) -> None:
+    """Raises a `ValueError` when a budget is no integer or, where known, negative."""
+    if not jnp.issubdtype(jnp.result_type(budget), jnp.integer):
+        raise ValueError(
+            f"budget={budget!r}: expected a number of weights, an integer."
+        )
+    if not isinstance(budget, Tracer) and np.min(budget) < 0:
+        raise ValueError(f"budget={np.min(budget)}: expected at least 0.")
+
+
+def _count(mask: Bool[Array, "..."]) -> Int[Array, ""]:
+    def at_once(mask):
+        return jnp.sum(mask, dtype=jnp.int32)
+
+    def by_rows(mask):
+        # Floats count exactly up to 2^24. XLA's CPU backend vectorises and threads this
+        # form; the barrier keeps it from being folded into one reduction again. 768 x
+        # 3072: 8 ms for a threshold against 20 ms.
+        rows = jnp.sum(mask, axis=-1, dtype=jnp.float32)
+        return at_once(jax.lax.optimization_barrier(rows))
+
+    if mask.ndim == 0 or mask.shape[-1] > 2**24:
+        return at_once(mask)
+    return jax.lax.platform_dependent(mask, cpu=by_rows, default=at_once)
+
+
+def _pattern(x: Array) -> Array:
+    """The magnitude's bits as an unsigned integer: monotone in `|x|`."""
+    wide = jax.lax.stop_gradient(x).astype(_widened(x))
+    unsigned = jnp.uint64 if wide.dtype == jnp.float64 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(wide, unsigned)
+    return bits & jnp.asarray(jnp.iinfo(unsigned).max >> 1, unsigned)
+
+
+def _widened(x: Array) -> np.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
