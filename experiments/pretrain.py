@@ -23,13 +23,8 @@ from rich.progress import track
 
 from experiments import weights
 from experiments.data import fashion_mnist
-from snella_jax.models.vit import ViT, ViTConfig
-
-# 0.68 million parameters: 2.7 MB of float32. A patch is 2 x 2 pixels of a digit.
-TINY = ViTConfig(
-    width=96, depth=6, heads=3, patch_size=7, image_size=28, channels=1, num_classes=10
-)
-MEAN, STD = 0.286, 0.353  # of Fashion-MNIST's training pixels in [0, 1]
+from experiments.small_vit import SMALL, normalise
+from snella_jax.models.vit import ViT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +50,7 @@ def main(config: PretrainConfig) -> None:
     images, labels = fashion_mnist.load("train", config.data_dir)
     test_images, test_labels = fashion_mnist.load("test", config.data_dir)
     steps = len(images) // config.batch
-    architecture = dataclasses.replace(TINY, drop_path=config.drop_path)
+    architecture = dataclasses.replace(SMALL, drop_path=config.drop_path)
     graphdef, params = nnx.split(ViT(architecture, rngs=nnx.Rngs(config.seed)))
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.lr, steps, config.epochs * steps, 1e-5
@@ -91,14 +86,14 @@ def main(config: PretrainConfig) -> None:
             for i, batch in enumerate(
                 track(order.reshape(steps, -1), f"epoch {epoch + 1}/{config.epochs}")
             ):
-                x = normalise(augment(rng, images[batch]))
+                x = normalise(augment(rng, images[batch]) / 255)
                 noise = jax.random.fold_in(key, epoch * steps + i)
                 params, opt_state, loss = step(
                     params, opt_state, x, labels[batch], noise
                 )
                 losses.append(loss)
             hits = [
-                np.asarray(predict(params, normalise(test_images[i : i + 1000])))
+                np.asarray(predict(params, normalise(test_images[i : i + 1000] / 255)))
                 == test_labels[i : i + 1000]
                 for i in range(0, len(test_images), 1000)
             ]
@@ -114,11 +109,6 @@ def main(config: PretrainConfig) -> None:
             weights.save(
                 nnx.merge(graphdef, params), config.out / "weights.safetensors"
             )
-
-
-def normalise(images: np.ndarray) -> np.ndarray:
-    """Grey bytes to the float32 that the small ViT was trained on."""
-    return (images.astype(np.float32) / 255 - MEAN) / STD
 
 
 def augment(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:

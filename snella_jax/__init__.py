@@ -13,12 +13,10 @@ from snella_jax.adapt import (
     BudgetsNeverMoved,
     adapt,
     adapted_weights,
-    labels,
     merge,
     merged_magnitude,
     partition,
     seed,
-    stop_gradients,
 )
 from snella_jax.budget import allocate, budget_schedule
 from snella_jax.config import Rule, SnellaConfig
@@ -32,6 +30,7 @@ from snella_jax.optimizer import (
     reallocate,
     steps_since_reallocation,
 )
+from snella_jax.rules import labels, stop_gradients
 from snella_jax.sparsify import sparsify, threshold
 
 __version__ = "0.1.0"

@@ -17,8 +17,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +27,18 @@ from jaxtyping import PRNGKeyArray
 
 from snella_jax.budget import allocate
 from snella_jax.config import SnellaConfig
-from snella_jax.importance import factor_paths, path_of
 from snella_jax.layers import (
-    ADAPTABLE,
     Adapted,
     Adapter,
     Budget,
     DropKey,
     Frozen,
-    adapted_class,
     become,
     layout_of,
+    mixed_class,
     plain_class,
 )
+from snella_jax.rules import adapted_layers, freeze, listed, select, variables_of
 
 log = logging.getLogger("snella_jax")
 M = TypeVar("M", bound=nnx.Module)
@@ -70,7 +68,12 @@ def adapt(model: M, config: SnellaConfig, *, rngs: nnx.Rngs) -> M:
         meant), a model that is adapted already, or a `split` that does not fit.
     """
     model = nnx.clone(model)
-    layers = _select(model, config)
+    layers = select(model, config.targets)
+    for regex in config.overrides:
+        if not any(re.fullmatch(regex, path) for path in layers):
+            raise ValueError(
+                f"overrides: {regex!r} matches none of the targets: {listed(layers)}"
+            )
     key = rngs.params()
     for index, (path, layer) in enumerate(layers.items()):
         rule = config.rule(path)
@@ -81,12 +84,12 @@ def adapt(model: M, config: SnellaConfig, *, rngs: nnx.Rngs) -> M:
             raise ValueError(f"{path} cannot be adapted: {error}") from error
         shape = layer.kernel.shape
         stack = shape[: len(shape) - len(layout.shape)]
-        become(layer, adapted_class(type(layer)))
+        become(layer, mixed_class(Adapted, type(layer)))
         layer.adapter = Adapter(
             rule, layout, stack, config.must_move, jax.random.fold_in(key, index)
         )
     _start_budgets(model, config.starting_density)
-    _freeze(model, config.trainable)
+    freeze(model, config.trainable)
     return model
 
 
@@ -140,7 +143,7 @@ def merge(model: M, *, unmoved_budgets: bool = False) -> M:
         layer.kernel[...] = _add(path, layer.kernel[...], adapter.delta())
         del layer.adapter
         become(layer, plain_class(type(layer)))
-    for _, variable in _variables(model, Frozen):
+    for _, variable in variables_of(model, Frozen):
         become(variable, variable.get_metadata("trained_as"))
         variable.del_metadata("trained_as")
     return model
@@ -179,99 +182,6 @@ def merged_magnitude(model: nnx.Module) -> dict[str, np.ndarray]:
     }
 
 
-def labels(params: Any, trainable: str) -> Any:
-    """ "adapter", "trainable" or "frozen" for every leaf, for `optax.partition`.
-
-    A leaf is "adapter" in a mapping with both `a` and `b` (unless it is `Frozen` or an
-    integer), "trainable" where the regex matches its path or a parent's in full, and
-    "frozen" otherwise. `stop_gradients` spares the gradient of the frozen ones.
-
-    >>> params = {"fc1": {"kernel": 0.0, "adapter": {"a": 0.0, "b": 0.0}}, "head": 0.0}
-    >>> labels(params, "head")["fc1"]
-    {'adapter': {'a': 'adapter', 'b': 'adapter'}, 'kernel': 'frozen'}
-
-    Args:
-      params: one tree of all parameters: nested dicts, or an `nnx.State`.
-      trainable: regex over "/"-joined paths, as in `SnellaConfig`; "" for none.
-    """
-    adapters = factor_paths(params)
-    fixed = set()
-    if isinstance(params, nnx.State):
-        flat = params.flat_state()
-        fixed = {_join(path) for path, v in flat if isinstance(v, Frozen)}
-
-    def label(key_path, leaf):
-        *parent, name = path_of(key_path)
-        path = _join((*parent, name))
-        if _join(parent) in adapters:
-            trains = path not in fixed and jnp.issubdtype(
-                jnp.result_type(leaf), jnp.floating
-            )
-            return "adapter" if trains else "frozen"
-        return "trainable" if _matches_or_holds(trainable, path) else "frozen"
-
-    return jax.tree_util.tree_map_with_path(label, params)
-
-
-def stop_gradients(params: Any, labels: Any) -> Any:
-    """`params` with no gradient through the leaves labelled "frozen"."""
-    return jax.tree.map(
-        lambda p, label: jax.lax.stop_gradient(p) if label == "frozen" else p,
-        params,
-        labels,
-    )
-
-
-def adapted_layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
-    """Path and layer of every adapted layer, each once, in a fixed order."""
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, Adapted):
-            yield _join(path), node
-
-
-def _select(model: nnx.Module, config: SnellaConfig) -> dict[str, Any]:
-    if any(True for _ in adapted_layers(model)):
-        raise ValueError("The model has adapters already: merge() it first.")
-    adaptable = {
-        _join(path): node
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, ADAPTABLE)
-    }
-    chosen = {p: n for p, n in adaptable.items() if re.fullmatch(config.targets, p)}
-    if not chosen:
-        raise ValueError(
-            f"targets={config.targets!r} matches no layer that can be adapted. There "
-            f"are: {_listed(adaptable)}"
-        )
-    for regex in config.overrides:
-        if not any(re.fullmatch(regex, path) for path in chosen):
-            raise ValueError(
-                f"overrides: {regex!r} matches none of the targets: {_listed(chosen)}"
-            )
-    return chosen
-
-
-def _freeze(model: nnx.Module, trainable: str) -> None:
-    adapters = {id(v) for _, layer in adapted_layers(model) for v in _leaves(layer)}
-    variables = [
-        (p, v) for p, v in _variables(model, nnx.Param) if id(v) not in adapters
-    ]
-    frozen = [(p, v) for p, v in variables if not _matches_or_holds(trainable, p)]
-    if trainable and len(frozen) == len(variables):
-        paths = [path for path, _ in variables]
-        raise ValueError(
-            f"trainable={trainable!r} matches nothing; pass trainable='' if only the "
-            f"adapters train. There are: {_listed(paths)}"
-        )
-    for _, variable in frozen:
-        variable.set_metadata("trained_as", type(variable))
-        become(variable, Frozen)
-
-
-def _leaves(layer: Any) -> list[nnx.Variable]:
-    return [getattr(layer.adapter, name) for name in layer.adapter.names]
-
-
 def _start_budgets(model: nnx.Module, density: float) -> None:
     adapters = [layer.adapter for _, layer in adapted_layers(model)]
     capacities = np.concatenate(
@@ -298,28 +208,8 @@ def _add(path: str, w0: jax.Array, delta: jax.Array) -> jax.Array:
     return merged
 
 
-def _variables(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, kind):
-            yield _join(path), node
-
-
 def _require_adapters(model: nnx.Module) -> None:
     if not any(True for _ in adapted_layers(model)):
         raise ValueError(
             "The model has no adapters: call snella.adapt(model, ...) first."
         )
-
-
-def _matches_or_holds(regex: str, path: str) -> bool:
-    names = path.split("/")
-    parents = ("/".join(names[: i + 1]) for i in range(len(names)))
-    return bool(regex) and any(re.fullmatch(regex, parent) for parent in parents)
-
-
-def _join(path: Any) -> str:
-    return "/".join(map(str, path))
-
-
-def _listed(paths: Any) -> str:
-    return "\n  ".join(["", *paths]) if paths else "none"

@@ -181,13 +181,15 @@ class Adapted(nnx.Module):
 
 
 @functools.cache
-def adapted_class(cls: type) -> type:
-    """The subclass of a layer's class whose call is adapted; one per class."""
-    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"__doc__": cls.__doc__})
+def mixed_class(mixin: type, cls: type) -> type:
+    """The subclass of a layer's class with `mixin` in front, made once."""
+    return type(
+        f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"__doc__": cls.__doc__}
+    )
 
 
 def plain_class(cls: type) -> type:
-    """The class that `adapted_class` was given."""
+    """The layer's class that `mixed_class` was given."""
     return cls.__mro__[2]
 
 

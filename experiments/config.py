@@ -1,0 +1,195 @@
+"""Configs and command lines: presets, files and overrides become a `RunConfig`."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+import snella_jax as snella
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """The linear probe."""
+
+    strengths: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    """Inverse L2 strengths, from which the validation split chooses."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """LoRA."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    weight_decay: float = 1e-4
+    rank: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Snella:
+    """SNELLA; the defaults are the paper's method."""
+
+    lr: float = 1e-2
+    """Peak learning rate."""
+    weight_decay: float = 1e-4
+    rank: int = 8
+    kernel: Literal[
+        "linear", "piecewise_linear", "rbf", "sigmoid", "normalized_rbf", "mix_k"
+    ] = "mix_k"
+    gate: Literal["product", "released", "soft", "hard"] = "product"
+    path: Literal["merged", "parallel"] = "merged"
+    initial_density: float = 1.0
+    """Fraction of the adapted weights that may move in the first epoch."""
+    target_density: float = 0.3
+    """Fraction of the adapted weights that may move in the last epoch."""
+    power: float = 3.0
+    """Of the budget schedule, Eq. 12."""
+    dropout: float = 0.0
+    """On the adapter's input; needs path=parallel."""
+    drop_path: float = 0.0
+    """Of the adapter's output; needs path=parallel."""
+    beta1: float = 0.85
+    """Smoothing of the sensitivity, Eq. 9."""
+    beta2: float = 0.85
+    """Smoothing of the uncertainty, Eq. 10."""
+
+    def adapter(self, targets: str, trainable: str) -> snella.SnellaConfig:
+        """The library's config for these settings."""
+        same = ("rank", "kernel", "gate", "path", "dropout", "drop_path")
+        densities = ("initial_density", "target_density")
+        fields = {name: getattr(self, name) for name in (*same, *densities)}
+        return snella.SnellaConfig(targets=targets, trainable=trainable, **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run: a task, a pre-trained model, and the methods that fine-tune it."""
+
+    task: Literal["digits"] = "digits"
+    """The data set."""
+    methods: tuple[Literal["linear", "lora", "snella"], ...] = (
+        "linear",
+        "lora",
+        "snella",
+    )
+    """What to train, one after the other."""
+    epochs: int = 30
+    """Of every method but the linear probe, which converges."""
+    warmup_epochs: int = 2
+    """In which the learning rate rises from 0."""
+    batch: int = 32
+    """Images in a step."""
+    targets: str = r"blocks/.*/(query|key|value|out|fc1|fc2)"
+    """Regex of the layers that are adapted."""
+    trainable: str = r"head|cls_token"
+    """Regex of what trains besides."""
+    seed: int = 0
+    """Of the head, the factors and the order of the images; the splits stay."""
+    linear: Linear = Linear()
+    lora: Lora = Lora()
+    snella: Snella = Snella()
+    out: Path | None = None
+    """Run folder, new or empty. Default: runs/NAME/DATE-TIME."""
+
+
+PRESETS: dict[str, tuple[str, RunConfig]] = {
+    "quickstart": (
+        "handwritten digits, a small ViT pre-trained on Fashion-MNIST, on a laptop CPU",
+        RunConfig(),
+    ),
+}
+
+
+def parse(program: str, argv: Sequence[str] | None = None) -> tuple[str, RunConfig]:
+    """The config's name and the config that a command line means.
+
+    `--config` names a preset or a JSON file with (some) fields of `RunConfig`, such as
+    the `config.json` of an earlier run; other options override single fields.
+
+    Raises:
+      SystemExit: with a message that lists what is valid, when a preset, file, field or
+        value is none.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    known, rest = first.parse_known_args(argv)
+    wants_help = "--help" in rest or "-h" in rest
+    if known.config is None and not wants_help:
+        raise SystemExit(f"{program}: --config is missing. {_choices()}")
+    name = known.config or "quickstart"
+    default, from_file = _base(program, name)
+    config, unknown = tyro.cli(
+        RunConfig,
+        prog=f"{program} --config {name}",
+        description=f"--config NAME or FILE. {_choices()}",
+        default=default,
+        args=[*from_file, *rest],
+        return_unknown_args=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+    if unknown:
+        raise SystemExit(
+            f"{program}: no field is called {' '.join(unknown)}. There are: "
+            + ", ".join(f"--{field}" for field in _fields(RunConfig()))
+        )
+    if "snella" in config.methods:
+        try:
+            adapter = config.snella.adapter(config.targets, config.trainable)
+            adapter.schedule(1000, config.epochs, power=config.snella.power)
+        except ValueError as error:
+            raise SystemExit(f"{program}: {error}") from error
+    return Path(name).stem, config
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as JSON can hold it; `--config` reads it back."""
+    fields = dataclasses.asdict(config)
+    fields.pop("out")
+    return fields
+
+
+def _base(program: str, name: str) -> tuple[RunConfig, list[str]]:
+    """The preset of that name, or the defaults and the flags that a file stands for."""
+    if name in PRESETS:
+        return PRESETS[name][1], []
+    path = Path(name)
+    if not path.is_file():
+        raise SystemExit(
+            f"{program}: no preset or file is called {name!r}. {_choices()}"
+        )
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise SystemExit(f"{program}: {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise SystemExit(f"{program}: {path} holds no JSON object of fields.")
+    return RunConfig(), [word for pair in _flags(values) for word in pair]
+
+
+def _flags(values: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flags(value, f"{prefix}{name}.")
+        else:
+            words = value if isinstance(value, list) else [value]
+            yield [f"--{prefix}{name}", *map(str, words)]
+
+
+def _fields(config: Any, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def _choices() -> str:
+    return "Presets: " + "; ".join(f"{k} ({text})" for k, (text, _) in PRESETS.items())

@@ -1,0 +1,1 @@
+"""Ways to fine-tune a model, one file each, under one trainer."""

@@ -1,0 +1,68 @@
+"""LoRA (Hu et al., arXiv 2106.09685): `y = x W0 + (x a) b^T`, of rank `r`.
+
+`a` starts uniform in +-1/sqrt(n r), `b` at 0, and the scale alpha / r is 1: SNELLA's
+linear kernel without a threshold, computed the cheap way, without the n x m product.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from snella_jax.layers import Factor, become, mixed_class
+from snella_jax.rules import freeze, select
+
+
+class Factors(nnx.Module):
+    """`a [*stack, n, r]` and `b [*stack, m, r]`."""
+
+    def __init__(self, kernel: nnx.Variable, rank: int, key: PRNGKeyArray):
+        *stack, n, m = kernel.shape
+        bound = (n * rank) ** -0.5
+        self.a = Factor(jax.random.uniform(key, (*stack, n, rank), None, -bound, bound))
+        self.b = Factor(jnp.zeros((*stack, m, rank)))
+
+
+class Lora(nnx.Module):
+    """Mixed into `nnx.Linear`: adds the low-rank branch to its output."""
+
+    lora: Factors
+
+    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+        y: Array = super().__call__(x)  # pyright: ignore[reportAttributeAccessIssue]
+        a, b = self.lora.a[...].astype(y.dtype), self.lora.b[...].astype(y.dtype)
+        return y + (x.astype(y.dtype) @ a) @ b.T
+
+
+def adapt(
+    model: nnx.Module, targets: str, trainable: str, rank: int, rngs: nnx.Rngs
+) -> Any:
+    """A copy of `model` whose targeted `nnx.Linear` layers have a low-rank branch.
+
+    Only the branches and what `trainable` matches train.
+
+    Raises:
+      ValueError: a regex that matches nothing, or a target that is no `nnx.Linear`.
+    """
+    model = nnx.clone(model)
+    key = rngs.params()
+    layers = select(model, targets)
+    other = [path for path, x in layers.items() if not isinstance(x, nnx.Linear)]
+    if other:
+        raise ValueError(f"{', '.join(other)}: expected nnx.Linear layers alone.")
+    for index, layer in enumerate(layers.values()):
+        layer.lora = Factors(layer.kernel, rank, jax.random.fold_in(key, index))
+        become(layer, mixed_class(Lora, type(layer)))
+    freeze(model, trainable)
+    return model
+
+
+def weights_moved(model: nnx.Module) -> int:
+    """How many weights of the base the branches change: entries of `a b^T` not 0."""
+    return sum(
+        int(jnp.count_nonzero(jnp.einsum("...nr,...mr->...nm", f.a[...], f.b[...])))
+        for _, f in nnx.iter_graph(model)
+        if isinstance(f, Factors)
+    )

@@ -1,0 +1,134 @@
+"""Which parts of a model a regex means: what is adapted, what trains, what is frozen.
+
+Regexes are matched in full against "/"-joined paths, such as `blocks/attn/query`; one
+for variables may also match a module that holds them.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from snella_jax.importance import factor_paths, path_of
+from snella_jax.layers import ADAPTABLE, Adapted, Factor, Frozen, become
+
+
+def select(model: nnx.Module, targets: str) -> dict[str, Any]:
+    """The layers that can be adapted and whose path the regex matches in full.
+
+    Raises:
+      ValueError: it matches none (the message lists them), or the model has adapters.
+    """
+    if any(True for _ in adapted_layers(model)):
+        raise ValueError("The model has adapters already: merge() it first.")
+    layers = {
+        join(path): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, ADAPTABLE)
+    }
+    chosen = {p: layer for p, layer in layers.items() if re.fullmatch(targets, p)}
+    if not chosen:
+        raise ValueError(
+            f"targets={targets!r} matches no layer that can be adapted. There are: "
+            f"{listed(layers)}"
+        )
+    return chosen
+
+
+def freeze(model: nnx.Module, trainable: str) -> None:
+    """Makes every parameter `Frozen`, in place, but factors and what the regex matches.
+
+    Raises:
+      ValueError: the regex is not empty and matches nothing; the message lists what
+        it could have meant.
+    """
+    variables = [
+        (path, variable)
+        for path, variable in variables_of(model, nnx.Param)
+        if not isinstance(variable, Factor)
+    ]
+    frozen = [(p, v) for p, v in variables if not _matches_or_holds(trainable, p)]
+    if trainable and len(frozen) == len(variables):
+        raise ValueError(
+            f"trainable={trainable!r} matches nothing; pass trainable='' if only the "
+            f"adapters train. There are: {listed([path for path, _ in variables])}"
+        )
+    for _, variable in frozen:
+        variable.set_metadata("trained_as", type(variable))
+        become(variable, Frozen)
+
+
+def labels(params: Any, trainable: str) -> Any:
+    """ "adapter", "trainable" or "frozen" for every leaf, for `optax.partition`.
+
+    A leaf is "adapter" in a mapping with both `a` and `b` (unless it is `Frozen` or an
+    integer), "trainable" where the regex matches its path or a parent's in full, and
+    "frozen" otherwise. `stop_gradients` spares the gradient of the frozen ones.
+
+    >>> params = {"fc1": {"kernel": 0.0, "adapter": {"a": 0.0, "b": 0.0}}, "head": 0.0}
+    >>> labels(params, "head")["fc1"]
+    {'adapter': {'a': 'adapter', 'b': 'adapter'}, 'kernel': 'frozen'}
+
+    Args:
+      params: one tree of all parameters: nested dicts, or an `nnx.State`.
+      trainable: regex over "/"-joined paths, as in `SnellaConfig`; "" for none.
+    """
+    adapters = factor_paths(params)
+    fixed = set()
+    if isinstance(params, nnx.State):
+        flat = params.flat_state()
+        fixed = {join(path) for path, v in flat if isinstance(v, Frozen)}
+
+    def label(key_path, leaf):
+        *parent, name = path_of(key_path)
+        path = join((*parent, name))
+        if join(parent) in adapters:
+            trains = path not in fixed and jnp.issubdtype(
+                jnp.result_type(leaf), jnp.floating
+            )
+            return "adapter" if trains else "frozen"
+        return "trainable" if _matches_or_holds(trainable, path) else "frozen"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def stop_gradients(params: Any, labels: Any) -> Any:
+    """`params` with no gradient through the leaves labelled "frozen"."""
+    return jax.tree.map(
+        lambda p, label: jax.lax.stop_gradient(p) if label == "frozen" else p,
+        params,
+        labels,
+    )
+
+
+def adapted_layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """Path and layer of every adapted layer, each once, in a fixed order."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, Adapted):
+            yield join(path), node
+
+
+def variables_of(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
+    """Path and variable of every variable of a kind, each once."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, kind):
+            yield join(path), node
+
+
+def _matches_or_holds(regex: str, path: str) -> bool:
+    names = path.split("/")
+    parents = ("/".join(names[: i + 1]) for i in range(len(names)))
+    return bool(regex) and any(re.fullmatch(regex, parent) for parent in parents)
+
+
+def join(path: Any) -> str:
+    """A path as regexes see it."""
+    return "/".join(map(str, path))
+
+
+def listed(paths: Any) -> str:
+    """Paths for an error message, a line each."""
+    return "\n  ".join(["", *paths]) if paths else "none"
