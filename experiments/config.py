@@ -11,6 +11,7 @@ from typing import Any, Literal
 import tyro
 
 import snella_jax as snella
+from experiments.data import digits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Linear:
 class Lora:
     """LoRA."""
 
-    lr: float = 3e-3
+    lr: float = 1e-2
     """Peak learning rate."""
     weight_decay: float = 1e-4
     rank: int = 8
@@ -35,7 +36,7 @@ class Lora:
 class Snella:
     """SNELLA; the defaults are the paper's method."""
 
-    lr: float = 1e-2
+    lr: float = 2e-2
     """Peak learning rate."""
     weight_decay: float = 1e-4
     rank: int = 8
@@ -79,10 +80,12 @@ class RunConfig:
         "snella",
     )
     """What to train, one after the other."""
-    epochs: int = 30
+    epochs: int = 20
     """Of every method but the linear probe, which converges."""
     warmup_epochs: int = 2
     """In which the learning rate rises from 0."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the last block of the model, in training."""
     batch: int = 32
     """Images in a step."""
     targets: str = r"blocks/.*/(query|key|value|out|fc1|fc2)"
@@ -96,6 +99,21 @@ class RunConfig:
     snella: Snella = Snella()
     out: Path | None = None
     """Run folder, new or empty. Default: runs/NAME/DATE-TIME."""
+
+    def check(self) -> None:
+        """Raises a `ValueError` on values that would fail in the midst of a run."""
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"warmup_epochs={self.warmup_epochs}: expected fewer than "
+                f"epochs={self.epochs}."
+            )
+        if not 1 <= self.batch <= digits.TRAIN:
+            raise ValueError(
+                f"batch={self.batch}: expected 1 to {digits.TRAIN} (training images)."
+            )
+        if "snella" in self.methods:
+            adapter = self.snella.adapter(self.targets, self.trainable)
+            adapter.schedule(1, self.epochs, power=self.snella.power)
 
 
 PRESETS: dict[str, tuple[str, RunConfig]] = {
@@ -139,12 +157,10 @@ def parse(program: str, argv: Sequence[str] | None = None) -> tuple[str, RunConf
             f"{program}: no field is called {' '.join(unknown)}. There are: "
             + ", ".join(f"--{field}" for field in _fields(RunConfig()))
         )
-    if "snella" in config.methods:
-        try:
-            adapter = config.snella.adapter(config.targets, config.trainable)
-            adapter.schedule(1000, config.epochs, power=config.snella.power)
-        except ValueError as error:
-            raise SystemExit(f"{program}: {error}") from error
+    try:
+        config.check()
+    except ValueError as error:
+        raise SystemExit(f"{program}: {error}") from error
     return Path(name).stem, config
 
 

@@ -1,5 +1,6 @@
 """The quickstart's small ViT, pre-trained on Fashion-MNIST by `pretrain.py`."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,15 @@ WEIGHTS = Path(__file__).parent / "pretrained" / "vit_fashion_mnist.safetensors"
 MEAN, STD = 0.286, 0.353  # of Fashion-MNIST's training pixels in [0, 1]
 
 
-def load(seed: int) -> ViT:
-    """The pre-trained model with a fresh head of ten classes."""
-    model = ViT(SMALL, rngs=nnx.Rngs(seed))
+def load(seed: int, drop_path: float = 0.0) -> ViT:
+    """The pre-trained model with a fresh head of ten classes.
+
+    Args:
+      seed: of the head.
+      drop_path: rate of stochastic depth in the last block, for training.
+    """
+    config = dataclasses.replace(SMALL, drop_path=drop_path)
+    model = ViT(config, rngs=nnx.Rngs(seed))
     weights.load(model, WEIGHTS, skip="head")
     return model
 

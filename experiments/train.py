@@ -86,11 +86,6 @@ def fit(
       What the epoch left behind, and the model as it is then.
     """
     steps = len(task.train) // recipe.batch
-    if not steps:
-        raise ValueError(
-            f"batch={recipe.batch}: expected at most {len(task.train)}, the number of "
-            "training images."
-        )
     graphdef, trainable, budgets, frozen = nnx.split(
         model, nnx.Param, snella.Budget, ...
     )
@@ -188,7 +183,7 @@ def _density(model: nnx.Module, budgets: nnx.State) -> float | None:
         return None
     now = sum(
         int(np.asarray(value[...], np.int64).sum())
-        for path, value in budgets.flat_state()
+        for path, value in nnx.to_flat_state(budgets)
         if path[-1] == "budget"
     )
     return now / snella.adapted_weights(model)

@@ -11,10 +11,12 @@ and `figures/allocation.png`.
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,8 @@ def run(name: str, config: RunConfig) -> dict[str, Any]:
     summary = {
         "task": task.name,
         "seed": config.seed,
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} host cores",
+        "versions": {m.__name__: m.__version__ for m in (snella, jax, flax)},
         "methods": {m: dataclasses.asdict(r) for m, r in results.items()},
     }
     _write(out / "summary.json", summary)
@@ -107,7 +111,7 @@ def _linear(config: RunConfig, task: Task, out: Path, console: Console) -> Resul
 
 def _lora(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
     rank, rngs = config.lora.rank, nnx.Rngs(config.seed + 1)
-    base = small_vit.load(config.seed)
+    base = small_vit.load(config.seed, config.drop_path)
     model = lora.adapt(base, config.targets, config.trainable, rank, rngs)
     follow = _Follower("lora", out, console)
     epochs, model = follow.run(config, config.lora, task, model)
@@ -124,7 +128,7 @@ def _lora(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
 def _snella(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
     settings, rngs = config.snella, nnx.Rngs(config.seed + 1)
     adapter = settings.adapter(config.targets, config.trainable)
-    base = small_vit.load(config.seed)
+    base = small_vit.load(config.seed, config.drop_path)
     model = snella.adapt(base, adapter, rngs=rngs)
     weights = snella.adapted_weights(model)
     follow = _Follower("snella", out, console)

@@ -12,7 +12,7 @@ def save(model: nnx.Module, path: Path) -> None:
     """Writes every `nnx.Param` of `model`; the file appears whole or not at all."""
     tensors = {
         "/".join(map(str, name)): np.asarray(value[...])
-        for name, value in nnx.state(model, nnx.Param).flat_state()
+        for name, value in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -32,7 +32,7 @@ def load(model: nnx.Module, path: Path, skip: str = "") -> None:
     tensors = load_file(path)
     places = {
         "/".join(map(str, name)): value
-        for name, value in nnx.state(model, nnx.Param).flat_state()
+        for name, value in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
     if skip:
         tensors = {k: v for k, v in tensors.items() if k.split("/")[0] != skip}

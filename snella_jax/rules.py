@@ -77,10 +77,10 @@ def labels(params: Any, trainable: str) -> Any:
       trainable: regex over "/"-joined paths, as in `SnellaConfig`; "" for none.
     """
     adapters = factor_paths(params)
-    fixed = set()
-    if isinstance(params, nnx.State):
-        flat = params.flat_state()
-        fixed = {join(path) for path, v in flat if isinstance(v, Frozen)}
+    leaves = jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+    fixed = {join(path_of(path)) for path, v in leaves if isinstance(v, Frozen)}
 
     def label(key_path, leaf):
         *parent, name = path_of(key_path)

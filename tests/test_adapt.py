@@ -1,0 +1,529 @@
+"""The NNX binding: which layers are adapted, what they compute, what merges back."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import snella_jax as snella
+from snella_jax.rules import adapted_layers
+
+RANK = 4
+
+
+def oracle_delta(factors, budget, n, m):
+    """The gated Mix-K update of one [n, m] matrix in float64 NumPy, by sorting."""
+    f = {k: np.asarray(v, np.float64) for k, v in factors.items()}
+    difference = f["a"][:, :, None] - f["b"][:, None]  # [P, n, m, r/P]
+    kappa = np.einsum("p,pnm->nm", f["piece_coeff"], np.sqrt((difference**2).sum(-1)))
+    e = np.exp(kappa)
+    delta = kappa + f["alpha"] * e / e.sum(1, keepdims=True) + f["beta"]
+    size = np.sort(np.abs(delta).ravel())[::-1]
+    tau = size[budget] if budget < n * m else 0.0
+    return np.where(np.abs(delta) > tau, delta * (np.abs(delta) - tau), 0)
+
+
+def oracle_deltas(adapter, n, m):
+    """One update for each matrix of an adapter, `[*lead, n, m]`."""
+    budget = np.asarray(adapter.budget[...])
+    factors = {k: np.asarray(v) for k, v in adapter.factors().items()}
+    out = np.zeros((*budget.shape, n, m))
+    for i in np.ndindex(budget.shape):
+        own = {k: v[i] for k, v in factors.items()}
+        out[i] = oracle_delta(own, int(budget[i]), n, m)
+    return out
+
+
+class Stack(nnx.Module):
+    """Three blocks of one Linear, stacked, run by `lax.scan`."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def build(rngs):
+            return nnx.Linear(6, 6, rngs=rngs)
+
+        self.blocks = build(rngs)
+
+    def __call__(self, x):
+        graphdef, state = nnx.split(self.blocks)
+
+        def body(x, layer):
+            return jnp.tanh(nnx.merge(graphdef, layer)(x)), None
+
+        return jax.lax.scan(body, x, state)[0]
+
+
+class Doubled(nnx.Linear):
+    """A user's own layer: a subclass of Linear with arithmetic of its own."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Holder(nnx.Module):
+    """Gives a single layer the path `layer`."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+def experts(deltas):  # [E, n, m], the kernel's own order
+    return deltas
+
+
+# build(rngs), shape of x, (n, m), from [*lead, n, m] to the kernel's shape, options
+LAYERS = {
+    "linear": (
+        lambda r: nnx.Linear(6, 5, rngs=r), (3, 6), (6, 5), lambda d: d, {},
+    ),
+    "linear_no_bias": (
+        lambda r: nnx.Linear(6, 5, use_bias=False, rngs=r), (2, 3, 6), (6, 5),
+        lambda d: d, {},
+    ),
+    "own_subclass": (
+        lambda r: Doubled(6, 5, rngs=r), (3, 6), (6, 5), lambda d: d, {},
+    ),
+    "fused_qkv": (
+        lambda r: nnx.Linear(6, 12, rngs=r), (3, 6), (6, 4),
+        lambda d: np.concatenate(list(d), axis=1), {"split": 3},
+    ),
+    "heads_out": (
+        lambda r: nnx.LinearGeneral(6, (2, 3), rngs=r), (3, 6), (6, 6),
+        lambda d: d.reshape(6, 2, 3), {},
+    ),
+    "heads_in": (
+        lambda r: nnx.LinearGeneral((2, 3), 5, axis=(-2, -1), rngs=r), (4, 2, 3),
+        (6, 5), lambda d: d.reshape(2, 3, 5), {},
+    ),
+    "batched": (
+        lambda r: nnx.LinearGeneral(4, 5, batch_axis={0: 3}, rngs=r), (3, 2, 4),
+        (4, 5), experts, {},
+    ),
+    "qkv_on_an_axis": (
+        lambda r: nnx.LinearGeneral(6, (3, 2, 2), rngs=r), (4, 6), (6, 4),
+        lambda d: np.stack([part.reshape(6, 2, 2) for part in d], axis=1),
+        {"split": 3},
+    ),
+    "einsum_heads": (
+        lambda r: nnx.Einsum("BTD,HDd->BTHd", (2, 6, 3), (2, 3), rngs=r), (2, 3, 6),
+        (6, 6), lambda d: d.reshape(6, 2, 3).transpose(1, 0, 2), {},
+    ),
+    "einsum_experts": (
+        lambda r: nnx.Einsum("...EC,ECF->...EF", (3, 4, 5), rngs=r), (2, 3, 4),
+        (4, 5), experts, {},
+    ),
+    "einsum_qkv": (
+        lambda r: nnx.Einsum("BTD,SHDd->SBTHd", (3, 2, 6, 2), rngs=r), (2, 3, 6),
+        (6, 4),
+        lambda d: np.stack([p.reshape(6, 2, 2).transpose(1, 0, 2) for p in d]),
+        {"split": 3},
+    ),
+    "conv": (
+        lambda r: nnx.Conv(3, 4, (2, 2), strides=2, rngs=r), (2, 6, 6, 3), (12, 4),
+        lambda d: d.reshape(2, 2, 3, 4), {},
+    ),
+    "conv_groups": (
+        lambda r: nnx.Conv(4, 6, (3,), padding="CAUSAL", feature_group_count=2, rngs=r),
+        (2, 5, 4), (6, 6), lambda d: d.reshape(3, 2, 6), {},
+    ),
+}  # fmt: skip
+
+
+def adapt_layer(name, **options):
+    build, shape, nm, assemble, own = LAYERS[name]
+    model = Holder(build(nnx.Rngs(0)))
+    config = snella.SnellaConfig(
+        rank=RANK, targets="layer", trainable="", initial_density=0.4,
+        **{**own, **options},
+    )  # fmt: skip
+    x = jax.random.normal(jax.random.key(1), shape)
+    return model, snella.adapt(model, config, rngs=nnx.Rngs(2)), x, nm, assemble
+
+
+@pytest.mark.parametrize("path", ["merged", "parallel"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_computes_with_w0_plus_delta(name, path):
+    plain, model, x, (n, m), assemble = adapt_layer(name, path=path)
+    grow(model)
+    delta = assemble(oracle_deltas(model.layer.adapter, n, m))
+    assert delta.shape == plain.layer.kernel.shape
+    assert 0 < np.count_nonzero(delta) < delta.size and np.abs(delta).max() > 0.1
+    plain.layer.kernel[...] += jnp.asarray(delta, jnp.float32)
+    np.testing.assert_allclose(model(x), plain(x), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("path", ["merged", "parallel"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_merge_gives_a_plain_layer_with_the_same_outputs(name, path):
+    plain, model, x, _, _ = adapt_layer(name, path=path)
+    grow(model)
+    merged = snella.merge(model, unmoved_budgets=True)
+    assert type(merged.layer) is type(plain.layer)
+    assert nnx.graphdef(merged) == nnx.graphdef(plain)
+    assert float(jnp.abs(merged(x) - plain(x)).max()) > 1e-2  # the update matters
+    np.testing.assert_allclose(merged(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def grow(model):
+    """Makes the factors 30 times larger: an update that rivals the weights."""
+    for _, layer in adapted_layers(model):
+        for name in ("a", "b"):
+            getattr(layer.adapter, name)[...] *= 30
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_factor_gets_a_gradient_and_nothing_else(name):
+    _, model, x, _, _ = adapt_layer(name)
+    grads = nnx.grad(lambda model: jnp.sum(model(x) ** 2))(model)
+    paths = {path[-1] for path, _ in nnx.to_flat_state(grads)}
+    assert paths == {"a", "b", "alpha", "beta", "piece_coeff"}
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+
+
+def test_flax_attention_is_adapted_in_place():
+    attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
+    config = snella.SnellaConfig(
+        rank=RANK, targets="query|key|value|out", trainable="", target_density=1.0
+    )
+    model = snella.adapt(attention, config, rngs=nnx.Rngs(1))
+    assert [path for path, _ in adapted_layers(model)] == [
+        "key",
+        "out",
+        "query",
+        "value",
+    ]
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    np.testing.assert_allclose(snella.merge(model)(x), model(x), rtol=1e-5, atol=1e-5)
+    assert float(jnp.abs(model(x) - attention(x)).max()) > 0
+
+
+def test_stacked_blocks_have_an_adapter_each_and_scan():
+    model = snella.adapt(Stack(nnx.Rngs(0)), STACKED, rngs=nnx.Rngs(1))
+    adapter = model.blocks.adapter
+    assert adapter.a.shape == (3, 2, 6, RANK // 2)
+    assert adapter.alpha.shape == adapter.budget.shape == (3,)
+    assert not np.allclose(adapter.a[0], adapter.a[1])
+    grow(model)
+    x = jax.random.normal(jax.random.key(0), (2, 6))
+    h = np.asarray(x, np.float64)
+    deltas = oracle_deltas(adapter, 6, 6)
+    for i in range(3):
+        w = np.asarray(model.blocks.kernel[i], np.float64) + deltas[i]
+        h = np.tanh(h @ w + np.asarray(model.blocks.bias[i]))
+    np.testing.assert_allclose(model(x), h, rtol=1e-4, atol=1e-5)
+    merged = snella.merge(model, unmoved_budgets=True)
+    np.testing.assert_allclose(merged(x), h, rtol=1e-4, atol=1e-5)
+
+
+STACKED = snella.SnellaConfig(
+    rank=RANK, targets="blocks", trainable="", initial_density=0.5
+)
+
+
+def test_adapt_leaves_the_model_alone_and_shares_its_arrays():
+    model = Stack(nnx.Rngs(0))
+    before = nnx.graphdef(model)
+    adapted = snella.adapt(model, STACKED, rngs=nnx.Rngs(1))
+    assert nnx.graphdef(model) == before
+    assert adapted.blocks.kernel[...] is model.blocks.kernel[...]
+    assert type(model.blocks.kernel) is nnx.Param
+    assert type(adapted.blocks.kernel) is snella.Frozen
+
+
+def test_a_shared_module_is_adapted_once_and_stays_shared():
+    class Twice(nnx.Module):
+        def __init__(self, rngs):
+            self.first = self.second = nnx.Linear(6, 6, rngs=rngs)
+
+        def __call__(self, x):
+            return self.second(self.first(x))
+
+    config = snella.SnellaConfig(rank=RANK, targets="first|second", trainable="")
+    model = snella.adapt(Twice(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    assert model.first is model.second
+    assert snella.adapted_weights(model) == 36
+    merged = snella.merge(model, unmoved_budgets=True)
+    assert merged.first is merged.second and type(merged.first) is nnx.Linear
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs, **options):
+        self.fc1 = nnx.Linear(6, 8, rngs=rngs, **options)
+        self.fc2 = nnx.Linear(8, 6, rngs=rngs, **options)
+        self.head = nnx.Linear(6, 3, rngs=rngs, **options)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.fc2(nnx.relu(self.fc1(x)))))
+
+
+def net(**options):
+    settings = {"rank": RANK, "targets": "fc.", "trainable": "head"} | options
+    return snella.adapt(
+        Net(nnx.Rngs(0)), snella.SnellaConfig(**settings), rngs=nnx.Rngs(1)
+    )
+
+
+def test_partition_names_every_leaf_of_the_model():
+    _, trainable, budgets, frozen = snella.partition(net())
+    paths = [
+        {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
+        for state in (trainable, budgets, frozen)
+    ]
+    factors = ("a", "b", "alpha", "beta", "piece_coeff")
+    layers = ("fc1", "fc2")
+    assert paths[0] == {f"{x}/adapter/{f}" for x in layers for f in factors} | {
+        "head/kernel", "head/bias",
+    }  # fmt: skip
+    ledger = ("budget", "allocated_at")
+    assert paths[1] == {f"{x}/adapter/{f}" for x in layers for f in ledger}
+    assert paths[2] == {f"{x}/{f}" for x in layers for f in ("kernel", "bias")}
+
+
+def test_fixed_piece_coefficients_stay_in_the_tree_but_do_not_train():
+    kernel = snella.kernels.mix_k(temperature=True, learn_piece_coeff=False)
+    _, trainable, _, frozen = snella.partition(net(kernel=kernel))
+    assert "piece_coeff" not in trainable["fc1"]["adapter"]
+    assert "gamma" in trainable["fc1"]["adapter"]
+    np.testing.assert_allclose(
+        frozen["fc1"]["adapter"]["piece_coeff"][...], [0.1, -0.1]
+    )
+
+
+def test_overrides_first_match_holds():
+    model = net(overrides={"fc1": {"rank": 2}, "fc.": {"gate": "soft", "rank": 6}})
+    assert (model.fc1.adapter.rule.rank, model.fc1.adapter.rule.gate) == (2, "product")
+    assert (model.fc2.adapter.rule.rank, model.fc2.adapter.rule.gate) == (6, "soft")
+    assert model.fc2.adapter.a.shape == (2, 8, 3)
+
+
+def test_starting_budgets_are_exact_and_uniform():
+    model = net(initial_density=0.37)
+    budgets = [int(layer.adapter.budget[...]) for _, layer in adapted_layers(model)]
+    assert sum(budgets) == round(0.37 * 96) and max(budgets) - min(budgets) <= 1
+    fixed = net(allocation="fixed", target_density=0.25)
+    assert int(fixed.fc1.adapter.budget[...]) == 12
+
+
+@pytest.mark.parametrize("path", ["merged", "parallel"])
+@pytest.mark.parametrize("w", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("x", [jnp.float32, jnp.bfloat16])
+def test_output_dtype_is_the_plain_layers(path, w, dtype, x):
+    plain = Holder(nnx.Linear(6, 5, dtype=dtype, param_dtype=w, rngs=nnx.Rngs(0)))
+    config = snella.SnellaConfig(rank=RANK, targets="layer", trainable="", path=path)
+    model = snella.adapt(plain, config, rngs=nnx.Rngs(1))
+    assert model.layer.adapter.a.dtype == jnp.float32
+    inputs = jnp.ones((2, 6), x)
+    assert model(inputs).dtype == plain(inputs).dtype
+
+
+def test_merging_into_bfloat16_reports_what_rounding_lost(caplog):
+    model = Holder(nnx.Linear(64, 64, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    config = snella.SnellaConfig(
+        rank=RANK, targets="layer", trainable="", target_density=1.0
+    )
+    merged = snella.merge(snella.adapt(model, config, rngs=nnx.Rngs(1)))
+    assert merged.layer.kernel.dtype == jnp.bfloat16
+    assert "layer into bfloat16 lost" in caplog.text
+
+
+def test_merging_budgets_that_never_moved_raises():
+    with pytest.raises(snella.BudgetsNeverMoved, match=r"fc1.*reallocate"):
+        snella.merge(net())
+    for ready in (
+        net(target_density=1.0),
+        net(allocation="fixed"),
+    ):
+        assert type(snella.merge(ready).fc1) is nnx.Linear
+    assert type(snella.merge(net(), unmoved_budgets=True).fc1) is nnx.Linear
+
+
+def test_merged_magnitude_is_the_mean_of_every_matrix():
+    model = snella.adapt(Stack(nnx.Rngs(0)), STACKED, rngs=nnx.Rngs(1))
+    expected = np.abs(oracle_deltas(model.blocks.adapter, 6, 6)).mean((1, 2))
+    found = snella.merged_magnitude(model)
+    assert list(found) == ["blocks/adapter"]
+    np.testing.assert_allclose(found["blocks/adapter"], expected, rtol=1e-4)
+
+
+def dropping(**options):
+    config = snella.SnellaConfig(
+        rank=RANK, targets="blocks", trainable="", target_density=1.0, path="parallel",
+        gate="hard", **options,
+    )  # fmt: skip
+    model = Stack(nnx.Rngs(0))
+    # Three equal layers without a base: what differs between them is the mask.
+    model = snella.adapt(model, config, rngs=nnx.Rngs(1))
+    adapter = model.blocks.adapter
+    for name in adapter.names:
+        value = getattr(adapter, name)
+        value[...] = jnp.broadcast_to(value[0], value.shape)
+    return model
+
+
+@pytest.mark.parametrize("rate", ["dropout", "drop_path"])
+def test_masks_differ_between_steps_and_layers_and_repeat_with_the_key(rate):
+    model = dropping(**{rate: 0.5})
+    x = jnp.ones((32, 6))
+
+    @jax.jit
+    def updates(key):
+        seeded = nnx.clone(model)
+        snella.seed(seeded, key)
+        graphdef, state = nnx.split(seeded.blocks)
+        base, branch = nnx.split(snella.merge(seeded).blocks)
+
+        def body(_, layers):
+            layer, plain = layers
+            plain = nnx.merge(base, plain)
+            w0 = nnx.merge(graphdef, layer).kernel[...]
+            return None, nnx.merge(graphdef, layer)(x) - x @ w0 - plain.bias[...]
+
+        return jax.lax.scan(body, None, (state, branch))[1]  # [layer, example, 6]
+
+    first, again, second = (updates(jax.random.key(k)) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, second, atol=1e-6)
+    assert not np.allclose(first[0], first[1], atol=1e-6)
+    assert not np.allclose(first[1], first[2], atol=1e-6)
+
+
+def test_masks_agree_between_forward_and_recompute():
+    """The gradient is the output's: central differences with the same key."""
+    model = dropping(dropout=0.5, drop_path=0.3)
+    graphdef, trainable, budgets, frozen = snella.partition(model)
+    x = jax.random.normal(jax.random.key(5), (16, 6))
+
+    @jax.jit
+    def loss(trainable):
+        seeded = nnx.merge(graphdef, trainable, budgets, frozen)
+        snella.seed(seeded, jax.random.key(3))
+        return jnp.sum(seeded(x) * x)
+
+    grads = jax.grad(loss)(trainable)
+    direction = jax.tree.map(
+        lambda v: jax.random.normal(jax.random.key(7), v.shape), trainable
+    )
+    slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, direction)))
+    h = 2e-3
+    ahead, behind = (
+        loss(jax.tree.map(lambda v, d, s=sign: v + s * h * d, trainable, direction))
+        for sign in (1, -1)
+    )
+    np.testing.assert_allclose(slope, (ahead - behind) / (2 * h), rtol=2e-3)
+
+
+def test_training_without_a_key_raises_and_evaluation_does_not():
+    model = dropping(dropout=0.5)
+    with pytest.raises(ValueError, match=r"snella\.seed\(model, key\)"):
+        model(jnp.ones((2, 6)))
+    model.eval()
+    merged = snella.merge(model)
+    x = jnp.ones((2, 6))
+    np.testing.assert_allclose(model(x), merged(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 5}, "rank=5 is not a positive multiple of pieces=2"),
+        ({"rank": 0}, "rank=0"),
+        ({"kernel": "mixk"}, "No kernel is called 'mixk': expected linear,"),
+        ({"gate": "product2"}, "No gate is called 'product2': expected product,"),
+        ({"path": "merge"}, "No path is called 'merge': expected merged, parallel"),
+        ({"dropout": 0.1}, 'dropout=0.1 needs path="parallel"'),
+        ({"target_density": 1.3}, "target_density=1.3: expected 0 to 1"),
+        ({"initial_density": -0.1}, "initial_density=-0.1"),
+        ({"allocation": "learned"}, "expected adaptive or fixed"),
+        ({"targets": "fc("}, r"regex 'fc\(' does not compile"),
+        (
+            {"targets": "fc9"},
+            r"targets='fc9' matches no layer(.|\n)*fc1\n  fc2\n  head",
+        ),
+        ({"trainable": "tail"}, r"trainable='tail' matches nothing(.|\n)*head/kernel"),
+        ({"overrides": {"head": {"rank": 2}}}, r"overrides: 'head' matches none"),
+        ({"overrides": {"fc1": {"rnk": 2}}}, "has rnk: expected some of rank, kernel"),
+        ({"overrides": {"fc1": {"rank": 3}}}, "rank=3 is not a positive multiple"),
+        ({"split": 5}, r"fc1 cannot be adapted: split=5 does not fit"),
+        ({"split": 0}, "split=0"),
+    ],
+)
+def test_bad_configs_say_what_was_expected(options, message):
+    with pytest.raises(ValueError, match=message):
+        net(**options)
+
+
+def test_bad_models_say_what_to_do():
+    with pytest.raises(ValueError, match=r"has adapters already: merge\(\) it first"):
+        snella.adapt(
+            net(), snella.SnellaConfig(targets="fc1", trainable=""), rngs=nnx.Rngs(0)
+        )
+    for function in (snella.partition, snella.merge, snella.adapted_weights):
+        with pytest.raises(ValueError, match="no adapters"):
+            function(Net(nnx.Rngs(0)))
+    late = Holder(nnx.Einsum("ab,bc->ac", (6, 5), rngs=nnx.Rngs(0)))
+    late.layer.einsum_str = None
+    config = snella.SnellaConfig(rank=RANK, targets="layer", trainable="")
+    with pytest.raises(ValueError, match="equation is fixed when built"):
+        snella.adapt(late, config, rngs=nnx.Rngs(0))
+
+
+def test_released_preset_is_the_released_recipe():
+    rule = snella.SnellaConfig.released().rule("blocks/attn/query")
+    assert rule.kernel == snella.kernels.mix_k(
+        temperature=True, learn_piece_coeff=False
+    )
+    assert (rule.gate, rule.path, rule.rank) == ("released", "parallel", 32)
+    assert (rule.dropout, rule.drop_path) == (0.1, 0.1)
+    out = snella.SnellaConfig.released().rule("blocks/attn/out")
+    assert (out.dropout, out.drop_path) == (0.0, 0.1)
+
+
+def test_flax_optimizer_trains_exactly_the_params():
+    """Stateful use: `nnx.Optimizer(wrt=nnx.Param)`, budgets updated in the model."""
+    model = net()
+    tx = optax.chain(snella.track_importance(), optax.adam(1e-2))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    x = jax.random.normal(jax.random.key(0), (16, 6))
+    frozen = nnx.state(model, snella.Frozen)
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(
+            lambda model: jnp.mean((model(x) - x[:, :3]) ** 2)
+        )(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(20)]
+    assert losses[-1] < 0.7 * losses[0]
+    budgets, report = snella.reallocate(
+        nnx.state(model, snella.Budget), optimizer.opt_state, total=40
+    )
+    nnx.update(model, budgets)
+    assert report.steps_since == 20 and report.budgets.sum() == 40
+    moved = sum(
+        int(jnp.count_nonzero(layer.adapter.delta()))
+        for _, layer in adapted_layers(model)
+    )
+    assert moved == 40
+    chex_equal(frozen, nnx.state(model, snella.Frozen))
+    assert type(snella.merge(model).fc1) is nnx.Linear
+
+
+def chex_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_configs_are_equal_and_hash_by_value():
+    make = functools.partial(snella.SnellaConfig, overrides={"fc1": {"rank": 2}})
+    assert make() == make() and hash(make()) == hash(make())
+    assert make() != make(rank=4)

@@ -1,0 +1,265 @@
+"""The experiments: command line, data, methods, weights, and a short real run."""
+
+import gzip
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import snella_jax as snella
+from experiments import config as configs
+from experiments import small_vit, vtab, weights
+from experiments.data import digits, fashion_mnist
+from experiments.methods import linear_probe, lora
+from experiments.pretrain import augment
+from snella_jax.models.vit import ViT, ViTConfig
+
+
+def parse(*argv):
+    return configs.parse("vtab", list(argv))
+
+
+def test_a_preset_and_overrides_of_single_fields():
+    name, config = parse(
+        "--config", "quickstart", "--epochs", "7", "--snella.rank", "4"
+    )
+    assert name == "quickstart"
+    assert (config.epochs, config.snella.rank, config.lora.rank) == (7, 4, 8)
+    assert config.methods == ("linear", "lora", "snella")
+
+
+def test_a_runs_own_config_reads_back(tmp_path):
+    _, config = parse("--config", "quickstart", "--snella.gate", "soft", "--seed", "3")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(configs.as_dict(config)))
+    name, again = parse("--config", str(path))
+    assert (name, again) == ("config", config)
+    assert parse("--config", str(path), "--seed", "4")[1].seed == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--config is missing. Presets: quickstart"),
+        (
+            ["--config", "quikstart"],
+            "no preset or file is called 'quikstart'. Presets:",
+        ),
+        (["--config", "quickstart", "--epoch", "3"], "--epoch 3. There are: --task,"),
+        (["--config", "quickstart", "--snella.rank", "5"], "rank=5 is not a positive"),
+        (
+            ["--config", "quickstart", "--snella.dropout", "0.1"],
+            'needs path="parallel"',
+        ),
+        (
+            ["--config", "quickstart", "--epochs", "2"],
+            "warmup_epochs=2: expected fewer",
+        ),
+        (
+            ["--config", "quickstart", "--epochs", "1", "--warmup-epochs", "0"],
+            "expected at least 2",
+        ),
+        (["--config", "quickstart", "--batch", "801"], "expected 1 to 800"),
+    ],
+)
+def test_bad_command_lines_list_what_is_valid(argv, message):
+    with pytest.raises(SystemExit) as error:
+        parse(*argv)
+    assert message in str(error.value)
+
+
+def test_a_value_of_no_field_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse("--config", "quickstart", "--snella.gate", "sfot")
+    assert "soft" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "holds no JSON object"),
+        ('{"snella": {"rnk": 4}}', "--snella.rnk 4. There are: --task,"),
+    ],
+)
+def test_bad_config_files_say_why(tmp_path, text, message):
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as error:
+        parse("--config", str(path))
+    assert message in str(error.value)
+
+
+def test_help_lists_presets_and_fields(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse("--help")
+    assert error.value.code == 0
+    shown = capsys.readouterr().out
+    assert "quickstart (handwritten" in " ".join(shown.split())
+    for field in ("--epochs", "--snella.target-density", "--out", "--seed"):
+        assert field in shown
+
+
+def test_digits_are_split_800_200_797_without_overlap_and_always_alike():
+    task, again = digits.load(), digits.load()
+    assert [len(s) for s in (task.train, task.validation, task.test)] == [800, 200, 797]
+    assert task.train.images.shape == (800, 28, 28, 1)
+    assert task.train.images.dtype == np.float32
+    for split in ("train", "validation", "test"):
+        ours, theirs = getattr(task, split), getattr(again, split)
+        np.testing.assert_array_equal(ours.images, theirs.images)
+        assert set(ours.labels) == set(range(10))
+    seen = [s.tobytes() for part in (task.train, task.validation, task.test)
+            for s in part.images]  # fmt: skip
+    assert len(set(seen)) == 1797  # no two digits are equal, so none is in two splits
+    other = digits.load(split_seed=1)
+    assert (other.train.labels != task.train.labels).any()
+
+
+def write_idx(path, array):
+    header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+def test_fashion_mnist_reads_idx_files_and_refuses_others(tmp_path):
+    images = np.arange(2 * 28 * 28).reshape(2, 28, 28) % 256
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", images)
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.array([3, 9]))
+    found, labels = fashion_mnist.load("test", tmp_path)
+    np.testing.assert_array_equal(found[..., 0], images)
+    assert labels.tolist() == [3, 9]
+    with pytest.raises(
+        FileNotFoundError, match="apt-get install dataset-fashion-mnist"
+    ):
+        fashion_mnist.load("train", tmp_path)
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", images)
+    with pytest.raises(ValueError, match="not an IDX file of bytes with 1 axes"):
+        fashion_mnist.load("test", tmp_path)
+    with pytest.raises(ValueError, match="has train, test"):
+        fashion_mnist.load("validation", tmp_path)
+
+
+def test_augmentation_flips_and_shifts_whole_images():
+    """Each result is the image or its mirror, moved by at most 2 pixels each way."""
+    images = np.random.default_rng(0).integers(1, 256, (50, 6, 6, 1), np.uint8)
+    results = augment(np.random.default_rng(1), images)
+    moves = set()
+    for image, result in zip(images, results, strict=True):
+        candidates = {
+            (flip, dy, dx): np.pad(
+                image[:, ::-1] if flip else image, ((2, 2), (2, 2), (0, 0))
+            )[dy : dy + 6, dx : dx + 6]
+            for flip in (False, True) for dy in range(5) for dx in range(5)
+        }  # fmt: skip
+        found = [k for k, v in candidates.items() if np.array_equal(v, result)]
+        assert len(found) == 1
+        moves.add(found[0])
+    assert len(moves) > 20
+
+
+def test_the_committed_weights_fit_the_model_and_carry_knowledge():
+    """A probe on the features beats one on the same network with random weights."""
+    task = digits.load()
+    pretrained = linear_probe.train(small_vit.load(0), task, (1.0,))
+    random = linear_probe.train(ViT(small_vit.SMALL, rngs=nnx.Rngs(0)), task, (1.0,))
+    assert pretrained.trainable == 970
+    assert pretrained.test_accuracy > max(0.9, random.test_accuracy + 0.02)
+    size = sum(v.size for v in jax.tree.leaves(nnx.state(small_vit.load(0))))
+    assert size <= 750_000 and small_vit.WEIGHTS.stat().st_size < 3_000_000
+
+
+SMALL = ViTConfig(
+    width=8, depth=2, heads=2, patch_size=4, image_size=8, channels=1, num_classes=3
+)
+
+
+def test_weights_round_trip_and_refuse_what_does_not_fit(tmp_path):
+    path = tmp_path / "new" / "w.safetensors"
+    model, other = (ViT(SMALL, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    weights.save(model, path)
+    weights.load(other, path)
+    for a, b in zip(
+        *(jax.tree.leaves(nnx.state(m)) for m in (model, other)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    wide = ViTConfig(**{**vars(SMALL), "num_classes": 7, "layer_scale": 0.1})
+    with pytest.raises(
+        ValueError, match=r"no tensor for blocks/scale1(.|\n)*head/kernel"
+    ):
+        weights.load(ViT(wide, rngs=nnx.Rngs(0)), path)
+    fresh = ViT(ViTConfig(**{**vars(SMALL), "num_classes": 7}), rngs=nnx.Rngs(1))
+    weights.load(fresh, path, skip="head")
+    np.testing.assert_array_equal(fresh.pos_embed[...], model.pos_embed[...])
+    assert list(tmp_path.rglob("*.partial")) == []
+
+
+def test_lora_is_the_linear_kernel_without_a_threshold():
+    """Started at the base; after moving, equal to SNELLA's linear kernel, gate hard."""
+    base = ViT(SMALL, rngs=nnx.Rngs(0))
+    base.head.kernel[...] = jax.random.normal(jax.random.key(4), (8, 3))
+    targets = r"blocks/mlp/fc."
+    ours = lora.adapt(base, targets, "head", 4, nnx.Rngs(1))
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    np.testing.assert_array_equal(ours(x), base(x))
+    config = snella.SnellaConfig(
+        rank=4, kernel="linear", gate="hard", target_density=1.0, targets=targets
+    )
+    theirs = snella.adapt(base, config, rngs=nnx.Rngs(2))
+    for mine, its in zip(
+        (ours.blocks.mlp.fc1.lora, ours.blocks.mlp.fc2.lora),
+        (theirs.blocks.mlp.fc1.adapter, theirs.blocks.mlp.fc2.adapter),
+        strict=True,
+    ):
+        mine.b[...] = jax.random.normal(jax.random.key(3), mine.b.shape)
+        its.a[...], its.b[...] = mine.a[...][:, None], mine.b[...][:, None]
+    np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    assert lora.weights_moved(ours) == 2 * 2 * 8 * 32
+    trains = {
+        "/".join(path) for path, _ in nnx.to_flat_state(nnx.state(ours, nnx.Param))
+    }
+    branches = {f"blocks/mlp/{fc}/lora/{ab}" for fc in ("fc1", "fc2") for ab in "ab"}
+    assert trains == branches | {"head/kernel", "head/bias"}
+    with pytest.raises(ValueError, match=r"patch_embed: expected nnx\.Linear"):
+        lora.adapt(base, "patch_embed", "head", 4, nnx.Rngs(1))
+
+
+def run(out, *argv):
+    return vtab.main(["--config", "quickstart", "--out", str(out), *argv])
+
+
+def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
+    short = ("--epochs", "2", "--warmup-epochs", "1", "--methods", "snella")
+    summary = run(tmp_path / "a", *short)
+    again = run(tmp_path / "b", *short)
+    lines = [json.loads(x) for x in (tmp_path / "a/metrics.jsonl").open()]
+    others = [json.loads(x) for x in (tmp_path / "b/metrics.jsonl").open()]
+    for row in (*lines, *others):
+        row.pop("seconds_per_step")
+    assert lines == others
+    assert [row["epoch"] for row in lines] == [1, 2]
+    assert [row["density"] for row in lines] == [1.0, pytest.approx(0.3, abs=1e-5)]
+    assert len(lines[1]["importance"]) == len(lines[1]["budget"]) == 36
+    assert json.loads((tmp_path / "a/summary.json").read_text()) == summary
+    assert summary["task"] == digits.NAME
+    result = summary["methods"]["snella"]
+    assert set(result) >= {
+        "test_accuracy", "val_accuracy", "trainable", "seconds_per_step", "density",
+    }  # fmt: skip
+    assert result["weights_moved"] == sum(lines[1]["budget"].values())
+    assert result["test_accuracy"] == again["methods"]["snella"]["test_accuracy"] > 0.5
+    assert (tmp_path / "a/figures/allocation.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "a/config.json").read_text())["epochs"] == 2
+    with pytest.raises(SystemExit, match="is not empty: name another folder"):
+        run(tmp_path / "a", *short)
+
+
+def test_a_nan_in_the_update_reaches_the_loss():
+    """Nothing on the way hides a broken factor."""
+    model = snella.adapt(
+        ViT(SMALL, rngs=nnx.Rngs(0)), snella.SnellaConfig(rank=4), rngs=nnx.Rngs(1)
+    )
+    model.blocks.mlp.fc1.adapter.alpha[...] = jnp.full((2,), jnp.nan)
+    assert bool(jnp.isnan(model(jnp.ones((1, 8, 8, 1)))).any())
