@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,8 @@ class Snella:
         same = ("rank", "kernel", "gate", "path", "dropout", "drop_path")
         densities = ("initial_density", "target_density")
         fields = {name: getattr(self, name) for name in (*same, *densities)}
+        if self.kernel == "linear":  # from 0 the gates would never let it move
+            fields["kernel"] = snella.kernels.linear(zero_init=False)
         return snella.SnellaConfig(targets=targets, trainable=trainable, **fields)
 
 
@@ -93,7 +96,7 @@ class RunConfig:
     trainable: str = r"head|cls_token"
     """Regex of what trains besides."""
     seed: int = 0
-    """Of the head, the factors and the order of the images; the splits stay."""
+    """Of the factors and the order of the images; the splits stay."""
     linear: Linear = Linear()
     lora: Lora = Lora()
     snella: Snella = Snella()
@@ -111,6 +114,25 @@ class RunConfig:
             raise ValueError(
                 f"batch={self.batch}: expected 1 to {digits.TRAIN} (training images)."
             )
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(
+                f"methods={self.methods}: expected each once, at least one."
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: expected at least 0.")
+        if not self.linear.strengths or min(self.linear.strengths) <= 0:
+            raise ValueError(
+                f"linear.strengths={self.linear.strengths}: expected positive numbers."
+            )
+        for name, method in (("lora", self.lora), ("snella", self.snella)):
+            if not (0 < method.lr < math.inf and 0 <= method.weight_decay < math.inf):
+                raise ValueError(
+                    f"{name}.lr={method.lr}, {name}.weight_decay={method.weight_decay}: "
+                    "expected a positive rate and a decay of at least 0."
+                )
+        if self.lora.rank < 1:
+            raise ValueError(f"lora.rank={self.lora.rank}: expected at least 1.")
+        snella.track_importance(self.snella.beta1, self.snella.beta2)
         if "snella" in self.methods:
             adapter = self.snella.adapter(self.targets, self.trainable)
             adapter.schedule(1, self.epochs, power=self.snella.power)
@@ -139,7 +161,7 @@ def parse(program: str, argv: Sequence[str] | None = None) -> tuple[str, RunConf
     first.add_argument("--config")
     known, rest = first.parse_known_args(argv)
     wants_help = "--help" in rest or "-h" in rest
-    if known.config is None and not wants_help:
+    if not known.config and not wants_help:
         raise SystemExit(f"{program}: --config is missing. {_choices()}")
     name = known.config or "quickstart"
     default, from_file = _base(program, name)

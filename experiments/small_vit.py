@@ -22,7 +22,7 @@ def load(seed: int, drop_path: float = 0.0) -> ViT:
     """The pre-trained model with a fresh head of ten classes.
 
     Args:
-      seed: of the head.
+      seed: of what the file does not hold.
       drop_path: rate of stochastic depth in the last block, for training.
     """
     config = dataclasses.replace(SMALL, drop_path=drop_path)

@@ -60,7 +60,14 @@ class Result:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parses the command line, runs, and returns what `summary.json` holds."""
-    name, config = configs.parse("python -m experiments.vtab", argv)
+    program = "python -m experiments.vtab"
+    name, config = configs.parse(program, argv)
+    builds = {"lora": _lora_model, "snella": _snella_model}
+    try:  # the models' shapes alone: what does not fit is said before anything runs
+        for method in set(config.methods) & builds.keys():
+            nnx.eval_shape(lambda method=method: builds[method](config))
+    except ValueError as error:
+        raise SystemExit(f"{program}: {error}") from error
     return run(name, config)
 
 
@@ -110,11 +117,8 @@ def _linear(config: RunConfig, task: Task, out: Path, console: Console) -> Resul
 
 
 def _lora(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
-    rank, rngs = config.lora.rank, nnx.Rngs(config.seed + 1)
-    base = small_vit.load(config.seed, config.drop_path)
-    model = lora.adapt(base, config.targets, config.trainable, rank, rngs)
     follow = _Follower("lora", out, console)
-    epochs, model = follow.run(config, config.lora, task, model)
+    epochs, model = follow.run(config, config.lora, task, _lora_model(config))
     return Result(
         test_accuracy=train.evaluate(model, task.test),
         val_accuracy=epochs[-1].val_accuracy,
@@ -126,10 +130,8 @@ def _lora(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
 
 
 def _snella(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
-    settings, rngs = config.snella, nnx.Rngs(config.seed + 1)
+    settings, model = config.snella, _snella_model(config)
     adapter = settings.adapter(config.targets, config.trainable)
-    base = small_vit.load(config.seed, config.drop_path)
-    model = snella.adapt(base, adapter, rngs=rngs)
     weights = snella.adapted_weights(model)
     follow = _Follower("snella", out, console)
     epochs, model = follow.run(
@@ -151,8 +153,20 @@ def _snella(config: RunConfig, task: Task, out: Path, console: Console) -> Resul
         trainable=_size(model),
         seconds_per_step=_median_seconds(epochs),
         density=epochs[-1].density,
-        weights_moved=_moved(base, plain, config.targets),
+        weights_moved=_moved(small_vit.load(config.seed), plain, config.targets),
     )
+
+
+def _lora_model(config: RunConfig) -> Any:
+    base = small_vit.load(config.seed, config.drop_path)
+    rank, rngs = config.lora.rank, nnx.Rngs(config.seed + 1)
+    return lora.adapt(base, config.targets, config.trainable, rank, rngs)
+
+
+def _snella_model(config: RunConfig) -> Any:
+    base = small_vit.load(config.seed, config.drop_path)
+    adapter = config.snella.adapter(config.targets, config.trainable)
+    return snella.adapt(base, adapter, rngs=nnx.Rngs(config.seed + 1))
 
 
 class _Follower:

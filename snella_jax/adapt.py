@@ -16,8 +16,7 @@
 """
 
 import logging
-import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +33,7 @@ from snella_jax.layers import (
     DropKey,
     Frozen,
     become,
+    check_layer,
     layout_of,
     mixed_class,
     plain_class,
@@ -65,28 +65,32 @@ def adapt(model: M, config: SnellaConfig, *, rngs: nnx.Rngs) -> M:
 
     Raises:
       ValueError: a rule that matches nothing (the message lists what it could have
-        meant), a model that is adapted already, or a `split` that does not fit.
+        meant), a model that is adapted already, a weight that another module uses too,
+        or a `split`, path or `drop_path` that does not fit a layer.
     """
     model = nnx.clone(model)
     layers = select(model, config.targets)
-    for regex in config.overrides:
-        if not any(re.fullmatch(regex, path) for path in layers):
-            raise ValueError(
-                f"overrides: {regex!r} matches none of the targets: {listed(layers)}"
-            )
+    unused = set(config.overrides) - {config.override(path) for path in layers}
+    if unused:
+        raise ValueError(
+            f"overrides: {', '.join(map(repr, sorted(unused)))} matches none of the "
+            f"targets (or an earlier override matches first): {listed(layers)}"
+        )
+    _refuse_tied(model, layers)
     key = rngs.params()
     for index, (path, layer) in enumerate(layers.items()):
         rule = config.rule(path)
         try:
             layout = layout_of(layer)
             layout = layout.split(rule.split) if rule.split > 1 else layout
+            check_layer(layer, rule, layout)
         except ValueError as error:
             raise ValueError(f"{path} cannot be adapted: {error}") from error
         shape = layer.kernel.shape
         stack = shape[: len(shape) - len(layout.shape)]
         become(layer, mixed_class(Adapted, type(layer)))
         layer.adapter = Adapter(
-            rule, layout, stack, config.must_move, jax.random.fold_in(key, index)
+            rule, layout, stack, config, jax.random.fold_in(key, index)
         )
     _start_budgets(model, config.starting_density)
     freeze(model, config.trainable)
@@ -103,11 +107,20 @@ def partition(
       for the optimizer; `budgets`, int32, for `reallocate`; `frozen`, all else.
       `nnx.merge(graphdef, trainable, budgets, frozen)` gives the model back.
 
+    Random streams (`nnx.Dropout`) and batch statistics land in `frozen`: a functional
+    step has to return and carry them, or they repeat.
+
     Raises:
       ValueError: the model has no adapters.
     """
     _require_adapters(model)
     graphdef, trainable, budgets, frozen = nnx.split(model, nnx.Param, Budget, ...)
+    changing = (nnx.RngState, nnx.BatchStat)
+    if any(True for kind in changing for _ in variables_of(model, kind)):
+        log.warning(
+            "the model has random streams or batch statistics, which are in `frozen`: "
+            "carry them from step to step, or they repeat"
+        )
     return graphdef, trainable, budgets, frozen
 
 
@@ -177,9 +190,24 @@ def adapted_weights(model: nnx.Module) -> int:
 def merged_magnitude(model: nnx.Module) -> dict[str, np.ndarray]:
     """Mean `|delta|` of every matrix: `scores` for `reallocate` (Table X)."""
     return {
-        f"{path}/adapter": np.asarray(layer.adapter.magnitude())
+        f"{path}/adapter".lstrip("/"): np.asarray(layer.adapter.magnitude())
         for path, layer in adapted_layers(model)
     }
+
+
+def _refuse_tied(model: nnx.Module, layers: dict[str, Any]) -> None:
+    """One weight cannot be merged with two updates, nor with one for only one user."""
+    users: dict[int, set[int]] = {}
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Module):
+            for value in vars(node).values():
+                users.setdefault(id(value), set()).add(id(node))
+    tied = [path for path, x in layers.items() if len(users[id(x.kernel)]) > 1]
+    if tied:
+        raise ValueError(
+            f"The weights of {', '.join(tied)} are tied to another module's: leave "
+            "them out of the targets, or untie them."
+        )
 
 
 def _start_budgets(model: nnx.Module, density: float) -> None:

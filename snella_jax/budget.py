@@ -9,9 +9,12 @@
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from operator import index
 
 import numpy as np
 from jaxtyping import Int
+
+FIXED = -1  # in an adapter's `allocated_at`: its budgets do not compete
 
 
 def budget_schedule(
@@ -39,13 +42,15 @@ def budget_schedule(
       A function from the step to the total budget; steps past the last give `target`.
 
     Raises:
-      ValueError: a negative budget, power or hold, or too few steps to get from
-        `initial` to `target`; from the function, a negative step.
+      TypeError: a budget that is no integer (a density, say).
+      ValueError: a negative budget or hold, a power that is not positive, or too few
+        steps to get from `initial` to `target`; from the function, a negative step.
     """
-    if min(initial, target, power, warmup, cooldown) < 0:
+    initial, target = index(initial), index(target)
+    if min(initial, target, warmup, cooldown) < 0 or not power > 0:
         raise ValueError(
             f"initial={initial}, target={target}, power={power}, warmup={warmup}, "
-            f"cooldown={cooldown}: expected none to be negative."
+            f"cooldown={cooldown}: expected power > 0 and none of the others negative."
         )
     last = steps - 1 - warmup - cooldown
     if last < 1 and initial != target:
@@ -70,7 +75,7 @@ def allocate(
     scores: Sequence[float] | np.ndarray,
     total: int,
     capacities: Sequence[int] | np.ndarray,
-) -> Int[np.ndarray, "L"]:
+) -> Int[np.ndarray, " L"]:
     """Divides a total budget over matrices in proportion to their scores (Algorithm 1).
 
     What a full matrix cannot take goes to the others in proportion to their scores;
@@ -88,11 +93,12 @@ def allocate(
       within 1 of the real solution.
 
     Raises:
+      TypeError: a total or capacity that is no integer (a density, say).
       ValueError: lengths that differ, a score that is negative, NaN or infinite, or a
         negative total or capacity.
     """
     weights = np.asarray(scores, np.float64)
-    room = [int(c) for c in np.asarray(capacities)]
+    room = [index(capacity) for capacity in capacities]
     if weights.ndim != 1 or len(weights) != len(room) or not room:
         raise ValueError(
             f"{weights.shape} scores and {len(room)} capacities: expected one of each "
@@ -107,7 +113,7 @@ def allocate(
     if total < 0 or min(room) < 0:
         raise ValueError(f"total={total}, capacities={room}: expected none negative.")
 
-    total = min(int(total), sum(room))
+    total = min(index(total), sum(room))
     exact = [Fraction(float(w)) for w in weights]
     shares = _fill(exact, total, room)
     left = total - sum(shares)
@@ -133,7 +139,7 @@ def _fill(weights: list[Fraction], total: Fraction | int, room: list[int]):
     return shares
 
 
-def _round(shares: list[Fraction], total: int) -> Int[np.ndarray, "L"]:
+def _round(shares: list[Fraction], total: int) -> Int[np.ndarray, " L"]:
     whole = [int(share) for share in shares]
     remainders = [share - floor for share, floor in zip(shares, whole, strict=True)]
     by_remainder = sorted(range(len(shares)), key=lambda i: -remainders[i])

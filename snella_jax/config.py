@@ -53,6 +53,12 @@ class Rule:
             raise ValueError(
                 f"rank={self.rank} is not a positive multiple of pieces={pieces}."
             )
+        starts_at_zero = isinstance(kernel, kernels.linear) and kernel.zero_init
+        if starts_at_zero and self.gate in ("product", "released"):
+            raise ValueError(
+                f"kernel={kernel} starts at 0, where gate={self.gate!r} passes no "
+                "gradient: expected kernels.linear(zero_init=False), or gate='hard'."
+            )
         if self.split < 1:
             raise ValueError(f"split={self.split}: expected at least 1.")
 
@@ -99,6 +105,12 @@ class SnellaConfig(Rule):
             raise ValueError(
                 f"allocation={self.allocation!r}: expected adaptive or fixed."
             )
+        if self.kernel == kernels.linear() and self.starting_density < 1:
+            raise ValueError(
+                f"kernel={self.kernel} starts at 0, where a density of "
+                f"{self.starting_density} lets no weight move: expected a density of 1 "
+                "at the start, or kernels.linear(zero_init=False)."
+            )
         for regex in (self.targets, self.trainable, *self.overrides):
             try:
                 re.compile(regex)
@@ -121,8 +133,9 @@ class SnellaConfig(Rule):
         """The settings of the authors' released code instead of the paper's.
 
         Mix-K with a learnt temperature and fixed piece coefficients, rank 32, the
-        `released` gate on the parallel path, dropout and drop-path of 0.1. (It has no
-        dropout before the attention's output projection: override it to 0 there.)
+        `released` gate on the parallel path, dropout and drop-path of 0.1. Before
+        the attention's output projection it has no dropout: that is an override for the
+        default targets, which other targets need to set themselves.
         """
         settings = {
             "rank": 32,
@@ -131,8 +144,9 @@ class SnellaConfig(Rule):
             "path": "parallel",
             "dropout": 0.1,
             "drop_path": 0.1,
-            "overrides": {r".*/out": {"dropout": 0.0}},
         }
+        if "targets" not in changes:
+            settings["overrides"] = {r".*/out": {"dropout": 0.0}}
         return cls(**(settings | changes))
 
     @property
@@ -148,10 +162,13 @@ class SnellaConfig(Rule):
 
     def rule(self, path: str) -> Rule:
         """The rule of the weight at `path`."""
-        for regex, changes in self.overrides.items():
-            if re.fullmatch(regex, path):
-                return self._rule(changes)
-        return self._rule({})
+        regex = self.override(path)
+        return self._rule(self.overrides[regex] if regex is not None else {})
+
+    def override(self, path: str) -> str | None:
+        """The first regex of `overrides` that matches `path`."""
+        matches = (regex for regex in self.overrides if re.fullmatch(regex, path))
+        return next(matches, None)
 
     def schedule(
         self, weights: int, steps: int, **options: Any
@@ -163,7 +180,7 @@ class SnellaConfig(Rule):
         (1000, 300)
         """
         return budget_schedule(
-            round(self.initial_density * weights),
+            round(self.starting_density * weights),
             round(self.target_density * weights),
             steps,
             **options,

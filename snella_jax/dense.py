@@ -33,12 +33,12 @@ Sharding = jax.sharding.Sharding | jax.sharding.PartitionSpec
 
 def sparse_delta(
     factors: Factors,
-    budget: int | Int[Array, "*slices"],
+    budget: int | Int[Array, " *slices"],
     *,
     kernel: Kernel,
     gate: str = "product",
     layout: Layout | None = None,
-) -> Float[Array, "*weight"]:
+) -> Float[Array, " *weight"]:
     """The sparse update of one weight, in the weight's shape and at least float32.
 
     Args:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -62,7 +63,7 @@ def track_importance(
     Source: Eq. 7-10; AdaLoRA (Zhang et al., arXiv 2303.10512).
     """
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= beta <= 1:
+        if isinstance(beta, float | int) and not 0 <= beta <= 1:
             raise ValueError(f"{name}={beta}: expected 0 <= {name} <= 1.")
     if metric not in ("sensitivity", "magnitude"):
         raise ValueError(f'metric={metric!r}: expected "sensitivity" or "magnitude".')
@@ -85,8 +86,8 @@ def track_importance(
         thetas, grads = _factors(params), _factors(updates)
 
         def observe(theta, grad):
-            seen = theta * grad if metric == "sensitivity" else theta
-            return jnp.abs(seen.astype(jnp.float32))
+            theta, grad = theta.astype(jnp.float32), grad.astype(jnp.float32)
+            return jnp.abs(theta * grad if metric == "sensitivity" else theta)
 
         first = state.step == 0
         now = jax.tree.map(observe, thetas, grads)
@@ -106,7 +107,7 @@ def track_importance(
     return optax.GradientTransformation(init, update)
 
 
-def importance(opt_state: Any) -> dict[str, Float[Array, "*lead"]]:
+def importance(opt_state: Any) -> dict[str, Float[Array, " *lead"]]:
     """`p = mean(I_bar_a * U_bar_a) + mean(I_bar_b * U_bar_b)` per matrix (Eq. 11).
 
     Args:
@@ -161,10 +162,18 @@ def factor_paths(tree: Any) -> set[str]:
 
 
 def _factors(tree: Any) -> Smoothed:
-    """`a` and `b` of every mapping that has both, by the path of the mapping."""
+    """`a` and `b` of every mapping that has such a pair, by the mapping's path."""
     found: Smoothed = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         *parent, name = path_of(key_path) or ("",)
         if name in ("a", "b"):
             found.setdefault("/".join(parent), {})[name] = leaf
-    return {path: pair for path, pair in found.items() if len(pair) == 2}
+    return {path: pair for path, pair in found.items() if _is_pair(**pair)}
+
+
+def _is_pair(a: Any = None, b: Any = None) -> bool:
+    """Whether these are `[*lead, P, n, r/P]` and `[*lead, P, m, r/P]`."""
+    if np.ndim(a) < 3 or np.ndim(b) != np.ndim(a):
+        return False
+    (*lead_a, _, columns_a), (*lead_b, _, columns_b) = np.shape(a), np.shape(b)
+    return lead_a == lead_b and columns_a == columns_b

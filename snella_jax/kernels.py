@@ -55,15 +55,24 @@ class Kernel(Protocol):
 class linear:
     """`delta[j, i] = a_j . b_i`: LoRA (Eq. 2 and 4); `b` and delta start at 0.
 
+    Attributes:
+      zero_init: whether `b` starts at 0, as in LoRA, or uniform like `a`. From 0 a
+        threshold below full density and the gates `product` and `released` pass no
+        gradient, so that nothing would ever train: there, use False.
+
     >>> import jax
     >>> k = linear()
     >>> float(abs(k.apply(k.init(jax.random.key(0), (3, 5), 2))).max())
     0.0
     """
 
+    zero_init: bool = True
+
     def init(self, key, shape, rank, dtype=jnp.float32) -> Factors:
         factors = _init_pair(key, shape, rank, 1, dtype)
-        return factors | {"b": jnp.zeros_like(factors["b"])}
+        if self.zero_init:
+            factors["b"] = jnp.zeros_like(factors["b"])
+        return factors
 
     def apply(self, factors: Factors) -> Float[Array, "..."]:
         return _inner(_at_least_float32(factors))
@@ -204,7 +213,7 @@ def named(kernel: str | Kernel) -> Kernel:
 
 @jax.custom_jvp
 def distance(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Float[Array, "..."]:
-    """`||a_j - b_i||_2` for every pair, with a gradient of 0 where the two coincide.
+    """`||a_j - b_i||_2` for every pair; the gradient is 0 where the two coincide.
 
     >>> import jax.numpy as jnp
     >>> distance(jnp.zeros((1, 2)), jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
@@ -217,10 +226,16 @@ def distance(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Float[Array, "
 def _(primals, tangents):
     # d||a - b|| = (a - b).(da - db) / ||a - b||. Expanded into inner products, its
     # transpose is two matmuls instead of an n x m reduction for each column of a, b.
+    # Rows within rounding of each other count as coincident: expanded, their difference
+    # would be noise over almost 0.
     (a, b), (da, db) = primals, tangents
     value = distance(a, b)
-    inverse = jnp.where(value > 0, 1 / jnp.where(value > 0, value, 1), 0)
     ones = (1,) * (b.ndim - 1)
+    norm_a, norm_b = (jnp.sqrt(_squares(jax.lax.stop_gradient(x))) for x in (a, b))
+    size = norm_a.reshape(*a.shape[:-1], *ones) + norm_b
+    noise = 4 * jnp.finfo(value.dtype).eps * size
+    apart = value > noise
+    inverse = jnp.where(apart, 1 / jnp.where(apart, value, 1), 0)
     along_a = jnp.sum(a * da, -1).reshape(*a.shape[:-1], *ones)
     along_b = jnp.sum(b * db, -1)
     change = along_a + along_b - _dot(a, db) - _dot(da, b)
@@ -236,6 +251,10 @@ def _squared_distance(a: Array, b: Array) -> Array:
 
 def _sum(terms: Iterable[Array]) -> Array:
     return functools.reduce(operator.add, terms)
+
+
+def _squares(x: Array) -> Array:
+    return jnp.sum(x * x, -1)
 
 
 def _dot(a: Array, b: Array) -> Array:

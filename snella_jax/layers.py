@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from snella_jax.config import Rule
+from snella_jax.budget import FIXED
+from snella_jax.config import Rule, SnellaConfig
 from snella_jax.dense import adapted, sparse_delta
 from snella_jax.kernels import Factors
 from snella_jax.layout import Layout
@@ -48,7 +49,7 @@ class Adapter(nnx.Module):
       a, b, alpha, ...: `Factor` of shape `[*lead, *shape of the factor]`.
       budget: `Budget`, int32 `[*lead]`.
       allocated_at: `Budget`, int32 `[*lead]`: the optimizer step of the last
-        reallocation, 0 for never.
+        reallocation, 0 for never, -1 where budgets are fixed.
       key: `DropKey` of the stack's shape, or None.
       deterministic: switched by `model.train()` and `model.eval()`.
     """
@@ -58,12 +59,12 @@ class Adapter(nnx.Module):
         rule: Rule,
         layout: Layout,
         stack: tuple[int, ...],
-        must_move: bool,
+        config: SnellaConfig,
         key: PRNGKeyArray,
     ):
         self.rule = rule
         self.layout = layout
-        self.must_move = must_move
+        self.must_move = config.must_move
         self.deterministic = False
         self.key = nnx.data(None)
         lead = stack + layout.slices
@@ -79,7 +80,8 @@ class Adapter(nnx.Module):
             setattr(self, name, kind(value))
         self.names = tuple(factors)
         self.budget = Budget(jnp.full(lead, layout.n * layout.m, jnp.int32))
-        self.allocated_at = Budget(jnp.zeros(lead, jnp.int32))
+        start = FIXED if config.allocation == "fixed" else 0
+        self.allocated_at = Budget(jnp.full(lead, start, jnp.int32))
 
     @property
     def kernel(self) -> Any:
@@ -106,7 +108,7 @@ class Adapter(nnx.Module):
         stack = self.budget.ndim - len(self.layout.slices)
         return self._for_each(one, stack)
 
-    def magnitude(self) -> Float[Array, "*lead"]:
+    def magnitude(self) -> Float[Array, " *lead"]:
         """Mean `|delta|` of each matrix, after the gate."""
 
         def one(matrix):
@@ -196,10 +198,40 @@ def plain_class(cls: type) -> type:
 def become(node: nnx.Module | nnx.Variable, cls: type) -> None:
     """Changes the class of a module or variable in place.
 
-    Whoever holds the object, by whatever path, then holds the adapted or frozen one:
-    shared modules and tied weights need no bookkeeping.
+    Whoever holds the object, by whatever path, then holds the adapted or frozen one, so
+    modules that are shared need no bookkeeping.
     """
     object.__setattr__(node, "__class__", cls)
+
+
+def check_layer(layer: Any, rule: Rule, layout: Layout) -> None:
+    """Raises a `ValueError` when a layer cannot be adapted by this rule."""
+    shape = layer.kernel.shape
+    if shape[len(shape) - len(layout.shape) :] != layout.shape:
+        raise ValueError(
+            f"its weight has shape {shape}: expected {layout.shape} behind the axes of "
+            "the stack; stack blocks along axis 0."
+        )
+    stock = {cls.__call__ for cls in ADAPTABLE}
+    if rule.path == "parallel" and type(layer).__call__ not in stock:
+        raise ValueError(
+            f"{type(layer).__name__} has a call of its own, which need not be linear "
+            'in the weight: expected path="merged".'
+        )
+    if rule.drop_path and not _starts_with_examples(layer):
+        raise ValueError(
+            f"drop_path={rule.drop_path} drops along axis 0 of the output, which here "
+            "belongs to the weight and not to the examples."
+        )
+
+
+def _starts_with_examples(layer: Any) -> bool:
+    if isinstance(layer, nnx.LinearGeneral):
+        return not layer.batch_axis
+    if isinstance(layer, nnx.Einsum):
+        operands, result = layer.einsum_str.split("->")
+        return result[0] not in operands.split(",")[1].replace(".", "")
+    return True
 
 
 def layout_of(layer: nnx.Module) -> Layout:
@@ -217,6 +249,10 @@ def layout_of(layer: nnx.Module) -> Layout:
             return Layout(layer.in_features, layer.out_features, slices)
         case nnx.Conv():
             *window, out = layer.kernel_shape
+            if layer.mask is not None:
+                raise ValueError(
+                    "a convolution with a mask has weights that are not used."
+                )
             return Layout(tuple(window), (out,))
         case nnx.Einsum():
             return _einsum_layout(layer.einsum_str, layer.kernel_shape)

@@ -3,7 +3,8 @@
 Factors are always stored for `[n, m]` matrices, one set for each matrix of the weight:
 `a[*slices, P, n, r/P]`. A `Layout` unfolds them over the weight's own axes and puts the
 update where the weight wants it, so that nothing as large as the weight is reshaped (a
-reshape would gather a weight whose head axis is sharded).
+reshape would gather a weight whose head axis is sharded). The exception is a fused
+weight, its parts side by side in one axis: sharded along it, its update is gathered.
 
     >>> heads = Layout(inputs=(8,), outputs=(2, 4))  # a [D, H, d] projection
     >>> heads.n, heads.m, heads.shape
@@ -94,7 +95,7 @@ class Layout:
             "b": b.reshape(b.shape[0], *self.outputs, b.shape[-1]),
         }
 
-    def place(self, delta: Float[Array, "..."]) -> Float[Array, "*weight"]:
+    def place(self, delta: Float[Array, "..."]) -> Float[Array, " *weight"]:
         """The update in the weight's shape."""
         if self.fused:
             delta = jnp.moveaxis(delta, 0, len(self.inputs)).reshape(self.shape)

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from snella_jax.budget import allocate
-from snella_jax.importance import importance, importance_state, path_of
+from snella_jax.budget import FIXED, allocate
+from snella_jax.importance import (
+    factor_paths,
+    importance,
+    importance_state,
+    path_of,
+)
 
 log = logging.getLogger("snella_jax")
 
@@ -34,9 +38,9 @@ class Reallocation:
     step: int
     steps_since: int
     names: tuple[str, ...]
-    scores: Float[np.ndarray, "L"]
-    budgets: Int[np.ndarray, "L"]
-    capacities: Int[np.ndarray, "L"]
+    scores: Float[np.ndarray, " L"]
+    budgets: Int[np.ndarray, " L"]
+    capacities: Int[np.ndarray, " L"]
     died: tuple[str, ...]
 
     @property
@@ -68,8 +72,10 @@ def reallocate(
       The new budgets, and a `Reallocation` that says what went where.
 
     Raises:
-      ValueError: no step was taken yet, budgets and optimizer belong to different
-        models, or scores or total are not fit to allocate by (see `allocate`).
+      TypeError: `total` is no integer (a density, say).
+      ValueError: no step was taken yet, the budgets are fixed, budgets and optimizer
+        belong to different models, or scores or total are not fit to allocate by (see
+        `allocate`).
     """
     state = importance_state(opt_state)
     step = int(state.step)
@@ -79,6 +85,12 @@ def reallocate(
             "Train a step with snella.track_importance() in the optimizer first."
         )
     leaves = _leaves_by_path(budgets)
+    fixed = [path for (path, _), leaf in leaves.items() if (leaf == FIXED).any()]
+    if fixed:
+        raise ValueError(
+            f"The budgets of {fixed} are fixed: they were adapted with "
+            'SnellaConfig(allocation="fixed") and do not compete.'
+        )
     current = {path: leaf for (path, name), leaf in leaves.items() if name == "budget"}
     scores = importance(opt_state) if scores is None else scores
     if not current.keys() == scores.keys() == state.sensitivity.keys():
@@ -99,8 +111,10 @@ def reallocate(
     def replace(key_path, leaf):
         path, name = _split(key_path)
         value = new[path].reshape(leaf.shape) if name == "budget" else step
-        full = jnp.broadcast_to(jnp.asarray(value, leaf.dtype), leaf.shape)
-        return jax.device_put(full, leaf.sharding)
+        full = np.broadcast_to(np.asarray(value, leaf.dtype), leaf.shape)
+        # Committing what was not committed would compile the training step again.
+        committed = isinstance(leaf, jax.Array) and leaf.committed
+        return jax.device_put(full, leaf.sharding if committed else None)
 
     names = _names(old)
     died = tuple(
@@ -133,7 +147,7 @@ def steps_since_reallocation(budgets: Any, opt_state: Any) -> int:
         raise ValueError(
             "There are no budgets: expected those of snella.partition(model)."
         )
-    return int(importance_state(opt_state).step) - max(last)
+    return int(importance_state(opt_state).step) - max(0, *last)
 
 
 def decay_mask(params: Any) -> Any:
@@ -145,10 +159,14 @@ def decay_mask(params: Any) -> Any:
     >>> decay_mask({"head": {"kernel": 0.0, "bias": 0.0}, "cls_token": 0.0})
     {'cls_token': False, 'head': {'bias': False, 'kernel': True}}
     """
-    decayed = {"a", "b", "kernel", "embedding"}
-    return jax.tree_util.tree_map_with_path(
-        lambda key_path, _: path_of(key_path)[-1] in decayed, params
-    )
+    adapters = factor_paths(params)
+
+    def decays(key_path, _):
+        *parent, name = path_of(key_path)
+        in_adapter = "/".join(parent) in adapters
+        return name in (("a", "b") if in_adapter else ("kernel", "embedding"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def _capacity(state: Any, path: str) -> int:

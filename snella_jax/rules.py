@@ -68,13 +68,17 @@ def labels(params: Any, trainable: str) -> Any:
     integer), "trainable" where the regex matches its path or a parent's in full, and
     "frozen" otherwise. `stop_gradients` spares the gradient of the frozen ones.
 
-    >>> params = {"fc1": {"kernel": 0.0, "adapter": {"a": 0.0, "b": 0.0}}, "head": 0.0}
+    >>> a, b, w = (jax.numpy.zeros(s) for s in ((2, 3, 4), (2, 5, 4), (3, 5)))
+    >>> params = {"fc1": {"kernel": w, "adapter": {"a": a, "b": b}}, "head": w}
     >>> labels(params, "head")["fc1"]
     {'adapter': {'a': 'adapter', 'b': 'adapter'}, 'kernel': 'frozen'}
 
     Args:
       params: one tree of all parameters: nested dicts, or an `nnx.State`.
       trainable: regex over "/"-joined paths, as in `SnellaConfig`; "" for none.
+
+    Raises:
+      ValueError: there is no adapter, or the regex matches nothing.
     """
     adapters = factor_paths(params)
     leaves = jax.tree_util.tree_leaves_with_path(
@@ -92,7 +96,12 @@ def labels(params: Any, trainable: str) -> Any:
             return "adapter" if trains else "frozen"
         return "trainable" if _matches_or_holds(trainable, path) else "frozen"
 
-    return jax.tree_util.tree_map_with_path(label, params)
+    found = jax.tree_util.tree_map_with_path(label, params)
+    if not adapters or (trainable and "trainable" not in jax.tree.leaves(found)):
+        paths = [join(path_of(path)) for path, _ in leaves]
+        missing = f"match of trainable={trainable!r}" if adapters else "adapter"
+        raise ValueError(f"There is no {missing} among {listed(paths)}")
+    return found
 
 
 def stop_gradients(params: Any, labels: Any) -> Any:

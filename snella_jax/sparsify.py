@@ -34,7 +34,7 @@ GATES: dict[str, Callable[[Array, Array, Array], Array]] = {
 
 
 def threshold(
-    delta: Float[Array, "*axes"], budget: int | Int[Array, ""]
+    delta: Float[Array, " *axes"], budget: int | Int[Array, ""]
 ) -> Float[Array, ""]:
     """The `(budget+1)`-th largest `|delta|`; 0 when `budget` covers the whole matrix.
 
@@ -54,7 +54,7 @@ def threshold(
         raise ValueError(f"delta has {delta.size} elements: expected fewer than 2^31.")
     pattern = _pattern(delta)
     unsigned = pattern.dtype
-    budget = jnp.asarray(budget, jnp.int32)
+    budget = _clamped(budget, delta.size)
 
     # More than budget magnitudes reach low (or it is 0), and not so many reach high.
     # NaN has the patterns just above infinity's, so it counts as the largest.
@@ -73,10 +73,10 @@ def threshold(
 
 
 def sparsify(
-    delta: Float[Array, "*axes"],
+    delta: Float[Array, " *axes"],
     budget: int | Int[Array, ""],
     gate: str = "product",
-) -> Float[Array, "*axes"]:
+) -> Float[Array, " *axes"]:
     """Keeps the `budget` weights of largest magnitude and puts them through a gate.
 
     | gate | survivor's value | gradient |
@@ -95,7 +95,9 @@ def sparsify(
     """
     check_gate(gate)
     tau = checkpoint_name(threshold(jax.lax.stop_gradient(delta), budget), TAU)
-    survives = (_pattern(delta) > _pattern(tau)) | jnp.isnan(delta)
+    # A budget that covers the matrix drops nothing, nor the gradient of a zero.
+    full = _clamped(budget, delta.size) == delta.size
+    survives = (_pattern(delta) > _pattern(tau)) | full | jnp.isnan(delta)
     return jnp.where(survives, GATES[gate](delta, jnp.abs(delta), tau), 0)
 
 
@@ -111,8 +113,14 @@ def check_budget(budget: int | Array) -> None:
         raise ValueError(
             f"budget={budget!r}: expected a number of weights, an integer."
         )
-    if not isinstance(budget, Tracer) and np.min(budget) < 0:
-        raise ValueError(f"budget={np.min(budget)}: expected at least 0.")
+    if not isinstance(budget, Tracer) and (least := np.asarray(budget).min()) < 0:
+        raise ValueError(f"budget={least}: expected at least 0.")
+
+
+def _clamped(budget: int | Array, size: int) -> Int[Array, ""]:
+    if not isinstance(budget, Array):
+        budget = min(int(budget), size)  # before it could overflow int32
+    return jnp.minimum(budget, size).astype(jnp.int32)
 
 
 def _count(mask: Bool[Array, "..."]) -> Int[Array, ""]:

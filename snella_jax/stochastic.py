@@ -26,8 +26,8 @@ def dropout(
 
 
 def drop_path(
-    key: PRNGKeyArray, x: Float[Array, "batch *rest"], rate: ArrayLike
-) -> Float[Array, "batch *rest"]:
+    key: PRNGKeyArray, x: Float[Array, "B ..."], rate: ArrayLike
+) -> Float[Array, "B ..."]:
     """Drops the whole branch of an example with probability `rate` (stochastic depth).
 
     Axis 0 is the example; the branches kept are scaled by 1/(1-rate). `rate` is below

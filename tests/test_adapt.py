@@ -148,8 +148,15 @@ def adapt_layer(name, **options):
     return model, snella.adapt(model, config, rngs=nnx.Rngs(2)), x, nm, assemble
 
 
-@pytest.mark.parametrize("path", ["merged", "parallel"])
-@pytest.mark.parametrize("name", LAYERS)
+EVERY_LAYER_AND_PATH = [
+    (name, path)
+    for name in LAYERS
+    for path in ("merged", "parallel")
+    if (name, path) != ("own_subclass", "parallel")  # refused, see below
+]
+
+
+@pytest.mark.parametrize(("name", "path"), EVERY_LAYER_AND_PATH)
 def test_layer_computes_with_w0_plus_delta(name, path):
     plain, model, x, (n, m), assemble = adapt_layer(name, path=path)
     grow(model)
@@ -160,8 +167,7 @@ def test_layer_computes_with_w0_plus_delta(name, path):
     np.testing.assert_allclose(model(x), plain(x), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("path", ["merged", "parallel"])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "path"), EVERY_LAYER_AND_PATH)
 def test_merge_gives_a_plain_layer_with_the_same_outputs(name, path):
     plain, model, x, _, _ = adapt_layer(name, path=path)
     grow(model)
@@ -450,6 +456,10 @@ def test_training_without_a_key_raises_and_evaluation_does_not():
         ),
         ({"trainable": "tail"}, r"trainable='tail' matches nothing(.|\n)*head/kernel"),
         ({"overrides": {"head": {"rank": 2}}}, r"overrides: 'head' matches none"),
+        (
+            {"overrides": {"fc.": {"rank": 2}, "fc1": {"rank": 4}}},
+            r"overrides: 'fc1' matches none(.|\n)*earlier override",
+        ),
         ({"overrides": {"fc1": {"rnk": 2}}}, "has rnk: expected some of rank, kernel"),
         ({"overrides": {"fc1": {"rank": 3}}}, "rank=3 is not a positive multiple"),
         ({"split": 5}, r"fc1 cannot be adapted: split=5 does not fit"),
@@ -474,6 +484,114 @@ def test_bad_models_say_what_to_do():
     config = snella.SnellaConfig(rank=RANK, targets="layer", trainable="")
     with pytest.raises(ValueError, match="equation is fixed when built"):
         snella.adapt(late, config, rngs=nnx.Rngs(0))
+
+
+class Tied(nnx.Module):
+    """Two layers with one weight."""
+
+    def __init__(self, rngs):
+        self.fc1, self.fc2 = nnx.Linear(6, 6, rngs=rngs), nnx.Linear(6, 6, rngs=rngs)
+        self.fc2.kernel = self.fc1.kernel
+
+
+def masked(rngs):
+    return nnx.Conv(2, 3, (1,), mask=jnp.ones((1, 2, 3)), rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (lambda r: Tied(r), {"targets": "fc."}, "fc1, fc2 are tied to another module"),
+        (lambda r: Tied(r), {"targets": "fc1"}, "fc1 are tied to another module"),
+        (lambda r: Holder(Doubled(6, 6, rngs=r)), {"path": "parallel"},
+         'Doubled has a call of its own(.|\n)*expected path="merged"'),
+        (lambda r: Holder(masked(r)), {}, "convolution with a mask"),
+        (lambda r: Holder(nnx.Einsum("BD,SDd->SBd", (3, 6, 2), rngs=r)),
+         {"path": "parallel", "drop_path": 0.1}, "belongs to the weight"),
+        (lambda r: Holder(nnx.vmap(lambda r: nnx.Linear(4, 5, rngs=r), out_axes=1)(
+            r.split(3))), {}, "stack blocks along axis 0"),
+    ],
+)  # fmt: skip
+def test_layers_that_cannot_be_adapted_are_refused(model, options, message):
+    config = snella.SnellaConfig(
+        **{"rank": RANK, "targets": "layer", "trainable": ""} | options
+    )
+    with pytest.raises(ValueError, match=message):
+        snella.adapt(model(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("gate", ["product", "released", "soft", "hard"])
+@pytest.mark.parametrize("kernel", snella.kernels.KERNELS)
+def test_every_kernel_and_gate_trains_from_the_start_or_is_refused(kernel, gate):
+    """A gradient of 0 everywhere at the start would be one for ever."""
+
+    def gradient(kernel):
+        config = snella.SnellaConfig(
+            rank=RANK, kernel=kernel, gate=gate, targets="layer", trainable=""
+        )
+        layer = Holder(nnx.Linear(6, 5, rngs=nnx.Rngs(0)))
+        graphdef, trainable, *rest = snella.partition(
+            snella.adapt(layer, config, rngs=nnx.Rngs(1))
+        )
+        x = jax.random.normal(jax.random.key(0), (3, 6))
+
+        @jax.jit
+        def loss(trainable):
+            return jnp.sum(nnx.merge(graphdef, trainable, *rest)(x) ** 2)
+
+        return max(jnp.abs(g).max() for g in jax.tree.leaves(jax.grad(loss)(trainable)))
+
+    if kernel == "linear" and gate in ("product", "released"):
+        with pytest.raises(ValueError, match="passes no gradient"):
+            gradient(kernel)
+        kernel = snella.kernels.linear(zero_init=False)
+    assert gradient(kernel) > 1e-4
+
+
+def test_linear_from_zero_needs_the_whole_budget_at_the_start():
+    with pytest.raises(ValueError, match="lets no weight move"):
+        snella.SnellaConfig(kernel="linear", gate="hard", initial_density=0.5)
+
+
+def test_fixed_budgets_do_not_move():
+    config = snella.SnellaConfig(
+        rank=RANK, targets="fc.", trainable="head", allocation="fixed"
+    )
+    assert {config.schedule(1000, 5)(t) for t in range(5)} == {300}
+    model = snella.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    _, trainable, budgets, _ = snella.partition(model)
+    tx = snella.track_importance()
+    _, state = tx.update(trainable, tx.init(trainable), trainable)
+    with pytest.raises(ValueError, match=r"fixed(.|\n)*do not compete"):
+        snella.reallocate(budgets, state, 40)
+
+
+def test_partition_warns_of_state_that_a_functional_step_loses(caplog):
+    class Noisy(Net):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    config = snella.SnellaConfig(rank=RANK, targets="fc.", trainable="head")
+    snella.partition(net())
+    assert "carry them" not in caplog.text
+    snella.partition(snella.adapt(Noisy(nnx.Rngs(0)), config, rngs=nnx.Rngs(1)))
+    assert "random streams" in caplog.text
+
+
+def test_labels_that_match_nothing_are_refused():
+    a, w = jnp.zeros((2, 3, 4)), jnp.zeros((3, 3))
+    params = {
+        "fc": {"kernel": w, "adapter": {"a": a, "b": a}},
+        "head": {"a": w, "b": w},
+    }
+    found = snella.labels(params, "head")
+    assert found["head"] == {"a": "trainable", "b": "trainable"}  # no factors: 2-D
+    assert snella.decay_mask(params)["head"] == {"a": False, "b": False}
+    with pytest.raises(ValueError, match="no match of trainable='hed'"):
+        snella.labels(params, "hed")
+    with pytest.raises(ValueError, match="no adapter among"):
+        snella.labels({"head": w}, "head")
 
 
 def test_released_preset_is_the_released_recipe():

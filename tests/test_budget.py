@@ -121,6 +121,18 @@ def test_allocation_refuses(scores, total, capacities, message):
         allocate(scores, total, capacities)
 
 
+def test_budgets_are_integers_and_no_densities():
+    """NumPy's integers are integers; 0.3, or 30.0, is somebody's mistake."""
+    assert allocate([1, 1], np.int64(4), np.array([9, 9])).tolist() == [2, 2]
+    assert budget_schedule(np.int64(9), np.int32(5), steps=2)(0) == 9
+    for total, capacities in ((0.3, [9, 9]), (30.0, [9, 9]), (4, [9.0, 9.0])):
+        with pytest.raises(TypeError):
+            allocate([1, 1], total, capacities)
+    for initial, target in ((1.0, 0), (9, 0.3)):
+        with pytest.raises(TypeError):
+            budget_schedule(initial, target, steps=2)
+
+
 @pytest.mark.parametrize(
     "power, expected",
     # (1 - t/4)^power * 800 + 200 for t = 0 .. 4
@@ -181,6 +193,7 @@ def test_constant_schedule(steps):
         ({"steps": 5, "initial": -1}, "initial=-1"),
         ({"steps": 5, "target": -1}, "target=-1"),
         ({"steps": 5, "power": -1}, "power=-1"),
+        ({"steps": 5, "power": 0}, "expected power > 0"),
         ({"steps": 5, "warmup": -1}, "warmup=-1"),
         ({"steps": 5, "cooldown": -1}, "cooldown=-1"),
     ],

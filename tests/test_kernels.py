@@ -152,6 +152,20 @@ def test_initial_shapes_and_values(kernel):
                 assert 0.95 * bound < largest <= bound * (1 + jnp.finfo(dtype).eps)
 
 
+def test_linear_without_zero_init():
+    """Then `b` spreads as `a` does, so that gates with a product of delta can train."""
+    kernel = kernels.linear(zero_init=False)
+    draw = jax.random.key(0), (20, 30), 12
+    factors, usual = kernel.init(*draw), kernels.linear().init(*draw)
+    np.testing.assert_array_equal(factors["a"], usual["a"])
+    bound = (30 * 12) ** -0.5
+    assert 0.95 * bound < np.abs(factors["b"]).max() <= bound
+    assert kernel != kernels.linear()
+    np.testing.assert_array_equal(
+        kernel.apply(factors), kernels.linear().apply(factors)
+    )
+
+
 @pytest.mark.parametrize("name", ["linear", "mix_k"])
 def test_initial_draws_depend_on_the_key_alone(name):
     """The same key draws the same, another key another; a and b are independent."""
@@ -304,6 +318,25 @@ def test_distance_at_coincident_points():
         np.array([[16, -12], [-12, 9]]) / 125,
         atol=1e-6,
     )
+
+
+def test_distance_of_almost_coincident_points(x64):
+    """Two rows within rounding of each other are coincident, not noise over 0."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 30, 2)).astype(np.float32)
+    b[0] = a[0]
+    a[0, 1], b[0, 1] = 1e-12, 0.0
+
+    def gradient(a, b, dtype):
+        total = lambda a, b: kernels.distance(a, b).sum()  # noqa: E731
+        return run(
+            jax.grad(total, (0, 1)), jnp.asarray(a, dtype), jnp.asarray(b, dtype)
+        )
+
+    got = gradient(a, b, jnp.float32)
+    b[0] = a[0]
+    expected = gradient(a, b, jnp.float64)
+    chex.assert_trees_all_close(got, expected, rtol=0, atol=2e-5)
 
 
 def test_gradient_through_a_kernel_of_equal_factors():

@@ -83,6 +83,21 @@ def test_threshold_eager_takes_plain_and_array_budgets():
         assert_same_bits(threshold(jnp.asarray(delta), kind(9)), oracle(delta, 9))
 
 
+@pytest.mark.parametrize("kind", [np.int8, jnp.int8, jnp.int16])
+def test_budgets_of_few_bits(kind):
+    """A budget whose integers do not reach the size of the matrix."""
+    delta = np.float32(RNG.normal(size=(200, 200)))
+    assert_same_bits(threshold(jnp.asarray(delta), kind(100)), oracle(delta, 100))
+
+
+def test_budgets_beyond_32_bits(x64):
+    """More than any matrix has is all of it, whatever the integer's width."""
+    delta = jnp.asarray(NORMAL, jnp.float32)
+    for budget in (10**10, np.int64(2**32), jnp.uint32(2**32 - 1), jnp.int64(2**32)):
+        assert_same_bits(threshold(delta, budget), np.float32(0))
+        assert (sparsify(delta, budget, "hard") == delta).all()
+
+
 def test_threshold_under_vmap():
     """Over matrices and budgets together, and over budgets alone."""
     deltas = np.float32(RNG.normal(size=(8, 12, 10)))
@@ -238,6 +253,20 @@ def test_values_and_gradients_with_tau_held_fixed(gate, x64):
         slope[sets_tau] = 0  # a kink or a jump: it does not survive, it gets nothing
         np.testing.assert_allclose(grad, slope * cotangent, rtol=1e-8, atol=1e-9)
         np.testing.assert_array_equal(grad[detached <= tau], 0)
+
+
+@each_gate
+def test_a_full_budget_stops_no_gradient(gate):
+    """LoRA starts from a delta of 0: with room for all of it, a zero survives too."""
+    zeros, cotangent = jnp.zeros((2, 3)), jnp.arange(1.0, 7.0).reshape(2, 3)
+
+    def pull_back(budget):
+        return jax.vjp(lambda d: sparsify(d, budget, gate), zeros)[1](cotangent)[0]
+
+    slope = 1 if gate in ("soft", "hard") else 0  # of delta * |delta| at 0
+    np.testing.assert_array_equal(pull_back(6), slope * cotangent)
+    np.testing.assert_array_equal(pull_back(9), slope * cotangent)
+    np.testing.assert_array_equal(pull_back(5), 0)
 
 
 def test_threshold_has_no_gradient():

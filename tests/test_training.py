@@ -141,8 +141,15 @@ def test_the_merged_model_moved_exactly_the_budget_and_is_plain():
             assert moved > 0
         else:
             assert moved == 0, f"{name} is frozen and moved"
-    assert changed == reports[-1].budgets.sum()
+    budget = reports[-1].budgets.sum()  # a tiny update may round to nothing
+    assert 0.999 * budget < changed <= budget
     np.testing.assert_allclose(merged(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+def test_new_budgets_do_not_compile_again():
+    """`assert_max_traces` sees tracing alone; the cache sees every compilation."""
+    _, _, _, step, _ = partitioned()
+    assert step._cache_size() == 1
 
 
 def test_forgetting_to_reallocate_is_seen():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def build(**changes):
     # Zero biases, unit scales and a zero head would hide mistakes.
     for path, value in nnx.to_flat_state(nnx.state(model)):
         if path[-1] in ("bias", "scale", "scale1", "scale2") or path[0] == "head":
-            key = jax.random.key(abs(hash(path)) % 1000)
+            key = jax.random.key(zlib.crc32("/".join(path).encode()))
             value[...] += 0.3 * jax.random.normal(key, value.shape, value.dtype)
     return model
 

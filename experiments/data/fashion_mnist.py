@@ -16,7 +16,7 @@ CLASSES = 10
 
 def load(
     split: str, folder: Path = DEBIAN
-) -> tuple[UInt8[np.ndarray, "N 28 28 1"], Int[np.ndarray, "N"]]:
+) -> tuple[UInt8[np.ndarray, "N 28 28 1"], Int[np.ndarray, " N"]]:
     """Images (0 to 255) and labels (0 to 9) of `split`: "train" or "test".
 
     Raises:

@@ -16,7 +16,7 @@ class Split:
     """
 
     images: Float[np.ndarray, "N H W C"]
-    labels: Int[np.ndarray, "N"]
+    labels: Int[np.ndarray, " N"]
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -43,6 +43,9 @@ def train(model: Any, task: Task, strengths: tuple[float, ...]) -> Probe:
       model: a classifier with a `head`; what comes before it stays as it is.
       task: the splits; the test split is used once, for the head that is kept.
       strengths: inverse L2 strengths to choose from.
+
+    Raises:
+      RuntimeError: a fit that does not converge in 10,000 iterations.
     """
     train, validation = (_features(model, s) for s in (task.train, task.validation))
     fits = []
@@ -51,6 +54,8 @@ def train(model: Any, task: Task, strengths: tuple[float, ...]) -> Probe:
         head = LogisticRegression(C=strength, max_iter=10_000)
         head.fit(train, task.train.labels)
         steps = int(head.n_iter_[0])
+        if steps == head.max_iter:
+            raise RuntimeError(f"C={strength} did not converge in {steps} iterations.")
         seconds = (time.perf_counter() - start) / steps
         accuracy = float(head.score(validation, task.validation.labels))
         fits.append((accuracy, head, strength, steps, seconds))

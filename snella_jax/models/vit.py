@@ -145,7 +145,7 @@ class ViT(nnx.Module):
             small(rngs.params(), (1, tokens, c.width), c.param_dtype)
         )
         self.blocks = _stacked_blocks(c, rngs)
-        self.norm = nnx.LayerNorm(c.width, epsilon=1e-6, rngs=rngs, **dtypes)
+        self.norm = _norm(c, rngs)
         if c.num_classes:
             zeros = nnx.initializers.zeros_init()
             self.head = nnx.Linear(
@@ -197,10 +197,9 @@ class Block(nnx.Module):
     """Attention and MLP, each behind a norm and around a residual."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        self.norm1 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs, **dtypes)
+        self.norm1 = _norm(config, rngs)
         self.attn = Attention(config, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(config.width, epsilon=1e-6, rngs=rngs, **dtypes)
+        self.norm2 = _norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs)
         if config.layer_scale is not None:
             scale = jnp.full(config.width, config.layer_scale, config.param_dtype)
@@ -280,6 +279,17 @@ def _linear(n: int, m: int, config: ViTConfig, rngs: nnx.Rngs) -> nnx.Linear:
         n,
         m,
         kernel_init=nnx.initializers.xavier_uniform(),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
+
+
+def _norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.width,
+        epsilon=1e-6,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         rngs=rngs,
