@@ -83,7 +83,7 @@ class RunConfig:
         "snella",
     )
     """What to train, one after the other."""
-    epochs: int = 20
+    epochs: int = 15
     """Of every method but the linear probe, which converges."""
     warmup_epochs: int = 2
     """In which the learning rate rises from 0."""
@@ -127,8 +127,8 @@ class RunConfig:
         for name, method in (("lora", self.lora), ("snella", self.snella)):
             if not (0 < method.lr < math.inf and 0 <= method.weight_decay < math.inf):
                 raise ValueError(
-                    f"{name}.lr={method.lr}, {name}.weight_decay={method.weight_decay}: "
-                    "expected a positive rate and a decay of at least 0."
+                    f"{name}.lr={method.lr}, {name}.weight_decay="
+                    f"{method.weight_decay}: expected lr > 0 and weight_decay >= 0."
                 )
         if self.lora.rank < 1:
             raise ValueError(f"lora.rank={self.lora.rank}: expected at least 1.")

@@ -170,6 +170,10 @@ WRAPPERS = {
     "inject_hyperparams": lambda tracker: optax.inject_hyperparams(
         lambda learning_rate: optax.chain(tracker, optax.adam(learning_rate))
     )(learning_rate=optax.linear_schedule(0.1, 0.0, 10)),
+    "betas as hyperparameters": lambda _: optax.chain(
+        optax.inject_hyperparams(track_importance)(beta1=0.85, beta2=0.85),
+        optax.sgd(0.1),
+    ),
 }
 
 
@@ -272,8 +276,8 @@ def test_reallocate_divides_by_importance():
     assert report.density == 60 / 129
 
 
-def test_reallocate_keeps_structure_dtype_and_devices():
-    """So that the training step does not recompile; the old budgets are not touched."""
+def test_reallocate_keeps_structure_dtype_and_devices(x64):
+    """int32 even where NumPy's int64 would stay; the old budgets are not touched."""
     device = jax.devices()[1]
     budgets = jax.device_put(toy_budgets(), device)
     new, _ = reallocate(budgets, toy_state(), 60)
