@@ -120,6 +120,9 @@ def check_budget(budget: int | Array) -> None:
 def _clamped(budget: int | Array, size: int) -> Int[Array, ""]:
     if not isinstance(budget, Array):
         budget = min(int(budget), size)  # before it could overflow int32
+    budget = jnp.asarray(budget)
+    if jnp.iinfo(budget.dtype).bits < 32:  # too few to hold the size
+        budget = budget.astype(jnp.int32)
     return jnp.minimum(budget, size).astype(jnp.int32)
 
 
