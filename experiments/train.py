@@ -91,7 +91,7 @@ def fit(
     )
     tx = recipe.optimizer(steps, *watch)
     opt_state = tx.init(trainable)
-    step, accuracy = _programs(graphdef, tx)
+    step, accuracy = jax.jit(training_step(graphdef, tx)), _accuracy(graphdef)
     images, labels = jnp.asarray(task.train.images), jnp.asarray(task.train.labels)
     key = jax.random.key(recipe.seed)
     order = np.random.default_rng(recipe.seed)
@@ -137,14 +137,20 @@ def evaluate(model: nnx.Module, split: Split, batch: int = 256) -> float:
     return _count_hits(jax.jit(_predict(graphdef)), (state,), split, batch)
 
 
-def _programs(graphdef: nnx.GraphDef, tx: optax.GradientTransformation):
-    @jax.jit
+def training_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation) -> Callable:
+    """One step on the cross entropy, to be jitted.
+
+    Returns:
+      A function of `trainable, opt_state, budgets, frozen, images, labels, key` that
+      gives the new `trainable` and `opt_state` and the loss.
+    """
+
     def step(trainable, opt_state, budgets, frozen, images, labels, key):
         def loss_fn(trainable):
             model: Any = nnx.merge(graphdef, trainable, budgets, frozen)
             key_adapter, key_model = jax.random.split(key)
             snella.seed(model, key_adapter)
-            logits = model(images, key_model)
+            logits = model(images, key_model).astype(jnp.float32)
             return optax.softmax_cross_entropy_with_integer_labels(
                 logits, labels
             ).mean()
@@ -153,12 +159,16 @@ def _programs(graphdef: nnx.GraphDef, tx: optax.GradientTransformation):
         updates, opt_state = tx.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, loss
 
+    return step
+
+
+def _accuracy(graphdef: nnx.GraphDef) -> Callable[..., float]:
     predict = jax.jit(_predict(graphdef))
 
     def accuracy(trainable, budgets, frozen, split: Split) -> float:
         return _count_hits(predict, (trainable, budgets, frozen), split, 256)
 
-    return step, accuracy
+    return accuracy
 
 
 def _predict(graphdef: nnx.GraphDef) -> Callable[[tuple, Array], Array]:

@@ -93,7 +93,7 @@ def adapt(model: M, config: SnellaConfig, *, rngs: nnx.Rngs) -> M:
             rule, layout, stack, config, jax.random.fold_in(key, index)
         )
     _start_budgets(model, config.starting_density)
-    freeze(model, config.trainable)
+    freeze(model, config.trainable, config.frozen_dtype)
     return model
 
 

@@ -79,6 +79,8 @@ class SnellaConfig(Rule):
       targets: regex of the weights to adapt.
       trainable: regex of what trains besides: variables, or modules with all they hold;
         "" for nothing.
+      frozen_dtype: dtype in which the weights that do not train are kept, such as
+        `jnp.bfloat16` (half the memory); None leaves them as they are.
       overrides: for a regex of targets, the fields of `Rule` that differ; the first
         that matches a path holds.
 
@@ -92,6 +94,7 @@ class SnellaConfig(Rule):
     allocation: Literal["adaptive", "fixed"] = "adaptive"
     targets: str = r"blocks/.*/(query|key|value|out|fc1|fc2)"
     trainable: str = r"head|cls_token"
+    frozen_dtype: Any = None
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(
         default_factory=dict, hash=False
     )
@@ -127,6 +130,11 @@ class SnellaConfig(Rule):
                     f"{', '.join(fields)}."
                 )
             self._rule(changes)
+        gates = {self.gate, *(c.get("gate") for c in self.overrides.values())}
+        if "none" in gates and min(self.starting_density, self.target_density) < 1:
+            raise ValueError(
+                "gate='none' lets every weight move: expected target_density=1."
+            )
 
     @classmethod
     def released(cls, **changes: Any) -> "SnellaConfig":

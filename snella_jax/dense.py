@@ -19,12 +19,15 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax import stochastic
+from snella_jax.contraction import matmul
 from snella_jax.kernels import Factors, Kernel
 from snella_jax.layout import Layout
-from snella_jax.sparsify import TAU, check_budget, check_gate, sparsify
+from snella_jax.sparsify import TAU, check_budget, check_gate, sparsify, threshold
 
 Path = Literal["merged", "parallel"]
 Op = Callable[[Array, Array], Array]
@@ -50,16 +53,26 @@ def sparse_delta(
 
     Source: Eq. 5, 6 and 13.
     """
+    return _delta_and_tau(factors, budget, None, kernel, gate, layout)[0]
 
-    def one(factors, budget):
-        unfolded = layout.unfold(factors) if layout else factors
-        return sparsify(kernel.apply(unfolded), budget, gate)
+
+def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
+    """The update and its thresholds `[*slices]`, searched for where `tau` is None."""
+
+    def one(factors, budget, tau):
+        dense = kernel.apply(layout.unfold(factors) if layout else factors)
+        if tau is None and gate == "none":
+            tau = jnp.zeros((), dense.dtype)
+        if tau is None:
+            tau = threshold(dense, budget)
+        return sparsify(dense, budget, gate, tau), tau
 
     if layout is None:
-        return one(factors, budget)
+        return one(factors, budget, tau)
     for _ in layout.slices:
         one = jax.vmap(one)
-    return layout.place(one(factors, budget))
+    delta, tau = one(factors, budget, tau)
+    return layout.place(delta), tau
 
 
 def adapted(
@@ -97,34 +110,64 @@ def adapted(
         check_budget(budget)
         _check_shapes(w0, factors, layout)
 
-        def delta_of(factors, budget):
-            delta = sparse_delta(
-                factors, budget, kernel=kernel, gate=gate, layout=layout
-            )
-            if sharding is None:
-                return delta
-            return jax.lax.with_sharding_constraint(delta, sharding)
+        if not isinstance(budget, Array):
+            budget = jnp.asarray(np.minimum(budget, w0.size), jnp.int32)
+        # What the operations close over (a bias) must be an argument to get a gradient.
+        w = w0.astype(x.dtype)
+        base, base_extras = jax.closure_convert(op, x, w)
+        branch, branch_extras = jax.closure_convert(update_op, x, w)
 
-        def merged(x, w0, factors, budget, key):
-            return op(x, (w0 + delta_of(factors, budget)).astype(x.dtype))
-
-        def parallel(x, w0, factors, budget, key):
-            update = delta_of(factors, budget).astype(x.dtype)
-            base = op(x, w0.astype(x.dtype))
+        def forward(x, w0, factors, extras, budget, key, tau):
+            delta, tau = _delta_and_tau(factors, budget, tau, kernel, gate, layout)
+            if sharding is not None:
+                delta = jax.lax.with_sharding_constraint(delta, sharding)
+            if path == "merged":
+                return base(x, (w0 + delta).astype(x.dtype), *extras[0]), tau
+            y, update = base(x, w0.astype(x.dtype), *extras[0]), delta.astype(x.dtype)
             if key is None:
-                return base + update_op(x, update)
+                return y + branch(x, update, *extras[1]), tau
             key_x, key_y = jax.random.split(key)
-            branch = update_op(stochastic.dropout(key_x, x, dropout), update)
-            return base + stochastic.drop_path(key_y, branch, drop_path)
+            dropped = stochastic.dropout(key_x, x, dropout)
+            moved = branch(dropped, update, *extras[1])
+            return y + stochastic.drop_path(key_y, moved, drop_path), tau
 
-        # Saving tau spares the backward pass a second search.
-        run = jax.checkpoint(
-            merged if path == "merged" else parallel,
-            policy=jax.checkpoint_policies.save_only_these_names(TAU),
-        )
-        return run(x, w0, factors, budget, key)
+        extras = (base_extras, branch_extras)
+        return _recomputed(forward)(x, w0, factors, extras, budget, key)
 
     return apply
+
+
+def _recomputed(forward: Callable) -> Callable[..., Array]:
+    """`forward`, which keeps its arguments and tau for the backward pass, nothing else.
+
+    `jax.checkpoint` says the same, but its barrier does not outlast XLA's optimisation:
+    XLA merges the second update with the first, or makes it long before it is needed.
+    """
+
+    @jax.custom_vjp
+    def run(x, w0, factors, extras, budget, key):
+        return forward(x, w0, factors, extras, budget, key, None)[0]
+
+    def keep(x, w0, factors, extras, budget, key):
+        y, tau = forward(x, w0, factors, extras, budget, key, None)
+        tau = checkpoint_name(tau, TAU)
+        return y, (x, w0, factors, extras, budget, key, tau)
+
+    def pull(kept, cotangent):
+        kept, cotangent = jax.lax.optimization_barrier((kept, cotangent))
+        x, w0, factors, extras, budget, key, tau = kept
+        # Never true, but XLA cannot know: the update made here needs tau, so it is not
+        # the update that tau was found in.
+        never = jnp.any(jnp.isnan(tau) & (tau > 0))
+        factors = {k: jnp.where(never, 0, v) for k, v in factors.items()}
+        operands = (x, w0, factors, extras)
+        _, back = jax.vjp(
+            lambda *operands: forward(*operands, budget, key, tau)[0], *operands
+        )
+        return *back(cotangent), None, None
+
+    run.defvjp(keep, pull)
+    return run
 
 
 def adapted_dense(
@@ -169,7 +212,7 @@ def adapted_dense(
 
     Source: Eq. 14; the parallel path is the released code's.
     """
-    return adapted(jnp.matmul)(
+    return adapted(matmul)(
         x,
         w0,
         factors,

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from snella_jax.budget import FIXED
 from snella_jax.config import Rule, SnellaConfig
+from snella_jax.contraction import dot_general
 from snella_jax.dense import adapted, sparse_delta
 from snella_jax.kernels import Factors
 from snella_jax.layout import Layout
@@ -154,12 +155,14 @@ class Adapted(nnx.Module):
         rule = self.adapter.rule
         cls = plain_class(type(self))
         weight, bias = self.kernel[...], self.bias
+        stock = getattr(self, "dot_general", None) is jax.lax.dot_general
+        ours = {"dot_general": dot_general} if stock else {}
 
         def op(x: Array, w: Array, **changes: Any) -> Array:
             # The layer's own call on a stand-in with another weight: its precision,
             # padding, bias and einsum stay its own business.
             layer = object.__new__(cls)
-            vars(layer).update(vars(self), kernel=nnx.Param(w), **changes)
+            vars(layer).update(vars(self), kernel=nnx.Param(w), **ours, **changes)
             return cls.__call__(layer, x, *args, **kwargs)
 
         operands = (inputs, weight) if bias is None else (inputs, weight, bias[...])

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import DTypeLike
 
 from snella_jax.importance import factor_paths, path_of
 from snella_jax.layers import ADAPTABLE, Adapted, Factor, Frozen, become
@@ -38,8 +39,13 @@ def select(model: nnx.Module, targets: str) -> dict[str, Any]:
     return chosen
 
 
-def freeze(model: nnx.Module, trainable: str) -> None:
+def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) -> None:
     """Makes every parameter `Frozen`, in place, but factors and what the regex matches.
+
+    Args:
+      model: the module whose variables change.
+      trainable: regex of what trains besides the factors; "" for nothing.
+      dtype: what frozen floating-point parameters are cast to; None leaves them.
 
     Raises:
       ValueError: the regex is not empty and matches nothing; the message lists what
@@ -59,6 +65,8 @@ def freeze(model: nnx.Module, trainable: str) -> None:
     for _, variable in frozen:
         variable.set_metadata("trained_as", type(variable))
         become(variable, Frozen)
+        if dtype is not None and jnp.issubdtype(variable.dtype, jnp.floating):
+            variable[...] = variable[...].astype(dtype)
 
 
 def labels(params: Any, trainable: str) -> Any:

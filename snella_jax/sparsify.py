@@ -18,7 +18,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
@@ -76,6 +75,7 @@ def sparsify(
     delta: Float[Array, " *axes"],
     budget: int | Int[Array, ""],
     gate: str = "product",
+    tau: Float[Array, ""] | None = None,
 ) -> Float[Array, " *axes"]:
     """Keeps the `budget` weights of largest magnitude and puts them through a gate.
 
@@ -85,16 +85,20 @@ def sparsify(
     | `released` | `delta * |delta|` | `|delta|` is detached |
     | `soft` | `sign(delta) * (|delta| - tau)` | 1 |
     | `hard` | `delta` | 1 |
+    | `none` | every weight's `delta`, whatever the budget: no threshold at all | 1 |
 
     `tau` carries no gradient, and neither does a weight that does not survive. Fewer
     than `budget` survive where magnitudes tie with `tau`. A NaN always survives, so
-    that a broken update is seen and not hidden.
+    that a broken update is seen and not hidden. `tau` is searched for where it is None.
 
     Raises:
       ValueError: `gate` is not in the table, or as in `threshold`.
     """
     check_gate(gate)
-    tau = checkpoint_name(threshold(jax.lax.stop_gradient(delta), budget), TAU)
+    check_budget(budget)
+    if gate == "none":
+        return delta
+    tau = threshold(delta, budget) if tau is None else tau
     # A budget that covers the matrix drops nothing, nor the gradient of a zero.
     full = _clamped(budget, delta.size) == delta.size
     survives = (_pattern(delta) > _pattern(tau)) | full | jnp.isnan(delta)
@@ -103,8 +107,10 @@ def sparsify(
 
 def check_gate(gate: str) -> None:
     """Raises a `ValueError` that lists the gates when `gate` is none of them."""
-    if gate not in GATES:
-        raise ValueError(f"No gate is called {gate!r}: expected {', '.join(GATES)}.")
+    if gate not in (*GATES, "none"):
+        raise ValueError(
+            f"No gate is called {gate!r}: expected {', '.join(GATES)}, none."
+        )
 
 
 def check_budget(budget: int | Array) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from snella_jax.layers import Factor, become, mixed_class
 from snella_jax.rules import freeze, select
@@ -37,7 +37,12 @@ class Lora(nnx.Module):
 
 
 def adapt(
-    model: nnx.Module, targets: str, trainable: str, rank: int, rngs: nnx.Rngs
+    model: nnx.Module,
+    targets: str,
+    trainable: str,
+    rank: int,
+    rngs: nnx.Rngs,
+    frozen_dtype: DTypeLike | None = None,
 ) -> Any:
     """A copy of `model` whose targeted `nnx.Linear` layers have a low-rank branch.
 
@@ -55,7 +60,7 @@ def adapt(
     for index, layer in enumerate(layers.values()):
         layer.lora = Factors(layer.kernel, rank, jax.random.fold_in(key, index))
         become(layer, mixed_class(Lora, type(layer)))
-    freeze(model, trainable)
+    freeze(model, trainable, frozen_dtype)
     return model
 
 

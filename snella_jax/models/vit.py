@@ -1,8 +1,9 @@
 """The Vision Transformer (Dosovitskiy et al., arXiv 2010.11929), pre-norm, in Flax NNX.
 
 The blocks are built stacked (every variable has a leading axis of `depth`) and run by
-`jax.lax.scan`: one block is compiled, whatever the depth. Axes: `B` images, `T` tokens
-(class token first), `D` width, `H` heads, `d = D / H`.
+`jax.lax.scan`: one block is compiled, whatever the depth. With `stacked=False` they are
+an `nnx.List` and run one after the other, as in most NNX models. Axes: `B` images, `T`
+tokens (class token first), `D` width, `H` heads, `d = D / H`.
 
     >>> from flax import nnx
     >>> from snella_jax.models import vit
@@ -47,6 +48,9 @@ class ViTConfig:
         for none.
       drop_path: rate of stochastic depth in the last block, rising linearly from 0 in
         the first; applied only when the call is given a key.
+      stacked: whether the blocks are stacked and scanned, or a list.
+      remat: "none", or "blocks" to keep only what goes from block to block for the
+        backward pass and to compute each block again there.
       dtype: dtype of the computation.
       param_dtype: dtype in which the weights are kept.
     """
@@ -63,6 +67,8 @@ class ViTConfig:
     pool: Literal["cls", "mean"] = "cls"
     layer_scale: float | None = None
     drop_path: float = 0.0
+    stacked: bool = True
+    remat: Literal["none", "blocks"] = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -73,6 +79,8 @@ class ViTConfig:
             raise ValueError(f'pool={self.pool!r}: expected "cls" or "mean".')
         if self.pool == "cls" and not self.class_token:
             raise ValueError('pool="cls" needs class_token=True; use pool="mean".')
+        if self.remat not in ("none", "blocks"):
+            raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path}: expected 0 <= rate < 1.")
         if any(s % p for s, p in zip(self.image_hw, self.patch_hw, strict=True)):
@@ -144,7 +152,11 @@ class ViT(nnx.Module):
         self.pos_embed = nnx.Param(
             small(rngs.params(), (1, tokens, c.width), c.param_dtype)
         )
-        self.blocks = _stacked_blocks(c, rngs)
+        self.blocks: Any = (
+            _stacked_blocks(c, rngs)
+            if c.stacked
+            else nnx.List(Block(c, rngs=rngs) for _ in range(c.depth))
+        )
         self.norm = _norm(c, rngs)
         if c.num_classes:
             zeros = nnx.initializers.zeros_init()
@@ -172,7 +184,8 @@ class ViT(nnx.Module):
         self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "B T D"]:
         """The tokens after the last block and the final norm."""
-        return self.norm(_scan(self.blocks, self._embed(images), self.config, key))
+        run = _scan if self.config.stacked else _unroll
+        return self.norm(run(self.blocks, self._embed(images), self.config, key))
 
     def _embed(self, images: Array) -> Array:
         c = self.config
@@ -252,17 +265,39 @@ class MLP(nnx.Module):
 
 def _scan(blocks: Block, x: Array, config: ViTConfig, key: PRNGKeyArray | None):
     graphdef, state = nnx.split(blocks)
-    drops = None
-    if key is not None and config.drop_path:
-        # One key a block as an input of the scan: a stream kept inside would repeat.
-        rates = jnp.linspace(0, config.drop_path, config.depth)
-        drops = (jax.random.split(key, config.depth), rates)
 
     def body(x, layer):
         state, drop = layer
-        return nnx.merge(graphdef, state)(x, drop), None
+        return _block(config, graphdef)(state, x, drop), None
 
-    return jax.lax.scan(body, x, (state, drops), length=config.depth)[0]
+    return jax.lax.scan(body, x, (state, _drops(config, key)), length=config.depth)[0]
+
+
+def _unroll(blocks: nnx.List, x: Array, config: ViTConfig, key: PRNGKeyArray | None):
+    drops = _drops(config, key)
+    for index, block in enumerate(blocks):
+        graphdef, state = nnx.split(block)
+        drop = jax.tree.map(lambda leaf, i=index: leaf[i], drops)
+        x = _block(config, graphdef)(state, x, drop)
+    return x
+
+
+def _block(config: ViTConfig, graphdef: nnx.GraphDef):
+    def run(state, x, drop):
+        return nnx.merge(graphdef, state)(x, drop)
+
+    if config.remat == "none":
+        return run
+    keep = jax.checkpoint_policies.save_only_these_names("snella_tau")
+    return jax.checkpoint(run, policy=keep)
+
+
+def _drops(config: ViTConfig, key: PRNGKeyArray | None) -> tuple[Array, Array] | None:
+    """Key and rate of stochastic depth for each block: a stream inside would repeat."""
+    if key is None or not config.drop_path:
+        return None
+    rates = jnp.linspace(0, config.drop_path, config.depth)
+    return jax.random.split(key, config.depth), rates
 
 
 def _stacked_blocks(config: ViTConfig, rngs: nnx.Rngs) -> Block:

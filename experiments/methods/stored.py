@@ -1,0 +1,33 @@
+"""SNELLA without its recompute, for comparison: delta is kept for the backward pass."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from snella_jax.layers import Adapter, become, plain_class
+from snella_jax.rules import adapted_layers
+
+
+class Stored(nnx.Linear):
+    """An adapted `nnx.Linear` whose update automatic differentiation stores."""
+
+    adapter: Adapter
+
+    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+        weight: Any = self.kernel[...] + self.adapter.delta()
+        y = jnp.asarray(x, self.dtype) @ weight.astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def keep_delta(model: nnx.Module) -> None:
+    """Changes every adapted layer of `model`, in place, to one that stores its update.
+
+    Raises:
+      ValueError: an adapted layer that is no `nnx.Linear`.
+    """
+    for path, layer in list(adapted_layers(model)):
+        if plain_class(type(layer)) is not nnx.Linear:
+            raise ValueError(f"{path} is no nnx.Linear.")
+        become(layer, Stored)

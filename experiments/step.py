@@ -1,0 +1,148 @@
+"""One training step of every method on a ViT: what memory and time are measured of.
+
+The step is the trainer's own (`train.training_step`), with AdamW, on images of noise.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+import snella_jax as snella
+from experiments import train
+from experiments.methods import lora, stored
+from snella_jax.models import vit
+from snella_jax.rules import freeze
+
+CLASSES = 100  # VTAB-1k's largest common head (CIFAR-100)
+DENSITY = 0.3
+HEAD = "head|cls_token"
+TARGETS = r"blocks/.*/(query|key|value|out|fc1|fc2)"
+
+Method = Literal[
+    "full",
+    "linear",
+    "bias",
+    "lora",
+    "klora",
+    "snella",
+    "snella_parallel",
+    "snella_stored",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A method on a model.
+
+    Attributes:
+      method: how the model is fine-tuned.
+      model: a preset of `snella_jax.models.vit`.
+      batch: images in a step.
+      rank: of LoRA's and SNELLA's factors.
+      dtype: in which the step computes.
+      frozen_dtype: in which the weights that do not train are kept.
+      stacked: whether the blocks are scanned or a list.
+      remat: what is recomputed besides delta, see `ViTConfig`.
+      regularise: SNELLA's dropout and drop-path of 0.1 (parallel path), as released.
+    """
+
+    method: Method
+    model: str = "vit_b16"
+    batch: int = 64
+    rank: int = 8
+    dtype: str = "bfloat16"
+    frozen_dtype: str = "bfloat16"
+    stacked: bool = True
+    remat: Literal["none", "blocks"] = "none"
+    regularise: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step that can be jitted, and its arguments.
+
+    Attributes:
+      run: of `arguments`; gives the new first two and the loss.
+      arguments: trainable, opt_state, budgets, frozen, images, labels, key.
+    """
+
+    run: Callable[..., tuple[Any, Any, Array]]
+    arguments: tuple[Any, ...]
+
+
+def build(setting: Setting) -> Step:
+    """The step of a setting, with arrays; under `jax.eval_shape` with their shapes."""
+    config = vit.PRESETS[setting.model]
+    model = _model(setting)
+    graphdef, trainable, budgets, frozen = nnx.split(
+        model, nnx.Param, snella.Budget, ...
+    )
+    if setting.method.startswith("snella"):
+        # the budgets of a run's last epoch, divided evenly
+        budgets = jax.tree.map(lambda b: (b * DENSITY).astype(b.dtype), budgets)
+    watch = [snella.track_importance()] * setting.method.startswith("snella")
+    tx = optax.chain(*watch, optax.adamw(1e-3, mask=snella.decay_mask))
+    key = jax.random.key(0)
+    images = jax.random.normal(key, (setting.batch, *config.image_hw, config.channels))
+    labels = jnp.arange(setting.batch) % CLASSES
+    state = tx.init(trainable)
+    arguments = (trainable, state, budgets, frozen, images, labels, key)
+    return Step(train.training_step(graphdef, tx), arguments)
+
+
+def abstract(setting: Setting) -> Step:
+    """`build` with the arguments' shapes and dtypes alone."""
+    found = []
+
+    def arguments():
+        found.append(build(setting))
+        return found[0].arguments
+
+    shapes = jax.eval_shape(arguments)
+    return dataclasses.replace(found[0], arguments=shapes)
+
+
+def _model(setting: Setting) -> nnx.Module:
+    model = vit.create(
+        setting.model,
+        num_classes=CLASSES,
+        dtype=jnp.dtype(setting.dtype),
+        stacked=setting.stacked,
+        remat=setting.remat,
+        rngs=nnx.Rngs(0),
+    )
+    frozen, rngs = jnp.dtype(setting.frozen_dtype), nnx.Rngs(1)
+    match setting.method:
+        case "full":
+            return model
+        case "linear":
+            freeze(model, "head", frozen)
+            return model
+        case "bias":
+            freeze(model, f"{HEAD}|.*/bias", frozen)
+            return model
+        case "lora":
+            return lora.adapt(model, TARGETS, HEAD, setting.rank, rngs, frozen)
+    changes = (
+        {"gate": "none", "target_density": 1.0} if setting.method == "klora" else {}
+    )
+    if setting.method == "snella_parallel":
+        rates = dict.fromkeys(("dropout", "drop_path"), 0.1 * setting.regularise)
+        changes = {"path": "parallel", **rates}
+    adapter = snella.SnellaConfig(
+        rank=setting.rank,
+        targets=TARGETS,
+        trainable=HEAD,
+        frozen_dtype=frozen,
+        **changes,
+    )
+    model = snella.adapt(model, adapter, rngs=rngs)
+    if setting.method == "snella_stored":
+        stored.keep_delta(model)
+    return model
