@@ -66,7 +66,7 @@ def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) ->
         variable.set_metadata("trained_as", type(variable))
         become(variable, Frozen)
         if dtype is not None and jnp.issubdtype(variable.dtype, jnp.floating):
-            variable[...] = variable[...].astype(dtype)
+            variable.set_value(variable[...].astype(dtype))
 
 
 def labels(params: Any, trainable: str) -> Any:
