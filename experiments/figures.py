@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -45,6 +46,85 @@ def allocation(
     right.set(title=f"Budget in the epoch ({totals})", xlabel="epoch")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws a step's memory against the size of the model, a line for each method.
+
+    Args:
+      path: the PNG to write.
+      rows: of `experiments.memory`.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = sorted(
+            (row["parameters"] / 1e6, row["total_bytes"] / 2**30)
+            for row in rows
+            if row["method"] == method
+        )
+        axes.plot(*zip(*own, strict=True), marker="o", label=method)
+    top = 1.1 * max(row["total_bytes"] for row in rows) / 2**30
+    for capacity in (16, 24, 80):
+        if capacity <= max(top, 16):
+            axes.axhline(capacity, color="grey", linestyle=":", linewidth=1)
+            axes.annotate(
+                f"{capacity} GB",
+                (1, capacity),
+                color="grey",
+                ha="right",
+                va="bottom",
+                xycoords=("axes fraction", "data"),
+            )
+    ticks = {row["model"]: row["parameters"] / 1e6 for row in rows}
+    labels = [f"{name}\n{size:.0f} M" for name, size in ticks.items()]
+    axes.set_xticks(list(ticks.values()), labels)
+    first = rows[0]
+    axes.set(
+        ylabel="peak memory of a step (GiB)",
+        ylim=(0, max(top, 17)),
+        title=f"{first['target']}, batch {first['batch']}, {first['dtype']}, frozen "
+        f"weights {first['frozen_dtype']}",
+    )
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws the seconds of a step, a bar for each method with its fastest and slowest.
+
+    Args:
+      path: the PNG to write.
+      rows: of `experiments.throughput`.
+    """
+    names = [r["method"] + " + regularisers" * r["regularise"] for r in rows]
+    medians = np.array([row["median_seconds"] for row in rows])
+    ends = np.array([(min(row["seconds"]), max(row["seconds"])) for row in rows]).T
+    height = 1.2 + 0.35 * len(rows)
+    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    axes.barh(names, medians, xerr=np.abs(ends - medians), color="tab:blue", height=0.6)
+    for index, row in enumerate(rows):
+        if "of_lora" in row:
+            axes.annotate(
+                f"{row['of_lora']:.2f} of LoRA",
+                (0, index),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color="white",
+                fontsize=8,
+            )
+    first = rows[0]
+    axes.invert_yaxis()
+    axes.set(
+        xlabel="seconds per step (median; fastest to slowest)",
+        title=f"{first['model']}, batch {first['batch']}, {first['dtype']}: "
+        f"{first['device']}",
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -62,6 +62,13 @@ class Setting:
     remat: Literal["none", "blocks"] = "none"
     regularise: bool = False
 
+    @property
+    def path(self) -> str | None:
+        """How SNELLA's update is applied; None for the other methods."""
+        if not self.method.startswith(("snella", "klora")):
+            return None
+        return "parallel" if self.method == "snella_parallel" else "merged"
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -106,6 +113,29 @@ def abstract(setting: Setting) -> Step:
 
     shapes = jax.eval_shape(arguments)
     return dataclasses.replace(found[0], arguments=shapes)
+
+
+def checked(setting: Setting) -> Setting:
+    """The setting, or a `ValueError` that says what is wrong with it."""
+    if setting.model not in vit.PRESETS:
+        presets = ", ".join(vit.PRESETS)
+        raise ValueError(f"No ViT is called {setting.model!r}; there are {presets}.")
+    for name in ("batch", "rank"):
+        if getattr(setting, name) < 1:
+            raise ValueError(f"{name}={getattr(setting, name)}: expected at least 1.")
+    if setting.rank % 2:
+        raise ValueError(
+            f"rank={setting.rank}: expected a multiple of mix_k's 2 pieces."
+        )
+    return setting
+
+
+def parameters(model: str) -> int:
+    """How many parameters a preset has, with a head of `CLASSES`."""
+    shapes = nnx.eval_shape(
+        lambda: vit.create(model, num_classes=CLASSES, rngs=nnx.Rngs(0))
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
 
 
 def _model(setting: Setting) -> nnx.Module:

@@ -60,7 +60,7 @@ def _matmul(x: Array, w: Array, precision: Any, out_dtype: Any) -> Array:
 
 
 def _forward(x, w, precision, out_dtype):
-    return _matmul.__wrapped__(x, w, precision, out_dtype), (x, w)
+    return _dot(x, w, (x.ndim - 1,), (0,), precision, out_dtype), (x, w)
 
 
 def _backward(precision, _, residuals, g):

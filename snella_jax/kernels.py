@@ -220,17 +220,18 @@ def distance(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Float[Array, "
     return _weighted_distances(jnp.ones(1, a.dtype), a[None], b[None])
 
 
-@jax.custom_vjp
-def _weighted_distances(
+def _sum_of_distances(
     coeff: Float[Array, " P"], a: Float[Array, "P *n d"], b: Float[Array, "P *m d"]
 ) -> Float[Array, "..."]:
-    return _sum(
-        coeff[p] * jnp.sqrt(_squared_distance(a[p], b[p])) for p in range(len(a))
-    )
+    squared = (_squared_distance(a[p], b[p]) for p in range(len(a)))
+    return _sum(coeff[p] * jnp.sqrt(value) for p, value in enumerate(squared))
+
+
+_weighted_distances = jax.custom_vjp(_sum_of_distances)
 
 
 def _forward(coeff, a, b):
-    return _weighted_distances.__wrapped__(coeff, a, b), (coeff, a, b)
+    return _sum_of_distances(coeff, a, b), (coeff, a, b)
 
 
 def _backward(factors, cotangent):
@@ -268,9 +269,8 @@ def _pull_distance(cotangent: Array, a: Array, b: Array) -> tuple[Array, Array]:
     one_a, one_b = (jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1) for x in (a, b))
     over_m = jnp.tensordot(ratio, one_b, (m_axes, b_axes), precision="highest")
     over_n = jnp.tensordot(ratio, one_a, (n_axes, n_axes), precision="highest")
-    return tuple(
-        x * over[..., -1:] - over[..., :-1] for x, over in ((a, over_m), (b, over_n))
-    )
+    da, db = (x * y[..., -1:] - y[..., :-1] for x, y in ((a, over_m), (b, over_n)))
+    return da, db
 
 
 def _squared_distance(a: Array, b: Array) -> Array:

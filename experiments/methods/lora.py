@@ -31,7 +31,8 @@ class Lora(nnx.Module):
     lora: Factors
 
     def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-        y: Array = super().__call__(x)  # pyright: ignore[reportAttributeAccessIssue]
+        base = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        y: Array = jax.checkpoint(base)(x)  # else a cast weight is kept: a copy of it
         a, b = self.lora.a[...].astype(y.dtype), self.lora.b[...].astype(y.dtype)
         return y + (x.astype(y.dtype) @ a) @ b.T
 

@@ -10,13 +10,16 @@ from snella_jax.layers import Adapter, become, plain_class
 from snella_jax.rules import adapted_layers
 
 
-class Stored(nnx.Linear):
+class Stored(nnx.Module):
     """An adapted `nnx.Linear` whose update automatic differentiation stores."""
 
     adapter: Adapter
+    kernel: nnx.Variable
+    bias: nnx.Variable | None
+    dtype: Any
 
     def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-        weight: Any = self.kernel[...] + self.adapter.delta()
+        weight = self.kernel[...] + self.adapter.delta()
         y = jnp.asarray(x, self.dtype) @ weight.astype(self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 

@@ -248,7 +248,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         heads = (*x.shape[:2], self.heads, -1)  # [B, T, H, d]
         q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
-        return self.out(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+        return self.out(_attend(q, k, v).reshape(x.shape))
 
 
 class MLP(nnx.Module):
@@ -260,7 +260,19 @@ class MLP(nnx.Module):
         self.fc2 = _linear(hidden, config.width, config, rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(_gelu(self.fc1(x)))
+
+
+# Made again in the backward pass: else `[B, H, T, T]` and three arrays as wide as the MLP
+# are kept for every scanned block, over a third of a step's memory.
+@jax.checkpoint
+def _attend(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v)
+
+
+@jax.checkpoint
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
 
 
 def _scan(blocks: Block, x: Array, config: ViTConfig, key: PRNGKeyArray | None):

@@ -1,0 +1,172 @@
+"""Compiled peak memory of one training step, method by method.
+
+    python -m experiments.memory --target h100 --model vit_b16 vit_l16 vit_h14 --batch 8
+
+compiles the step of every method for the target, which need not be there, and asks the
+compiler what it will allocate: arguments, results and temporaries. Prints a table and
+writes `memory.json` and `memory.png` (memory against the size of the model, as in the
+paper's Figure 7(b, c) and Table XVI) into `--out`. Full fine-tuning keeps its weights
+in float32, as it has to; LoRA's cast of a frozen weight is recomputed, so that no copy
+of it counts against LoRA.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from experiments import figures, step, targets
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """Options of `python -m experiments.memory`."""
+
+    target: targets.Target = "local"
+    """What the step is compiled for. On the CPU XLA's scheduler does not spare memory:
+    its figures rank methods badly."""
+    model: tuple[str, ...] = ("vit_b16",)
+    """Presets of snella_jax.models.vit."""
+    method: tuple[step.Method, ...] = get_args(step.Method)
+    """What is compared."""
+    batch: int = 8
+    """Images in a step."""
+    rank: int = 8
+    """Of LoRA's and SNELLA's factors."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the computation."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights that do not train."""
+    stacked: bool = True
+    """Whether the blocks are scanned, or a list run one after the other."""
+    remat: Literal["none", "blocks"] = "none"
+    """What is recomputed besides delta."""
+    out: Path = Path("runs/memory")
+    """Folder for memory.json and memory.png."""
+
+    def settings(self) -> Iterator[step.Setting]:
+        """Every method on every model."""
+        shared = ("batch", "rank", "dtype", "frozen_dtype", "stacked", "remat")
+        fields = {name: getattr(self, name) for name in shared}
+        for model in self.model:
+            for method in self.method:
+                yield step.Setting(method, model, **fields)
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Parses the command line, compiles, and returns the rows of `memory.json`."""
+    config = tyro.cli(
+        MemoryConfig,
+        prog="python -m experiments.memory",
+        args=argv,
+        description=__doc__,
+    )
+    try:
+        settings = [step.checked(setting) for setting in config.settings()]
+        where = targets.sharding(config.target)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise SystemExit(f"python -m experiments.memory: {error}") from error
+    console = Console()
+    rows = [
+        row(setting, config.target, where)
+        for setting in track(settings, "compiling", console=console)
+    ]
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+    figures.memory(config.out / "memory.png", rows)
+    console.print(_table(rows))
+    console.print(f"memory.json and memory.png are in {config.out}", soft_wrap=True)
+    return rows
+
+
+def row(setting: step.Setting, target: targets.Target, where: Any) -> dict[str, Any]:
+    """Compiles one step for the device of `where` and says what it allocates."""
+    one = step.abstract(setting)
+    compiler = jax.jit(
+        one.run, donate_argnums=(0, 1), in_shardings=where, out_shardings=where
+    )
+    lowered = compiler.lower(*one.arguments)
+    start = time.perf_counter()
+    parts: Any = lowered.compile().memory_analysis()
+    seconds = time.perf_counter() - start
+    kept_results = parts.output_size_in_bytes - parts.alias_size_in_bytes
+    return {
+        "method": setting.method,
+        "model": setting.model,
+        "batch": setting.batch,
+        "target": target,
+        "frozen_dtype": setting.frozen_dtype,
+        "path": setting.path,
+        "total_bytes": parts.argument_size_in_bytes
+        + parts.temp_size_in_bytes
+        + kept_results,
+        "argument_bytes": parts.argument_size_in_bytes,
+        "temporary_bytes": parts.temp_size_in_bytes,
+        "result_bytes": kept_results,
+        "dtype": setting.dtype,
+        "rank": setting.rank,
+        "stacked": setting.stacked,
+        "remat": setting.remat,
+        "parameters": step.parameters(setting.model),
+        "trainable": _size(one.arguments[0]),
+        "compile_seconds": round(seconds, 1),
+        "device": targets.describe(target),
+        "jax": jax.__version__,
+    }
+
+
+def _size(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"One step, batch {first['batch']}, {first['dtype']}, frozen "
+        f"{first['frozen_dtype']}: {first['device']}"
+    )
+    columns = (
+        "model",
+        "method",
+        "total",
+        "arguments",
+        "temporaries",
+        "of lora",
+        "of full",
+    )
+    for name in (*columns, "compile"):
+        table.add_column(name, justify="left" if name in columns[:2] else "right")
+    totals = {(r["model"], r["method"]): r["total_bytes"] for r in rows}
+    for r in rows:
+        ratios = [
+            f"{r['total_bytes'] / totals[r['model'], other]:.3f}"
+            if (r["model"], other) in totals
+            else ""
+            for other in ("lora", "full")
+        ]
+        sizes = [f"{r[k] / GIB:.2f} GiB" for k in ("total_bytes", "argument_bytes")]
+        temporaries = f"{r['temporary_bytes'] / GIB:.2f} GiB"
+        table.add_row(
+            r["model"],
+            r["method"],
+            *sizes,
+            temporaries,
+            *ratios,
+            f"{r['compile_seconds']:.1f} s",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

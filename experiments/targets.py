@@ -1,0 +1,74 @@
+"""Compiling for an accelerator that is not there.
+
+A TPU's compiler is the `libtpu` wheel, an NVIDIA GPU's is in `jax[cuda12]`, and both
+compile without the device: `pip install -e ".[experiments,tpu,cuda]"`.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Literal
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+Target = Literal["local", "tpu-v5e", "h100"]
+
+# What the compilers want to know of the host and the device, read when they start.
+ENVIRONMENT = {
+    "tpu-v5e": {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    },
+    "h100": {
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0",
+    },
+}
+PACKAGES = {"tpu-v5e": ("libtpu", "tpu"), "h100": ("jax_plugins.xla_cuda12", "cuda")}
+H100 = Path(__file__).with_name("h100.textproto")
+
+
+def sharding(target: Target) -> SingleDeviceSharding:
+    """One device of the target, to lower and compile for.
+
+    Call it before anything runs on JAX: the host then stays on the CPU, and the
+    target's compiler reads its environment.
+
+    Raises:
+      ModuleNotFoundError: the target's compiler is not installed; says how.
+    """
+    if target == "local":
+        return SingleDeviceSharding(jax.devices()[0])
+    module, extra = PACKAGES[target]
+    if not _installed(module):
+        raise ModuleNotFoundError(
+            f"The compiler for {target} is not installed: run "
+            f'pip install -e ".[experiments,{extra}]" in the clone.'
+        )
+    jax.config.update("jax_platforms", "cpu")
+    for name, value in ENVIRONMENT[target].items():
+        os.environ.setdefault(name, value)
+    if target == "tpu-v5e":
+        topology = topologies.get_topology_desc("v5e:2x2", "tpu")
+    else:
+        topology = topologies.get_topology_desc(
+            "h100", "cuda", target_config=H100.read_text(), topology="1x1x1"
+        )
+    return SingleDeviceSharding(topology.devices[0])
+
+
+def describe(target: Target) -> str:
+    """The device's name as results give it."""
+    if target == "local":
+        return f"{jax.devices()[0].device_kind}, {os.cpu_count()} host cores"
+    return f"{target}, compiled without the device"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

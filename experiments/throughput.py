@@ -1,0 +1,171 @@
+"""Seconds per training step, method by method, on the device at hand.
+
+    python -m experiments.throughput --model vit_b16 --batch 8 --dtype float32
+
+Every method's step is compiled and run once; then all of them take turns, so that a
+slow minute of the machine falls on each, and medians and paired ratios are taken (the
+paper's Table XV). Prints a table and writes `throughput.json` and `throughput.png` into
+`--out`. `--peer torch` adds Hugging Face PEFT's LoRA on the same ViT in PyTorch, which
+needs `pip install torch transformers peft`.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from experiments import figures, step, targets
+
+
+@dataclasses.dataclass(frozen=True)
+class ThroughputConfig:
+    """Options of `python -m experiments.throughput`."""
+
+    model: str = "vit_b16"
+    """A preset of snella_jax.models.vit."""
+    method: tuple[step.Method, ...] = get_args(step.Method)
+    """What is compared."""
+    batch: int = 8
+    """Images in a step."""
+    rank: int = 8
+    """Of LoRA's and SNELLA's factors."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that do not train."""
+    stacked: bool = True
+    """Whether the blocks are scanned, or a list run one after the other."""
+    remat: Literal["none", "blocks"] = "none"
+    """What is recomputed besides delta."""
+    repetitions: int = 10
+    """How often each step is timed."""
+    peer: Literal["none", "torch"] = "none"
+    """What else is timed beside JAX."""
+    out: Path = Path("runs/throughput")
+    """Folder for throughput.json and throughput.png."""
+
+    def settings(self) -> Iterator[step.Setting]:
+        """Every method, and the parallel path with its regularisers too."""
+        shared = ("model", "batch", "rank", "dtype", "frozen_dtype", "stacked", "remat")
+        fields = {name: getattr(self, name) for name in shared}
+        for method in self.method:
+            yield step.Setting(method, **fields)
+            if method == "snella_parallel":
+                yield step.Setting(method, **fields, regularise=True)
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Parses the command line, times, and returns the rows of `throughput.json`."""
+    program = "python -m experiments.throughput"
+    config = tyro.cli(ThroughputConfig, prog=program, args=argv, description=__doc__)
+    try:
+        if config.repetitions < 1:
+            raise ValueError(f"repetitions={config.repetitions}: expected at least 1.")
+        settings = [step.checked(setting) for setting in config.settings()]
+        peer = _torch_peer(settings[0]) if config.peer == "torch" else None
+    except (ValueError, ModuleNotFoundError) as error:
+        raise SystemExit(f"{program}: {error}") from error
+    console = Console()
+    runs: list[tuple[dict[str, Any], Callable[[], None]]] = [
+        compiled(setting) for setting in track(settings, "compiling", console=console)
+    ]
+    if peer is not None:
+        runs.append(peer)
+    rows = _timed(runs, config.repetitions, console)
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "throughput.json").write_text(json.dumps(rows, indent=1) + "\n")
+    figures.throughput(config.out / "throughput.png", rows)
+    console.print(_table(rows))
+    console.print(f"throughput.json and throughput.png are in {config.out}")
+    return rows
+
+
+def compiled(setting: step.Setting) -> tuple[dict[str, Any], Callable[[], None]]:
+    """What a setting is, and a function that takes one step of it and waits."""
+    one = step.build(setting)
+    start = time.perf_counter()
+    lowered = jax.jit(one.run, donate_argnums=(0, 1)).lower(*one.arguments)
+    run = lowered.compile()
+    seconds = time.perf_counter() - start
+    arguments = list(one.arguments)
+
+    def take() -> None:
+        *arguments[:2], loss = run(*arguments)
+        loss.block_until_ready()
+
+    row = dataclasses.asdict(setting) | {
+        "path": setting.path,
+        "compile_seconds": round(seconds, 1),
+        "device": targets.describe("local"),
+        "jax": jax.__version__,
+    }
+    return row, take
+
+
+def _timed(runs: list, repetitions: int, console: Console) -> list[dict[str, Any]]:
+    for _, take in runs:
+        take()  # warms up
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in track(range(repetitions), "timing", console=console):
+        for own, (_, take) in zip(seconds, runs, strict=True):
+            start = time.perf_counter()
+            take()
+            own.append(time.perf_counter() - start)
+    first = {row["method"]: own for (row, _), own in zip(runs, seconds, strict=True)}
+    rows = []
+    for (row, _), own in zip(runs, seconds, strict=True):
+        row |= {"median_seconds": statistics.median(own), "seconds": own}
+        for other in {"lora", "full"} & first.keys():
+            pairs = zip(own, first[other], strict=True)
+            row[f"of_{other}"] = statistics.median(a / b for a, b in pairs)
+        rows.append(row)
+    return rows
+
+
+def _torch_peer(setting: step.Setting) -> tuple[dict[str, Any], Callable[[], None]]:
+    from experiments import torch_peer
+
+    return torch_peer.lora(setting)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"{first['model']}, batch {first['batch']}, {first['dtype']}, "
+        f"{len(first['seconds'])} repetitions: {first['device']}"
+    )
+    columns = (
+        "method",
+        "s/step",
+        "fastest",
+        "images/s",
+        "of lora",
+        "of full",
+        "compile",
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        ratios = [row.get(f"of_{other}") for other in ("lora", "full")]
+        table.add_row(
+            row["method"] + (" + regularisers" if row["regularise"] else ""),
+            f"{row['median_seconds']:.4g}",
+            f"{min(row['seconds']):.4g}",
+            f"{row['batch'] / row['median_seconds']:.3g}",
+            *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            f"{row['compile_seconds']:.1f} s",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
