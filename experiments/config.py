@@ -91,6 +91,8 @@ class RunConfig:
     """Rate of stochastic depth in the last block of the model, in training."""
     batch: int = 32
     """Images in a step."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation of LoRA and SNELLA."""
     targets: str = r"blocks/.*/(query|key|value|out|fc1|fc2)"
     """Regex of the layers that are adapted."""
     trainable: str = r"head|cls_token"

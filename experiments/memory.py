@@ -27,6 +27,7 @@ from rich.table import Table
 from experiments import figures, step, targets
 
 GIB = 2**30
+PARTS = ("total", "argument", "temporary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,20 +134,13 @@ def _size(tree: Any) -> int:
 def _table(rows: list[dict[str, Any]]) -> Table:
     first = rows[0]
     table = Table(
-        title=f"One step, batch {first['batch']}, {first['dtype']}, frozen "
+        title=f"GiB in one step, batch {first['batch']}, {first['dtype']}, frozen "
         f"{first['frozen_dtype']}: {first['device']}"
     )
-    columns = (
-        "model",
-        "method",
-        "total",
-        "arguments",
-        "temporaries",
-        "of lora",
-        "of full",
-    )
-    for name in (*columns, "compile"):
-        table.add_column(name, justify="left" if name in columns[:2] else "right")
+    names = ("model", "method", "total", "arguments", "temporary", "/lora", "/full")
+    for name in (*names, "compile"):
+        left = name in names[:2]
+        table.add_column(name, justify="left" if left else "right", no_wrap=left)
     totals = {(r["model"], r["method"]): r["total_bytes"] for r in rows}
     for r in rows:
         ratios = [
@@ -155,16 +149,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             else ""
             for other in ("lora", "full")
         ]
-        sizes = [f"{r[k] / GIB:.2f} GiB" for k in ("total_bytes", "argument_bytes")]
-        temporaries = f"{r['temporary_bytes'] / GIB:.2f} GiB"
-        table.add_row(
-            r["model"],
-            r["method"],
-            *sizes,
-            temporaries,
-            *ratios,
-            f"{r['compile_seconds']:.1f} s",
-        )
+        parts = (f"{r[f'{k}_bytes'] / GIB:.2f}" for k in PARTS)
+        seconds = f"{r['compile_seconds']:.1f} s"
+        table.add_row(r["model"], r["method"], *parts, *ratios, seconds)
     return table
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
@@ -18,14 +19,15 @@ WEIGHTS = Path(__file__).parent / "pretrained" / "vit_fashion_mnist.safetensors"
 MEAN, STD = 0.286, 0.353  # of Fashion-MNIST's training pixels in [0, 1]
 
 
-def load(seed: int, drop_path: float = 0.0) -> ViT:
+def load(seed: int, drop_path: float = 0.0, dtype: str = "float32") -> ViT:
     """The pre-trained model with a fresh head of ten classes.
 
     Args:
       seed: of what the file does not hold.
       drop_path: rate of stochastic depth in the last block, for training.
+      dtype: of the computation; the weights stay float32.
     """
-    config = dataclasses.replace(SMALL, drop_path=drop_path)
+    config = dataclasses.replace(SMALL, drop_path=drop_path, dtype=jnp.dtype(dtype))
     model = ViT(config, rngs=nnx.Rngs(seed))
     weights.load(model, WEIGHTS, skip="head")
     return model

@@ -153,7 +153,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         "compile",
     )
     for name in columns:
-        table.add_column(name, justify="left" if name == "method" else "right")
+        left = name == "method"
+        table.add_column(name, justify="left" if left else "right", no_wrap=left)
     for row in rows:
         ratios = [row.get(f"of_{other}") for other in ("lora", "full")]
         table.add_row(

@@ -158,13 +158,13 @@ def _snella(config: RunConfig, task: Task, out: Path, console: Console) -> Resul
 
 
 def _lora_model(config: RunConfig) -> Any:
-    base = small_vit.load(config.seed, config.drop_path)
+    base = small_vit.load(config.seed, config.drop_path, config.dtype)
     rank, rngs = config.lora.rank, nnx.Rngs(config.seed + 1)
     return lora.adapt(base, config.targets, config.trainable, rank, rngs)
 
 
 def _snella_model(config: RunConfig) -> Any:
-    base = small_vit.load(config.seed, config.drop_path)
+    base = small_vit.load(config.seed, config.drop_path, config.dtype)
     adapter = config.snella.adapter(config.targets, config.trainable)
     return snella.adapt(base, adapter, rngs=nnx.Rngs(config.seed + 1))
 

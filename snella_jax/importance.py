@@ -75,8 +75,11 @@ def track_importance(
                 "track_importance found no factors: no mapping in the parameters has "
                 "both `a` and `b`. Give it the trainable tree of an adapted model."
             )
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), factors)
-        return ImportanceState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+        def zeros():  # arrays of its own for each tree: a step may donate them
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), factors)
+
+        return ImportanceState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
     def update(updates: Any, state: Any, params: Any = None):
         if params is None:

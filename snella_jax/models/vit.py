@@ -263,8 +263,8 @@ class MLP(nnx.Module):
         return self.fc2(_gelu(self.fc1(x)))
 
 
-# Made again in the backward pass: else `[B, H, T, T]` and three arrays as wide as the MLP
-# are kept for every scanned block, over a third of a step's memory.
+# Made again in the backward pass: else `[B, H, T, T]` and three arrays as wide as the
+# MLP are kept for every scanned block, over a third of a step's memory.
 @jax.checkpoint
 def _attend(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v)

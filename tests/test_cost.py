@@ -1,0 +1,102 @@
+"""Memory and throughput: every method's step, the tables, the files and the errors."""
+
+import json
+from typing import get_args
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import memory, step, targets, throughput
+
+SMALL = ("--model", "vit_ti16", "--batch", "2", "--dtype", "float32")
+
+
+@pytest.mark.parametrize("method", get_args(step.Method))
+def test_every_method_trains_what_it_says(method):
+    """Shapes alone: what trains, and that a step gives it back as it was."""
+    one = step.abstract(step.Setting(method, "vit_ti16", batch=2))
+    trainable, state, budgets, frozen, *_ = one.arguments
+    total = step.parameters("vit_ti16")
+    size = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(trainable))
+    head = 192 * step.CLASSES + step.CLASSES
+    width, low_rank = 192, 12 * 8 * (4 * 2 + 2 * 5) * 192
+    expected = {
+        "full": total,
+        "linear": head,
+        "bias": head + width + 12 * (4 + 4 + 1 + 2) * width + 2 * width,
+        "lora": head + width + low_rank,
+    }
+    scalars = 12 * 6 * 4  # alpha, beta and two coefficients of every matrix
+    assert size == expected.get(method, head + width + low_rank + scalars)
+    assert bool(budgets) == method.startswith(("snella", "klora"))
+    kept = {leaf.dtype.name for leaf in jax.tree.leaves(frozen)}
+    assert kept == (set() if method == "full" else {"bfloat16"})
+    new_trainable, new_state, loss = jax.eval_shape(one.run, *one.arguments)
+    shapes = [
+        jax.tree.map(lambda v: (v.shape, v.dtype), tree)
+        for tree in ((trainable, state), (new_trainable, new_state))
+    ]
+    assert shapes[0] == shapes[1] and loss.shape == ()
+
+
+def test_memory_writes_rows_and_a_figure(tmp_path, capsys):
+    methods = ("--method", "lora", "snella", "snella_stored")
+    rows = memory.main([*SMALL, *methods, "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "memory.json").read_text()) == rows
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+    assert [row["method"] for row in rows] == list(methods[1:])
+    for row in rows:
+        parts = ("argument_bytes", "temporary_bytes", "result_bytes")
+        assert row["total_bytes"] == sum(row[part] for part in parts)
+        assert row["argument_bytes"] > 4 * 5e6 / 2 and row["temporary_bytes"] > 0
+    assert "snella_stored" in capsys.readouterr().out
+
+
+def test_throughput_times_in_turns(tmp_path):
+    rows = throughput.main([
+        *SMALL, "--method", "lora", "snella_parallel", "--repetitions", "2",
+        "--out", str(tmp_path),
+    ])  # fmt: skip
+    assert json.loads((tmp_path / "throughput.json").read_text()) == rows
+    assert (tmp_path / "throughput.png").stat().st_size > 5_000
+    names = [(row["method"], row["regularise"]) for row in rows]
+    assert names == [("lora", False), ("snella_parallel", False),
+                     ("snella_parallel", True)]  # fmt: skip
+    assert rows[0]["of_lora"] == 1 and "of_full" not in rows[0]
+    paired = np.array(rows[1]["seconds"]) / rows[0]["seconds"]
+    assert rows[1]["of_lora"] == pytest.approx(np.median(paired))
+
+
+@pytest.mark.parametrize("program", [memory, throughput])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("--model", "vit_b17"), "there are vit_ti16"),
+        (("--batch", "0"), "batch=0"),
+        (("--rank", "3"), "rank=3"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_runs(program, argv, message):
+    with pytest.raises(SystemExit, match=message):
+        program.main(list(argv))
+
+
+def test_a_missing_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(targets, "_installed", lambda _: False)
+    with pytest.raises(SystemExit, match=r'pip install -e "\.\[experiments,tpu\]"'):
+        memory.main(["--target", "tpu-v5e"])
+
+
+@pytest.mark.tpu_compile
+def test_a_tpu_needs_as_much_memory_for_snella_as_for_lora():
+    """Compiled for a v5e by libtpu, without the device."""
+    where = targets.sharding("tpu-v5e")
+    total = {
+        method: memory.row(step.Setting(method, "vit_s16", batch=16), "tpu-v5e", where)[
+            "total_bytes"
+        ]
+        for method in ("lora", "snella", "snella_stored")
+    }
+    assert total["snella"] <= 1.05 * total["lora"]
+    assert total["snella_stored"] > 1.15 * total["lora"]  # the test can fail
