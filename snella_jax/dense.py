@@ -64,7 +64,7 @@ def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
         if tau is None and gate == "none":
             tau = jnp.zeros((), dense.dtype)
         if tau is None:
-            tau = threshold(dense, budget)
+            tau = checkpoint_name(threshold(dense, budget), TAU)
         return sparsify(dense, budget, gate, tau), tau
 
     if layout is None:
@@ -150,7 +150,6 @@ def _recomputed(forward: Callable) -> Callable[..., Array]:
 
     def keep(x, w0, factors, extras, budget, key):
         y, tau = forward(x, w0, factors, extras, budget, key, None)
-        tau = checkpoint_name(tau, TAU)
         return y, (x, w0, factors, extras, budget, key, tau)
 
     def pull(kept, cotangent):

@@ -645,3 +645,28 @@ def test_configs_are_equal_and_hash_by_value():
     make = functools.partial(snella.SnellaConfig, overrides={"fc1": {"rank": 2}})
     assert make() == make() and hash(make()) == hash(make())
     assert make() != make(rank=4)
+
+
+def test_frozen_weights_in_another_dtype():
+    """What does not train is cast, what trains is not."""
+    model = net(frozen_dtype=jnp.bfloat16)
+    _, trainable, _, frozen = snella.partition(model)
+    assert {v.dtype for v in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
+    assert {v.dtype for v in jax.tree.leaves(trainable)} == {jnp.dtype(jnp.float32)}
+    assert model(jnp.ones((2, 6))).dtype == jnp.float32
+
+
+def test_without_a_gate_every_weight_moves_and_nothing_is_searched():
+    """KLoRA: the numbers of a full budget with the hard gate, and no loop."""
+    dense = net(gate="none", target_density=1.0)
+    hard = net(gate="hard", target_density=1.0)
+    x = jnp.linspace(-1, 1, 12).reshape(2, 6)
+    np.testing.assert_allclose(dense(x), hard(x), rtol=1e-6)
+
+    def code(model):
+        graphdef, state = nnx.split(model)
+        return str(jax.make_jaxpr(lambda s: nnx.merge(graphdef, s)(x))(state))
+
+    assert "scan" in code(hard) and "scan" not in code(dense)
+    with pytest.raises(ValueError, match="gate='none' lets every weight move"):
+        snella.SnellaConfig(gate="none", target_density=0.3)

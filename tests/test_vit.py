@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import snella_jax as snella
 from snella_jax.models import vit
 from snella_jax.models.vit import ViT, ViTConfig
 
@@ -23,7 +24,7 @@ def build(**changes):
     # Zero biases, unit scales and a zero head would hide mistakes.
     for path, value in nnx.to_flat_state(nnx.state(model)):
         if path[-1] in ("bias", "scale", "scale1", "scale2") or path[0] == "head":
-            key = jax.random.key(zlib.crc32("/".join(path).encode()))
+            key = jax.random.key(zlib.crc32("/".join(map(str, path)).encode()))
             value[...] += 0.3 * jax.random.normal(key, value.shape, value.dtype)
     return model
 
@@ -157,3 +158,74 @@ def test_an_image_of_the_wrong_shape_is_refused(shape):
 def test_an_unknown_preset_lists_the_presets():
     with pytest.raises(ValueError, match="'vit_x'; there are vit_ti16, vit_s16,"):
         vit.create("vit_x", rngs=nnx.Rngs(0))
+
+
+# Stacked or not, recomputed or not
+
+
+def unstacked(model):
+    """The same weights in a list of blocks."""
+    twin = ViT(dataclasses.replace(model.config, stacked=False), rngs=nnx.Rngs(1))
+    values = dict(nnx.to_flat_state(nnx.state(model)))
+    for path, variable in nnx.to_flat_state(nnx.state(twin)):
+        if path[0] == "blocks":
+            _, index, *rest = path
+            variable[...] = values["blocks", *rest][...][index]
+        else:
+            variable[...] = values[path][...]
+    return twin
+
+
+def test_a_list_of_blocks_computes_what_the_stack_does():
+    """Deterministic, and with stochastic depth from the same key."""
+    model = build(drop_path=0.5)
+    twin, images = unstacked(model), jnp.ones((4, 6, 6, 2))
+    for key in (None, jax.random.key(3)):
+        np.testing.assert_allclose(
+            twin(images, key), model(images, key), rtol=1e-5, atol=1e-5
+        )
+    assert not np.allclose(model(images), model(images, jax.random.key(3)))
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_recomputed_blocks_give_the_same_gradients(stacked):
+    images = jax.random.normal(jax.random.key(1), (2, 6, 6, 2))
+
+    def gradients(remat):
+        model = build(remat=remat, stacked=stacked)
+        graphdef, state = nnx.split(model)
+
+        def loss(state):
+            return jnp.sin(nnx.merge(graphdef, state)(images)).sum()
+
+        return jax.jit(jax.grad(loss))(state), str(jax.make_jaxpr(loss)(state))
+
+    (plain, code), (again, remat_code) = gradients("none"), gradients("blocks")
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert remat_code.count("snella_tau") == code.count("snella_tau") + (
+        1 if stacked else TINY.depth
+    )
+
+
+def test_recomputed_blocks_do_not_search_for_tau_again():
+    """The thresholds are kept by name: as many loops as without recomputation."""
+    config = snella.SnellaConfig(targets=r"blocks/mlp/fc\d", trainable="head")
+
+    def loops(remat):
+        model = snella.adapt(build(remat=remat), config, rngs=nnx.Rngs(1))
+        graphdef, trainable, budgets, frozen = snella.partition(model)
+
+        def loss(trainable):
+            model = nnx.merge(graphdef, trainable, budgets, frozen)
+            return jnp.sin(model(jnp.ones((2, 6, 6, 2)))).sum()
+
+        gradient = jax.jit(jax.grad(loss)).lower(trainable)
+        return gradient.compile().as_text().count(" while(")
+
+    assert loops("blocks") == loops("none")
+
+
+def test_unknown_recomputation():
+    with pytest.raises(ValueError, match='remat=\'all\': expected "none" or "blocks"'):
+        build(remat="all")
