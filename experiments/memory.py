@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     )
     try:
         settings = [step.checked(setting) for setting in config.settings()]
+        if not settings:
+            raise ValueError("--model and --method: expected at least one of each.")
         where = targets.sharding(config.target)
     except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"python -m experiments.memory: {error}") from error

@@ -50,7 +50,8 @@ def sharding(target: Target) -> SingleDeviceSharding:
         )
     jax.config.update("jax_platforms", "cpu")
     for name, value in ENVIRONMENT[target].items():
-        os.environ.setdefault(name, value)
+        own = os.environ.get(name, "") if name == "XLA_FLAGS" else ""
+        os.environ[name] = f"{own} {value}".strip()
     if target == "tpu-v5e":
         topology = topologies.get_topology_desc("v5e:2x2", "tpu")
     else:

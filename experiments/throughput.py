@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         if config.repetitions < 1:
             raise ValueError(f"repetitions={config.repetitions}: expected at least 1.")
         settings = [step.checked(setting) for setting in config.settings()]
+        if not settings:
+            raise ValueError("--method names nothing: expected at least one.")
         peer = _torch_peer(settings[0]) if config.peer == "torch" else None
     except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
@@ -115,11 +117,12 @@ def _timed(runs: list, repetitions: int, console: Console) -> list[dict[str, Any
     for _, take in runs:
         take()  # warms up
     seconds: list[list[float]] = [[] for _ in runs]
-    for _ in track(range(repetitions), "timing", console=console):
-        for own, (_, take) in zip(seconds, runs, strict=True):
+    for turn in track(range(repetitions), "timing", console=console):
+        for index in range(len(runs)):
+            chosen = (index + turn) % len(runs)  # nobody always follows the same one
             start = time.perf_counter()
-            take()
-            own.append(time.perf_counter() - start)
+            runs[chosen][1]()
+            seconds[chosen].append(time.perf_counter() - start)
     first = {row["method"]: own for (row, _), own in zip(runs, seconds, strict=True)}
     rows = []
     for (row, _), own in zip(runs, seconds, strict=True):

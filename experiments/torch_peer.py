@@ -18,10 +18,11 @@ TARGETS = (
 def lora(setting: Setting) -> tuple[dict[str, Any], Callable[[], None]]:
     """What is timed, and a function that takes one training step and waits for it.
 
-    The ViT is that of `setting`, initialised at random; on a GPU the step computes
-    bfloat16 under autocast where `setting.dtype` says so.
+    The ViT is that of `setting`, initialised at random; the step computes under
+    autocast where `setting.dtype` is bfloat16.
 
     Raises:
+      ValueError: frozen weights in bfloat16 without bfloat16 computation.
       ModuleNotFoundError: torch, transformers or peft is not installed.
     """
     names = ("torch", "transformers", "peft")
@@ -29,6 +30,10 @@ def lora(setting: Setting) -> tuple[dict[str, Any], Callable[[], None]]:
     if missing:
         raise ModuleNotFoundError(
             f"--peer torch needs {', '.join(missing)}: pip install {' '.join(missing)}"
+        )
+    if setting.frozen_dtype != setting.dtype == "float32":
+        raise ValueError(
+            "--peer torch cannot mix float32 with bfloat16 frozen weights."
         )
     import peft
     import torch

@@ -56,7 +56,8 @@ def adapt(model: M, config: SnellaConfig, *, rngs: nnx.Rngs) -> M:
     axes from `nnx.vmap` get one set of factors for each index. Besides the factors only
     what `config.trainable` matches stays an `nnx.Param`; every other parameter becomes
     `Frozen`, so Flax's default `wrt=nnx.Param` is exactly what trains. `model` itself
-    is not changed, and the arrays of the two are shared.
+    is not changed, and the arrays of the two are shared (but those that
+    `config.frozen_dtype` casts).
 
     Args:
       model: any NNX module, without adapters.

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax.numpy as jnp
+
 from snella_jax import kernels
 from snella_jax.budget import budget_schedule
 from snella_jax.dense import Path, check_path
@@ -108,6 +110,9 @@ class SnellaConfig(Rule):
             raise ValueError(
                 f"allocation={self.allocation!r}: expected adaptive or fixed."
             )
+        dtype = self.frozen_dtype
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"frozen_dtype={dtype}: expected a floating-point dtype.")
         if self.kernel == kernels.linear() and self.starting_density < 1:
             raise ValueError(
                 f"kernel={self.kernel} starts at 0, where a density of "
@@ -133,7 +138,8 @@ class SnellaConfig(Rule):
         gates = {self.gate, *(c.get("gate") for c in self.overrides.values())}
         if "none" in gates and min(self.starting_density, self.target_density) < 1:
             raise ValueError(
-                "gate='none' lets every weight move: expected target_density=1."
+                "gate='none' lets every weight move: expected target_density=1 and, "
+                "where budgets move, initial_density=1."
             )
 
     @classmethod

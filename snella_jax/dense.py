@@ -15,7 +15,7 @@ the factors, and one threshold per matrix.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,8 @@ def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
 
     def one(factors, budget, tau):
         dense = kernel.apply(layout.unfold(factors) if layout else factors)
-        if tau is None and gate == "none":
-            tau = jnp.zeros((), dense.dtype)
+        if tau is None and gate == "none":  # nothing to search for; see _recomputed
+            tau = jax.lax.stop_gradient(jnp.max(dense))
         if tau is None:
             tau = checkpoint_name(threshold(dense, budget), TAU)
         return sparsify(dense, budget, gate, tau), tau
@@ -112,29 +112,41 @@ def adapted(
 
         if not isinstance(budget, Array):
             budget = jnp.asarray(np.minimum(budget, w0.size), jnp.int32)
-        # What the operations close over (a bias) must be an argument to get a gradient.
-        w = w0.astype(x.dtype)
-        base, base_extras = jax.closure_convert(op, x, w)
-        branch, branch_extras = jax.closure_convert(update_op, x, w)
+        parallel = path == "parallel"
+        base, extras = _opened(op, x, w0)
+        branch, more = _opened(update_op, x, w0) if parallel else (base, ())
 
         def forward(x, w0, factors, extras, budget, key, tau):
             delta, tau = _delta_and_tau(factors, budget, tau, kernel, gate, layout)
             if sharding is not None:
                 delta = jax.lax.with_sharding_constraint(delta, sharding)
-            if path == "merged":
-                return base(x, (w0 + delta).astype(x.dtype), *extras[0]), tau
-            y, update = base(x, w0.astype(x.dtype), *extras[0]), delta.astype(x.dtype)
+            if not parallel:
+                return base(x, (w0 + delta).astype(x.dtype), extras[0]), tau
+            y, update = base(x, w0.astype(x.dtype), extras[0]), delta.astype(x.dtype)
             if key is None:
-                return y + branch(x, update, *extras[1]), tau
+                return y + branch(x, update, extras[1]), tau
             key_x, key_y = jax.random.split(key)
             dropped = stochastic.dropout(key_x, x, dropout)
-            moved = branch(dropped, update, *extras[1])
+            moved = branch(dropped, update, extras[1])
             return y + stochastic.drop_path(key_y, moved, drop_path), tau
 
-        extras = (base_extras, branch_extras)
-        return _recomputed(forward)(x, w0, factors, extras, budget, key)
+        return _recomputed(forward)(x, w0, factors, (extras, more), budget, key)
 
     return apply
+
+
+def _opened(op: Op, x: Array, w0: Array) -> tuple[Callable[..., Array], Any]:
+    """`op(x, w, extras)` and the extras: what `op` closes over, such as a bias.
+
+    They have to be arguments to get a gradient. (`jax.closure_convert` does it too, but
+    keeps the last 4096 operations in memory, and the weights that they hold.)
+    """
+    closed = jax.make_jaxpr(op)(x, w0.astype(x.dtype))
+
+    def run(x, w, extras):
+        return jax.core.eval_jaxpr(closed.jaxpr, extras, x, w)[0]
+
+    return run, closed.consts
 
 
 def _recomputed(forward: Callable) -> Callable[..., Array]:

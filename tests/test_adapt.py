@@ -1,6 +1,8 @@
 """The NNX binding: which layers are adapted, what they compute, what merges back."""
 
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -670,3 +672,40 @@ def test_without_a_gate_every_weight_moves_and_nothing_is_searched():
     assert "scan" in code(hard) and "scan" not in code(dense)
     with pytest.raises(ValueError, match="gate='none' lets every weight move"):
         snella.SnellaConfig(gate="none", target_density=0.3)
+
+
+def test_a_frozen_dtype_is_a_floating_one():
+    with pytest.raises(ValueError, match="expected a floating-point dtype"):
+        snella.SnellaConfig(frozen_dtype=jnp.int8)
+
+
+class Biased(nnx.Linear):
+    """A call of its own that needs its bias."""
+
+    def __call__(self, x):
+        return x @ self.kernel[...] + self.bias[...]
+
+
+def test_the_merged_path_calls_a_layer_as_it_is():
+    class Holds(nnx.Module):
+        def __init__(self, rngs):
+            self.fc = Biased(6, 6, rngs=rngs)
+
+        def __call__(self, x):
+            return self.fc(x)
+
+    config = snella.SnellaConfig(rank=RANK, targets="fc", trainable="")
+    model = snella.adapt(Holds(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    x = jnp.ones((2, 6))
+    merged = snella.merge(model, unmoved_budgets=True)
+    np.testing.assert_allclose(model(x), merged(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_call_does_not_keep_the_model_alive():
+    """Nothing remembers the operation, and with it the weights."""
+    model = net()
+    model(jnp.ones((2, 6)))
+    alive = weakref.ref(model.fc1)
+    del model
+    gc.collect()
+    assert alive() is None

@@ -29,10 +29,14 @@ class Lora(nnx.Module):
     """Mixed into `nnx.Linear`: adds the low-rank branch to its output."""
 
     lora: Factors
+    kernel: nnx.Variable
+    dtype: Any
 
     def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
         base = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
-        y: Array = jax.checkpoint(base)(x)  # else a cast weight is kept: a copy of it
+        if self.kernel.dtype != (self.dtype or self.kernel.dtype):
+            base = jax.checkpoint(base)  # else the cast weight is kept, a copy of it
+        y: Array = base(x)
         a, b = self.lora.a[...].astype(y.dtype), self.lora.b[...].astype(y.dtype)
         return y + (x.astype(y.dtype) @ a) @ b.T
 

@@ -301,7 +301,7 @@ def _block(config: ViTConfig, graphdef: nnx.GraphDef):
     if config.remat == "none":
         return run
     keep = jax.checkpoint_policies.save_only_these_names("snella_tau")
-    return jax.checkpoint(run, policy=keep)
+    return jax.checkpoint(run, policy=keep, prevent_cse=not config.stacked)
 
 
 def _drops(config: ViTConfig, key: PRNGKeyArray | None) -> tuple[Array, Array] | None:
