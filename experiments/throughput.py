@@ -149,10 +149,10 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     columns = (
         "method",
         "s/step",
-        "fastest",
-        "images/s",
-        "of lora",
-        "of full",
+        "best",
+        "img/s",
+        "/lora",
+        "/full",
         "compile",
     )
     for name in columns:

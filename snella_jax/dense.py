@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax import stochastic
@@ -144,7 +145,7 @@ def _opened(op: Op, x: Array, w0: Array) -> tuple[Callable[..., Array], Any]:
     closed = jax.make_jaxpr(op)(x, w0.astype(x.dtype))
 
     def run(x, w, extras):
-        return jax.core.eval_jaxpr(closed.jaxpr, extras, x, w)[0]
+        return eval_jaxpr(closed.jaxpr, extras, x, w)[0]
 
     return run, closed.consts
 
