@@ -203,9 +203,7 @@ def test_recomputed_blocks_give_the_same_gradients(stacked):
     (plain, code), (again, remat_code) = gradients("none"), gradients("blocks")
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    assert remat_code.count("snella_tau") == code.count("snella_tau") + (
-        1 if stacked else TINY.depth
-    )
+    assert remat_code.count("policy=") > code.count("policy=")
 
 
 def test_recomputed_blocks_do_not_search_for_tau_again():
