@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 
 import snella_jax as snella
 
@@ -46,9 +47,7 @@ def allocation(
     right.set(title=f"Budget in the epoch ({totals})", xlabel="epoch")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -67,7 +66,7 @@ def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         )
         axes.plot(*zip(*own, strict=True), marker="o", label=method)
     top = 1.1 * max(row["total_bytes"] for row in rows) / 2**30
-    for capacity in (16, 24, 80):
+    for capacity in (16, 24, 80):  # what vendors call GB is GiB on their cards
         if capacity <= max(top, 16):
             axes.axhline(capacity, color="grey", linestyle=":", linewidth=1)
             axes.annotate(
@@ -89,9 +88,7 @@ def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         f"weights {first['frozen_dtype']}",
     )
     axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _save(figure, path)
 
 
 def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -125,6 +122,10 @@ def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         title=f"{first['model']}, batch {first['batch']}, {first['dtype']}: "
         f"{first['device']}",
     )
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

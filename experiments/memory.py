@@ -13,9 +13,8 @@ of it counts against LoRA.
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +30,7 @@ PARTS = ("total", "argument", "temporary")
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryConfig:
+class MemoryConfig(step.Options):
     """Options of `python -m experiments.memory`."""
 
     target: targets.Target = "local"
@@ -39,30 +38,8 @@ class MemoryConfig:
     its figures rank methods badly."""
     model: tuple[str, ...] = ("vit_b16",)
     """Presets of snella_jax.models.vit."""
-    method: tuple[step.Method, ...] = get_args(step.Method)
-    """What is compared."""
-    batch: int = 8
-    """Images in a step."""
-    rank: int = 8
-    """Of LoRA's and SNELLA's factors."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the computation."""
-    frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the weights that do not train."""
-    stacked: bool = True
-    """Whether the blocks are scanned, or a list run one after the other."""
-    remat: Literal["none", "blocks"] = "none"
-    """What is recomputed besides delta."""
     out: Path = Path("runs/memory")
     """Folder for memory.json and memory.png."""
-
-    def settings(self) -> Iterator[step.Setting]:
-        """Every method on every model."""
-        shared = ("batch", "rank", "dtype", "frozen_dtype", "stacked", "remat")
-        fields = {name: getattr(self, name) for name in shared}
-        for model in self.model:
-            for method in self.method:
-                yield step.Setting(method, model, **fields)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -74,9 +51,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         description=__doc__,
     )
     try:
-        settings = [step.checked(setting) for setting in config.settings()]
-        if not settings:
-            raise ValueError("--model and --method: expected at least one of each.")
+        if not config.model:
+            raise ValueError("--model names nothing: expected at least one.")
+        settings = [each for name in config.model for each in config.settings(name)]
         where = targets.sharding(config.target)
     except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"python -m experiments.memory: {error}") from error
@@ -121,6 +98,7 @@ def row(setting: step.Setting, target: targets.Target, where: Any) -> dict[str, 
         "rank": setting.rank,
         "stacked": setting.stacked,
         "remat": setting.remat,
+        "attention": setting.attention,
         "parameters": step.parameters(setting.model),
         "trainable": _size(one.arguments[0]),
         "compile_seconds": round(seconds, 1),

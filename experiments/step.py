@@ -5,7 +5,7 @@ The step is the trainer's own (`train.training_step`), with AdamW, on images of 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array
 import snella_jax as snella
 from experiments import train
 from experiments.methods import lora, stored
-from snella_jax.models import vit
+from snella_jax.models import attention, vit
 from snella_jax.rules import freeze
 
 CLASSES = 100  # VTAB-1k's largest common head (CIFAR-100)
@@ -34,6 +34,7 @@ Method = Literal[
     "snella_parallel",
     "snella_stored",
 ]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,45 @@ class Setting:
         if not self.method.startswith(("snella", "klora")):
             return None
         return "parallel" if self.method == "snella_parallel" else "merged"
+
+    @property
+    def attention(self) -> str:
+        """Which implementation of attention the first device gets."""
+        config = vit.PRESETS[self.model]
+        head_dim = config.width // config.heads
+        return attention.best(jax.local_devices()[0], self.dtype, head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of a program that compares methods."""
+
+    method: tuple[Method, ...] = get_args(Method)
+    """What is compared."""
+    batch: int = 8
+    """Images in a step."""
+    rank: int = 8
+    """Of LoRA's and SNELLA's factors."""
+    dtype: Dtype = "bfloat16"
+    """Of the computation."""
+    frozen_dtype: Dtype = "bfloat16"
+    """Of the weights that do not train."""
+    stacked: bool = True
+    """Whether the blocks are scanned, or a list run one after the other."""
+    remat: Literal["none", "blocks"] = "none"
+    """What is recomputed besides delta."""
+
+    def settings(self, model: str) -> list[Setting]:
+        """A checked setting of `model` for each method.
+
+        Raises:
+          ValueError: an option is wrong; says what was expected.
+        """
+        if not self.method:
+            raise ValueError("--method names nothing: expected at least one.")
+        names = [field.name for field in dataclasses.fields(Options)]
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names[1:]}
+        return [checked(Setting(each, model, **shared)) for each in self.method]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,9 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -27,40 +27,21 @@ from experiments import figures, step, targets
 
 
 @dataclasses.dataclass(frozen=True)
-class ThroughputConfig:
+class ThroughputConfig(step.Options):
     """Options of `python -m experiments.throughput`."""
 
+    dtype: step.Dtype = "float32"
+    """Of the computation."""
+    frozen_dtype: step.Dtype = "float32"
+    """Of the weights that do not train."""
     model: str = "vit_b16"
     """A preset of snella_jax.models.vit."""
-    method: tuple[step.Method, ...] = get_args(step.Method)
-    """What is compared."""
-    batch: int = 8
-    """Images in a step."""
-    rank: int = 8
-    """Of LoRA's and SNELLA's factors."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights that do not train."""
-    stacked: bool = True
-    """Whether the blocks are scanned, or a list run one after the other."""
-    remat: Literal["none", "blocks"] = "none"
-    """What is recomputed besides delta."""
     repetitions: int = 10
     """How often each step is timed."""
     peer: Literal["none", "torch"] = "none"
     """What else is timed beside JAX."""
     out: Path = Path("runs/throughput")
     """Folder for throughput.json and throughput.png."""
-
-    def settings(self) -> Iterator[step.Setting]:
-        """Every method, and the parallel path with its regularisers too."""
-        shared = ("model", "batch", "rank", "dtype", "frozen_dtype", "stacked", "remat")
-        fields = {name: getattr(self, name) for name in shared}
-        for method in self.method:
-            yield step.Setting(method, **fields)
-            if method == "snella_parallel":
-                yield step.Setting(method, **fields, regularise=True)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -70,9 +51,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     try:
         if config.repetitions < 1:
             raise ValueError(f"repetitions={config.repetitions}: expected at least 1.")
-        settings = [step.checked(setting) for setting in config.settings()]
-        if not settings:
-            raise ValueError("--method names nothing: expected at least one.")
+        settings = _with_regularisers(config.settings(config.model))
         peer = _torch_peer(settings[0]) if config.peer == "torch" else None
     except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
@@ -91,6 +70,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return rows
 
 
+def _with_regularisers(settings: list[step.Setting]) -> list[step.Setting]:
+    """After the parallel path the same again with its dropout and drop-path."""
+    found = []
+    for setting in settings:
+        found.append(setting)
+        if setting.method == "snella_parallel":
+            found.append(dataclasses.replace(setting, regularise=True))
+    return found
+
+
 def compiled(setting: step.Setting) -> tuple[dict[str, Any], Callable[[], None]]:
     """What a setting is, and a function that takes one step of it and waits."""
     one = step.build(setting)
@@ -106,6 +95,7 @@ def compiled(setting: step.Setting) -> tuple[dict[str, Any], Callable[[], None]]
 
     row = dataclasses.asdict(setting) | {
         "path": setting.path,
+        "attention": setting.attention,
         "compile_seconds": round(seconds, 1),
         "device": targets.describe("local"),
         "jax": jax.__version__,

@@ -142,9 +142,11 @@ def test_dtype_is_for_compute_and_param_dtype_for_weights():
         ({"pool": "max"}, 'expected "cls" or "mean"'),
         ({"class_token": False}, 'use pool="mean"'),
         ({"drop_path": 1.0}, "expected 0 <= rate < 1"),
+        ({"remat": "all"}, 'remat=\'all\': expected "none" or "blocks"'),
+        ({"attention": "flash"}, "'flash': expected auto, xla, cudnn"),
     ],
 )
-def test_bad_shapes_say_what_was_expected(changes, message):
+def test_a_bad_config_says_what_was_expected(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **changes)
 
@@ -227,8 +229,3 @@ def test_recomputed_blocks_do_not_search_for_tau_again():
     leaves = [jax.tree.leaves(tree) for tree in (gradients, remat_gradients)]
     for a, b in zip(*leaves, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
-
-
-def test_unknown_recomputation():
-    with pytest.raises(ValueError, match='remat=\'all\': expected "none" or "blocks"'):
-        build(remat="all")

@@ -13,13 +13,14 @@ tokens (class token first), `D` width, `H` heads, `d = D / H`.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from snella_jax.models.attention import Implementation, attend
 from snella_jax.stochastic import drop_path
 
 
@@ -51,6 +52,8 @@ class ViTConfig:
       stacked: whether the blocks are stacked and scanned, or a list.
       remat: "none", or "blocks" to keep only what goes from block to block for the
         backward pass and to compute each block again there.
+      attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or "auto" for the one that suits
+        the first device, see `snella_jax.models.attention`.
       dtype: dtype of the computation.
       param_dtype: dtype in which the weights are kept.
     """
@@ -69,6 +72,7 @@ class ViTConfig:
     drop_path: float = 0.0
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
+    attention: Implementation = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -81,6 +85,9 @@ class ViTConfig:
             raise ValueError('pool="cls" needs class_token=True; use pool="mean".')
         if self.remat not in ("none", "blocks"):
             raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
+        if self.attention not in get_args(Implementation):
+            known = ", ".join(get_args(Implementation))
+            raise ValueError(f"attention={self.attention!r}: expected {known}.")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path={self.drop_path}: expected 0 <= rate < 1.")
         if any(s % p for s, p in zip(self.image_hw, self.patch_hw, strict=True)):
@@ -240,6 +247,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.heads = config.heads
+        self.implementation: Implementation = config.attention
         width = config.width
         self.query, self.key, self.value, self.out = (
             _linear(width, width, config, rngs) for _ in range(4)
@@ -248,7 +256,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         heads = (*x.shape[:2], self.heads, -1)  # [B, T, H, d]
         q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
-        return self.out(_attend(q, k, v).reshape(x.shape))
+        return self.out(attend(q, k, v, self.implementation).reshape(x.shape))
 
 
 class MLP(nnx.Module):
@@ -263,13 +271,7 @@ class MLP(nnx.Module):
         return self.fc2(_gelu(self.fc1(x)))
 
 
-# Made again in the backward pass: else `[B, H, T, T]` and three arrays as wide as the
-# MLP are kept for every scanned block, over a third of a step's memory.
-@jax.checkpoint
-def _attend(q: Array, k: Array, v: Array) -> Array:
-    return jax.nn.dot_product_attention(q, k, v)
-
-
+# Made again in the backward pass: else three arrays as wide as the MLP are kept.
 @jax.checkpoint
 def _gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)

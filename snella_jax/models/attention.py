@@ -1,0 +1,62 @@
+"""Dot-product attention in the implementation that suits the device.
+
+No choice keeps the `[B, H, T, T]` attention weights for the backward pass. `B` images,
+`T` tokens, `H` heads of `d` numbers.
+
+    >>> import jax
+    >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 4, 8))
+    >>> attend(q, k, v).shape
+    (2, 5, 4, 8)
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+Implementation = Literal["auto", "xla", "cudnn"]
+
+
+def attend(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S H d"],
+    v: Float[Array, "B S H d"],
+    implementation: Implementation = "auto",
+) -> Float[Array, "B T H d"]:
+    """`softmax(q k^T / sqrt(d)) v` for each head.
+
+    Args:
+      implementation: "xla", "cudnn" (flash attention on NVIDIA GPUs, 16-bit numbers,
+        no `T x S` array at all), or "auto" for what `best` says of the first device.
+
+    Raises:
+      RuntimeError, NotImplementedError: "cudnn" where cuDNN cannot do it.
+      ValueError: an implementation of another name.
+    """
+    if implementation == "auto":
+        implementation = best(jax.local_devices()[0], q.dtype, q.shape[-1])
+    if implementation == "xla":
+        return _recomputed(q, k, v)
+    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+
+
+def best(device: Any, dtype: DTypeLike, head_dim: int) -> Literal["xla", "cudnn"]:
+    """ "cudnn" wherever cuDNN's flash attention takes these arrays, else "xla".
+
+    It wants an NVIDIA GPU of compute capability 8.0 or later (A100, L4, H100; not T4 or
+    V100), float16 or bfloat16, and a `head_dim` of at most 128 that 8 divides.
+    """
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return "xla"
+    recent = float(device.compute_capability) >= 8
+    half = jnp.dtype(dtype) in (jnp.dtype("float16"), jnp.dtype("bfloat16"))
+    fits = head_dim <= 128 and head_dim % 8 == 0
+    return "cudnn" if recent and half and fits else "xla"
+
+
+# XLA keeps the attention weights unless they are made again: with GELU's three arrays
+# over a third of a ViT's step. Flash attention does so by itself.
+@jax.checkpoint
+def _recomputed(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
