@@ -125,6 +125,32 @@ def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     _save(figure, path)
 
 
+def profile(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws the parts of a step's time, a bar for each method.
+
+    Args:
+      path: the PNG to write.
+      rows: of `experiments.profile`.
+    """
+    names = [row["method"] for row in rows]
+    height = 1.6 + 0.5 * len(rows)
+    figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
+    left = np.zeros(len(rows))
+    for part in rows[0]["parts"]:
+        seconds = np.array([row["parts"][part] for row in rows])
+        axes.barh(names, seconds, left=left, label=part, height=0.6)
+        left += seconds
+    first = rows[0]
+    axes.invert_yaxis()
+    axes.set(
+        xlabel="seconds of a step",
+        title=f"{first['model']}, batch {first['batch']}, {first['dtype']}: "
+        f"{first['device']}",
+    )
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

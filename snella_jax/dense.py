@@ -61,12 +61,15 @@ def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
     """The update and its thresholds `[*slices]`, searched for where `tau` is None."""
 
     def one(factors, budget, tau):
-        dense = kernel.apply(layout.unfold(factors) if layout else factors)
-        if tau is None and gate == "none":  # nothing to search for; see _recomputed
-            tau = jax.lax.stop_gradient(jnp.max(dense))
-        if tau is None:
-            tau = checkpoint_name(threshold(dense, budget), TAU)
-        return sparsify(dense, budget, gate, tau), tau
+        with jax.named_scope("snella_delta"):  # as profilers show it
+            dense = kernel.apply(layout.unfold(factors) if layout else factors)
+        with jax.named_scope("snella_threshold"):
+            if tau is None and gate == "none":  # nothing to search for: _recomputed
+                tau = jax.lax.stop_gradient(jnp.max(dense))
+            if tau is None:
+                tau = checkpoint_name(threshold(dense, budget), TAU)
+        with jax.named_scope("snella_delta"):
+            return sparsify(dense, budget, gate, tau), tau
 
     if layout is None:
         return one(factors, budget, tau)

@@ -235,14 +235,15 @@ def _forward(coeff, a, b):
 
 
 def _backward(factors, cotangent):
-    # Behind the barrier the distances are made again, fused into the one pass that
-    # needs them: stored, they cost two n x m arrays and the time to fill them (a
-    # 768 x 3072 layer, forward and backward: 36 MiB of temporaries against 72).
-    coeff, a, b = jax.lax.optimization_barrier(factors)
+    coeff, a, b = factors
     # Distances do not see a shift; without it a large offset shared by all rows would
     # cancel only after rounding, in the inner products below.
     middle = (_row_mean(a) + _row_mean(b)) / 2
     a, b = (x - middle.reshape(len(x), *(1,) * (x.ndim - 2), -1) for x in (a, b))
+    # Behind the barrier the distances are made again, fused into the one pass that
+    # needs them: stored, they cost two n x m arrays and the time to fill them (a
+    # 768 x 3072 layer, forward and backward: 36 MiB of temporaries against 72).
+    coeff, a, b = jax.lax.optimization_barrier((coeff, a, b))
     pulled = [_pull_distance(cotangent, a[p], b[p]) for p in range(len(a))]
     da, db = (jnp.stack(part) for part in zip(*pulled, strict=True))
     # A distance is homogeneous of degree 1: it is the sum of its derivatives times

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import memory, step, targets, throughput
+from experiments import memory, profile, step, targets, throughput
 
 SMALL = ("--model", "vit_ti16", "--batch", "2", "--dtype", "float32")
 
@@ -68,7 +68,56 @@ def test_throughput_times_in_turns(tmp_path):
     assert rows[1]["of_lora"] == pytest.approx(np.median(paired))
 
 
-@pytest.mark.parametrize("program", [memory, throughput])
+def test_profile_counts_every_operation_once(tmp_path):
+    rows = profile.main([
+        *SMALL, "--method", "lora", "snella", "--steps", "1", "--out", str(tmp_path),
+    ])  # fmt: skip
+    assert json.loads((tmp_path / "profile.json").read_text()) == rows
+    assert (tmp_path / "profile.png").stat().st_size > 10_000
+    lora, snella = (row["parts"] for row in rows)
+    own = {"threshold", "delta and its gradient"}
+    shared = snella.keys() - own - {profile.COPIES}
+    assert all(lora[name] == 0 < snella[name] for name in own)
+    assert all(min(lora[name], snella[name]) > 0 for name in shared)
+    for row in rows:  # two threads at most double what the clock says
+        assert 0.5 < sum(row["parts"].values()) / row["seconds"] < 2
+
+
+def test_profile_takes_a_loop_without_what_runs_in_it():
+    spans = [(0, 10, "loop"), (1, 4, "a"), (2, 1, "b"), (5, 3, "a"), (10, 2, "c")]
+    assert profile._without_children(spans) == [
+        ("loop", 3), ("a", 3), ("b", 1), ("a", 3), ("c", 2)
+    ]  # fmt: skip
+
+
+def test_profile_names_a_fusion_by_its_matmul():
+    hlo = """
+%fused.1 (p: f32[2]) -> f32[2] {
+  %dot.1 = f32[2]{0} dot(%p, %p), metadata={op_name="x/dot_general"}
+  ROOT %add.1 = f32[2]{0} add(%dot.1, %p), metadata={op_name="x/add"}
+}
+
+%fused.2 (p: f32[2]) -> f32[2] {
+  ROOT %mul.1 = f32[2]{0} multiply(%p, %p), metadata={op_name="x/snella_delta/mul"}
+}
+
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %f.1 = f32[2]{0} fusion(%p), kind=kLoop, calls=%fused.1, metadata={op_name="x/add"}
+  %f.2 = f32[2]{0} fusion(%f.1), kind=kLoop, calls=%fused.2
+  ROOT %copy.1 = f32[2]{0} copy(%f.2)
+}
+"""
+    names = profile.operation_names(hlo)
+    found = ("f.1", "f.2", "copy.1")
+    parts = {name: profile.part(names.get(name, "")) for name in found}
+    assert parts == {
+        "f.1": "matmuls",
+        "f.2": "delta and its gradient",
+        "copy.1": profile.COPIES,
+    }
+
+
+@pytest.mark.parametrize("program", [memory, throughput, profile])
 @pytest.mark.parametrize(
     "argv, message",
     [

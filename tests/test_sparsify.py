@@ -68,7 +68,7 @@ def test_threshold_is_the_sorted_value(delta, x64):
         assert_same_bits(search(on_device, budget), oracle(delta, budget))
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 4), (17,), (3, 4, 5)])
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 4), (17,), (3, 4, 5), (5, 48)])
 def test_threshold_of_any_number_of_axes(shape):
     delta = np.float32(RNG.normal(size=shape))
     search = jax.jit(threshold)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
+from snella_jax.contraction import matmul
 from snella_jax.layers import Factor, become, mixed_class
 from snella_jax.rules import freeze, select
 
@@ -38,7 +39,7 @@ class Lora(nnx.Module):
             base = jax.checkpoint(base)  # else the cast weight is kept, a copy of it
         y: Array = base(x)
         a, b = self.lora.a[...].astype(y.dtype), self.lora.b[...].astype(y.dtype)
-        return y + (x.astype(y.dtype) @ a) @ b.T
+        return y + matmul(matmul(x.astype(y.dtype), a), b.T)
 
 
 def adapt(

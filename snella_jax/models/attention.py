@@ -38,7 +38,8 @@ def attend(
         implementation = best(jax.local_devices()[0], q.dtype, q.shape[-1])
     if implementation == "xla":
         return _recomputed(q, k, v)
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    with jax.named_scope("attention"):  # as profilers show it
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
 
 
 def best(device: Any, dtype: DTypeLike, head_dim: int) -> Literal["xla", "cudnn"]:
@@ -58,5 +59,6 @@ def best(device: Any, dtype: DTypeLike, head_dim: int) -> Literal["xla", "cudnn"
 # XLA keeps the attention weights unless they are made again: with GELU's three arrays
 # over a third of a ViT's step. Flash attention does so by itself.
 @jax.checkpoint
+@jax.named_scope("attention")
 def _recomputed(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="xla")

@@ -1,0 +1,200 @@
+"""Where a training step's time goes, method by method, on the device at hand.
+
+    python -m experiments.profile --model vit_b16 --batch 8 --method full lora snella
+
+A few steps of each method run under JAX's profiler, and the time of every operation
+that XLA scheduled is counted for the part of the step that it computes. Prints a table
+and writes `profile.json` and `profile.png` into `--out`. Tested on CPUs; the parts sum
+to the seconds of a step, and to more where operations run side by side.
+"""
+
+import collections
+import json
+import re
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from jax.profiler import ProfileData, ProfileOptions
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from experiments import figures, step, targets
+
+# The first that is found in the name of an operation is its part.
+PARTS = {
+    "threshold": "snella_threshold",
+    "delta and its gradient": "snella_delta",
+    "attention": r"\battention/",
+    "matmuls": "dot_general|conv_general",
+    "norms, GELU, sums": "jvp",
+    "optimizer, importance": "",
+}
+COPIES = "copies, zeros"  # operations of XLA's own, which have no name
+
+
+@dataclass(frozen=True)
+class ProfileConfig(step.Options):
+    """Options of `python -m experiments.profile`."""
+
+    method: tuple[step.Method, ...] = ("full", "lora", "snella")
+    """What is compared."""
+    dtype: step.Dtype = "float32"
+    """Of the computation."""
+    frozen_dtype: step.Dtype = "float32"
+    """Of the weights that do not train."""
+    model: str = "vit_b16"
+    """A preset of snella_jax.models.vit."""
+    steps: int = 5
+    """How many steps of each method are profiled."""
+    out: Path = Path("runs/profile")
+    """Folder for profile.json and profile.png."""
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Parses the command line, profiles, and returns the rows of `profile.json`."""
+    program = "python -m experiments.profile"
+    config = tyro.cli(ProfileConfig, prog=program, args=argv, description=__doc__)
+    try:
+        if config.steps < 1:
+            raise ValueError(f"steps={config.steps}: expected at least 1.")
+        settings = config.settings(config.model)
+    except ValueError as error:
+        raise SystemExit(f"{program}: {error}") from error
+    console = Console()
+    rows = [
+        row(setting, config.steps)
+        for setting in track(settings, "profiling", console=console)
+    ]
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "profile.json").write_text(json.dumps(rows, indent=1) + "\n")
+    figures.profile(config.out / "profile.png", rows)
+    console.print(_table(rows))
+    console.print(f"profile.json and profile.png are in {config.out}", soft_wrap=True)
+    return rows
+
+
+def row(setting: step.Setting, steps: int) -> dict[str, Any]:
+    """Profiles `steps` steps: seconds of one, and what each part takes of them."""
+    one = step.build(setting)
+    run = jax.jit(one.run).lower(*one.arguments).compile()
+    jax.block_until_ready(run(*one.arguments))  # warms up
+    options = ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            start = time.perf_counter()
+            for _ in range(steps):
+                jax.block_until_ready(run(*one.arguments))
+            seconds = (time.perf_counter() - start) / steps
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        operations = own_seconds(ProfileData.from_file(str(path)))
+    names = operation_names(run.as_text() or "")
+    parts = dict.fromkeys([*PARTS, COPIES], 0.0)
+    for operation, total in operations.items():
+        parts[part(names.get(operation, ""))] += total / steps
+    return asdict(setting) | {
+        "seconds": seconds,
+        "parts": parts,
+        "steps": steps,
+        "path": setting.path,
+        "attention": setting.attention,
+        "device": targets.describe("local"),
+        "jax": jax.__version__,
+    }
+
+
+def part(name: str) -> str:
+    """The part of a step that an operation of this name belongs to."""
+    if not name:
+        return COPIES
+    return next(key for key, pattern in PARTS.items() if re.search(pattern, name))
+
+
+def operation_names(hlo: str) -> dict[str, str]:
+    """What JAX called each operation of a compiled program.
+
+    A fusion is called what the matmul in it is called, if there is one, else what its
+    result is called, else what the last operation in it that has a name is called.
+    """
+    names: dict[str, str] = {}
+    fusions, matmuls, last = {}, {}, {}
+    inside = ""
+    for line in hlo.splitlines():
+        if opened := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            inside = opened[1]
+        made = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = .*? ([\w-]+)\(", line)
+        if made is None:
+            continue
+        called = re.search(r'op_name="([^"]*)"', line)
+        if called:
+            names[made[1]] = last[inside] = called[1]
+            if made[2] in ("dot", "convolution"):
+                matmuls[inside] = called[1]
+        if fused := re.search(r" calls=%?([\w.-]+)", line):
+            fusions[made[1]] = fused[1]
+    from_inside = {
+        name: last[fused] for name, fused in fusions.items() if fused in last
+    }
+    heaviest = {
+        name: matmuls[fused] for name, fused in fusions.items() if fused in matmuls
+    }
+    return from_inside | names | heaviest
+
+
+def own_seconds(profile: Any) -> dict[str, float]:
+    """Seconds of each operation, without those of the operations inside a loop."""
+    total = collections.defaultdict(float)
+    for plane in profile.planes:
+        lines = list(plane.lines)
+        # An accelerator's plane repeats its streams in a line of this name.
+        for line in [line for line in lines if line.name == "XLA Ops"] or lines:
+            spans = []
+            for event in line.events:
+                if name := dict(event.stats).get("hlo_op"):
+                    spans.append((event.start_ns, event.duration_ns, str(name)))
+            for name, nanoseconds in _without_children(spans):
+                total[name] += nanoseconds / 1e9
+    return total
+
+
+def _without_children(
+    spans: Iterable[tuple[float, float, str]],
+) -> list[tuple[str, float]]:
+    own: list[list[Any]] = []
+    around: list[tuple[float, int]] = []  # when each ends, and where it stands in `own`
+    for start, duration, name in sorted(spans, key=lambda span: (span[0], -span[1])):
+        while around and around[-1][0] <= start:
+            around.pop()
+        if around:
+            own[around[-1][1]][1] -= duration
+        around.append((start + duration, len(own)))
+        own.append([name, duration])
+    return [(name, duration) for name, duration in own]
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"milliseconds of a step, {first['model']}, batch {first['batch']}, "
+        f"{first['dtype']}: {first['device']}"
+    )
+    table.add_column("part")
+    for one in rows:
+        table.add_column(one["method"], justify="right")
+    for name in first["parts"]:
+        table.add_row(name, *(f"{1e3 * one['parts'][name]:.0f}" for one in rows))
+    table.add_section()
+    table.add_row("sum", *(f"{1e3 * sum(one['parts'].values()):.0f}" for one in rows))
+    table.add_row("step", *(f"{1e3 * one['seconds']:.0f}" for one in rows))
+    return table
+
+
+if __name__ == "__main__":
+    main()
