@@ -2,18 +2,20 @@
 
     python -m experiments.profile --model vit_b16 --batch 8 --method full lora snella
 
-A few steps of each method run under JAX's profiler, and the time of every operation
-that XLA scheduled is counted for the part of the step that it computes. Prints a table
-and writes `profile.json` and `profile.png` into `--out`. Tested on CPUs; the parts sum
-to the seconds of a step, and to more where operations run side by side.
+The methods take turns, a step at a time, under JAX's profiler. The time of every
+operation that XLA scheduled is counted for the part of the step that it computes;
+medians over the steps are taken. Prints a table and writes `profile.json` and
+`profile.png` into `--out`. Tested on CPUs; the parts sum to the seconds of a step, and
+to more where operations run side by side.
 """
 
 import collections
 import json
 import re
+import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ class ProfileConfig(step.Options):
     """Of the weights that do not train."""
     model: str = "vit_b16"
     """A preset of snella_jax.models.vit."""
-    steps: int = 5
+    steps: int = 7
     """How many steps of each method are profiled."""
     out: Path = Path("runs/profile")
     """Folder for profile.json and profile.png."""
@@ -68,10 +70,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     except ValueError as error:
         raise SystemExit(f"{program}: {error}") from error
     console = Console()
-    rows = [
-        row(setting, config.steps)
-        for setting in track(settings, "profiling", console=console)
+    runs = [
+        compiled(setting) for setting in track(settings, "compiling", console=console)
     ]
+    rows = _in_turns(runs, config.steps, console)
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "profile.json").write_text(json.dumps(rows, indent=1) + "\n")
     figures.profile(config.out / "profile.png", rows)
@@ -80,34 +82,58 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def row(setting: step.Setting, steps: int) -> dict[str, Any]:
-    """Profiles `steps` steps: seconds of one, and what each part takes of them."""
+def compiled(setting: step.Setting) -> tuple[dict[str, Any], Callable[[], Any]]:
+    """What a setting is, and a function that profiles one step of it.
+
+    That function returns the seconds of the step and those of each part.
+    """
     one = step.build(setting)
     run = jax.jit(one.run).lower(*one.arguments).compile()
-    jax.block_until_ready(run(*one.arguments))  # warms up
+    names = operation_names(run.as_text() or "")
     options = ProfileOptions()
     options.python_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            start = time.perf_counter()
-            for _ in range(steps):
+
+    def take() -> tuple[float, dict[str, float]]:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder, profiler_options=options):
+                start = time.perf_counter()
                 jax.block_until_ready(run(*one.arguments))
-            seconds = (time.perf_counter() - start) / steps
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        operations = own_seconds(ProfileData.from_file(str(path)))
-    names = operation_names(run.as_text() or "")
-    parts = dict.fromkeys([*PARTS, COPIES], 0.0)
-    for operation, total in operations.items():
-        parts[part(names.get(operation, ""))] += total / steps
-    return asdict(setting) | {
-        "seconds": seconds,
-        "parts": parts,
-        "steps": steps,
+                seconds = time.perf_counter() - start
+            (path,) = Path(folder).rglob("*.xplane.pb")
+            operations = own_seconds(ProfileData.from_file(str(path)))
+        parts = dict.fromkeys([*PARTS, COPIES], 0.0)
+        for operation, spent in operations.items():
+            parts[part(names.get(operation, ""))] += spent
+        return seconds, parts
+
+    row = asdict(setting) | {
         "path": setting.path,
         "attention": setting.attention,
         "device": targets.describe("local"),
         "jax": jax.__version__,
     }
+    return row, take
+
+
+def _in_turns(runs: list, steps: int, console: Console) -> list[dict[str, Any]]:
+    for _, take in runs:
+        take()  # warms up
+    taken: list[list[tuple[float, dict[str, float]]]] = [[] for _ in runs]
+    for _ in track(range(steps), "profiling", console=console):
+        for own, (_, take) in zip(taken, runs, strict=True):
+            own.append(take())
+    return [
+        row
+        | {
+            "seconds": statistics.median(seconds for seconds, _ in own),
+            "parts": {
+                name: statistics.median(parts[name] for _, parts in own)
+                for name in own[0][1]
+            },
+            "steps": steps,
+        }
+        for (row, _), own in zip(runs, taken, strict=True)
+    ]
 
 
 def part(name: str) -> str:
