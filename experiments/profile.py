@@ -4,18 +4,18 @@
 
 The methods take turns, a step at a time, under JAX's profiler. The time of every
 operation that XLA scheduled is counted for the part of the step that it computes;
-medians over the steps are taken. Prints a table and writes `profile.json` and
-`profile.png` into `--out`. Tested on CPUs; the parts sum to the seconds of a step, and
-to more where operations run side by side.
+operations that run side by side share the time. Medians over the steps are taken.
+Prints a table and writes `profile.json` and `profile.png` into `--out`. Tested on CPUs.
 """
 
 import collections
 import json
+import math
 import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ PARTS = {
     "norms, GELU, sums": "jvp",
     "optimizer, importance": "",
 }
+Span = tuple[float, float, str]  # start, end, name of an operation
 COPIES = "copies, zeros"  # operations of XLA's own, which have no name
 
 
@@ -175,34 +176,62 @@ def operation_names(hlo: str) -> dict[str, str]:
 
 
 def own_seconds(profile: Any) -> dict[str, float]:
-    """Seconds of each operation, without those of the operations inside a loop."""
-    total = collections.defaultdict(float)
+    """Seconds of each operation, without those of the operations inside a loop.
+
+    While several run side by side each gets its share: all of them sum to the time in
+    which any ran.
+    """
+    spans: list[Span] = []
     for plane in profile.planes:
         lines = list(plane.lines)
         # An accelerator's plane repeats its streams in a line of this name.
         for line in [line for line in lines if line.name == "XLA Ops"] or lines:
-            spans = []
-            for event in line.events:
-                if name := dict(event.stats).get("hlo_op"):
-                    spans.append((event.start_ns, event.duration_ns, str(name)))
-            for name, nanoseconds in _without_children(spans):
-                total[name] += nanoseconds / 1e9
-    return total
+            spans += _without_children([
+                (event.start_ns, event.start_ns + event.duration_ns, str(name))
+                for event in line.events
+                if (name := dict(event.stats).get("hlo_op"))
+            ])  # fmt: skip
+    return {name: spent / 1e9 for name, spent in _shares(spans).items()}
 
 
-def _without_children(
-    spans: Iterable[tuple[float, float, str]],
-) -> list[tuple[str, float]]:
-    own: list[list[Any]] = []
-    around: list[tuple[float, int]] = []  # when each ends, and where it stands in `own`
-    for start, duration, name in sorted(spans, key=lambda span: (span[0], -span[1])):
-        while around and around[-1][0] <= start:
-            around.pop()
+def _without_children(spans: list[Span]) -> list[Span]:
+    """The spans of one thread, cut where another lies inside."""
+    pieces: list[Span] = []
+    around: list[tuple[float, str]] = []  # the ends and names of what is running
+    now = 0.0
+
+    def advance(to: float) -> None:
+        nonlocal now
+        while around and around[-1][0] <= to:
+            end, name = around.pop()
+            pieces.append((now, end, name))
+            now = max(now, end)
         if around:
-            own[around[-1][1]][1] -= duration
-        around.append((start + duration, len(own)))
-        own.append([name, duration])
-    return [(name, duration) for name, duration in own]
+            pieces.append((now, to, around[-1][1]))
+        now = to
+
+    for start, end, name in sorted(spans, key=lambda span: (span[0], -span[1])):
+        advance(start)
+        around.append((end, name))
+    advance(math.inf)
+    return [piece for piece in pieces if piece[0] < piece[1]]
+
+
+def _shares(spans: list[Span]) -> dict[str, float]:
+    """The length of all spans of a name, divided among those that overlap."""
+    changes = collections.Counter[float]()
+    for start, end, _ in spans:
+        changes[start] += 1
+        changes[end] -= 1
+    each, active, before, passed = {}, 0, 0.0, 0.0  # passed: what one span would get
+    for moment in sorted(changes):
+        passed += (moment - before) / active if active else 0
+        before, each[moment] = moment, passed
+        active += changes[moment]
+    total = collections.defaultdict(float)
+    for start, end, name in spans:
+        total[name] += each[end] - each[start]
+    return total
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
