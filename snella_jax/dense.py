@@ -29,6 +29,7 @@ from snella_jax.contraction import matmul
 from snella_jax.kernels import Factors, Kernel
 from snella_jax.layout import Layout
 from snella_jax.sparsify import TAU, check_budget, check_gate, sparsify, threshold
+from snella_jax.varying import varying_alike
 
 Path = Literal["merged", "parallel"]
 Op = Callable[[Array, Array], Array]
@@ -116,6 +117,8 @@ def adapted(
 
         if not isinstance(budget, Array):
             budget = jnp.asarray(np.minimum(budget, w0.size), jnp.int32)
+        # Outside `_recomputed`, for the transpose to add up the gradients.
+        x, w0, factors, budget, key = varying_alike(x, w0, factors, budget, key)
         parallel = path == "parallel"
         base, extras = _opened(op, x, w0)
         branch, more = _opened(update_op, x, w0) if parallel else (base, ())
@@ -134,7 +137,8 @@ def adapted(
             moved = branch(dropped, update, extras[1])
             return y + stochastic.drop_path(key_y, moved, drop_path), tau
 
-        return _recomputed(forward)(x, w0, factors, (extras, more), budget, key)
+        extras = varying_alike(x, (extras, more))[1]
+        return _recomputed(forward)(x, w0, factors, extras, budget, key)
 
     return apply
 

@@ -22,6 +22,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from snella_jax.varying import varying_alike
+
 TAU = "snella_tau"  # the threshold's name for checkpoint policies
 
 # The value of a survivor, from delta, |delta| and tau.
@@ -67,6 +69,7 @@ def threshold(
         reached = _count(pattern >= middle) > budget
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
+    low, high, pattern, budget = varying_alike(low, high, pattern, budget)
     bits = jnp.iinfo(unsigned).bits - 1
     low, _ = jax.lax.fori_loop(0, bits, halve, (low, high))
     return jax.lax.bitcast_convert_type(low, _widened(delta)).astype(delta.dtype)

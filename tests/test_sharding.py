@@ -202,3 +202,33 @@ def test_importance_of_sharded_factors():
     on_mesh = scores(lambda tree: jax.device_put(tree, by_rows))
     np.testing.assert_allclose(on_mesh, scores(lambda tree: tree), rtol=1e-6)
     assert on_mesh.is_fully_replicated
+
+
+@pytest.mark.parametrize("differentiate", ["outside", "inside"])
+@pytest.mark.parametrize("path", ["merged", "parallel"])
+def test_shard_map_over_examples_gives_the_same_gradients(path, differentiate):
+    """Replicated weights, examples over 4 devices, JAX's checks of types on."""
+    x, w0, factors, budget = inputs()
+    key = jax.random.key(3) if path == "parallel" else None
+
+    def loss(factors, w0, x):
+        y = adapted_dense(x, w0, factors, budget, kernel=KERNEL, path=path, key=key)
+        return jnp.sin(y).sum()
+
+    def gradients(loss):
+        return jax.grad(loss, (0, 1))
+
+    devices = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def manual(body):
+        specs = (P(), P(), P("data"))
+        return jax.shard_map(body, mesh=devices, in_specs=specs, out_specs=P())
+
+    if differentiate == "outside":
+        sharded = gradients(
+            manual(lambda *arguments: jax.lax.psum(loss(*arguments), "data"))
+        )
+    else:  # JAX adds the gradients of replicated arrays up by itself
+        sharded = manual(gradients(loss))
+    got, expected = (jax.jit(f)(factors, w0, x) for f in (sharded, gradients(loss)))
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
