@@ -57,7 +57,7 @@ def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
       path: the PNG to write.
       rows: of `experiments.memory`.
     """
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for method in dict.fromkeys(row["method"] for row in rows):
         own = sorted(
             (row["parameters"] / 1e6, row["total_bytes"] / 2**30)
@@ -65,29 +65,28 @@ def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             if row["method"] == method
         )
         axes.plot(*zip(*own, strict=True), marker="o", label=method)
-    top = 1.1 * max(row["total_bytes"] for row in rows) / 2**30
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for capacity in (16, 24, 80):  # what vendors call GB is GiB on their cards
-        if capacity <= max(top, 16):
-            axes.axhline(capacity, color="grey", linestyle=":", linewidth=1)
-            axes.annotate(
-                f"{capacity} GB",
-                (1, capacity),
-                color="grey",
-                ha="right",
-                va="bottom",
-                xycoords=("axes fraction", "data"),
-            )
+        axes.axhline(capacity, color="grey", linestyle=":", linewidth=1)
+        axes.annotate(
+            f"{capacity} GB",
+            (0.005, capacity),
+            color="grey",
+            va="bottom",
+            xycoords=("axes fraction", "data"),
+        )
     ticks = {row["model"]: row["parameters"] / 1e6 for row in rows}
     labels = [f"{name}\n{size:.0f} M" for name, size in ticks.items()]
     axes.set_xticks(list(ticks.values()), labels)
     first = rows[0]
     axes.set(
         ylabel="peak memory of a step (GiB)",
-        ylim=(0, max(top, 17)),
+        ylim=(None, 110),
         title=f"{first['target']}, batch {first['batch']}, {first['dtype']}, frozen "
         f"weights {first['frozen_dtype']}",
     )
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     _save(figure, path)
 
 
