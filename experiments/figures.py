@@ -82,7 +82,7 @@ def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     first = rows[0]
     axes.set(
         ylabel="peak memory of a step (GiB)",
-        ylim=(None, 110),
+        ylim=(None, max(110, 1.2 * max(row["total_bytes"] for row in rows) / 2**30)),
         title=f"{first['target']}, batch {first['batch']}, {first['dtype']}, frozen "
         f"weights {first['frozen_dtype']}",
     )

@@ -33,14 +33,14 @@ from experiments import figures, step, targets
 PARTS = {
     "threshold": "snella_threshold",
     "delta and its gradient": "snella_delta",
-    "attention": r"\battention/",
+    "attention": r"\battention\b",
     "matmuls": "dot_general|conv_general",
     "norms, GELU, sums": "jvp",
     "optimizer, importance": "",
 }
 Span = tuple[float, float, str]  # start, end, name of an operation
 COPIES = "copies, zeros"  # operations of XLA's own, which have no name
-REST = "between operations"  # and what XLA runs without telling the profiler
+REST = "unattributed"  # between operations, or not told to the profiler
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ def operation_names(hlo: str) -> dict[str, str]:
         called = re.search(r'op_name="([^"]*)"', line)
         if called:
             names[made[1]] = last[inside] = called[1]
-            if made[2] in ("dot", "convolution"):
-                matmuls[inside] = called[1]
+            if made[2] in ("dot", "convolution"):  # XLA may have renamed it
+                names[made[1]] = matmuls[inside] = f"{called[1]}/dot_general"
         if fused := re.search(r" calls=%?([\w.-]+)", line):
             fusions[made[1]] = fused[1]
     from_inside = {

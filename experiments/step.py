@@ -105,8 +105,8 @@ class Options:
         """
         if not self.method:
             raise ValueError("--method names nothing: expected at least one.")
-        names = [field.name for field in dataclasses.fields(Options)]
-        shared: dict[str, Any] = {name: getattr(self, name) for name in names[1:]}
+        names = {field.name for field in dataclasses.fields(Options)} - {"method"}
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names}
         return [checked(Setting(each, model, **shared)) for each in self.method]
 
 

@@ -128,8 +128,12 @@ def adapted(
             if sharding is not None:
                 delta = jax.lax.with_sharding_constraint(delta, sharding)
             if not parallel:
-                return base(x, (w0 + delta).astype(x.dtype), extras[0]), tau
-            y, update = base(x, w0.astype(x.dtype), extras[0]), delta.astype(x.dtype)
+                with jax.named_scope("snella_delta"):
+                    merged = (w0 + delta).astype(x.dtype)
+                return base(x, merged, extras[0]), tau
+            with jax.named_scope("snella_delta"):
+                update = delta.astype(x.dtype)
+            y = base(x, w0.astype(x.dtype), extras[0])
             if key is None:
                 return y + branch(x, update, extras[1]), tau
             key_x, key_y = jax.random.split(key)
@@ -222,7 +226,8 @@ def adapted_dense(
       drop_path: rate at which an example loses its whole update. Needs
         `path="parallel"`.
       key: switches the two regularisers on (training); None for evaluation. A mask is
-        drawn again on the way back, not stored.
+        drawn again on the way back, not stored. Inside `jax.shard_map` each shard needs
+        a key of its own, or their masks are the same.
       sharding: constrains `delta`, which otherwise follows `w0`.
 
     Raises:

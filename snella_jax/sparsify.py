@@ -149,8 +149,9 @@ def _count(mask: Bool[Array, "..."]) -> Int[Array, ""]:
         return at_once(jax.lax.optimization_barrier(counts))
 
     pieces = math.gcd(mask.shape[-1], 16) if mask.ndim else 1
-    if pieces == 1:
-        return at_once(mask)
+    mesh = jax.typeof(mask).sharding.mesh
+    if pieces == 1 or not (mesh.empty or mesh.are_all_axes_auto):
+        return at_once(mask)  # where a sharding is part of a type, it may not split
     return jax.lax.platform_dependent(mask, cpu=by_parts, default=at_once)
 
 
