@@ -142,7 +142,7 @@ def _count(mask: Bool[Array, "..."]) -> Int[Array, ""]:
 
     def by_parts(mask):
         # XLA's CPU backend vectorises and threads a sum of a few rows; the barrier
-        # keeps the rest from being folded into it again. 768 x 3072: 3.5 ms for a
+        # keeps the rest from being folded into it again. 768 x 3072: 3.6 ms for a
         # threshold against 20.
         parts = mask.reshape(*mask.shape[:-1], pieces, mask.shape[-1] // pieces)
         counts = jnp.sum(parts, -2, dtype=jnp.int32)
