@@ -49,6 +49,9 @@ class ViTConfig:
         for none.
       drop_path: rate of stochastic depth in the last block, rising linearly from 0 in
         the first; applied only when the call is given a key.
+      norm_eps: epsilon of the norms.
+      pixel_mean: mean of each channel that `normalise` subtracts, of pixels in [0, 1].
+      pixel_std: what it divides by.
       stacked: whether the blocks are stacked and scanned, or a list.
       remat: "none", or "blocks" to keep only what goes from block to block for the
         backward pass and to compute each block again there.
@@ -70,6 +73,9 @@ class ViTConfig:
     pool: Literal["cls", "mean"] = "cls"
     layer_scale: float | None = None
     drop_path: float = 0.0
+    norm_eps: float = 1e-6
+    pixel_mean: tuple[float, ...] = (0.5,)
+    pixel_std: tuple[float, ...] = (0.5,)
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
     attention: Implementation = "auto"
@@ -187,12 +193,37 @@ class ViT(nnx.Module):
         pooled = tokens[:, 0] if self.config.pool == "cls" else self._patches(tokens)
         return self.head(pooled) if self.config.num_classes else pooled
 
+    def normalise(
+        self, pixels: Float[Array, "B height width C"]
+    ) -> Float[Array, "B height width C"]:
+        """Images as the weights expect them, from pixels in [0, 1]."""
+        mean, std = jnp.array(self.config.pixel_mean), jnp.array(self.config.pixel_std)
+        return (pixels - mean) / std
+
     def features(
-        self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
-    ) -> Float[Array, "B T D"]:
-        """The tokens after the last block and the final norm."""
-        run = _scan if self.config.stacked else _unroll
-        return self.norm(run(self.blocks, self._embed(images), self.config, key))
+        self,
+        images: Float[Array, "B height width C"],
+        key: PRNGKeyArray | None = None,
+        *,
+        layers: tuple[int, ...] | None = None,
+    ) -> Any:
+        """The tokens `[B, T, D]` after the last block and the final norm.
+
+        Args:
+          images, key: as in the call.
+          layers: indices of blocks, from 0; then a tuple with the tokens after each of
+            them instead, before any norm.
+
+        Raises:
+          ValueError: as the call, or a layer that does not exist.
+        """
+        config = self.config
+        if layers and not all(0 <= layer < config.depth for layer in layers):
+            raise ValueError(f"layers={layers}: there are 0 to {config.depth - 1}.")
+        run = _scan if config.stacked else _unroll
+        keep = layers is not None
+        tokens, kept = run(self.blocks, self._embed(images), config, key, keep)
+        return tuple(kept[i] for i in layers) if keep else self.norm(tokens)
 
     def _embed(self, images: Array) -> Array:
         c = self.config
@@ -277,23 +308,30 @@ def _gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-def _scan(blocks: Block, x: Array, config: ViTConfig, key: PRNGKeyArray | None):
+def _scan(
+    blocks: Block, x: Array, config: ViTConfig, key: PRNGKeyArray | None, keep: bool
+) -> tuple[Array, Any]:
+    """The tokens after the last block, and those after each where `keep` says so."""
     graphdef, state = nnx.split(blocks)
 
     def body(x, layer):
         state, drop = layer
-        return _block(config, graphdef)(state, x, drop), None
+        x = _block(config, graphdef)(state, x, drop)
+        return x, x if keep else None
 
-    return jax.lax.scan(body, x, (state, _drops(config, key)), length=config.depth)[0]
+    return jax.lax.scan(body, x, (state, _drops(config, key)), length=config.depth)
 
 
-def _unroll(blocks: nnx.List, x: Array, config: ViTConfig, key: PRNGKeyArray | None):
-    drops = _drops(config, key)
+def _unroll(
+    blocks: nnx.List, x: Array, config: ViTConfig, key: PRNGKeyArray | None, keep: bool
+) -> tuple[Array, Any]:
+    drops, kept = _drops(config, key), []
     for index, block in enumerate(blocks):
         graphdef, state = nnx.split(block)
         drop = jax.tree.map(lambda leaf, i=index: leaf[i], drops)
         x = _block(config, graphdef)(state, x, drop)
-    return x
+        kept.append(x if keep else None)
+    return x, kept
 
 
 def _block(config: ViTConfig, graphdef: nnx.GraphDef):
@@ -337,7 +375,7 @@ def _linear(n: int, m: int, config: ViTConfig, rngs: nnx.Rngs) -> nnx.Linear:
 def _norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(
         config.width,
-        epsilon=1e-6,
+        epsilon=config.norm_eps,
         use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
         dtype=config.dtype,
         param_dtype=config.param_dtype,

@@ -1,0 +1,278 @@
+"""Published checkpoints: reading their files, and giving every tensor its place.
+
+A table of `Rule`s says where the tensors of a format go. Loading is strict both ways: a
+tensor without a place and a place without a tensor are errors, all of them listed.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from snella_jax.models import torch_file
+from snella_jax.models.checkpoint_error import CheckpointError
+from snella_jax.rules import variables_of
+
+SUBTREES = ("model", "state_dict")  # where a PyTorch file may keep its tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file or folder holds.
+
+    Attributes:
+      path: where it was read.
+      tensors: by name.
+      config: a Hugging Face folder's `config.json`; else empty.
+      preprocessor: its `preprocessor_config.json`; else empty.
+    """
+
+    path: Path
+    tensors: Mapping[str, np.ndarray]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)
+
+    def without_prefix(self, prefix: str) -> "Checkpoint":
+        """Names as they are after a prefix, such as `vit.`; others stay."""
+        names = {name.removeprefix(prefix): name for name in self.tensors}
+        if len(names) < len(self.tensors):
+            raise CheckpointError(
+                self.path, f"names that differ by the prefix {prefix!r} alone"
+            )
+        tensors = {new: self.tensors[old] for new, old in names.items()}
+        return Checkpoint(self.path, tensors, self.config, self.preprocessor)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where the tensors of a name go.
+
+    Attributes:
+      pattern: regex of the whole name.
+      places: paths in the model, which take the pattern's groups (`blocks/{0}/norm1`);
+        none for a tensor that is left out.
+      make: the arrays for these places, from the tensor.
+    """
+
+    pattern: str
+    places: tuple[str, ...] = ()
+    make: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda tensor: (tensor,)
+
+
+def read(path: str | Path) -> Checkpoint:
+    """Reads `.npz`, `.safetensors`, PyTorch's `.pth` and the like, or a folder of them.
+
+    A folder is one that Hugging Face's `save_pretrained` wrote: `config.json` and
+    `model.safetensors` or its shards.
+
+    Raises:
+      FileNotFoundError: there is nothing at `path`, or no weights in the folder.
+      CheckpointError: the file is damaged or of no known format.
+      ModuleNotFoundError: reading it needs a package; says which.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint at {path}.")
+    if path.is_dir():
+        return _read_folder(path)
+    return Checkpoint(path, _read_file(path))
+
+
+def arrange(
+    checkpoint: Checkpoint, rules: Sequence[Rule]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Every tensor at the places of the first rule that knows its name.
+
+    Returns:
+      Arrays by path in the model, and what is wrong, in words: tensors without a place,
+      places with two tensors, tensors that cannot be brought into form.
+    """
+    parts: dict[str, np.ndarray] = {}
+    problems: list[str] = []
+    for name, tensor in checkpoint.tensors.items():
+        try:
+            for path, part in _parts(name, tensor, rules):
+                if path in parts:
+                    raise ValueError(f"another tensor went to {path}, too")
+                parts[path] = part
+        except ValueError as error:
+            problems.append(f"{name} {list(tensor.shape)}: {error}")
+    return parts, problems
+
+
+def fill(
+    path: Path,
+    parts: Mapping[str, np.ndarray],
+    model: nnx.Module,
+    *,
+    stacked: str = "(?!)",
+    problems: Sequence[str] = (),
+) -> None:
+    """Gives every `nnx.Param` of a model its value, in place, in its own dtype.
+
+    Args:
+      path: of the checkpoint, for errors.
+      parts: arrays by path.
+      model: may be abstract (`nnx.eval_shape`).
+      stacked: regex of the modules whose variables have a leading axis of layers:
+        with `blocks`, `blocks/3/norm1/scale` is row 3 of `blocks/norm1/scale`.
+      problems: what `arrange` found; stands first in the error.
+
+    Raises:
+      CheckpointError: lists `problems`, every part without a place, place without a
+        part, and part that does not fit; then the model is as it was.
+    """
+    variables = dict(variables_of(model, nnx.Param))
+    places = _places(variables, stacked)
+    found = [
+        f"{name} {list(part.shape)}: this model has no such parameter"
+        for name, part in parts.items()
+        if name not in places
+    ]
+    for name, (_, _, shape) in places.items():
+        if name not in parts:
+            found.append(f"{name} {list(shape)}: there is no tensor for it")
+        elif parts[name].shape != shape:
+            given = list(parts[name].shape)
+            found.append(f"{name} {list(shape)}: the tensor for it is {given}")
+    if problems or found:
+        lines = "\n  ".join([*problems, *sorted(found)])
+        raise CheckpointError(path, f"it does not fit the model:\n  {lines}")
+    rows: dict[str, list[np.ndarray]] = {}
+    for name, (variable, row, _) in places.items():
+        if row is None:
+            _set(variables[variable], parts[name])
+        else:
+            rows.setdefault(variable, []).append(parts[name])
+    for variable, own in rows.items():
+        _set(variables[variable], np.stack(own))
+
+
+Place = tuple[str, int | None, tuple[int, ...]]  # variable, row of it, shape
+
+
+def _places(variables: Mapping[str, Any], stacked: str) -> dict[str, Place]:
+    places: dict[str, Place] = {}
+    for path, variable in variables.items():
+        module, _, rest = path.partition("/")
+        if not re.fullmatch(stacked, module):
+            places[path] = path, None, tuple(variable.shape)
+            continue
+        for row in range(variable.shape[0]):
+            places[f"{module}/{row}/{rest}"] = path, row, tuple(variable.shape[1:])
+    return places
+
+
+def _parts(
+    name: str, tensor: np.ndarray, rules: Sequence[Rule]
+) -> list[tuple[str, np.ndarray]]:
+    for rule in rules:
+        if match := re.fullmatch(rule.pattern, name):
+            if not rule.places:
+                return []
+            if not jnp.issubdtype(tensor.dtype, jnp.floating):
+                raise ValueError(f"expected floating-point numbers, not {tensor.dtype}")
+            paths = [path.format(*match.groups()) for path in rule.places]
+            return list(zip(paths, rule.make(tensor), strict=True))
+    raise ValueError("there is no place for it")
+
+
+def _set(variable: Any, value: np.ndarray) -> None:
+    variable.set_value(jnp.asarray(value, variable.dtype))
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(_json(index).get("weight_map", {}).values()))
+    else:
+        choices = ("model.safetensors", "pytorch_model.bin")
+        names = [name for name in choices if (folder / name).exists()][:1]
+    if not names:
+        raise FileNotFoundError(
+            f"{folder} has no model.safetensors, no shards of it and no "
+            "pytorch_model.bin."
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for name in names:
+        if Path(name).name != name or not (folder / name).exists():
+            raise CheckpointError(index, f"it names {name!r}, which is not beside it")
+        tensors |= _read_file(folder / name)
+    config, preprocessor = (
+        _json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
+        for name in ("config", "preprocessor_config")
+    )
+    return Checkpoint(folder, tensors, config, preprocessor)
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    match path.suffix:
+        case ".npz":
+            return _read_npz(path)
+        case ".safetensors":
+            return _read_safetensors(path)
+        case ".pth" | ".pt" | ".tar" | ".bin" | ".ckpt":
+            return _read_torch(path)
+    known = ".npz, .safetensors, .pth, .pt, .pth.tar, .bin, .ckpt or a folder"
+    raise CheckpointError(
+        path, f"unknown kind of file {path.suffix!r}: expected {known}"
+    )
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {
+                name.removeprefix("opt/target/"): arrays[name] for name in arrays.files
+            }
+    except Exception as error:  # a damaged archive raises nearly anything
+        raise _damaged(path, error) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        from safetensors.numpy import load_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'Reading {path} needs safetensors: pip install "snella-jax[checkpoints]"'
+        ) from error
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    saved = torch_file.read(path)
+    for name in SUBTREES:
+        if isinstance(saved, dict) and isinstance(saved.get(name), dict):
+            saved = saved[name]
+    tensors = saved if isinstance(saved, dict) else {}
+    if not tensors or not all(
+        isinstance(name, str) and isinstance(value, np.ndarray)
+        for name, value in tensors.items()
+    ):
+        raise CheckpointError(
+            path, f"expected tensors by name, by themselves or under {SUBTREES}"
+        )
+    return tensors
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(path, "expected a JSON object")
+    return value
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(path, f"damaged ({type(error).__name__}: {error})")

@@ -1,0 +1,298 @@
+"""Published weights for the ViT: which formats there are, and where their tensors go.
+
+| format | examples |
+|---|---|
+| `.npz` of the original | ImageNet-21k, augreg |
+| PyTorch, timm's names | MAE's `.pth`, MoCo v3's `.pth.tar` |
+| Hugging Face folder, `.safetensors` | `ViTModel`, `ViTForImageClassification` |
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import DTypeLike
+
+from snella_jax.models import grid
+from snella_jax.models.checkpoint_error import CheckpointError
+from snella_jax.models.loading import Checkpoint, Rule, arrange, fill, read
+from snella_jax.models.vit.model import ViT, ViTConfig
+
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width, where no file says it
+QKV = ("query", "key", "value")
+
+
+def _transposed(tensor: np.ndarray) -> Sequence[np.ndarray]:
+    return (tensor.T,)
+
+
+def _convolution(tensor: np.ndarray) -> Sequence[np.ndarray]:
+    """PyTorch's `[out, in, height, width]` as Flax's `[height, width, in, out]`."""
+    return (tensor.transpose(2, 3, 1, 0),)
+
+
+def _thirds(tensor: np.ndarray) -> Sequence[np.ndarray]:
+    """Query, key and value of a fused `[3 * D]` or `[3 * D, D]`."""
+    return [part.T for part in np.split(tensor, 3)]
+
+
+def _heads_last(tensor: np.ndarray) -> Sequence[np.ndarray]:
+    """`[D, H, d]` as `[D, H * d]`, `[H, d]` as `[H * d]`."""
+    return (tensor.reshape(*tensor.shape[:-2], -1),)
+
+
+def _heads_first(tensor: np.ndarray) -> Sequence[np.ndarray]:
+    """`[H, d, D]` as `[H * d, D]`."""
+    return (tensor.reshape(-1, tensor.shape[-1]),)
+
+
+def _affine(pattern: str, path: str) -> list[Rule]:
+    """A norm's weight and bias, in PyTorch's names."""
+    return [
+        Rule(rf"{pattern}\.weight", (f"{path}/scale",)),
+        Rule(rf"{pattern}\.bias", (f"{path}/bias",)),
+    ]
+
+
+def _linear(pattern: str, path: str) -> list[Rule]:
+    return [
+        Rule(rf"{pattern}\.weight", (f"{path}/kernel",), _transposed),
+        Rule(rf"{pattern}\.bias", (f"{path}/bias",)),
+    ]
+
+
+def _patches(pattern: str) -> list[Rule]:
+    return [
+        Rule(rf"{pattern}\.weight", ("patch_embed/kernel",), _convolution),
+        Rule(rf"{pattern}\.bias", ("patch_embed/bias",)),
+    ]
+
+
+_BLOCK = r"blocks\.(\d+)\."
+TIMM = [
+    Rule("cls_token", ("cls_token",)),
+    Rule("pos_embed", ("pos_embed",)),
+    *_patches(r"patch_embed\.proj"),
+    *_affine(_BLOCK + "norm1", "blocks/{0}/norm1"),
+    *_affine(_BLOCK + "norm2", "blocks/{0}/norm2"),
+    Rule(
+        _BLOCK + r"attn\.qkv\.weight",
+        tuple(f"blocks/{{0}}/attn/{name}/kernel" for name in QKV),
+        _thirds,
+    ),
+    Rule(
+        _BLOCK + r"attn\.qkv\.bias",
+        tuple(f"blocks/{{0}}/attn/{name}/bias" for name in QKV),
+        _thirds,
+    ),
+    *_linear(_BLOCK + r"attn\.proj", "blocks/{0}/attn/out"),
+    *_linear(_BLOCK + r"mlp\.(fc[12])", "blocks/{0}/mlp/{1}"),
+    Rule(_BLOCK + r"ls([12])\.gamma", ("blocks/{0}/scale{1}",)),
+    *_affine("norm", "norm"),
+    *_linear("head", "head"),
+]
+
+_BLOCK = r"encoder\.layer\.(\d+)\."
+HUGGING_FACE = [
+    Rule(r"embeddings\.cls_token", ("cls_token",)),
+    Rule(r"embeddings\.position_embeddings", ("pos_embed",)),
+    Rule(r"embeddings\.mask_token"),
+    *_patches(r"embeddings\.patch_embeddings\.projection"),
+    *_affine(_BLOCK + r"(?:layernorm_before|norm1)", "blocks/{0}/norm1"),
+    *_affine(_BLOCK + r"(?:layernorm_after|norm2)", "blocks/{0}/norm2"),
+    *_linear(
+        _BLOCK + r"attention\.attention\.(query|key|value)", "blocks/{0}/attn/{1}"
+    ),
+    *_linear(_BLOCK + r"attention\.output\.dense", "blocks/{0}/attn/out"),
+    *_linear(_BLOCK + r"(?:intermediate\.dense|mlp\.fc1)", "blocks/{0}/mlp/fc1"),
+    *_linear(_BLOCK + r"(?:output\.dense|mlp\.fc2)", "blocks/{0}/mlp/fc2"),
+    Rule(_BLOCK + r"layer_scale([12])\.lambda1", ("blocks/{0}/scale{1}",)),
+    *_affine("layernorm", "norm"),
+    Rule(r"pooler\.dense\.(weight|bias)"),  # the class token itself is what we pool
+    *_linear("classifier", "head"),
+]
+
+_BLOCK = r"Transformer/encoderblock_(\d+)/"
+_ATTENTION = _BLOCK + "MultiHeadDotProductAttention_1/"
+NPZ = [
+    Rule("cls", ("cls_token",)),
+    Rule("Transformer/posembed_input/pos_embedding", ("pos_embed",)),
+    Rule("embedding/(kernel|bias)", ("patch_embed/{0}",)),
+    Rule(_BLOCK + "LayerNorm_0/(scale|bias)", ("blocks/{0}/norm1/{1}",)),
+    Rule(_BLOCK + "LayerNorm_2/(scale|bias)", ("blocks/{0}/norm2/{1}",)),
+    Rule(
+        _ATTENTION + "(query|key|value)/(kernel|bias)",
+        ("blocks/{0}/attn/{1}/{2}",),
+        _heads_last,
+    ),
+    Rule(_ATTENTION + "out/kernel", ("blocks/{0}/attn/out/kernel",), _heads_first),
+    Rule(_ATTENTION + "out/bias", ("blocks/{0}/attn/out/bias",)),
+    Rule(_BLOCK + "MlpBlock_3/Dense_0/(kernel|bias)", ("blocks/{0}/mlp/fc1/{1}",)),
+    Rule(_BLOCK + "MlpBlock_3/Dense_1/(kernel|bias)", ("blocks/{0}/mlp/fc2/{1}",)),
+    Rule("Transformer/encoder_norm/(scale|bias)", ("norm/{0}",)),
+    Rule("head/(kernel|bias)", ("head/{0}",)),
+]
+PRE_LOGITS = r"pre_logits/(kernel|bias)"
+
+
+def load(
+    path: str | Path,
+    *,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    **overrides: Any,
+) -> ViT:
+    """A ViT with published weights; the format is recognised.
+
+    Args:
+      path: a file or a Hugging Face folder, see the table above.
+      num_classes: None keeps the file's head, if it has one; a number makes a new head
+        that starts at 0 (Dosovitskiy et al., Section 4.1), and 0 none.
+      image_size: of the images; the position grid is resized to it. None keeps the
+        file's.
+      dtype: of the computation.
+      param_dtype: of the weights.
+      overrides: other fields of `ViTConfig`, such as `remat` or `stacked`.
+
+    Raises:
+      FileNotFoundError: there is nothing at `path`.
+      CheckpointError: the file is damaged, holds another architecture, or does not fit;
+        lists every tensor without a place and place without a tensor.
+      ValueError: `image_size` is no multiple of the patch.
+    """
+    checkpoint, rules, config = _recognised(read(path), num_classes)
+    parts, problems = arrange(checkpoint, rules)
+    overrides |= {"dtype": dtype, "param_dtype": param_dtype}
+    config = _shaped(checkpoint, parts, config | overrides)
+    if num_classes is not None:
+        config = dataclasses.replace(config, num_classes=num_classes)
+        parts = {name: part for name, part in parts.items() if "head/" not in name}
+        if num_classes:
+            parts["head/kernel"] = np.zeros((config.width, num_classes))
+            parts["head/bias"] = np.zeros(num_classes)
+    if image_size is not None:
+        config, old = dataclasses.replace(config, image_size=image_size), config.grid
+        parts["pos_embed"] = _resized(parts["pos_embed"], old, config.grid)
+    model = nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
+    stacked = "blocks" if config.stacked else "(?!)"
+    fill(checkpoint.path, parts, model, stacked=stacked, problems=problems)
+    return model
+
+
+def _recognised(
+    checkpoint: Checkpoint, num_classes: int | None
+) -> tuple[Checkpoint, list[Rule], dict[str, Any]]:
+    """The tensors, the rules for them, and what the format says of the config."""
+    names = checkpoint.tensors.keys()
+    if "embedding/kernel" in names:
+        if any(re.fullmatch(PRE_LOGITS, name) for name in names):
+            if num_classes is None:
+                raise CheckpointError(
+                    checkpoint.path,
+                    "its head sits on pre_logits, a layer that fine-tuning drops: give "
+                    "num_classes",
+                )
+            return checkpoint, [*NPZ, Rule(PRE_LOGITS)], INCEPTION
+        return checkpoint, NPZ, INCEPTION
+    for prefix in ("", "module."):
+        if f"{prefix}patch_embed.proj.weight" in names:
+            return checkpoint.without_prefix(prefix), TIMM, IMAGENET
+    for prefix in ("", "vit.", "dinov2."):
+        if f"{prefix}embeddings.patch_embeddings.projection.weight" in names:
+            return (
+                checkpoint.without_prefix(prefix),
+                HUGGING_FACE,
+                _hugging_face(checkpoint, dinov2=any("lambda1" in n for n in names)),
+            )
+    some = ", ".join(sorted(names)[:5])
+    raise CheckpointError(
+        checkpoint.path,
+        f"no ViT of a known format: expected the names of the original .npz, of timm "
+        f"or of Hugging Face, found {some} ({len(names)} in all)",
+    )
+
+
+IMAGENET = {"pixel_mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.225)}
+INCEPTION = {"pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.5, 0.5, 0.5)}
+
+
+def _hugging_face(checkpoint: Checkpoint, dinov2: bool) -> dict[str, Any]:
+    given = checkpoint.config
+    if given.get("hidden_act", "gelu") != "gelu" or given.get("use_swiglu_ffn"):
+        raise CheckpointError(checkpoint.path, "expected an MLP with an exact GELU")
+    config: dict[str, Any] = dict(IMAGENET if dinov2 else INCEPTION)
+    # A lone .safetensors has no config: the defaults of transformers.
+    config["norm_eps"] = given.get("layer_norm_eps", 1e-6 if dinov2 else 1e-12)
+    if "num_attention_heads" in given:
+        config["heads"] = given["num_attention_heads"]
+    for name in ("mean", "std"):
+        if f"image_{name}" in checkpoint.preprocessor:
+            config[f"pixel_{name}"] = tuple(checkpoint.preprocessor[f"image_{name}"])
+    return config
+
+
+def _shaped(
+    checkpoint: Checkpoint, parts: dict[str, np.ndarray], known: dict[str, Any]
+) -> ViTConfig:
+    """The config that the shapes say."""
+    needed = ("patch_embed/kernel", "pos_embed", "blocks/0/mlp/fc1/kernel")
+    if missing := [name for name in needed if name not in parts]:
+        raise CheckpointError(
+            checkpoint.path, f"there is no tensor for {', '.join(missing)}"
+        )
+    kernel, positions, fc1 = (parts[name] for name in needed)
+    if (kernel.ndim, positions.ndim, fc1.ndim) != (4, 3, 2):
+        shapes = {name: parts[name].shape for name in needed}
+        raise CheckpointError(checkpoint.path, f"unexpected shapes {shapes}")
+    height, width, channels, features = kernel.shape
+    class_token = "cls_token" in parts
+    side = round((positions.shape[1] - class_token) ** 0.5)
+    if side**2 != positions.shape[1] - class_token or side == 0:
+        raise CheckpointError(
+            checkpoint.path, f"{positions.shape[1]} positions are no square grid"
+        )
+    blocks = (re.match(r"blocks/(\d+)/", name) for name in parts)
+    heads = known.get("heads") or _heads(checkpoint, features)
+    return ViTConfig(**{
+        "width": features,
+        "depth": 1 + max(int(block[1]) for block in blocks if block),
+        "mlp_dim": fc1.shape[1],
+        "patch_size": (height, width),
+        "image_size": (side * height, side * width),
+        "channels": channels,
+        "num_classes": len(parts.get("head/bias", ())),
+        "class_token": class_token,
+        "pool": "cls" if class_token else "mean",
+        "layer_scale": 1.0 if "blocks/0/scale1" in parts else None,
+        **known,
+        "heads": heads,
+    })  # fmt: skip
+
+
+def _heads(checkpoint: Checkpoint, width: int) -> int:
+    for name, tensor in checkpoint.tensors.items():
+        if name.endswith("MultiHeadDotProductAttention_1/query/kernel"):
+            return tensor.shape[1]
+    if width not in HEADS:
+        raise CheckpointError(
+            checkpoint.path,
+            f"width {width} is none of {list(HEADS)}, so the number of heads is not "
+            "known: give heads",
+        )
+    return HEADS[width]
+
+
+def _resized(
+    positions: np.ndarray, old: tuple[int, int], new: tuple[int, int]
+) -> np.ndarray:
+    extra = positions.shape[1] - old[0] * old[1]
+    patches = positions[0, extra:].reshape(*old, -1)
+    resized = grid.resize(patches, new).reshape(1, new[0] * new[1], -1)
+    return np.concatenate([positions[:, :extra], resized], 1)
