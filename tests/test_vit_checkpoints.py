@@ -190,6 +190,39 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.pth"]
 
 
+def zipped(path, pickled):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/data/0", np.ones(4, np.float32).tobytes())
+    return path
+
+
+def test_a_file_cannot_change_what_it_names(tmp_path):
+    """The pickle sets `__defaults__` of the function that makes tensors."""
+    before = torch_file._tensor.__defaults__
+    pickled = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
+    pickled += b"N}X\x0c\x00\x00\x00__defaults__K\x07\x85s\x86b."
+    function = torch_file.read(zipped(tmp_path / "sets.pth", pickled))
+    assert function.__defaults__ == (7,)  # the file did what it could
+    assert torch_file._tensor.__defaults__ is before
+
+
+@pytest.mark.parametrize(
+    "size, stride, offset",
+    [
+        ((5,), (1,), 0),
+        ((2, 2), (3, 1), 0),
+        ((4,), (1,), 1),
+        ((2,), (-1,), 1),
+        ((2**40,), (0,), 0),
+        ((2, 2), (1,), 0),
+    ],
+)
+def test_a_tensor_stays_in_its_storage(size, stride, offset):
+    with pytest.raises(ValueError, match="a tensor of size"):
+        torch_file._tensor(np.ones(4, np.float32), offset, size, stride)
+
+
 def test_numbers_strings_and_containers_pass():
     saved = torch_file.read(DATA / "moco.pth.tar")
     assert (saved["epoch"], saved["arch"], saved["best"]) == (300, "vit_base", 1.0)

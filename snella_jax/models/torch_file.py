@@ -6,6 +6,7 @@ PyTorch 1.6: a zip archive of a pickle and of one uncompressed member per storag
 """
 
 import collections
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -67,9 +68,11 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
-            return np.dtype(STORAGES[name])
+            return _Storage(np.dtype(STORAGES[name]))
         if (module, name) in GLOBALS:
-            return GLOBALS[module, name]
+            made = GLOBALS[module, name]
+            # A new function each time: a pickle can set attributes of what it names.
+            return lambda *arguments: made(*arguments)
         raise CheckpointError(
             self.path,
             f"it names {module}.{name}, which is no tensor, number, string or "
@@ -77,9 +80,10 @@ class _Unpickler(pickle.Unpickler):
         )
 
     def persistent_load(self, pid: Any) -> np.ndarray:
-        kind, dtype, key, _, length = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype):
+        kind, storage, key, _, length = pid
+        if kind != "storage" or not isinstance(storage, _Storage):
             raise ValueError(f"unknown storage {pid!r}")
+        dtype = storage.dtype
         member = self.archive.getinfo(f"{self.folder}data/{key}")
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"storage {key} is compressed")
@@ -88,12 +92,20 @@ class _Unpickler(pickle.Unpickler):
         return np.frombuffer(self.archive.read(member), dtype)
 
 
+class _Storage:
+    """What `torch.FloatStorage` and its like stand for."""
+
+    def __init__(self, dtype: np.dtype):
+        self.dtype = dtype
+
+
 def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any):
     """`torch._utils._rebuild_tensor_v2`."""
     if len(size) != len(stride) or min((offset, *size, *stride)) < 0:
         raise ValueError(f"a tensor of size {size} and stride {stride}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and last >= len(storage):
+    # No more elements than are there: one number expanded to 2^40 would be read too.
+    if math.prod(size) > len(storage) or (0 not in size and last >= len(storage)):
         raise ValueError(f"a tensor of size {size} leaves its storage")
     bytes_ = tuple(step * storage.itemsize for step in stride)
     return np.lib.stride_tricks.as_strided(
