@@ -150,6 +150,26 @@ def test_what_is_no_vit(tmp_path):
         vit.load(DATA / "classifier", image_size=30)
 
 
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("head/bias", np.float32(1), r"head/bias \[1\]: the tensor for it is \[\]"),
+        ("{0}/query/kernel", np.ones((12, 7, 1)), "heads=7 does not divide width=12"),
+        ("{0}/out/kernel", np.float32(1), r"out/kernel \[\]: tuple index out of range"),
+        ("cls", np.ones(5), r"cls_token \[1, 1, 12\]: the tensor for it is \[5\]"),
+        ("embedding/kernel", np.ones((4, 4)), "unexpected shapes"),
+        ("Transformer/encoderblock_99999999/LayerNorm_0/bias", np.ones(12), "99999999"),
+    ],
+)
+def test_shapes_of_another_rank(name, array, message, tmp_path):
+    arrays = dict(np.load(DATA / "original.npz"))
+    attention = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1"
+    arrays[name.format(attention)] = array
+    with pytest.raises(CheckpointError, match=message) as error:
+        vit.load(rewritten(tmp_path, "rank.npz", arrays))
+    assert "rank.npz" in str(error.value)
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(ModuleNotFoundError, match=r'"snella-jax\[checkpoints\]"'):

@@ -101,7 +101,7 @@ def arrange(
                 if path in parts:
                     raise ValueError(f"another tensor went to {path}, too")
                 parts[path] = part
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             problems.append(f"{name} {list(tensor.shape)}: {error}")
     return parts, problems
 

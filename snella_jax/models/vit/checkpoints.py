@@ -258,27 +258,31 @@ def _shaped(
         raise CheckpointError(
             checkpoint.path, f"{positions.shape[1]} positions are no square grid"
         )
-    blocks = (re.match(r"blocks/(\d+)/", name) for name in parts)
-    heads = known.get("heads") or _heads(checkpoint, features)
-    return ViTConfig(**{
+    # Counted, not the largest: a number that leaves a gap is a tensor without a place.
+    blocks = {match[1] for name in parts if (match := re.match(r"blocks/(\d+)/", name))}
+    config = {
         "width": features,
-        "depth": 1 + max(int(block[1]) for block in blocks if block),
+        "depth": len(blocks),
         "mlp_dim": fc1.shape[1],
         "patch_size": (height, width),
         "image_size": (side * height, side * width),
         "channels": channels,
-        "num_classes": len(parts.get("head/bias", ())),
+        "num_classes": parts["head/bias"].size if "head/bias" in parts else 0,
         "class_token": class_token,
         "pool": "cls" if class_token else "mean",
         "layer_scale": 1.0 if "blocks/0/scale1" in parts else None,
-        **known,
-        "heads": heads,
-    })  # fmt: skip
+        "heads": known.get("heads") or _heads(checkpoint, features),
+    }
+    try:
+        return ViTConfig(**config | known)
+    except ValueError as error:
+        raise CheckpointError(checkpoint.path, str(error).rstrip(".")) from error
 
 
 def _heads(checkpoint: Checkpoint, width: int) -> int:
     for name, tensor in checkpoint.tensors.items():
-        if name.endswith("MultiHeadDotProductAttention_1/query/kernel"):
+        query = name.endswith("MultiHeadDotProductAttention_1/query/kernel")
+        if query and tensor.ndim == 3:
             return tensor.shape[1]
     if width not in HEADS:
         raise CheckpointError(
