@@ -10,6 +10,8 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+collect_ignore = ["data"]  # scripts there need more than the tests do
+
 
 @pytest.fixture
 def x64():
