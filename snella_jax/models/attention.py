@@ -45,8 +45,8 @@ def attend(
 def best(device: Any, dtype: DTypeLike, head_dim: int) -> Literal["xla", "cudnn"]:
     """The implementation that suits a device: cuDNN's flash attention, else XLA's.
 
-    cuDNN wants an NVIDIA GPU of compute capability 8.0 or later (A100, L4, H100; not T4 or
-    V100), float16 or bfloat16, and a `head_dim` of at most 128 that 8 divides.
+    cuDNN wants an NVIDIA GPU of compute capability 8.0 or later (A100, L4, H100; not T4
+    or V100), float16 or bfloat16, and a `head_dim` of at most 128 that 8 divides.
     """
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return "xla"
