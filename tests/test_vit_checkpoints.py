@@ -3,17 +3,20 @@
 `tests/data/vit/make.py` made the files and says what is in them.
 """
 
+import importlib.util
 import json
 import os
 import pickle
 import shutil
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import pytest
 from flax import nnx
 
@@ -23,44 +26,88 @@ from snella_jax.models.checkpoint_error import CheckpointError
 DATA = Path(__file__).parent / "data" / "vit"
 EXPECTED = dict(np.load(DATA / "expected.npz"))
 # The files of one set of weights; a width of 12 does not say how many heads there are.
+HEADS = {"heads": 2}
 SAME = {
     "classifier": {},
-    "classifier/model.safetensors": {"heads": 2, "norm_eps": 1e-6},
+    "classifier/model.safetensors": {"norm_eps": 1e-6, **HEADS},
     "pooled": {},
-    "mae.pth": {"heads": 2},
-    "moco.pth.tar": {"heads": 2},
+    "mae.pth": HEADS,
+    "moco.pth.tar": HEADS,
     "original.npz": {},
 }
 
 
-HEADS = {"heads": 2}
+@pytest.fixture(
+    scope="module",
+    params=["committed", pytest.param("fresh", marks=pytest.mark.reference)],
+)
+def folder(request, tmp_path_factory):
+    """The files and numbers beside this test, or others that transformers makes now."""
+    if request.param == "committed":
+        return DATA
+    spec = importlib.util.spec_from_file_location("make", DATA / "make.py")
+    assert spec is not None and spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    folder = tmp_path_factory.mktemp("vit")
+    with warnings.catch_warnings():  # of torch and transformers, not ours
+        warnings.simplefilter("ignore")
+        make.main(folder, seed=1)
+    return folder
 
 
-def close(got, name):
-    np.testing.assert_allclose(got, EXPECTED[name], rtol=0, atol=1e-5)
+def close(got, expected):
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
 @pytest.mark.parametrize("name", SAME)
-def test_every_format_gives_the_tokens_of_transformers(name, stacked):
-    model = vit.load(DATA / name, stacked=stacked, **SAME[name])
-    images = EXPECTED["images"]
-    close(model.features(images), "tokens")
-    close(model.features(images, layers=(2, 1))[1], "layer_1")
+def test_every_format_gives_the_tokens_of_transformers(name, stacked, folder):
+    model = vit.load(folder / name, stacked=stacked, **SAME[name])
+    expected = np.load(folder / "expected.npz")
+    images = expected["images"]
+    close(model.features(images), expected["tokens"])
+    close(model.features(images, layers=(2, 1))[1], expected["layer_1"])
+    maps = model.attention_maps(images, layers=(2, 0))
+    close(maps[0], expected["attention_2"])
+    close(maps[1], expected["attention_0"])
     has_head = name not in ("pooled", "mae.pth")
     assert model.config.num_classes == 3 * has_head
     if has_head:
-        close(model(images), "logits")
+        close(model(images), expected["logits"])
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))}
     assert dtypes == {jnp.dtype("float32")}
 
 
-def test_dinov2_also_at_another_size():
-    images, large = EXPECTED["images"], EXPECTED["large"]
-    close(vit.load(DATA / "dinov2").features(images), "dinov2_tokens")
-    model = vit.load(DATA / "dinov2", image_size=(28, 24))
+@pytest.mark.parametrize("name", ["dinov2", "dinov2.onnx"])
+def test_dinov2_also_at_another_size(name, folder):
+    expected = np.load(folder / "expected.npz")
+    model = vit.load(folder / name, **HEADS)
+    close(model.features(expected["images"]), expected["dinov2_tokens"])
+    model = vit.load(folder / name, image_size=(28, 24), **HEADS)
     assert model.config.grid == (7, 6) and model.config.layer_scale == 1
-    close(model.features(large), "dinov2_large")
+    close(model.features(expected["large"]), expected["dinov2_large"])
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"), [("classifier", "vit"), ("dinov2", "dinov2")]
+)
+def test_every_module_is_that_of_transformers(name, modules, folder):
+    """Each alone: the module's own input goes in."""
+    model = vit.load(folder / name, stacked=False)
+    block = model.blocks[1]
+    ours = {
+        "embed": model._embed,
+        "norm1": block.norm1,
+        "attn": block.attn,
+        "norm2": block.norm2,
+        "mlp": block.mlp,
+        "block": block,
+        "norm": model.norm,
+    }
+    seen = np.load(folder / f"modules_{modules}.npz")
+    for module, run in ours.items():
+        close(run(jnp.asarray(seen[f"{module}/in"])), seen[f"{module}/out"])
 
 
 def test_normalisation_comes_with_the_weights(tmp_path):
@@ -103,7 +150,7 @@ def test_pre_logits_go_with_the_old_head(tmp_path):
     with pytest.raises(CheckpointError, match=r"in21k\.npz: .*give num_classes"):
         vit.load(tmp_path / "in21k.npz")
     model = vit.load(tmp_path / "in21k.npz", num_classes=4)
-    close(model.features(EXPECTED["images"]), "tokens")
+    close(model.features(EXPECTED["images"]), EXPECTED["tokens"])
 
 
 def test_every_problem_is_listed_at_once(tmp_path):
@@ -170,15 +217,82 @@ def test_shapes_of_another_rank(name, array, message, tmp_path):
     assert "rank.npz" in str(error.value)
 
 
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    with pytest.raises(ModuleNotFoundError, match=r'"snella-jax\[checkpoints\]"'):
-        vit.load(DATA / "dinov2")
+@pytest.mark.parametrize(
+    ("package", "name", "extra"),
+    [
+        ("safetensors.numpy", "dinov2", "checkpoints"),
+        ("onnx", "dinov2.onnx", "demo"),
+    ],
+)
+def test_a_missing_package_is_named(package, name, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=rf'"snella-jax\[{extra}\]"'):
+        vit.load(DATA / name)
 
 
 def test_a_layer_that_does_not_exist():
-    with pytest.raises(ValueError, match=r"layers=\(3,\): there are 0 to 2"):
-        vit.load(DATA / "dinov2").features(EXPECTED["images"], layers=(3,))
+    model = vit.load(DATA / "dinov2")
+    for run in (model.features, model.attention_maps):
+        for layer in (3, -1):
+            with pytest.raises(ValueError, match=rf"\({layer},\): there are 0 to 2"):
+                run(EXPECTED["images"], layers=(layer,))
+
+
+# ONNX
+
+
+def changed_onnx(tmp_path, change):
+    model = onnx.load(DATA / "dinov2.onnx")
+    change(model.graph)
+    path = tmp_path / "changed.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def initialiser(graph, place):
+    """The tensor that a node whose name ends like this uses."""
+    (node,) = [node for node in graph.node if node.name.endswith(place)]
+    return next(t for t in graph.initializer if t.name == node.input[1])
+
+
+def test_an_onnx_file_is_read_strictly(tmp_path):
+    def transposed(graph):
+        tensor = initialiser(graph, "layer.0/mlp/fc1/MatMul")
+        tensor.dims[:] = tensor.dims[::-1]
+
+    def without(graph):
+        graph.initializer.remove(initialiser(graph, "layer.2/mlp/fc1/MatMul"))
+
+    def twice(graph):
+        graph.initializer.append(initialiser(graph, "layer.2/mlp/fc1/MatMul"))
+
+    def unused(graph):
+        graph.initializer[3].name = "onnx::Nobody_7"
+
+    def positions(graph):
+        initialiser(graph, "embeddings/Concat").dims[:] = [1, 2, 6]
+
+    def elsewhere(graph):
+        graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+
+    for change, message in (
+        (
+            transposed,
+            r"blocks/1/mlp/fc1/kernel \[12, 12\]: the tensor for it is \[12, 24\]",
+        ),
+        (without, r"blocks/2/mlp/fc1/kernel \[12, 24\]: there is no tensor for it"),
+        (
+            twice,
+            r"two tensors are called backbone\.encoder\.layer\.2\.mlp\.fc1\.MatMul",
+        ),
+        (unused, "onnx::Nobody_7, which no node uses"),
+        (positions, "its positions do not fit"),
+        (elsewhere, "is in another file"),
+    ):
+        path = changed_onnx(tmp_path, change)
+        with pytest.raises(CheckpointError, match=message) as error:
+            vit.load(path, **HEADS)
+        assert "changed.onnx" in str(error.value)
 
 
 # PyTorch's files
@@ -259,7 +373,7 @@ def test_a_file_without_tensors_or_of_the_old_format(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["mae.pth", "original.npz", "pooled/model.safetensors"]
+    "name", ["mae.pth", "original.npz", "pooled/model.safetensors", "dinov2.onnx"]
 )
 def test_damaged_files_are_named(name, tmp_path):
     """100 files cut or with bits flipped: an error with the name, or right shapes."""

@@ -9,6 +9,7 @@ No choice keeps the `[B, H, T, T]` attention weights for the backward pass. `B` 
     (2, 5, 4, 8)
 """
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -40,6 +41,14 @@ def attend(
         return _recomputed(q, k, v)
     with jax.named_scope("attention"):  # as profilers show it
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+
+
+def attention_weights(
+    q: Float[Array, "B T H d"], k: Float[Array, "B S H d"]
+) -> Float[Array, "B H T S"]:
+    """`softmax(q k^T / sqrt(d))` in float32: what each token attends to, to look at."""
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores / math.sqrt(q.shape[-1]))
 
 
 def best(device: Any, dtype: DTypeLike, head_dim: int) -> Literal["xla", "cudnn"]:

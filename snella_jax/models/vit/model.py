@@ -13,119 +13,16 @@ tokens (class token first), `D` width, `H` heads, `d = D / H`.
 """
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from snella_jax.models.attention import Implementation, attend
+from snella_jax.models.attention import Implementation, attend, attention_weights
+from snella_jax.models.vit.config import PRESETS, ViTConfig
 from snella_jax.stochastic import drop_path
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-@dataclasses.dataclass(frozen=True)
-class ViTConfig:
-    """What fixes the shape and the arithmetic of a `ViT`.
-
-    Attributes:
-      width: `D`, the width of a token.
-      depth: number of blocks.
-      heads: number of attention heads; divides `width`.
-      mlp_dim: hidden width of the MLP; None for `4 * width`.
-      patch_size: side of a patch in pixels, or (height, width).
-      image_size: side of the images in pixels, or (height, width); a multiple of
-        `patch_size`.
-      channels: channels of the images.
-      num_classes: outputs of the head; 0 for no head (the call gives pooled features).
-      class_token: whether a learnt token is put before the patches.
-      pool: what the head sees: the class token ("cls") or the mean of the patch tokens
-        ("mean").
-      layer_scale: initial value of LayerScale (Touvron et al., arXiv 2103.17239); None
-        for none.
-      drop_path: rate of stochastic depth in the last block, rising linearly from 0 in
-        the first; applied only when the call is given a key.
-      norm_eps: epsilon of the norms.
-      pixel_mean: mean of each channel that `normalise` subtracts, of pixels in [0, 1].
-      pixel_std: what it divides by.
-      stacked: whether the blocks are stacked and scanned, or a list.
-      remat: "none", or "blocks" to keep only what goes from block to block for the
-        backward pass and to compute each block again there.
-      attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or "auto" for the one that suits
-        the first device, see `snella_jax.models.attention`.
-      dtype: dtype of the computation.
-      param_dtype: dtype in which the weights are kept.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    mlp_dim: int | None = None
-    patch_size: int | tuple[int, int] = 16
-    image_size: int | tuple[int, int] = 224
-    channels: int = 3
-    num_classes: int = 1000
-    class_token: bool = True
-    pool: Literal["cls", "mean"] = "cls"
-    layer_scale: float | None = None
-    drop_path: float = 0.0
-    norm_eps: float = 1e-6
-    pixel_mean: tuple[float, ...] = (0.5,)
-    pixel_std: tuple[float, ...] = (0.5,)
-    stacked: bool = True
-    remat: Literal["none", "blocks"] = "none"
-    attention: Implementation = "auto"
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide width={self.width}.")
-        if self.pool not in ("cls", "mean"):
-            raise ValueError(f'pool={self.pool!r}: expected "cls" or "mean".')
-        if self.pool == "cls" and not self.class_token:
-            raise ValueError('pool="cls" needs class_token=True; use pool="mean".')
-        if self.remat not in ("none", "blocks"):
-            raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
-        if self.attention not in get_args(Implementation):
-            known = ", ".join(get_args(Implementation))
-            raise ValueError(f"attention={self.attention!r}: expected {known}.")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path={self.drop_path}: expected 0 <= rate < 1.")
-        if any(s % p for s, p in zip(self.image_hw, self.patch_hw, strict=True)):
-            raise ValueError(
-                f"image_size={self.image_size} is not a multiple of "
-                f"patch_size={self.patch_size}."
-            )
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return _pair(self.image_size)
-
-    @property
-    def patch_hw(self) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
-        return _pair(self.patch_size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches per column and per row of an image."""
-        (height, width), (ph, pw) = self.image_hw, self.patch_hw
-        return height // ph, width // pw
-
-
-PRESETS = {
-    "vit_ti16": ViTConfig(width=192, depth=12, heads=3, patch_size=16),
-    "vit_s16": ViTConfig(width=384, depth=12, heads=6, patch_size=16),
-    "vit_b16": ViTConfig(width=768, depth=12, heads=12, patch_size=16),
-    "vit_l16": ViTConfig(width=1024, depth=24, heads=16, patch_size=16),
-    "vit_h14": ViTConfig(width=1280, depth=32, heads=16, patch_size=14),
-}
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "ViT":
@@ -218,12 +115,34 @@ class ViT(nnx.Module):
           ValueError: as the call, or a layer that does not exist.
         """
         config = self.config
-        if layers and not all(0 <= layer < config.depth for layer in layers):
-            raise ValueError(f"layers={layers}: there are 0 to {config.depth - 1}.")
+        self._check(layers or ())
         run = _scan if config.stacked else _unroll
         keep = layers is not None
         tokens, kept = run(self.blocks, self._embed(images), config, key, keep)
         return tuple(kept[i] for i in layers) if keep else self.norm(tokens)
+
+    def attention_maps(
+        self, images: Float[Array, "B height width C"], *, layers: tuple[int, ...]
+    ) -> tuple[Float[Array, "B H T T"], ...]:
+        """What each token (rows) attends to in some blocks, in float32.
+
+        Args:
+          images: as in the call.
+          layers: indices of blocks, from 0.
+
+        Raises:
+          ValueError: as the call, or a layer that does not exist.
+        """
+        self._check(layers)
+        before = tuple(layer - 1 for layer in layers if layer)
+        tokens = dict(zip(before, self.features(images, layers=before), strict=True))
+        tokens[-1] = self._embed(images)
+        return tuple(_row(self.blocks, i).attention_map(tokens[i - 1]) for i in layers)
+
+    def _check(self, layers: tuple[int, ...]) -> None:
+        if not all(0 <= layer < self.config.depth for layer in layers):
+            last = self.config.depth - 1
+            raise ValueError(f"layers={layers}: there are 0 to {last}.")
 
     def _embed(self, images: Array) -> Array:
         c = self.config
@@ -264,6 +183,10 @@ class Block(nnx.Module):
         x = x + self._branch(self.attn(self.norm1(x)), "scale1", drop, 0)
         return x + self._branch(self.mlp(self.norm2(x)), "scale2", drop, 1)
 
+    def attention_map(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:
+        """What each token of the block's input attends to, in float32."""
+        return self.attn.map(self.norm1(x))
+
     def _branch(self, y: Array, scale: str, drop: Any, salt: int) -> Array:
         if self.layer_scale:
             y = y * getattr(self, scale)[...].astype(y.dtype)
@@ -285,9 +208,15 @@ class Attention(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        heads = (*x.shape[:2], self.heads, -1)  # [B, T, H, d]
-        q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
+        q, k, v = (self._split(f(x)) for f in (self.query, self.key, self.value))
         return self.out(attend(q, k, v, self.implementation).reshape(x.shape))
+
+    def map(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:
+        """The weights with which the call sums the values, in float32."""
+        return attention_weights(self._split(self.query(x)), self._split(self.key(x)))
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], self.heads, -1)  # [B, T, H, d]
 
 
 class MLP(nnx.Module):
@@ -332,6 +261,14 @@ def _unroll(
         x = _block(config, graphdef)(state, x, drop)
         kept.append(x if keep else None)
     return x, kept
+
+
+def _row(blocks: Any, index: int) -> Block:
+    """One block, of a list or of stacked ones."""
+    if isinstance(blocks, nnx.List):
+        return blocks[index]
+    graphdef, state = nnx.split(blocks)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
 
 
 def _block(config: ViTConfig, graphdef: nnx.GraphDef):

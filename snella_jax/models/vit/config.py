@@ -1,0 +1,121 @@
+"""Shape and arithmetic of a Vision Transformer, and the presets."""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+
+from snella_jax.models.attention import Implementation
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """What fixes the shape and the arithmetic of a `ViT`.
+
+    Attributes:
+      width: `D`, the width of a token.
+      depth: number of blocks.
+      heads: number of attention heads; divides `width`.
+      mlp_dim: hidden width of the MLP; None for `4 * width`.
+      patch_size: side of a patch in pixels, or (height, width).
+      image_size: side of the images in pixels, or (height, width); a multiple of
+        `patch_size`.
+      channels: channels of the images.
+      num_classes: outputs of the head; 0 for no head (the call gives pooled features).
+      class_token: whether a learnt token is put before the patches.
+      pool: what the head sees: the class token ("cls") or the mean of the patch tokens
+        ("mean").
+      layer_scale: initial value of LayerScale (Touvron et al., arXiv 2103.17239); None
+        for none.
+      drop_path: rate of stochastic depth in the last block, rising linearly from 0 in
+        the first; applied only when the call is given a key.
+      norm_eps: epsilon of the norms.
+      pixel_mean: mean of each channel that `normalise` subtracts, of pixels in [0, 1].
+      pixel_std: what it divides by.
+      stacked: whether the blocks are stacked and scanned, or a list.
+      remat: "none", or "blocks" to keep only what goes from block to block for the
+        backward pass and to compute each block again there.
+      attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or "auto" for the one that suits
+        the first device, see `snella_jax.models.attention`.
+      dtype: dtype of the computation.
+      param_dtype: dtype in which the weights are kept.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_dim: int | None = None
+    patch_size: int | tuple[int, int] = 16
+    image_size: int | tuple[int, int] = 224
+    channels: int = 3
+    num_classes: int = 1000
+    class_token: bool = True
+    pool: Literal["cls", "mean"] = "cls"
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    norm_eps: float = 1e-6
+    pixel_mean: tuple[float, ...] = (0.5,)
+    pixel_std: tuple[float, ...] = (0.5,)
+    stacked: bool = True
+    remat: Literal["none", "blocks"] = "none"
+    attention: Implementation = "auto"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide width={self.width}.")
+        if self.pool not in ("cls", "mean"):
+            raise ValueError(f'pool={self.pool!r}: expected "cls" or "mean".')
+        if self.pool == "cls" and not self.class_token:
+            raise ValueError('pool="cls" needs class_token=True; use pool="mean".')
+        if self.remat not in ("none", "blocks"):
+            raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
+        if self.attention not in get_args(Implementation):
+            known = ", ".join(get_args(Implementation))
+            raise ValueError(f"attention={self.attention!r}: expected {known}.")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path={self.drop_path}: expected 0 <= rate < 1.")
+        if any(s % p for s, p in zip(self.image_hw, self.patch_hw, strict=True)):
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of "
+                f"patch_size={self.patch_size}."
+            )
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_hw(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row of an image."""
+        (height, width), (ph, pw) = self.image_hw, self.patch_hw
+        return height // ph, width // pw
+
+
+PRESETS = {
+    "vit_ti16": ViTConfig(width=192, depth=12, heads=3, patch_size=16),
+    "vit_s16": ViTConfig(width=384, depth=12, heads=6, patch_size=16),
+    "vit_b16": ViTConfig(width=768, depth=12, heads=12, patch_size=16),
+    "vit_l16": ViTConfig(width=1024, depth=24, heads=16, patch_size=16),
+    "vit_h14": ViTConfig(width=1280, depth=32, heads=16, patch_size=14),
+    "dinov2_s14": ViTConfig(  # Oquab et al., arXiv 2304.07193
+        width=384,
+        depth=12,
+        heads=6,
+        patch_size=14,
+        layer_scale=1.0,
+        pixel_mean=(0.485, 0.456, 0.406),
+        pixel_std=(0.229, 0.224, 0.225),
+    ),
+}
