@@ -150,6 +150,37 @@ def profile(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     _save(figure, path)
 
 
+def frozen_features(path: Path, result: dict[str, Any]) -> None:
+    """Draws accuracy by block, a panel for each kind of label, a line for each model.
+
+    Args:
+      path: the PNG to write.
+      result: what `experiments.frozen_features` writes.
+    """
+    rows = result["rows"]
+    labels = list(dict.fromkeys(row["labels"] for row in rows))
+    figure, panels = plt.subplots(
+        1, len(labels), figsize=(4 * len(labels), 4), layout="constrained"
+    )
+    for axes, label in zip(panels, labels, strict=True):
+        for weights in dict.fromkeys(row["weights"] for row in rows):
+            own = [r for r in rows if (r["labels"], r["weights"]) == (label, weights)]
+            blocks = [row["block"] for row in own]
+            accuracies = np.array([row["accuracies"] for row in own])
+            mean, spread = accuracies.mean(1), accuracies.std(1)
+            axes.plot(blocks, mean, marker="o", markersize=3, label=weights)
+            axes.fill_between(blocks, mean - spread, mean + spread, alpha=0.2)
+        axes.set(title=label, xlabel="block")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].set_ylabel("accuracy")
+    panels[0].legend(title="weights")
+    figure.suptitle(
+        f"{result['model']}, frozen, on {result['data']}: ridge, {result['train']} "
+        f"cells to train, mean and deviation of {result['splits']} splits"
+    )
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -35,11 +35,13 @@ def lora(setting: Setting) -> tuple[dict[str, Any], Callable[[], None]]:
         raise ValueError(
             "--peer torch cannot mix float32 with bfloat16 frozen weights."
         )
+    c = vit.PRESETS[setting.model]
+    if c.layer_scale is not None:
+        raise ValueError(f"--peer torch has no LayerScale, so no {setting.model}.")
     import peft
     import torch
     import transformers
 
-    c = vit.PRESETS[setting.model]
     architecture = transformers.ViTConfig(
         hidden_size=c.width,
         num_hidden_layers=c.depth,

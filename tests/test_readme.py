@@ -1,0 +1,50 @@
+"""The README's first program, on a checkpoint of the format that it names."""
+
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import snella_jax as snella
+from snella_jax.models import vit
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_ten_lines_load_a_checkpoint_and_train(tmp_path, monkeypatch):
+    lines = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[
+        0
+    ]
+    shutil.copy(ROOT / "tests/data/vit/original.npz", tmp_path / "ViT-B_16.npz")
+    monkeypatch.chdir(tmp_path)
+    images = np.load(ROOT / "tests/data/vit/expected.npz")["images"]
+    space = {"snella": snella, "vit": vit, "nnx": nnx, "optax": optax, "epochs": 3}
+    losses = []
+
+    @jax.jit
+    def update(trainable, opt_state, budgets, frozen, batch):
+        def loss_fn(trainable):
+            model = nnx.merge(space["graphdef"], trainable, budgets, frozen)
+            log_likelihood = jax.nn.log_softmax(model(batch))
+            return -log_likelihood[jnp.arange(2), jnp.array([3, 8])].mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(trainable)
+        updates, opt_state = space["tx"].update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, loss
+
+    def step(*arguments):
+        *state, loss = update(*arguments)
+        losses.append(float(loss))
+        return state
+
+    space |= {"step": step, "batches": lambda: [images] * 3}
+    exec(lines, space)
+    assert losses[0] == np.float32(np.log(100)) and losses[-1] < losses[0]
+    assert space["report"].density < 0.31
+    plain = space["plain"](images)
+    assert plain.shape == (2, 100) and np.all(np.isfinite(plain))
