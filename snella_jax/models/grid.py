@@ -16,7 +16,8 @@ def resize(
     [[0.0, 1.0], [2.0, 3.0]]
     """
     rows, columns = (_weights(*pair) for pair in zip(grid.shape, size, strict=False))
-    return np.einsum("hH,wW,HWd->hwd", rows, columns, np.asarray(grid, np.float64))
+    numbers = np.asarray(grid, np.float64)
+    return np.einsum("hH,wW,HWd->hwd", rows, columns, numbers, optimize=True)
 
 
 def _weights(old: int, new: int) -> Float[np.ndarray, "new old"]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -20,6 +21,7 @@ from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.rules import variables_of
 
 SUBTREES = ("model", "state_dict")  # where a PyTorch file may keep its tensors
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder, whole or in shards
 
 
 @dataclass(frozen=True)
@@ -188,27 +190,30 @@ def _set(variable: Any, value: np.ndarray) -> None:
 
 
 def _read_folder(folder: Path) -> Checkpoint:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
-    else:
-        choices = ("model.safetensors", "pytorch_model.bin")
-        names = [name for name in choices if (folder / name).exists()][:1]
-    if not names:
-        raise FileNotFoundError(
-            f"{folder} has no model.safetensors, no shards of it and no "
-            "pytorch_model.bin."
-        )
+    choices = [f"{name}{end}" for name in WEIGHTS for end in ("", ".index.json")]
+    first = next((folder / name for name in choices if (folder / name).exists()), None)
+    if first is None:
+        raise FileNotFoundError(f"{folder} has none of {', '.join(choices)}.")
     tensors: dict[str, np.ndarray] = {}
-    for name in names:
-        if Path(name).name != name or not (folder / name).exists():
-            raise CheckpointError(index, f"it names {name!r}, which is not beside it")
+    for name in _shards(first) if first.suffix == ".json" else [first.name]:
         tensors |= _read_file(folder / name)
     config, preprocessor = (
         _json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
         for name in ("config", "preprocessor_config")
     )
     return Checkpoint(folder, tensors, config, preprocessor)
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of shards names."""
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(index, "expected file names under weight_map")
+    for name in names.values():
+        beside = isinstance(name, str) and Path(name).name == name
+        if not beside or not (index.parent / name).exists():
+            raise CheckpointError(index, f"it names {name!r}, which is not beside it")
+    return sorted(set(names.values()))
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
@@ -230,11 +235,14 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {
-                name.removeprefix("opt/target/"): arrays[name] for name in arrays.files
-            }
+            return {name: _numbers(arrays[name]) for name in arrays.files}
     except Exception as error:
         raise CheckpointError.damaged(path, error) from error
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    """NumPy's files know bfloat16 as two bytes of nothing."""
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -255,21 +263,28 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     for name in SUBTREES:
         if isinstance(saved, dict) and isinstance(saved.get(name), dict):
             saved = saved[name]
-    tensors = saved if isinstance(saved, dict) else {}
-    if not tensors or not all(
-        isinstance(name, str) and isinstance(value, np.ndarray)
-        for name, value in tensors.items()
-    ):
+    if not isinstance(saved, dict) or not saved:
         raise CheckpointError(
             path, f"expected tensors by name, by themselves or under {SUBTREES}"
         )
-    return tensors
+    other = [
+        f"{name!r} is {type(value).__name__}"
+        for name, value in saved.items()
+        if not (isinstance(name, str) and isinstance(value, np.ndarray))
+    ]
+    if other:
+        raise CheckpointError(
+            path,
+            f"expected tensors by name, by themselves or under {SUBTREES}; "
+            f"{', '.join(other[:5])}",
+        )
+    return saved
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError.damaged(path, error) from error
     if not isinstance(value, dict):
         raise CheckpointError(path, "expected a JSON object")

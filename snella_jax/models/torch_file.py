@@ -5,9 +5,10 @@ and containers, and refuses every other name. The format is that of `torch.save`
 PyTorch 1.6: a zip archive of a pickle and of one uncompressed member per storage.
 """
 
-import collections
+import io
 import math
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def read(path: Path) -> Any:
 class _Unpickler(pickle.Unpickler):
     def __init__(self, path: Path, archive: zipfile.ZipFile):
         self.path, self.archive = path, archive
+        self.storages: dict[tuple[str, np.dtype], _Storage] = {}
         pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise CheckpointError(path, "expected one data.pkl in the archive")
@@ -63,11 +65,13 @@ class _Unpickler(pickle.Unpickler):
         order = f"{self.folder}byteorder"
         if order in archive.namelist() and archive.read(order) != b"little":
             raise CheckpointError(path, "expected numbers in little-endian order")
-        super().__init__(archive.open(pickles[0]), encoding="utf-8")
+        data = archive.read(pickles[0])
+        _check_memo(data)
+        super().__init__(io.BytesIO(data), encoding="utf-8")
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
-            return _Storage(np.dtype(STORAGES[name]))
+            return _Kind(np.dtype(STORAGES[name]))
         if (module, name) in GLOBALS:
             made = GLOBALS[module, name]
             # A new function each time: a pickle can set attributes of what it names.
@@ -78,28 +82,62 @@ class _Unpickler(pickle.Unpickler):
             "container, and is not executed; save the tensors alone (a state_dict)",
         )
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        kind, storage, key, _, length = pid
-        if kind != "storage" or not isinstance(storage, _Storage):
+    def persistent_load(self, pid: Any) -> "_Storage":
+        storage, kind, key, _, length = pid
+        if storage != "storage" or not isinstance(kind, _Kind):
             raise ValueError(f"unknown storage {pid!r}")
-        dtype = storage.dtype
+        dtype = kind.dtype
+        if (key, dtype) in self.storages:  # tensors may share one
+            return self.storages[key, dtype]
         member = self.archive.getinfo(f"{self.folder}data/{key}")
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"storage {key} is compressed")
         if member.file_size != length * dtype.itemsize:
             raise ValueError(f"storage {key} does not hold {length} {dtype}")
-        return np.frombuffer(self.archive.read(member), dtype)
+        numbers = np.frombuffer(self.archive.read(member), dtype)
+        return self.storages.setdefault((key, dtype), _Storage(numbers))
 
 
-class _Storage:
+def _check_memo(data: bytes) -> None:
+    """The unpickler allocates up to the highest place of its memo: no gaps in it."""
+    for count, (code, argument, _) in enumerate(pickletools.genops(data)):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
+            raise ValueError(f"operation {count} notes something at place {argument}")
+
+
+class _Fixed:
+    """Made by us and given to the pickle, which cannot change it."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it sets the state of a storage or a dtype")
+
+
+class _Kind(_Fixed):
     """What `torch.FloatStorage` and its like stand for."""
 
     def __init__(self, dtype: np.dtype):
         self.dtype = dtype
 
 
-def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any):
+class _Storage(_Fixed):
+    """The numbers that tensors are views of; no tensor is a storage itself."""
+
+    def __init__(self, numbers: np.ndarray):
+        self.numbers = numbers
+
+
+class _Dict(dict):
+    """`collections.OrderedDict`, without the attributes that PyTorch hangs on it."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _tensor(of: _Storage, offset: int, size: tuple, stride: tuple, *_: Any):
     """`torch._utils._rebuild_tensor_v2`."""
+    if not isinstance(of, _Storage):
+        raise ValueError("a tensor of something else than a storage")
+    storage = of.numbers
     if len(size) != len(stride) or min((offset, *size, *stride)) < 0:
         raise ValueError(f"a tensor of size {size} and stride {stride}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -149,7 +187,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 GLOBALS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _Dict,
     ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,

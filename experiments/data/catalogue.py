@@ -1,0 +1,146 @@
+"""Every task by name: VTAB-1k, FGVC, the sets that need no network, and your own.
+
+A name is that of a task below, or the path of a folder or CSV file (`folders.py`). For
+a VTAB or FGVC task a folder of that name in the data directory goes before TFDS.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.table import Table
+
+from experiments.data import (
+    digits,
+    dsprites,
+    elpv,
+    fashion_mnist,
+    fgvc,
+    folders,
+    tuxpaint,
+    vtab,
+)
+from experiments.data.task import Task
+
+DATA_DIR = Path("~/tensorflow_datasets").expanduser()
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A task in the list.
+
+    Attributes:
+      group: natural, specialized, structured, FGVC, or what needs no network: local.
+      get: where it comes from.
+      load: makes the task, from the data directory.
+    """
+
+    group: str
+    classes: int
+    licence: str
+    get: str
+    load: Callable[[Path], Task]
+
+
+LOCAL = {
+    "digits": Entry(
+        "local", 10, "CC-BY-4.0", "in scikit-learn", lambda _: digits.load()
+    ),
+    "fashion_mnist": Entry(
+        "local",
+        10,
+        "MIT",
+        "apt-get install dataset-fashion-mnist",
+        lambda _: fashion_mnist.load(),
+    ),
+    "elpv": Entry(
+        "local",
+        4,
+        "CC-BY-NC-SA-4.0",
+        'pip install -e ".[demo]"',
+        lambda _: elpv.load("defect"),
+    ),
+    "elpv_mono": Entry(
+        "local",
+        2,
+        "CC-BY-NC-SA-4.0",
+        'pip install -e ".[demo]"',
+        lambda _: elpv.load("mono"),
+    ),
+    "tuxpaint": Entry(
+        "local",
+        10,
+        "GPL-2",
+        "apt-get install tuxpaint-stamps-default",
+        lambda _: tuxpaint.load(),
+    ),
+    **{
+        f"{name}_rerendered": Entry(
+            "local",
+            16,
+            "Apache-2.0, as this project",
+            "rendered when read",
+            lambda _, name=name: dsprites.load(name),
+        )
+        for name in ("dsprites_loc", "dsprites_ori")
+    },
+}
+
+
+def _entries() -> dict[str, Entry]:
+    entries = dict(LOCAL)
+    for name, row in vtab.TASKS.items():
+        entries[name] = Entry(
+            row.group,
+            row.classes,
+            row.licence,
+            f"TFDS {row.builder.name}" + ", by hand" * bool(row.builder.manual),
+            lambda data_dir, name=name: vtab.load(name, data_dir),
+        )
+    for name, row in fgvc.TASKS.items():
+        entries[name] = Entry(
+            "FGVC",
+            row.classes,
+            row.licence,
+            f"TFDS {row.builder.name}" if row.builder else "archive, by hand",
+            lambda data_dir, name=name: fgvc.load(name, data_dir),
+        )
+    return entries
+
+
+ENTRIES = _entries()
+
+
+def load(name: str, data_dir: Path = DATA_DIR) -> Task:
+    """The task of that name, or in that folder or CSV file.
+
+    Raises:
+      ValueError: there is no task and no file of that name, or its data are wrong.
+      FileNotFoundError, ModuleNotFoundError: its data are not there; says how to get
+        them.
+    """
+    if name in ENTRIES:
+        entry, folder = ENTRIES[name], data_dir / name
+        # TFDS keeps its versions in a folder of that name: then it has no layout.
+        if entry.group != "local" and folders.layout(folder):
+            return folders.load(folder, name, entry.classes)
+        return entry.load(data_dir)
+    if Path(name).exists():
+        return folders.load(Path(name))
+    raise ValueError(
+        f"{name!r} is no task and no folder or CSV file. Tasks: {', '.join(ENTRIES)}."
+    )
+
+
+def listing() -> Table:
+    """All tasks, to print."""
+    table = Table(title="tasks")
+    for column in ("task", "group", "classes", "licence", "from"):
+        right = column == "classes"
+        table.add_column(
+            column, justify="right" if right else "left", no_wrap=not right
+        )
+    for name, entry in ENTRIES.items():
+        row = (name, entry.group, str(entry.classes), entry.licence, entry.get)
+        table.add_row(*row)
+    return table

@@ -1,0 +1,143 @@
+"""Sources: examples by index, as Grain reads them, and sources made of others."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NotRequired, Protocol, TypedDict
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+
+class Example(TypedDict):
+    """An image of 0 to 255 with its label, and a mask where the set has one.
+
+    `image` is uint8 `[H, W, 1 or 3]`, `label` an int from 0, `mask` uint8 `[H, W]`
+    with 0 for background and 255 for foreground.
+    """
+
+    image: np.ndarray
+    label: int
+    mask: NotRequired[np.ndarray]
+
+
+class Source(Protocol):
+    """Examples by index: the same one each time, from any thread or process."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+class CorruptImageError(ValueError):
+    """An image that cannot be decoded; names it and its index in the source."""
+
+    def __init__(self, name: str | Path, index: int, reason: object):
+        super().__init__(f"image {index} ({name}) cannot be decoded: {reason}")
+
+    def __reduce__(self):  # worker processes send it home
+        return _with_message, (str(self),)
+
+
+def _with_message(message: str) -> CorruptImageError:
+    error = CorruptImageError.__new__(CorruptImageError)
+    ValueError.__init__(error, message)
+    return error
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arrays:
+    """Images of one size in memory."""
+
+    images: UInt8[np.ndarray, "N H W C"]
+    labels: Int[np.ndarray, " N"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Files:
+    """Image files, decoded as RGB."""
+
+    paths: Sequence[Path]
+    labels: Int[np.ndarray, " N"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ) as error:
+            raise CorruptImageError(path, index, error) from error
+        return {"image": pixels, "label": int(self.labels[index])}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """Some examples of a source, in the order of `rows`."""
+
+    source: Source
+    rows: Int[np.ndarray, " N"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.rows[index])]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Joined:
+    """One source after the other."""
+
+    first: Source
+    second: Source
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, index: int) -> Example:
+        if index < len(self.first):
+            return self.first[index]
+        return self.second[index - len(self.first)]
+
+
+def pin(name: str, sha256: str, *arrays: np.ndarray) -> None:
+    """Checks that data are those that our tables were made with.
+
+    Raises:
+      ValueError: they have another hash.
+    """
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.tobytes())
+    if digest.hexdigest() != sha256:
+        raise ValueError(
+            f"{name}: the data differ from those of our tables (SHA-256 "
+            f"{digest.hexdigest()}, expected {sha256})."
+        )
+
+
+def split(source: Source, seed: int, *sizes: int) -> list[Rows]:
+    """Disjoint parts of shuffled examples, of these sizes, and what is left.
+
+    Raises:
+      ValueError: there are fewer examples.
+    """
+    if sum(sizes) > len(source):
+        raise ValueError(f"{sizes} examples are wanted, there are {len(source)}.")
+    order = np.random.default_rng(seed).permutation(len(source))
+    return [Rows(source, rows) for rows in np.split(order, np.cumsum(sizes))]

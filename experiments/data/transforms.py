@@ -1,0 +1,140 @@
+"""From an image of 0 to 255 to what a model takes: resize, augment, normalise.
+
+Resizing is Pillow's, antialiased, as in the PyTorch code of the PEFT papers. The crops
+and the colour jitter follow torchvision's definitions (`RandomResizedCrop`,
+`ColorJitter` without hue), which the released recipe uses for FGVC.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageEnhance
+
+NORMALISATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+RESAMPLE = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop: share of the area, w / h
+JITTER = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """What happens to an image.
+
+    Attributes:
+      size: height and width of the result in pixels.
+      crop: "resize" ignores the aspect ratio (VTAB); "centre" resizes the shorter side
+        to `size / 0.875` and crops the centre (FGVC, evaluation); "random" crops 8% to
+        100% of the area, flips and jitters the colours (FGVC, training).
+      mean, std: of each channel, for pixels in [0, 1]; one or three, as the result has.
+      resample: "bicubic" or "bilinear".
+    """
+
+    size: tuple[int, int]
+    crop: Literal["resize", "centre", "random"] = "resize"
+    mean: tuple[float, ...] = NORMALISATIONS["imagenet"][0]
+    std: tuple[float, ...] = NORMALISATIONS["imagenet"][1]
+    resample: Literal["bilinear", "bicubic"] = "bicubic"
+
+    def __post_init__(self):
+        if min(self.size) < 1:
+            raise ValueError(f"size={self.size}: expected positive numbers of pixels.")
+        if self.crop not in ("resize", "centre", "random"):
+            raise ValueError(f"crop={self.crop!r}: expected resize, centre or random.")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise ValueError(
+                f"mean={self.mean}, std={self.std}: expected 1 or 3 numbers each."
+            )
+
+    def __call__(
+        self, image: UInt8[np.ndarray, "H W C"], rng: np.random.Generator
+    ) -> Float[np.ndarray, "height width channels"]:
+        """The image, float32; `rng` is used where something is random."""
+        picture = _picture(image, len(self.mean))
+        match self.crop:
+            case "resize":
+                picture = self._resize(picture, self.size)
+            case "centre":
+                picture = self._centre(picture)
+            case "random":
+                box = random_box(picture.height, picture.width, rng)
+                picture = self._resize(picture, self.size, box)
+                if rng.random() < 0.5:
+                    picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                picture = jitter(picture, rng)
+        pixels = np.asarray(picture, np.float32).reshape(*self.size, len(self.mean))
+        mean, std = (np.asarray(x, np.float32) for x in (self.mean, self.std))
+        return (pixels / np.float32(255) - mean) / std
+
+    def unnormalised(
+        self, image: Float[np.ndarray, "... channels"]
+    ) -> UInt8[np.ndarray, "... channels"]:
+        """Back to 0 to 255, to look at."""
+        mean, std = (np.asarray(x, np.float32) for x in (self.mean, self.std))
+        pixels = image * std + mean
+        return np.rint(255 * pixels.clip(0, 1)).astype(np.uint8)
+
+    def _resize(
+        self,
+        picture: Image.Image,
+        size: tuple[int, int],
+        box: tuple[float, float, float, float] | None = None,
+    ) -> Image.Image:
+        return picture.resize(size[::-1], RESAMPLE[self.resample], box)
+
+    def _centre(self, picture: Image.Image) -> Image.Image:
+        """The shorter side to size / 0.875 (256 for 224), then the centre."""
+        height, width = (round(side / 0.875) for side in self.size)
+        scale = max(height / picture.height, width / picture.width)
+        picture = self._resize(
+            picture, (round(picture.height * scale), round(picture.width * scale))
+        )
+        top = (picture.height - self.size[0]) // 2
+        left = (picture.width - self.size[1]) // 2
+        return picture.crop((left, top, left + self.size[1], top + self.size[0]))
+
+
+def random_box(
+    height: int, width: int, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a crop of random area and aspect ratio."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*SCALE)
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return int(left), int(top), int(left) + w, int(top) + h
+    # None fitted: the largest centred crop within the allowed ratios.
+    w = min(width, max(1, round(height * RATIO[1])))
+    h = min(height, max(1, round(width / RATIO[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def jitter(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Brightness, contrast and saturation times 0.6 to 1.4, in random order."""
+    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    for i in rng.permutation(len(enhancers)):
+        factor = rng.uniform(1 - JITTER, 1 + JITTER)
+        picture = enhancers[i](picture).enhance(factor)
+    return picture
+
+
+def _picture(image: UInt8[np.ndarray, "H W C"], channels: int) -> Image.Image:
+    if image.ndim != 3 or image.shape[2] not in (1, 3) or image.dtype != np.uint8:
+        raise ValueError(
+            f"an image of shape {image.shape} and {image.dtype}: expected uint8 "
+            "[H, W, 1 or 3]."
+        )
+    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    return picture.convert("L" if channels == 1 else "RGB")

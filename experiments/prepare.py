@@ -1,0 +1,90 @@
+"""Downloads a TFDS data set and prepares it for reading by index.
+
+    pip install -e ".[prepare]" && python -m experiments.prepare --task cifar100
+
+The only command here that needs TensorFlow. Reading what it wrote does not.
+"""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+import tyro
+from rich.console import Console
+
+from experiments.data import catalogue, fgvc, vtab
+from experiments.data.tfds import FORMAT, Builder
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """Options of `python -m experiments.prepare`."""
+
+    task: tuple[str, ...] = ()
+    """Tasks of VTAB-1k or FGVC; `--list` of experiments.data.show prints them."""
+    builder: tuple[str, ...] = ()
+    """TFDS builders of these tasks, such as clevr."""
+    data_dir: Path = catalogue.DATA_DIR
+    """Where the prepared sets go."""
+    manual_dir: Path | None = None
+    """Where files lie that have to be downloaded by hand. Default:
+    DATA_DIR/downloads/manual."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line and prepares one set after the other."""
+    program = "python -m experiments.prepare"
+    config = tyro.cli(PrepareConfig, prog=program, args=argv, description=__doc__)
+    try:
+        builders = _builders(config)
+        if importlib.util.find_spec("tensorflow") is None:
+            raise ModuleNotFoundError(
+                'preparing needs TensorFlow: pip install -e ".[prepare]"'
+            )
+        for builder in builders:
+            prepare(builder, config.data_dir, config.manual_dir)
+    except (ValueError, AssertionError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"{program}: {error}") from error
+    Console().print(f"Everything is in {config.data_dir}", soft_wrap=True)
+
+
+def prepare(builder: Builder, data_dir: Path, manual_dir: Path | None = None) -> None:
+    """Downloads and prepares the newest version that our tables were checked with."""
+    name, _, variant = builder.name.partition("/")
+    name = (
+        f"{name}/{variant}:{builder.versions[-1]}"
+        if variant
+        else (f"{name}:{builder.versions[-1]}")
+    )
+    made = tfds.builder(name, data_dir=data_dir, file_format=FORMAT)
+    made.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
+    )
+
+
+def _builders(config: PrepareConfig) -> list[Builder]:
+    rows = vtab.TASKS | {k: row for k, row in fgvc.TASKS.items() if row.builder}
+    known = {row.builder.name: row.builder for row in rows.values() if row.builder}
+    wanted = list(config.builder)
+    for task in config.task:
+        if task in fgvc.TASKS and fgvc.TASKS[task].builder is None:
+            raise ValueError(
+                f"TFDS cannot get {task}: unpack {fgvc.TASKS[task].archive} in "
+                f"{config.data_dir / task}."
+            )
+        if task not in rows:
+            raise ValueError(
+                f"{task!r} is no task of TFDS: expected {', '.join(rows)}."
+            )
+        wanted.append(rows[task].builder.name)
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"{name!r} is no builder: expected {', '.join(known)}.")
+    if not wanted:
+        raise ValueError(f"--task is missing: expected {', '.join(rows)}.")
+    return [known[name] for name in dict.fromkeys(wanted)]
+
+
+if __name__ == "__main__":
+    main()
