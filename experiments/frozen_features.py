@@ -4,9 +4,9 @@
 
 A ridge classifier on the mean patch token of every block, for the pre-trained weights
 and for random ones of the same architecture, on ELPV (200 cells to train, 200 to test,
-over and over; the ridge's strength by leave-one-out on the 200). Prints the last block, writes
-`frozen_features.json` and `.png` with all blocks. See `dinov2_saliency.py` for what to
-install.
+over and over; the ridge's strength by leave-one-out on the 200). Prints the last block
+and writes `frozen_features.json` and `.png` with all of them. See `dinov2_saliency.py`
+for what to install.
 """
 
 import dataclasses

@@ -23,8 +23,6 @@ class PrepareConfig:
 
     task: tuple[str, ...] = ()
     """Tasks of VTAB-1k or FGVC; `--list` of experiments.data.show prints them."""
-    builder: tuple[str, ...] = ()
-    """TFDS builders of these tasks, such as clevr."""
     data_dir: Path = catalogue.DATA_DIR
     """Where the prepared sets go."""
     manual_dir: Path | None = None
@@ -51,12 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(builder: Builder, data_dir: Path, manual_dir: Path | None = None) -> None:
     """Downloads and prepares the newest version that our tables were checked with."""
-    name, _, variant = builder.name.partition("/")
-    name = (
-        f"{name}/{variant}:{builder.versions[-1]}"
-        if variant
-        else (f"{name}:{builder.versions[-1]}")
-    )
+    name = f"{builder.name}:{builder.versions[-1]}"
     made = tfds.builder(name, data_dir=data_dir, file_format=FORMAT)
     made.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
@@ -64,26 +57,22 @@ def prepare(builder: Builder, data_dir: Path, manual_dir: Path | None = None) ->
 
 
 def _builders(config: PrepareConfig) -> list[Builder]:
-    rows = vtab.TASKS | {k: row for k, row in fgvc.TASKS.items() if row.builder}
-    known = {row.builder.name: row.builder for row in rows.values() if row.builder}
-    wanted = list(config.builder)
+    tasks = {name: row.builder for name, row in (vtab.TASKS | fgvc.TASKS).items()}
+    known = ", ".join(name for name, builder in tasks.items() if builder)
+    if not config.task:
+        raise ValueError(f"--task is missing: expected {known}.")
+    builders = []
     for task in config.task:
-        if task in fgvc.TASKS and fgvc.TASKS[task].builder is None:
+        if task not in tasks:
+            raise ValueError(f"{task!r} is no task of TFDS: expected {known}.")
+        builder = tasks[task]
+        if builder is None:
             raise ValueError(
                 f"TFDS cannot get {task}: unpack {fgvc.TASKS[task].archive} in "
                 f"{config.data_dir / task}."
             )
-        if task not in rows:
-            raise ValueError(
-                f"{task!r} is no task of TFDS: expected {', '.join(rows)}."
-            )
-        wanted.append(rows[task].builder.name)
-    for name in wanted:
-        if name not in known:
-            raise ValueError(f"{name!r} is no builder: expected {', '.join(known)}.")
-    if not wanted:
-        raise ValueError(f"--task is missing: expected {', '.join(rows)}.")
-    return [known[name] for name in dict.fromkeys(wanted)]
+        builders.append(builder)
+    return list(dict.fromkeys(builders))
 
 
 if __name__ == "__main__":

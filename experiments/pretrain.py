@@ -47,8 +47,8 @@ class PretrainConfig:
 
 def main(config: PretrainConfig) -> None:
     """Trains, and writes the weights and the log after every epoch."""
-    images, labels = fashion_mnist.load("train", config.data_dir)
-    test_images, test_labels = fashion_mnist.load("test", config.data_dir)
+    images, labels = fashion_mnist.read("train", config.data_dir)
+    test_images, test_labels = fashion_mnist.read("test", config.data_dir)
     steps = len(images) // config.batch
     architecture = dataclasses.replace(SMALL, drop_path=config.drop_path)
     graphdef, params = nnx.split(ViT(architecture, rngs=nnx.Rngs(config.seed)))

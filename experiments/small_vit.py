@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from experiments import weights
+from experiments.data.transforms import Transform
 from snella_jax.models.vit import ViT, ViTConfig
 
 # 0.68 million parameters: 2.7 MB of float32. A patch covers 2 x 2 pixels of a digit.
@@ -33,8 +34,12 @@ def load(seed: int, drop_path: float = 0.0, dtype: str = "float32") -> ViT:
     return model
 
 
+# Grey images of any size as the model was trained on them.
+TRANSFORM = Transform(SMALL.image_hw, mean=(MEAN,), std=(STD,), resample="bilinear")
+
+
 def normalise(
-    images: Float[np.ndarray, "N 28 28 1"],
+    pixels: Float[np.ndarray, "N 28 28 1"],
 ) -> Float[np.ndarray, "N 28 28 1"]:
-    """Grey pixels in [0, 1] to the float32 that the model was trained on."""
-    return ((images - MEAN) / STD).astype(np.float32)
+    """Pixels in [0, 1] to the float32 that the model was trained on."""
+    return ((pixels - MEAN) / STD).astype(np.float32)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array
 
 import snella_jax as snella
-from experiments.data.task import Split, Task
+from experiments.data.task import InMemory, Split
 
 Schedule = Callable[[int], int]
 
@@ -66,7 +66,7 @@ class Recipe:
 
 def fit(
     model: nnx.Module,
-    task: Task,
+    task: InMemory,
     recipe: Recipe,
     watch: tuple[optax.GradientTransformation, ...] = (),
     schedule: Schedule | None = None,

@@ -29,8 +29,8 @@ import snella_jax as snella
 from experiments import config as configs
 from experiments import figures, small_vit, train
 from experiments.config import RunConfig
-from experiments.data import digits
-from experiments.data.task import Task
+from experiments.data import digits, pipeline
+from experiments.data.task import InMemory
 from experiments.methods import linear_probe, lora
 from snella_jax.rules import select
 
@@ -82,7 +82,7 @@ def run(name: str, config: RunConfig) -> dict[str, Any]:
         raise SystemExit(f"{out} is not empty: name another folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "config.json", configs.as_dict(config))
-    task = digits.load()
+    task = pipeline.in_memory(digits.load(), small_vit.TRANSFORM)
     methods = {"linear": _linear, "lora": _lora, "snella": _snella}
     console = Console()
     results = {}
@@ -101,7 +101,7 @@ def run(name: str, config: RunConfig) -> dict[str, Any]:
     return summary
 
 
-def _linear(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
+def _linear(config: RunConfig, task: InMemory, out: Path, console: Console) -> Result:
     model = small_vit.load(config.seed)
     with console.status("linear probe"):
         probe = linear_probe.train(model, task, config.linear.strengths)
@@ -116,7 +116,7 @@ def _linear(config: RunConfig, task: Task, out: Path, console: Console) -> Resul
     )
 
 
-def _lora(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
+def _lora(config: RunConfig, task: InMemory, out: Path, console: Console) -> Result:
     follow = _Follower("lora", out, console)
     epochs, model = follow.run(config, config.lora, task, _lora_model(config))
     return Result(
@@ -129,7 +129,7 @@ def _lora(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
     )
 
 
-def _snella(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
+def _snella(config: RunConfig, task: InMemory, out: Path, console: Console) -> Result:
     settings, model = config.snella, _snella_model(config)
     adapter = settings.adapter(config.targets, config.trainable)
     weights = snella.adapted_weights(model)
@@ -176,7 +176,7 @@ class _Follower:
         self.method, self.out, self.console = method, out, console
 
     def run(
-        self, config: RunConfig, method: Any, task: Task, model: Any, **options: Any
+        self, config: RunConfig, method: Any, task: InMemory, model: Any, **options: Any
     ) -> tuple[list[train.Epoch], Any]:
         """All epochs, and the model as the last one left it."""
         recipe = train.Recipe(
@@ -223,7 +223,7 @@ def _brief(epoch: train.Epoch, epochs: int) -> str:
     )
 
 
-def _table(task: Task, results: dict[str, Result]) -> Table:
+def _table(task: InMemory, results: dict[str, Result]) -> Table:
     sizes = "/".join(str(len(s)) for s in (task.train, task.validation, task.test))
     table = Table(title=f"{task.name}, {sizes} images to train/validate/test")
     for column in ("", "test", "val", "trainable", "s/step", "weights moved"):

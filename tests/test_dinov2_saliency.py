@@ -27,7 +27,7 @@ RULES = RunConfig()
 
 @pytest.fixture(scope="module")
 def cells():
-    return elpv.load()
+    return elpv.photographs()
 
 
 def nodes_of_blocks(graph):

@@ -11,7 +11,7 @@ from flax import nnx
 import snella_jax as snella
 from experiments import config as configs
 from experiments import small_vit, vtab, weights
-from experiments.data import digits, fashion_mnist
+from experiments.data import digits, fashion_mnist, pipeline
 from experiments.methods import linear_probe, lora
 from experiments.pretrain import augment
 from snella_jax.models.vit import ViT, ViTConfig
@@ -124,8 +124,12 @@ def test_help_lists_presets_and_fields(capsys):
         assert field in shown
 
 
+def loaded(**options):
+    return pipeline.in_memory(digits.load(**options), small_vit.TRANSFORM)
+
+
 def test_digits_are_split_800_200_797_without_overlap_and_always_alike():
-    task, again = digits.load(), digits.load()
+    task, again = loaded(), loaded()
     assert [len(s) for s in (task.train, task.validation, task.test)] == [800, 200, 797]
     assert task.train.images.shape == (800, 28, 28, 1)
     assert task.train.images.dtype == np.float32
@@ -136,7 +140,7 @@ def test_digits_are_split_800_200_797_without_overlap_and_always_alike():
     seen = [s.tobytes() for part in (task.train, task.validation, task.test)
             for s in part.images]  # fmt: skip
     assert len(set(seen)) == 1797  # no two digits are equal, so none is in two splits
-    other = digits.load(split_seed=1)
+    other = loaded(split_seed=1)
     assert (other.train.labels != task.train.labels).any()
 
 
@@ -149,18 +153,18 @@ def test_fashion_mnist_reads_idx_files_and_refuses_others(tmp_path):
     images = np.arange(2 * 28 * 28).reshape(2, 28, 28) % 256
     write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", images)
     write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.array([3, 9]))
-    found, labels = fashion_mnist.load("test", tmp_path)
+    found, labels = fashion_mnist.read("test", tmp_path)
     np.testing.assert_array_equal(found[..., 0], images)
     assert labels.tolist() == [3, 9]
     with pytest.raises(
         FileNotFoundError, match="apt-get install dataset-fashion-mnist"
     ):
-        fashion_mnist.load("train", tmp_path)
+        fashion_mnist.read("train", tmp_path)
     write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", images)
     with pytest.raises(ValueError, match="not an IDX file of bytes with 1 axes"):
-        fashion_mnist.load("test", tmp_path)
+        fashion_mnist.read("test", tmp_path)
     with pytest.raises(ValueError, match="has train, test"):
-        fashion_mnist.load("validation", tmp_path)
+        fashion_mnist.read("validation", tmp_path)
 
 
 def test_augmentation_flips_and_shifts_whole_images():
@@ -183,7 +187,7 @@ def test_augmentation_flips_and_shifts_whole_images():
 
 def test_the_committed_weights_fit_the_model_and_carry_knowledge():
     """A probe on the features beats one on the same network with random weights."""
-    task = digits.load()
+    task = loaded()
     pretrained = linear_probe.train(small_vit.load(0), task, (1.0,))
     random = linear_probe.train(ViT(small_vit.SMALL, rngs=nnx.Rngs(0)), task, (1.0,))
     assert pretrained.trainable == 970

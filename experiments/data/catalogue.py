@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.data import (
@@ -136,11 +137,8 @@ def listing() -> Table:
     """All tasks, to print."""
     table = Table(title="tasks")
     for column in ("task", "group", "classes", "licence", "from"):
-        right = column == "classes"
-        table.add_column(
-            column, justify="right" if right else "left", no_wrap=not right
-        )
+        table.add_column(column, no_wrap=column in ("task", "group"), overflow="fold")
     for name, entry in ENTRIES.items():
         row = (name, entry.group, str(entry.classes), entry.licence, entry.get)
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table

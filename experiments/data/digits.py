@@ -3,29 +3,26 @@
 Split as VTAB-1k splits its tasks: 800 to train, 200 to choose by, the rest to test.
 """
 
-import jax
 import numpy as np
 from sklearn.datasets import load_digits
 
-from experiments.data.task import Split, Task
-from experiments.small_vit import SMALL, normalise
+from experiments.data.source import Arrays, pin, split
+from experiments.data.task import Task
 
 NAME = "handwritten digits (scikit-learn)"
 TRAIN, VALIDATION = 800, 200
+SHA256 = "ed5d0ee6d5a61b611d6cad96c6bd69386d32550c51b259a59996b65ad132fa6c"
 
 
 def load(split_seed: int = 0) -> Task:
-    """The task, its images upsampled (bilinear) and normalised for the small ViT.
+    """The task, its images 8 x 8.
 
     Args:
       split_seed: shuffles the images before they are split.
     """
     pixels, labels = load_digits(return_X_y=True)  # [1797, 64] of 0 to 16, [1797]
-    images = pixels.reshape(-1, 8, 8, 1).astype(np.float32) / 16
-    shape = (len(images), *SMALL.image_hw, 1)
-    images = normalise(np.asarray(jax.image.resize(images, shape, "bilinear")))
+    images = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     labels = labels.astype(np.int32)
-    order = np.random.default_rng(split_seed).permutation(len(images))
-    parts = np.split(order, [TRAIN, TRAIN + VALIDATION])
-    train, validation, test = (Split(images[part], labels[part]) for part in parts)
-    return Task(NAME, 10, train, validation, test)
+    pin(NAME, SHA256, images, labels)
+    parts = split(Arrays(images, labels), split_seed, TRAIN, VALIDATION)
+    return Task(NAME, 10, *parts, names=tuple("0123456789"))

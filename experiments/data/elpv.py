@@ -6,12 +6,22 @@ An expert's defect probability is 0, 1/3, 2/3 or 1 for 1508, 295, 106 and 715 of
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from experiments.data.source import Arrays, pin, split
+from experiments.data.task import Task
+
 NAME = "ELPV"
 SIZE = 2624
+SHA256 = "3a55d8b7a55b2459842e84ec00200ba878a2cecf414a4af1b5597c69b817dbbb"
+TRAIN, VALIDATION = 800, 200
+NAMES = {
+    "defect": ("0", "1/3", "2/3", "1"),  # the probability of a defect
+    "mono": ("polycrystalline", "monocrystalline"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +39,36 @@ class Elpv:
     mono: Int[np.ndarray, " 2624"]
 
 
-def load() -> Elpv:
+def load(labels: Literal["defect", "mono"] = "defect", split_seed: int = 0) -> Task:
+    """The task by VTAB-1k's protocol: 800 to train, 200 to choose by, 1,624 to test.
+
+    Raises:
+      ModuleNotFoundError, ValueError: as `photographs`.
+    """
+    cells = photographs()
+    source = Arrays(cells.images, getattr(cells, labels))
+    parts = split(source, split_seed, TRAIN, VALIDATION)
+    kind = {"defect": "defects", "mono": "mono- or polycrystalline"}[labels]
+    return Task(f"{NAME}, {kind}", len(NAMES[labels]), *parts, names=NAMES[labels])
+
+
+def photographs() -> Elpv:
     """Every photograph, in the package's order.
 
     Raises:
       ModuleNotFoundError: the package is not installed; says how.
+      ValueError: the photographs are others than those of version 1.0.0.post1.
     """
     try:
-        from elpv_dataset.utils import load_dataset
+        from elpv_dataset.utils import (  # pyright: ignore[reportMissingImports]
+            load_dataset,
+        )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             'ELPV is in elpv-dataset: pip install -e ".[demo]"'
         ) from error
     images, probability, kind = load_dataset()
     defect = np.rint(3 * probability).astype(np.int32)
-    return Elpv(images[..., None], defect, (kind == "mono").astype(np.int32))
+    mono = (kind == "mono").astype(np.int32)
+    pin(NAME, SHA256, images, defect, mono)
+    return Elpv(images[..., None], defect, mono)

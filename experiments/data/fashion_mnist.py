@@ -1,5 +1,8 @@
 """Fashion-MNIST (Xiao et al., arXiv 1708.07747): 60,000 + 10,000 grey 28 x 28 images.
 
+The task is the set by VTAB-1k's protocol: 800 + 200 of the training images, drawn once,
+and the whole test split.
+
 Read from the gzipped IDX files that the Debian package `dataset-fashion-mnist` installs
 (`apt-get install dataset-fashion-mnist`); the upstream files have the same names.
 """
@@ -10,24 +13,60 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from experiments.data.source import Arrays, pin, split
+from experiments.data.task import Task
+
+NAME = "Fashion-MNIST, 1k"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = 10
+NAMES = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+SHA256 = {
+    "train": "c7d8cfe8172756709eda8bbe8b201cb44f70785b4cd9974a82408b36cc1f72e4",
+    "test": "2589de149ea70a51076dfb7116c581fbd9b4c7b39b8e9c9f19ec089d65d659b8",
+}
+TRAIN, VALIDATION = 800, 200
 
 
-def load(
-    split: str, folder: Path = DEBIAN
+def load(folder: Path = DEBIAN, split_seed: int = 0) -> Task:
+    """The task.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read`, or the files are not Fashion-MNIST's.
+    """
+    sources = {}
+    for part, sha256 in SHA256.items():
+        images, labels = read(part, folder)
+        pin(f"{NAME}, {part}", sha256, images, labels)
+        sources[part] = Arrays(images, labels)
+    train, validation, _ = split(sources["train"], split_seed, TRAIN, VALIDATION)
+    return Task(NAME, CLASSES, train, validation, sources["test"], NAMES)
+
+
+def read(
+    part: str, folder: Path = DEBIAN
 ) -> tuple[UInt8[np.ndarray, "N 28 28 1"], Int[np.ndarray, " N"]]:
-    """Images (0 to 255) and labels (0 to 9) of `split`: "train" or "test".
+    """Images (0 to 255) and labels (0 to 9) of `part`: "train" or "test".
 
     Raises:
       FileNotFoundError: a file is missing; the message says how to get it.
-      ValueError: a file is not the IDX file its name says, or `split` is unknown.
+      ValueError: a file is not the IDX file its name says, or `part` is unknown.
     """
     prefixes = {"train": "train", "test": "t10k"}
-    if split not in prefixes:
-        raise ValueError(f"split={split!r}: Fashion-MNIST has {', '.join(prefixes)}.")
-    images = _idx(folder / f"{prefixes[split]}-images-idx3-ubyte.gz", axes=3)
-    labels = _idx(folder / f"{prefixes[split]}-labels-idx1-ubyte.gz", axes=1)
+    if part not in prefixes:
+        raise ValueError(f"part={part!r}: Fashion-MNIST has {', '.join(prefixes)}.")
+    images = _idx(folder / f"{prefixes[part]}-images-idx3-ubyte.gz", axes=3)
+    labels = _idx(folder / f"{prefixes[part]}-labels-idx1-ubyte.gz", axes=1)
     return images[..., None], labels.astype(np.int32)
 
 

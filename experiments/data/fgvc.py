@@ -65,7 +65,7 @@ def load(name: str, data_dir: Path) -> Task:
         folder = data_dir / name
         raise FileNotFoundError(f"{folder} is missing: unpack {row.archive} there.")
     splits = ["train", "test", *["validation"] * row.official]
-    return from_sources(name, row.builder.open(data_dir, splits))
+    return from_sources(name, row.builder.open(data_dir, splits, name))
 
 
 def from_sources(name: str, sources: dict[str, Source]) -> Task:

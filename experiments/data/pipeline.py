@@ -12,6 +12,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from experiments.data.mix import Mix
 from experiments.data.source import Source
@@ -172,5 +173,7 @@ def _read(batches: grain.MapDataset, reading: Reading) -> grain.IterDataset:
     options = grain.ReadOptions(reading.threads, reading.ahead)
     stream = batches.to_iter_dataset(options)
     if reading.workers:
+        if not flags.FLAGS.is_parsed():  # Grain's workers are set up by absl's flags
+            flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(reading.workers))
     return stream

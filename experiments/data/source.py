@@ -138,6 +138,6 @@ def split(source: Source, seed: int, *sizes: int) -> list[Rows]:
       ValueError: there are fewer examples.
     """
     if sum(sizes) > len(source):
-        raise ValueError(f"{sizes} examples are wanted, there are {len(source)}.")
+        raise ValueError(f"{sum(sizes)} examples are wanted, there are {len(source)}.")
     order = np.random.default_rng(seed).permutation(len(source))
     return [Rows(source, rows) for rows in np.split(order, np.cumsum(sizes))]

@@ -1,14 +1,53 @@
-"""A classification task: three splits of images and labels, ready for a model."""
+"""A classification task: what is trained on, chosen by and tested on."""
 
 import dataclasses
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from experiments.data.source import Joined, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Three disjoint sources.
+
+    Attributes:
+      name: how tables call the data set.
+      classes: labels are 0 to `classes - 1`.
+      train: to train on while something is chosen.
+      validation: to choose by.
+      test: used once.
+      names: of the classes, where the set has any.
+    """
+
+    name: str
+    classes: int
+    train: Source
+    validation: Source
+    test: Source
+    names: tuple[str, ...] = ()
+
+    @property
+    def full(self) -> Source:
+        """What the final run trains on, once everything is chosen (VTAB-1k's 1000)."""
+        return Joined(self.train, self.validation)
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """A small task, transformed once."""
+
+    name: str
+    classes: int
+    train: "Split"
+    validation: "Split"
+    test: "Split"
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """`N` examples.
+    """`N` examples in memory, transformed.
 
     Attributes:
       images: float32 `[N, H, W, C]`, normalised as the model expects.
@@ -20,14 +59,3 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What a run trains on; `name` is how tables call the data set."""
-
-    name: str
-    classes: int
-    train: Split
-    validation: Split
-    test: Split

@@ -62,8 +62,10 @@ class Builder:
     label: LabelOf
     manual: str = ""
 
-    def open(self, data_dir: Path, splits: Sequence[str]) -> dict[str, Source]:
-        """Its splits as sources.
+    def open(
+        self, data_dir: Path, splits: Sequence[str], task: str
+    ) -> dict[str, Source]:
+        """Its splits as sources, for a task.
 
         Raises:
           FileNotFoundError: it is not prepared in `data_dir`; says how to do it.
@@ -73,27 +75,27 @@ class Builder:
             if folder.is_dir():
                 break
         else:
-            raise FileNotFoundError(self._missing(data_dir))
-        builder = tfds.builder_from_directory(folder)
+            raise FileNotFoundError(self._missing(data_dir, task))
+        builder: Any = tfds.builder_from_directory(folder)
         kind = builder.info.file_format
         if kind is None or kind.value != FORMAT:
             found = "an unknown format" if kind is None else kind.value
             raise FileNotFoundError(
                 f"{folder} is in {found}, which cannot be read by index. "
-                f"{self._missing(data_dir)}"
+                f"{self._missing(data_dir, task)}"
             )
         return {
             split: TfdsSplit(builder.as_data_source(split=split), self.label)
             for split in splits
         }
 
-    def _missing(self, data_dir: Path) -> str:
+    def _missing(self, data_dir: Path, task: str) -> str:
         by_hand = f" By hand first: {self.manual}." if self.manual else ""
         return (
             f"TFDS's {self.name} ({' or '.join(self.versions)}) is not in {data_dir} "
             f"as {FORMAT} files.{by_hand} To prepare it (only this needs TensorFlow): "
-            f'pip install -e ".[prepare]" && python -m experiments.prepare --builder '
-            f"{self.name} --data_dir {data_dir}"
+            f'pip install -e ".[prepare]" && python -m experiments.prepare --task '
+            f"{task} --data_dir {data_dir}"
         )
 
 

@@ -89,7 +89,8 @@ class Transform:
         size: tuple[int, int],
         box: tuple[float, float, float, float] | None = None,
     ) -> Image.Image:
-        return picture.resize(size[::-1], RESAMPLE[self.resample], box)
+        height, width = size
+        return picture.resize((width, height), RESAMPLE[self.resample], box)
 
     def _centre(self, picture: Image.Image) -> Image.Image:
         """The shorter side to size / 0.875 (256 for 224), then the centre."""

@@ -78,23 +78,32 @@ def load(folder: Path = DEBIAN, split_seed: int = 0) -> Task:
 
 def stamps(folder: Path = DEBIAN) -> Stamps:
     """Every picture, by class and name; errors are those of `load`."""
-    found = [
-        (path, label)
-        for label, part in enumerate(FOLDERS.values())
-        for path in sorted((folder / part).rglob("*.png"))
-    ]
+    found = _found(folder)
     if not found:
         raise FileNotFoundError(
             f"There are no stamps in {folder}: apt-get install tuxpaint-stamps-default "
             f"puts them in {DEBIAN}."
         )
-    digest = hashlib.sha256()
-    for path, _ in found:
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    if digest.hexdigest() != SHA256:
+    if digest(folder) != SHA256:
         raise ValueError(
             f"The {len(found)} stamps in {folder} are not the {COUNT} of "
             "tuxpaint-stamps-default 2022.06.04."
         )
     paths, labels = zip(*found, strict=True)
     return Stamps(paths, np.asarray(labels, np.int32))
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of the names and bytes of the pictures."""
+    hashed = hashlib.sha256()
+    for path, _ in _found(folder):
+        hashed.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return hashed.hexdigest()
+
+
+def _found(folder: Path) -> list[tuple[Path, int]]:
+    return [
+        (path, label)
+        for label, part in enumerate(FOLDERS.values())
+        for path in sorted((folder / part).rglob("*.png"))
+    ]

@@ -188,7 +188,7 @@ def load(name: str, data_dir: Path) -> Task:
       KeyError: VTAB has no such task.
     """
     row = TASKS[name]
-    return from_sources(name, row.builder.open(data_dir, splits(row)))
+    return from_sources(name, row.builder.open(data_dir, splits(row), name))
 
 
 def labelled(name: str, features: Any) -> Source:

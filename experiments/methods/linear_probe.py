@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression
 
-from experiments.data.task import Split, Task
+from experiments.data.task import InMemory, Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Probe:
     seconds_per_step: float
 
 
-def train(model: Any, task: Task, strengths: tuple[float, ...]) -> Probe:
+def train(model: Any, task: InMemory, strengths: tuple[float, ...]) -> Probe:
     """Fits a head for each `C` in `strengths` and keeps the best on validation.
 
     Args:
