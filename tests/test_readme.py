@@ -48,3 +48,17 @@ def test_the_ten_lines_load_a_checkpoint_and_train(tmp_path, monkeypatch):
     assert space["report"].density < 0.31
     plain = space["plain"](images)
     assert plain.shape == (2, 100) and np.all(np.isfinite(plain))
+
+
+def test_the_program_of_the_data_guide_runs():
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.S
+    )
+    assert len(blocks) == 1
+    space = {}
+    exec(blocks[0], space)
+    assert space["batch"]["image"].shape == (32, 224, 224, 3)
+    following = next(space["batches"])
+    space["batches"].set_state(space["state"])
+    again = next(space["batches"])
+    np.testing.assert_array_equal(again["image"], following["image"])
