@@ -37,7 +37,7 @@ class Dsprites:
     """The features of TFDS's `dsprites`, rendered when they are asked for.
 
     Examples come in a fixed shuffled order, as in TFDS, so that a run of them is a fair
-    sample. `image` is uint8 `[64, 64, 1]` of 0 and 255.
+    sample. `image` is uint8 `[64, 64, 1]` of 0 and 1.
     """
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class Dsprites:
         factors = np.unravel_index(_order()[index], FACTORS)
         shape, scale, orientation, x, y = (int(factor) for factor in factors)
         return {
-            "image": 255 * render(shape, scale, orientation, x, y)[..., None],
+            "image": render(shape, scale, orientation, x, y)[..., None],
             "label_shape": shape,
             "label_scale": scale,
             "label_orientation": orientation,

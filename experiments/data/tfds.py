@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from experiments.data.source import Example, Rows, Source
 
 LabelOf = Callable[[dict[str, Any]], int]
+ImageOf = Callable[[dict[str, Any]], np.ndarray]
 FORMAT = "array_record"
 
 
@@ -45,6 +46,11 @@ class Part:
         return range(begin, end)
 
 
+def stored(features: dict[str, Any]) -> np.ndarray:
+    """The image as it is, 0 to 255 with one or three channels."""
+    return features["image"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Builder:
     """A TFDS builder that is read as image and label.
@@ -55,12 +61,14 @@ class Builder:
         prepared one of them is taken, the newest first.
       label: the label, from an example's features.
       manual: what has to be downloaded by hand, if anything.
+      image: the image of 0 to 255, from an example's features.
     """
 
     name: str
     versions: tuple[str, ...]
     label: LabelOf
     manual: str = ""
+    image: ImageOf = stored
 
     def open(
         self, data_dir: Path, splits: Sequence[str], task: str
@@ -85,7 +93,7 @@ class Builder:
                 f"{self._missing(data_dir, task)}"
             )
         return {
-            split: TfdsSplit(builder.as_data_source(split=split), self.label)
+            split: TfdsSplit(builder.as_data_source(split=split), self)
             for split in splits
         }
 
@@ -101,17 +109,18 @@ class Builder:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TfdsSplit:
-    """A TFDS data source as images and labels; grey images have one channel."""
+    """A TFDS data source as images and labels."""
 
     features: Any
-    label: LabelOf
+    builder: Builder
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __getitem__(self, index: int) -> Example:
         features = self.features[index]
-        return {"image": features["image"], "label": self.label(features)}
+        image, label = self.builder.image(features), self.builder.label(features)
+        return {"image": image, "label": label}
 
 
 def part(sources: dict[str, Source], part: Part) -> Rows:

@@ -78,6 +78,11 @@ def dsprites_orientation(features: dict[str, Any]) -> int:
     return int(features["label_orientation"] / 2.5)
 
 
+def binary(features: dict[str, Any]) -> np.ndarray:
+    """Images of 0 and 1."""
+    return 255 * features["image"]
+
+
 def azimuth(features: dict[str, Any]) -> int:
     """One of 18 directions."""
     return int(features["label_azimuth"])
@@ -164,12 +169,12 @@ TASKS = {
         "CC-BY-NC-SA-3.0",
     ),
     "dsprites_loc": Row(
-        _ST, Builder("dsprites", _DSPRITES, dsprites_location), 16, _after(80),
-        _LATER_DSPRITES, "Apache-2.0",
+        _ST, Builder("dsprites", _DSPRITES, dsprites_location, image=binary), 16,
+        _after(80), _LATER_DSPRITES, "Apache-2.0",
     ),
     "dsprites_ori": Row(
-        _ST, Builder("dsprites", _DSPRITES, dsprites_orientation), 16, _after(80),
-        _LATER_DSPRITES, "Apache-2.0",
+        _ST, Builder("dsprites", _DSPRITES, dsprites_orientation, image=binary), 16,
+        _after(80), _LATER_DSPRITES, "Apache-2.0",
     ),
     "smallnorb_azi": Row(
         _ST, Builder("smallnorb", _NORB, azimuth), 18, *_NORB_PARTS, "for research",
@@ -193,7 +198,7 @@ def load(name: str, data_dir: Path) -> Task:
 
 def labelled(name: str, features: Any) -> Source:
     """A split's features as the images and labels of a task."""
-    return tfds.TfdsSplit(features, TASKS[name].builder.label)
+    return tfds.TfdsSplit(features, TASKS[name].builder)
 
 
 def splits(row: Row) -> list[str]:
