@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         }
         task = catalogue.load(config.task, config.data_dir)
         streams = {f"stream, {crop}": _stream(crop, task, config) for crop in CROPS}
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
     console = Console()
     runs = dict(streams)

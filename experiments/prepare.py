@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
                 'preparing needs TensorFlow: pip install -e ".[prepare]"'
             )
         for builder in builders:
-            prepare(builder, config.data_dir, config.manual_dir)
+            prepare(builder, config.data_dir.expanduser(), config.manual_dir)
     except (ValueError, AssertionError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
     Console().print(f"Everything is in {config.data_dir}", soft_wrap=True)

@@ -29,7 +29,7 @@ import snella_jax as snella
 from experiments import config as configs
 from experiments import figures, small_vit, train
 from experiments.config import RunConfig
-from experiments.data import digits, pipeline
+from experiments.data import check, digits, pipeline
 from experiments.data.task import InMemory
 from experiments.methods import linear_probe, lora
 from snella_jax.rules import select
@@ -82,9 +82,10 @@ def run(name: str, config: RunConfig) -> dict[str, Any]:
         raise SystemExit(f"{out} is not empty: name another folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "config.json", configs.as_dict(config))
-    task = pipeline.in_memory(digits.load(), small_vit.TRANSFORM)
     methods = {"linear": _linear, "lora": _lora, "snella": _snella}
     console = Console()
+    task = check.checked(digits.load(), console)
+    task = pipeline.in_memory(task, small_vit.TRANSFORM)
     results = {}
     for method in config.methods:
         results[method] = methods[method](config, task, out, console)

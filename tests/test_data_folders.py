@@ -63,9 +63,37 @@ def test_a_folder_of_the_tasks_name_goes_before_tfds(tmp_path):
     write_lists(tmp_path, "dtd", classes=47)
     with pytest.raises(ValueError, match="has 6 classes, expected 47"):
         catalogue.load("dtd", tmp_path)
-    write_lists(tmp_path, "patch_camelyon", classes=2)
-    assert catalogue.load("patch_camelyon", tmp_path).name == "patch_camelyon"
+    folder = write_lists(tmp_path, "patch_camelyon", classes=2)
+    with pytest.raises(ValueError, match="6 images to train and 3 to validate"):
+        catalogue.load("patch_camelyon", tmp_path)
     assert catalogue.load(str(tmp_path / "dtd")).classes == 6
+    for part, count in (("train800", 800), ("val200", 200)):
+        lines = [f"images/{part}/{i}.png {i % 2}" for i in range(count)]
+        (folder / f"{part}.txt").write_text("\r\n".join(lines))
+    task = catalogue.load("patch_camelyon", tmp_path)
+    assert task.name == "patch_camelyon" and len(task.full) == 1000
+
+
+def test_one_list_of_both_is_cut_and_must_not_contradict(tmp_path):
+    lines = [f"images/{i}.png {i % 3}" for i in range(1000)]
+    (tmp_path / "train800val200.txt").write_text("\ufeff" + "\n".join(lines), "utf-8")
+    (tmp_path / "test.txt").write_text("images/x.png 2\n")
+    task = folders.load(tmp_path)
+    assert [len(s) for s in (task.train, task.validation, task.test)] == [800, 200, 1]
+    assert task.train.paths[0] == tmp_path / "images/0.png"
+    assert task.validation.paths[0] == tmp_path / "images/800.png"
+    (tmp_path / "train800.txt").write_text("\n".join(lines[:800]))
+    (tmp_path / "val200.txt").write_text("\n".join(lines[800:999]))
+    with pytest.raises(ValueError, match="does not list what"):
+        folders.load(tmp_path)
+
+
+def test_a_file_in_two_splits(tmp_path):
+    folder = write_lists(tmp_path)
+    with (folder / "test.txt").open("a") as file:
+        file.write("images/train800/3.png 0\n")
+    with pytest.raises(ValueError, match=r"train800/3\.png is in two splits"):
+        folders.load(folder)
 
 
 def test_class_folders(tmp_path):
@@ -78,8 +106,15 @@ def test_class_folders(tmp_path):
     assert task.names == ("ant", "cat", "dog")
     assert [len(s) for s in (task.train, task.validation, task.test)] == [54, 6, 6]
     assert labels(task.test) == [0, 0, 1, 1, 2, 2]
-    picture(tmp_path / "val" / "dog" / "0.jpg")
-    assert labels(folders.load(tmp_path).validation) == [2]
+    picture(tmp_path / "valid" / "dog" / "0.jpg")
+    picture(tmp_path / "train" / ".ipynb_checkpoints" / "0.jpg")
+    picture(tmp_path / "train" / "ant" / "._0.jpg")
+    task = folders.load(tmp_path)
+    assert labels(task.validation) == [2] and len(task.train) == 60
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match="has both val and valid"):
+        folders.load(tmp_path)
+    (tmp_path / "val").rmdir()
     picture(tmp_path / "test" / "emu" / "0.jpg")
     with pytest.raises(ValueError, match=r"classes that train/ has not: \['emu'\]"):
         folders.load(tmp_path)
@@ -107,7 +142,11 @@ def test_archives_of_cub_and_nabirds(tmp_path):
     assert task.test[0]["image"][0, 0, 0] == 2
     with pytest.raises(ValueError, match="has 2 classes, expected 555"):
         catalogue.load("nabirds", tmp_path)
-    (tmp_path / "nabirds" / "train_test_split.txt").write_text("0a-1 1\n")
+    split = tmp_path / "nabirds" / "train_test_split.txt"
+    split.write_text(split.read_text().replace("0a-1 1", "0a-1 2"))
+    with pytest.raises(ValueError, match=r"split\.txt: '2', expected 0 or 1"):
+        folders.load(tmp_path / "nabirds")
+    split.write_text("0a-1 1\n")
     with pytest.raises(ValueError, match="do not list the same images"):
         folders.load(tmp_path / "nabirds")
 
@@ -144,8 +183,8 @@ def write_csv(path, rows):
 
 def test_csv(tmp_path):
     rows = [(f"x/{i}.png", ("b", "a")[i % 2], "train") for i in range(10)]
-    rows += [("x/0.png", "a", "test"), ("x/1.png", "b", "val")]
-    for i in range(10):
+    rows += [("x/10.png", "a", "test"), ("x/11.png", "b ", "val")]
+    for i in range(12):
         picture(tmp_path / f"x/{i}.png", (i, i, i))
     task = folders.load(write_csv(tmp_path / "mine.csv", rows))
     assert (task.name, task.names) == ("mine", ("a", "b"))
@@ -157,8 +196,22 @@ def test_csv(tmp_path):
     with pytest.raises(ValueError, match=r"bad\.csv, line 5: split 'dev'"):
         folders.load(write_csv(tmp_path / "bad.csv", rows))
     (tmp_path / "none.csv").write_text("file,class\nx,1\n")
-    with pytest.raises(ValueError, match="expected rows with the columns"):
+    with pytest.raises(ValueError, match="expected a header with path, label, split"):
         folders.load(tmp_path / "none.csv")
+    (tmp_path / "none.csv").write_bytes(b"path,label,split\n\xff,1,test\n")
+    with pytest.raises(ValueError, match="no CSV file in UTF-8"):
+        folders.load(tmp_path / "none.csv")
+    excel = (tmp_path / "mine.csv").read_text().replace("x/10.png", '"x/10.png"')
+    (tmp_path / "excel.csv").write_text("\ufeff" + excel, "utf-8")
+    assert folders.load(tmp_path / "excel.csv").classes == 2
+
+
+@pytest.mark.parametrize("label", ["-1", "1.0", "a", "99999999999", ""])
+def test_labels_that_are_no_numbers_among_numbers(label, tmp_path):
+    """Sorted as names they would take each other's places."""
+    rows = [("0.png", "0", "train"), ("1.png", label, "train"), ("2.png", "10", "test")]
+    with pytest.raises(ValueError, match=r"t\.csv, line 3: .*expected"):
+        folders.load(write_csv(tmp_path / "t.csv", rows))
 
 
 def test_lists_that_cannot_be(tmp_path):
@@ -191,7 +244,8 @@ def corrupted(tmp_path):
     (folder / "images/train800/2.png").write_bytes(b"no picture at all")
     whole = (folder / "images/test/1.png").read_bytes()
     (folder / "images/test/1.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "images/test/3.png").unlink()
+    deep = np.arange(24, dtype=np.uint16).reshape(4, 6) * 2000
+    Image.fromarray(deep).save(folder / "images/test/3.png")
     return folder
 
 
@@ -204,6 +258,17 @@ def test_a_corrupt_image_is_named_with_its_index(tmp_path):
     assert "image 2 (" in said and "images/train800/2.png" in said
     with pytest.raises(CorruptImageError, match=r"image 1 \(.*test/1\.png"):
         task.test[1]
+    with pytest.raises(CorruptImageError, match="expected 8 bits a channel"):
+        task.test[3]
+
+
+def test_a_missing_image_is_never_skipped(tmp_path):
+    folder = write_lists(tmp_path)
+    (folder / "images/test/3.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test/3\.png"):
+        check.checked(folders.load(folder), quiet(), skip_corrupt=True)
+    with pytest.raises(SystemExit, match=r"test/3\.png"):
+        show.main(["--task", str(folder), "--out", str(tmp_path / "x.png")])
 
 
 def test_corrupt_images_are_skipped_and_counted_where_asked(tmp_path):
@@ -229,8 +294,8 @@ def test_labels_out_of_range():
         ValueError, match=r"train: 2 labels are not in 0 to 1: 5.*example 1"
     ):
         check.checked(task_of([0, 5, 5, 1]), quiet())
-    with pytest.raises(ValueError, match=r"test: 1 labels are not in 0 to 1: -3"):
-        check.checked(task_of([0, 1], test=[0, -3]), quiet())
+    with pytest.raises(ValueError, match=r"test: 1 labels are not in 0 to 1: -1"):
+        check.checked(task_of([0, 1], test=[0, -1]), quiet())
     with pytest.raises(ValueError, match="validation: there are no examples"):
         check.checked(task_of([0, 1], validation=[]), quiet())
 
@@ -360,10 +425,9 @@ def test_tuxpaint_has_masks_and_its_classes_are_split_alike(tmp_path, monkeypatc
     example = task.train[0]
     assert example["image"][0, 0].tolist() == [255] * 3  # on white
     assert example["image"][1, 2].tolist() == [255, 0, 0]
-    assert example["mask"].shape == (5, 7) and set(np.unique(example["mask"])) == {
-        0,
-        255,
-    }
+    expected = np.zeros((5, 7))
+    expected[1:3, 2:5] = 255
+    np.testing.assert_array_equal(example["mask"], expected)
     with pytest.raises(FileNotFoundError, match="apt-get install tuxpaint-stamps"):
         tuxpaint.load(tmp_path / "animals")
 

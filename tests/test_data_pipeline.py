@@ -1,9 +1,9 @@
 """The stream of batches: order, shards, resume, devices; transforms and mixing."""
 
 import dataclasses
+import json
 import math
 
-import grain
 import jax
 import numpy as np
 import pytest
@@ -84,7 +84,7 @@ def test_a_resumed_stream_goes_on_bit_for_bit(step, workers):
     begun = iter(stream(mix=mix, reading=reading))
     for _ in range(step):
         next(begun)
-    state = begun.get_state()
+    state = json.loads(json.dumps(begun.get_state()))  # it goes into a checkpoint
     resumed = iter(stream(mix=mix, reading=reading))
     resumed.set_state(state)
     rest = list(resumed)
@@ -110,14 +110,14 @@ def test_prefetching_to_devices_keeps_the_stream_and_its_state():
     mesh = jax.make_mesh((4,), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     whole = list(stream())
-    placed = grain.experimental.device_put(stream(), sharding)
+    placed = pipeline.to_devices(stream(), sharding)
     begun = iter(placed)
     for _ in range(5):
         last = next(begun)
     assert last["image"].sharding == sharding
     same(jax.tree.map(np.asarray, last), whole[4])
     state = begun.get_state()
-    resumed = iter(grain.experimental.device_put(stream(), sharding))
+    resumed = iter(pipeline.to_devices(stream(), sharding))
     resumed.set_state(state)
     same(jax.tree.map(np.asarray, next(resumed)), whole[5])
 
@@ -176,14 +176,20 @@ def test_resize_is_pillows_and_the_identity_where_nothing_changes():
         np.testing.assert_array_equal(got, np.asarray(expected))
 
 
-@pytest.mark.parametrize("name", NORMALISATIONS)
-def test_normalisations(name):
+@pytest.mark.parametrize(
+    ("name", "of_white", "of_black"),
+    [
+        ("imagenet", (2.2489, 2.4286, 2.64), (-2.1179, -2.0357, -1.8044)),
+        ("inception", (1, 1, 1), (-1, -1, -1)),
+        ("none", (1, 1, 1), (0, 0, 0)),
+    ],
+)
+def test_normalisations(name, of_white, of_black):
     mean, std = NORMALISATIONS[name]
-    white = np.full((4, 4, 3), 255, np.uint8)
-    got = Transform((4, 4), mean=mean, std=std)(white, RNG(0))[0, 0]
-    np.testing.assert_allclose(got, (1 - np.array(mean)) / std, rtol=1e-6)
-    if name == "inception":
-        np.testing.assert_array_equal(got, 1)
+    for value, expected in ((255, of_white), (0, of_black)):
+        image = np.full((4, 4, 3), value, np.uint8)
+        got = Transform((4, 4), mean=mean, std=std)(image, RNG(0))[0, 0]
+        np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def test_grey_images_become_three_channels_and_colours_one():
@@ -220,6 +226,34 @@ def test_random_boxes_have_the_area_and_the_ratio_that_they_should():
     assert (right - left, bottom - top) == (5, 4) and left in (497, 498)
 
 
+def test_a_crop_does_not_see_what_lies_beside_it(monkeypatch):
+    """torchvision crops first; a filter over the whole image would bleed."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:, 32:] = 255
+    monkeypatch.setattr(transforms, "random_box", lambda *_: (0, 0, 32, 64))
+    crop = Transform((16, 16), "random", (0.0,) * 3, (1.0,) * 3)
+    assert crop(image, RNG(0)).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "resized", "corner"),
+    [
+        (375, 500, (256, 341), (16, 58)),
+        (500, 333, (384, 256), (80, 16)),
+        (301, 301, (256, 256), (16, 16)),
+        (257, 400, (256, 398), (16, 87)),
+    ],
+)
+def test_centre_crops_are_torchvisions(height, width, resized, corner):
+    """`Resize(256)`, the longer side cut to an integer, and `CenterCrop(224)`."""
+    image = RNG(0).integers(0, 256, (height, width, 3), np.uint8)
+    crop = Transform((224, 224), "centre", (0.0,) * 3, (1.0,) * 3)
+    got = crop.unnormalised(crop(image, RNG(0)))
+    whole = np.asarray(Image.fromarray(image).resize(resized[::-1], Image.BICUBIC))
+    top, left = corner
+    np.testing.assert_array_equal(got, whole[top : top + 224, left : left + 224])
+
+
 def test_random_crops_flip_half_of_the_images():
     ramp = np.repeat(np.tile(np.arange(0, 256, 4, np.uint8), (64, 1))[..., None], 3, 2)
     crop = Transform((16, 16), "random", (0.0,) * 3, (1.0,) * 3)
@@ -237,6 +271,26 @@ def test_jitter_changes_brightness_contrast_and_saturation():
     red = Image.new("RGB", (8, 8), (120, 60, 60))
     spread = [np.ptp(np.asarray(transforms.jitter(red, rng))[0, 0]) for _ in range(200)]
     assert min(spread) < 40 < 80 < max(spread)
+
+
+def test_jitter_takes_any_order(monkeypatch):
+    seen = set()
+    for seed in range(60):
+        order = []
+        for name in ("Brightness", "Contrast", "Color"):
+
+            class Noted:
+                def __init__(self, picture, name=name, order=order):
+                    self.picture, self.name, self.order = picture, name, order
+
+                def enhance(self, factor):
+                    self.order.append(self.name)
+                    return self.picture
+
+            monkeypatch.setattr(transforms.ImageEnhance, name, Noted)
+        transforms.jitter(Image.new("RGB", (2, 2)), RNG(seed))
+        seen.add(tuple(order))
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize(
@@ -298,6 +352,11 @@ def test_a_box_has_its_area_unless_a_border_cuts_it():
         rows, columns = _box((100, 60), weight, rng)
         area = (rows.stop - rows.start) * (columns.stop - columns.start)
         assert area <= (1 - weight) * 6000 + 1e-6
+        inside = rows.start > 0 and rows.stop < 100 and columns.start > 0
+        if inside and columns.stop < 60:
+            # Sides are cut to even integers: at most 2 pixels are missing of each.
+            side = np.sqrt(1 - weight)
+            assert area >= max(100 * side - 2, 0) * max(60 * side - 2, 0) - 1e-6
         assert 0 <= rows.start <= rows.stop <= 100
         assert 0 <= columns.start <= columns.stop <= 60
 

@@ -1,11 +1,21 @@
 """VTAB-1k's and FGVC's rules: splits by hand, labels by hand, TFDS's real schemas."""
 
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+from rich.console import Console
+from tensorflow_datasets.proto import tf_example_pb2
 
 from experiments import prepare
-from experiments.data import catalogue, dsprites, fgvc, vtab
+from experiments.data import catalogue, check, dsprites, fgvc, folders, source, vtab
 from experiments.data.tfds import Builder, Part, TfdsSplit
 
 
@@ -230,6 +240,101 @@ def test_rules_read_the_real_schema(name):
         assert isinstance(example["label"], int)
 
 
+def write_tfds(root, builder, splits, file_format="array_record"):
+    """A prepared set with `image` and `label`, written without TensorFlow."""
+    name, version = builder.name, builder.versions[-1]
+    folder = root / name / version
+    folder.mkdir(parents=True)
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(), "label": tfds.features.Scalar(np.int64)}
+    )
+    features.save_config(str(folder))
+    written = []
+    for split, examples in splits.items():
+        file = folder / f"{name}-{split}.array_record-00000-of-00001"
+        writer = ArrayRecordWriter(str(file), "group_size:1")
+        for image, number in examples:
+            record = tf_example_pb2.Example()
+            record.features.feature["image"].bytes_list.value.append(image)
+            record.features.feature["label"].int64_list.value.append(number)
+            writer.write(record.SerializeToString())
+        writer.close()
+        shards = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        sizes = {"shardLengths": [str(len(examples))], "numBytes": "1"}
+        written.append({"name": split, "filepathTemplate": shards, **sizes})
+    info = {"name": name, "version": version, "splits": written}
+    info |= {"fileFormat": file_format}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def encoded(mode, kind="PNG", side=4):
+    file, rng = io.BytesIO(), np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (side, side, 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+DOGS = fgvc.TASKS["dogs"].builder
+
+
+@pytest.mark.filterwarnings("default")  # TFDS's own
+def test_files_of_tfds_are_read_whatever_their_mode(tmp_path):
+    """A PNG with transparency or a palette, a CMYK photograph: the set has some."""
+    modes = [("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG")]
+    examples = [(encoded(*mode), 7) for mode in [*modes, ("L", "JPEG")] * 4]
+    write_tfds(tmp_path, DOGS, {"train": examples, "test": examples})
+    task = catalogue.load("dogs", tmp_path)
+    assert (len(task.train), len(task.validation), len(task.test)) == (18, 2, 20)
+    shapes = [task.test[i]["image"].shape for i in range(5)]
+    assert shapes == [(4, 4, 3)] * 4 + [(4, 4, 1)]
+    plain = task.test[0]["image"]
+    np.testing.assert_array_equal(task.test[1]["image"], plain)
+    assert np.abs(np.int32(task.test[2]["image"]) - plain).mean() < 40  # 256 colours
+    assert task.test[0]["label"] == 7
+    checked = check.checked(task, Console(file=io.StringIO()))
+    assert len(checked.test) == 20
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_corrupt_image_of_tfds_is_named(tmp_path):
+    good, bad = encoded("RGB"), encoded("RGB")[:60]
+    train = [(good, i) for i in range(20)]
+    write_tfds(tmp_path, DOGS, {"train": train, "test": [(good, 0), (bad, 0)]})
+    task = catalogue.load("dogs", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"image 1 \(stanford_dogs\) cannot be decoded"
+    ):
+        check.checked(task, Console(file=io.StringIO()))
+    kept = check.checked(task, Console(file=io.StringIO()), skip_corrupt=True)
+    assert len(kept.test) == 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_binary_images_of_tfds_become_0_and_255(tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(np.eye(64, dtype=np.uint8)).save(file, "PNG")
+    builder = dataclasses.replace(
+        vtab.TASKS["dsprites_loc"].builder, label=lambda f: int(f["label"])
+    )
+    write_tfds(tmp_path, builder, {"train": [(file.getvalue(), 3)]})
+    (source,) = builder.open(tmp_path, ["train"], "dsprites_loc").values()
+    image = source[0]["image"]
+    np.testing.assert_array_equal(image[..., 0], 255 * np.eye(64))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_set_in_a_format_that_has_no_index(tmp_path):
+    write_tfds(tmp_path, DOGS, {"train": [(b"", 0)]}, file_format="tfrecord")
+    with pytest.raises(FileNotFoundError, match=r"is in tfrecord.*: delete it"):
+        catalogue.load("dogs", tmp_path)
+
+
+def test_home_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "here")):
+        catalogue.load("dogs", pathlib.Path("~/here"))
+
+
 def test_fgvc_holds_a_tenth_out_or_takes_the_official_split():
     sources = {"train": Counted("train", 5994), "test": Counted("test", 5794)}
     task = fgvc.from_sources("cub", sources)
@@ -262,18 +367,6 @@ def test_what_is_not_there_says_how_to_get_it(name, tmp_path):
         assert row.builder.name in said and row.builder.versions[-1] in said
         assert f"experiments.prepare --task {name} --data_dir {tmp_path}" in said
         assert row.builder.manual in said
-
-
-def test_a_set_in_a_format_that_has_no_index(tmp_path, monkeypatch):
-    (tmp_path / "cifar100" / "3.0.2").mkdir(parents=True)
-
-    class Prepared:
-        class info:
-            file_format = tfds.core.FileFormat.TFRECORD
-
-    monkeypatch.setattr(tfds, "builder_from_directory", lambda _: Prepared)
-    with pytest.raises(FileNotFoundError, match="is in tfrecord, which cannot be read"):
-        catalogue.load("cifar100", tmp_path)
 
 
 def test_a_name_that_is_none(tmp_path):
@@ -318,8 +411,6 @@ def test_prepare_asks_for_the_version_of_the_table(tmp_path, monkeypatch):
 
 
 def test_listing_names_every_task_and_its_licence():
-    from rich.console import Console
-
     console = Console(width=200, record=True)
     console.print(catalogue.listing())
     text = console.export_text()
@@ -379,6 +470,20 @@ def test_dsprites_turns_and_grows():
         assert small / first.sum() == pytest.approx(0.25, abs=0.04)
     heart = [dsprites.render(2, 5, i, 16, 16) for i in range(39)]
     assert len({image.tobytes() for image in heart}) == 39
+
+
+def test_dsprites_and_the_splits_are_pinned():
+    """Tables compare runs on the same images in the same order."""
+    order = dsprites._order()
+    assert order[:4].tolist() == [292479, 258584, 212140, 174468]
+    digest = hashlib.sha256()
+    for index in range(0, 737280, 4001):
+        digest.update(dsprites.Dsprites()[index]["image"].tobytes())
+    assert digest.hexdigest() == (
+        "19901d9e325dd4347a6d13781b5ddd3cf7d3ec82c8a7875ad319d217e37af7bd"
+    )
+    held_out = source.split(Counted("train", 20), folders.VALIDATION_SEED, 2)[0]
+    assert held_out.rows.tolist() == [4, 19]
 
 
 @pytest.mark.parametrize("name", ["dsprites_loc", "dsprites_ori"])

@@ -120,14 +120,23 @@ def load(name: str, data_dir: Path = DATA_DIR) -> Task:
       FileNotFoundError, ModuleNotFoundError: its data are not there; says how to get
         them.
     """
+    data_dir, path = data_dir.expanduser(), Path(name).expanduser()
     if name in ENTRIES:
         entry, folder = ENTRIES[name], data_dir / name
         # TFDS keeps its versions in a folder of that name: then it has no layout.
-        if entry.group != "local" and folders.layout(folder):
-            return folders.load(folder, name, entry.classes)
-        return entry.load(data_dir)
-    if Path(name).exists():
-        return folders.load(Path(name))
+        if entry.group == "local" or not folders.layout(folder):
+            return entry.load(data_dir)
+        task = folders.load(folder, name, entry.classes)
+        sizes = (len(task.train), len(task.validation))
+        if name in vtab.TASKS and sizes != (800, 200):
+            raise ValueError(
+                f"{folder} has {sizes[0]} images to train and {sizes[1]} to validate; "
+                f"VTAB-1k's {name} has 800 and 200. If it is another task, give the "
+                "folder itself as the task."
+            )
+        return task
+    if path.exists():
+        return folders.load(path)
     raise ValueError(
         f"{name!r} is no task and no folder or CSV file. Tasks: {', '.join(ENTRIES)}."
     )

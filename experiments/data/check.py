@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments.data.source import CorruptImageError, Rows, Source
+from experiments.data.source import CorruptImageError, Source, take
 from experiments.data.task import Task
 
 SHOWN = 5
@@ -32,14 +32,16 @@ def checked(task: Task, console: Console, skip_corrupt: bool = False) -> Task:
         for name in ("train", "validation", "test"):
             source: Source = getattr(task, name)
             bar = progress.add_task(f"checking {task.name}, {name}", total=len(source))
-            corrupt, labels = [], np.full(len(source), -1)
+            corrupt, good, labels = [], [], []
             for index, result in enumerate(_results(source)):
                 progress.advance(bar)
                 if isinstance(result, CorruptImageError):
                     corrupt.append(result)
                 else:
-                    labels[index] = result
-            splits[name] = _kept(task, name, corrupt, labels, console, skip_corrupt)
+                    good.append(index)
+                    labels.append(result)
+            looked = corrupt, np.array(good, int), np.array(labels, int)
+            splits[name] = _kept(task, name, looked, console, skip_corrupt)
     missing = sorted(set(range(task.classes)) - set(splits["train"][1].tolist()))
     if missing:
         console.print(
@@ -54,9 +56,14 @@ def checked(task: Task, console: Console, skip_corrupt: bool = False) -> Task:
 def _results(source: Source) -> Iterator[int | CorruptImageError]:
     def look(index: int) -> int | CorruptImageError:
         try:
-            return source[index]["label"]
+            example = source[index]
         except CorruptImageError as error:
             return error
+        image = example["image"]
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+            shape = f"{image.dtype} {list(image.shape)}"
+            return CorruptImageError("decoded", index, f"{shape}, not [H, W, 1 or 3]")
+        return example["label"]
 
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(source), AT_ONCE):
@@ -66,26 +73,26 @@ def _results(source: Source) -> Iterator[int | CorruptImageError]:
 def _kept(
     task: Task,
     name: str,
-    corrupt: list[CorruptImageError],
-    labels: np.ndarray,
+    looked: tuple[list[CorruptImageError], np.ndarray, np.ndarray],
     console: Console,
     skip_corrupt: bool,
 ) -> tuple[Source, np.ndarray]:
     source: Source = getattr(task, name)
+    corrupt, good, labels = looked
     if corrupt and not skip_corrupt:
         raise ValueError(
             f"{task.name}, {name}: {len(corrupt)} of {len(source)} images are corrupt "
             f"(--skip_corrupt leaves them out):\n  {_first(corrupt, chr(10) + '  ')}"
         )
-    good = labels != -1
-    wrong = np.flatnonzero(good & ((labels < 0) | (labels >= task.classes)))
+    wrong = np.flatnonzero((labels < 0) | (labels >= task.classes))
     if len(wrong):
         found = Counter(labels[wrong].tolist())
         raise ValueError(
             f"{task.name}, {name}: {len(wrong)} labels are not in 0 to "
-            f"{task.classes - 1}: {_first(sorted(found))}, first at example {wrong[0]}."
+            f"{task.classes - 1}: {_first(sorted(found))}, first at example "
+            f"{good[wrong[0]]}."
         )
-    if not good.any():
+    if not len(good):
         raise ValueError(f"{task.name}, {name}: there are no examples.")
     if corrupt:
         console.print(
@@ -93,8 +100,8 @@ def _kept(
             f"out: {_first(corrupt)}",
             style="yellow",
         )
-        source = Rows(source, np.flatnonzero(good))
-    return source, labels[good]
+        source = take(source, good)
+    return source, labels
 
 
 def _first(items: list, separator: str = ", ") -> str:

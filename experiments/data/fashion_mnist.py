@@ -73,8 +73,8 @@ def read(
 def _idx(path: Path, axes: int) -> np.ndarray:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing. `apt-get install dataset-fashion-mnist` puts it in "
-            f"{DEBIAN}; elsewhere, name the folder with --data_dir."
+            f"{path} is missing: apt-get install dataset-fashion-mnist puts it in "
+            f"{DEBIAN}."
         )
     data = gzip.decompress(path.read_bytes())
     # IDX header: two zero bytes, type 0x08 (uint8), the number of axes, big-endian

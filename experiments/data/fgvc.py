@@ -63,7 +63,10 @@ def load(name: str, data_dir: Path) -> Task:
     row = TASKS[name]
     if row.builder is None:
         folder = data_dir / name
-        raise FileNotFoundError(f"{folder} is missing: unpack {row.archive} there.")
+        raise FileNotFoundError(
+            f"There are no images in {folder}: unpack {row.archive}, so that its "
+            "tables lie in that folder itself."
+        )
     splits = ["train", "test", *["validation"] * row.official]
     return from_sources(name, row.builder.open(data_dir, splits, name))
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
-from experiments.data.source import Files, Rows, split
+from experiments.data.source import Files, Source, split
 from experiments.data.task import Task
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+BOTH = "train800val200.txt"
+SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 VALIDATION = 10  # percent of the training images, where there is no validation split
 VALIDATION_SEED = 0
 
@@ -38,8 +40,8 @@ def load(path: Path, name: str = "", classes: int | None = None) -> Task:
 
     Raises:
       FileNotFoundError: there is nothing, or a file of the layout is missing.
-      ValueError: another layout, a malformed line, a label out of range, or another
-        number of classes.
+      ValueError: another layout, a malformed line, another number of classes, or a file
+        in two splits.
     """
     if not path.exists():
         raise FileNotFoundError(f"There is no folder or CSV file at {path}.")
@@ -54,6 +56,7 @@ def load(path: Path, name: str = "", classes: int | None = None) -> Task:
     found = len(names) or 1 + max(label for _, label in [*train, *validation, *test])
     if classes is not None and found != classes:
         raise ValueError(f"{path} has {found} classes, expected {classes}.")
+    _check_disjoint(path, train, validation, test)
     sources = [_files(part) for part in (train, validation, test)]
     if not validation:
         held_out = max(1, len(train) * VALIDATION // 100)
@@ -64,6 +67,7 @@ def load(path: Path, name: str = "", classes: int | None = None) -> Task:
 def layout(path: Path) -> Callable[[Path], Found] | None:
     """What reads the layout that a folder or file has; None where it has none."""
     marks = {
+        BOTH: from_lists,
         "train800.txt": from_lists,
         "train.txt": from_lists,
         "image_class_labels.txt": from_cub,
@@ -76,17 +80,24 @@ def layout(path: Path) -> Callable[[Path], Found] | None:
 
 
 def from_lists(folder: Path) -> Found:
-    """Text files with a line `images/0.jpg 3` for each image."""
-    if (folder / "train800.txt").exists():
-        parts = ("train800.txt", "val200.txt", "test.txt")
-    else:
-        parts = ("train.txt", "val.txt", "test.txt")
+    """Text files with a line `images/0.jpg 3` for each image.
+
+    With `train800val200.txt` alone, its last 200 lines are the validation split.
+    """
+    named = (folder / "train.txt").exists()
+    parts = ("train", "val", "test") if named else ("train800", "val200", "test")
+    parts = [f"{part}.txt" for part in parts]
+    both = _lines(folder / BOTH, folder) if (folder / BOTH).exists() else []
+    if both and not (folder / parts[0]).exists():
+        return both[:-200], both[-200:], _lines(folder / parts[2], folder), ()
     lists: list[Listed] = []
     for part in parts:
         path = folder / part
         if not path.exists() and part != "val.txt":
             raise FileNotFoundError(f"{path} is missing: expected {', '.join(parts)}.")
         lists.append(_lines(path, folder) if path.exists() else [])
+    if both and sorted(both) != sorted(lists[0] + lists[1]):
+        raise ValueError(f"{folder / BOTH} does not list what {parts[:2]} list.")
     return lists[0], lists[1], lists[2], ()
 
 
@@ -103,6 +114,9 @@ def from_cub(folder: Path) -> Found:
     parts: dict[str, Listed] = {"1": [], "0": []}
     for image, file in files.items():
         path = folder / "images" / file
+        if training[image] not in parts:
+            table = folder / "train_test_split.txt"
+            raise ValueError(f"{table}: {training[image]!r}, expected 0 or 1.")
         parts[training[image]].append((path, number[labels[image]]))
     names = _table(folder / "classes.txt") if (folder / "classes.txt").exists() else {}
     return (
@@ -136,23 +150,27 @@ def from_cars(folder: Path) -> Found:
 
 def from_class_folders(folder: Path) -> Found:
     """`train/CLASS/*.jpg` and so on; the classes are the folders of `train`, sorted."""
-    names = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+    names = _classes(folder / "train")
     parts: dict[str, Listed] = {}
-    for part in ("train", "val", "test"):
-        root = folder / part
-        if not root.is_dir():
-            if part != "val":
-                raise FileNotFoundError(f"{root} is missing.")
+    for part, synonyms in SPLITS.items():
+        there = [folder / name for name in synonyms if (folder / name).is_dir()]
+        if not there and part != "val":
+            raise FileNotFoundError(f"{folder / part} is missing.")
+        if len(there) != 1:
+            if there:
+                raise ValueError(
+                    f"{folder} has both {there[0].name} and {there[1].name}."
+                )
             parts[part] = []
             continue
-        found = {path.name for path in root.iterdir() if path.is_dir()}
+        root, found = there[0], set(_classes(there[0]))
         if extra := sorted(found - set(names)):
             raise ValueError(f"{root} has classes that train/ has not: {extra[:5]}.")
         parts[part] = [
             (path, label)
             for label, name in enumerate(names)
             for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in SUFFIXES
+            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
         ]
         if not parts[part]:
             raise ValueError(f"{root} has no images ({', '.join(SUFFIXES)}).")
@@ -164,34 +182,92 @@ def from_csv(path: Path) -> Found:
 
     Paths are relative to the file; labels are names or numbers from 0.
     """
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    wanted = {"path", "label", "split"}
-    if not rows or not wanted <= rows[0].keys():
-        raise ValueError(f"{path}: expected rows with the columns {sorted(wanted)}.")
-    labels = {row["label"] for row in rows}
-    numbers = all(label.isdecimal() for label in labels)
-    names = [] if numbers else sorted(labels)
+    rows = _rows(path)
+    numbers = {
+        number for _, _, label, _ in rows if (number := _number(label)) is not None
+    }
+    names = [] if numbers else sorted({label for _, _, label, _ in rows})
     parts: dict[str, Listed] = {"train": [], "val": [], "test": []}
-    for line, row in enumerate(rows, start=2):
-        if row["split"] not in parts:
+    for line, file, label, part in rows:
+        if part not in parts:
             raise ValueError(
-                f"{path}, line {line}: split {row['split']!r}, expected {list(parts)}."
+                f"{path}, line {line}: split {part!r}, expected {list(parts)}."
             )
-        label = int(row["label"]) if numbers else names.index(row["label"])
-        parts[row["split"]].append((path.parent / row["path"], label))
+        if numbers and not (label.isdecimal() and int(label) < 2**31):
+            raise ValueError(
+                f"{path}, line {line}: label {label!r} among numbers, expected a "
+                "number from 0."
+            )
+        number = int(label) if numbers else names.index(label)
+        parts[part].append((path.parent / file, number))
     if not parts["train"] or not parts["test"]:
         raise ValueError(f"{path}: expected rows of the splits train and test.")
     return parts["train"], parts["val"], parts["test"], names
 
 
+def _rows(path: Path) -> list[tuple[int, str, str, str]]:
+    """Line, path, label and split of every row of a CSV file."""
+    columns = ("path", "label", "split")
+    found = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if not set(columns) <= set(reader.fieldnames or ()):
+                raise ValueError(
+                    f"{path}: expected a header with {', '.join(columns)}."
+                )
+            for row in reader:
+                cells = [(row[column] or "").strip() for column in columns]
+                if not all(cells):
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: {cells}, expected "
+                        f"{', '.join(columns)}."
+                    )
+                found.append((reader.line_num, *cells))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file in UTF-8: {error}") from error
+    return found
+
+
+def _number(label: str) -> float | None:
+    try:
+        return float(label)
+    except ValueError:
+        return None
+
+
+def _check_disjoint(path: Path, *splits: Listed) -> None:
+    seen: dict[Path, int] = {}
+    for index, listed in enumerate(splits):
+        for file, _ in listed:
+            if seen.setdefault(file, index) != index:
+                raise ValueError(f"{path}: {file} is in two splits.")
+
+
+def _classes(root: Path) -> list[str]:
+    return sorted(
+        path.name
+        for path in root.iterdir()
+        if path.is_dir() and not path.name.startswith(".")
+    )
+
+
+def _read(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+
+
 def _lines(path: Path, folder: Path) -> Listed:
     listed: Listed = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing.")
+    for number, line in enumerate(_read(path), start=1):
         if not line.strip():
             continue
         file, _, label = line.strip().rpartition(" ")
-        if not file or not label.isdecimal():
+        if not file or not label.isdecimal() or int(label) >= 2**31:
             raise ValueError(
                 f"{path}, line {number}: {line!r}, expected a path and a label from 0."
             )
@@ -204,10 +280,10 @@ def _lines(path: Path, folder: Path) -> Listed:
 def _table(path: Path) -> dict[str, str]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing.")
-    rows = (line.split(maxsplit=1) for line in path.read_text().splitlines())
+    rows = (line.split(maxsplit=1) for line in _read(path))
     return {row[0]: row[1].strip() for row in rows if len(row) == 2}
 
 
-def _files(listed: Listed) -> Files | Rows:
+def _files(listed: Listed) -> Source:
     paths, labels = [path for path, _ in listed], [label for _, label in listed]
     return Files(paths, np.asarray(labels, np.int32))

@@ -120,6 +120,23 @@ def evaluation(
     return _read(examples.batch(batch // shard.count), reading)
 
 
+def to_devices(stream: grain.IterDataset, sharding: jax.sharding.Sharding) -> Any:
+    """The batches as arrays on devices, a few of them ahead of their use.
+
+    Args:
+      stream: this process's shard of the batches.
+      sharding: of the whole batch, such as `NamedSharding(mesh, P("data"))`; its
+        devices may be those of several processes.
+    """
+
+    def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        make = jax.make_array_from_process_local_data
+        return {name: make(sharding, array) for name, array in batch.items()}
+
+    ahead = grain.experimental.ThreadPrefetchIterDataset
+    return ahead(stream.map(place), prefetch_buffer_size=2)
+
+
 def in_memory(task: Task, transform: Transform) -> InMemory:
     """A small task, all of it transformed once."""
     sources = (task.train, task.validation, task.test)

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         transform = Transform((config.size, config.size), config.crop, mean, std)
         path = config.out or Path("runs/show") / f"{Path(config.task).stem}.png"
         sheet(path, task, transform, config.images, config.seed)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
     sizes = [len(s) for s in (task.train, task.validation, task.test)]
     console.print(

@@ -1,8 +1,10 @@
 """Sources: examples by index, as Grain reads them, and sources made of others."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NotRequired, Protocol, TypedDict
 
@@ -15,7 +17,7 @@ class Example(TypedDict):
     """An image of 0 to 255 with its label, and a mask where the set has one.
 
     `image` is uint8 `[H, W, 1 or 3]`, `label` an int from 0, `mask` uint8 `[H, W]`
-    with 0 for background and 255 for foreground.
+    from 0 for background to 255 for foreground.
     """
 
     image: np.ndarray
@@ -46,6 +48,33 @@ def _with_message(message: str) -> CorruptImageError:
     return error
 
 
+@contextlib.contextmanager
+def decoding(data: bytes, name: str | Path, index: int) -> Iterator[Image.Image]:
+    """The image in a file's bytes.
+
+    Raises:
+      CorruptImageError: whatever goes wrong with it in the block.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CorruptImageError(name, index, error) from error
+
+
+def pixels_of(image: Image.Image) -> UInt8[np.ndarray, "H W C"]:
+    """One channel of a grey image, RGB of any other; transparency is dropped.
+
+    Raises:
+      ValueError: more than 8 bits a channel, which would be cut off at 255.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ValueError(f"{image.mode} pixels, expected 8 bits a channel")
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))[..., None]
+    return np.asarray(image.convert("RGB"))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arrays:
     """Images of one size in memory."""
@@ -62,7 +91,7 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Files:
-    """Image files, decoded as RGB."""
+    """Image files; a missing one is an error of its own, not a corrupt image."""
 
     paths: Sequence[Path]
     labels: Int[np.ndarray, " N"]
@@ -72,16 +101,8 @@ class Files:
 
     def __getitem__(self, index: int) -> Example:
         path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise CorruptImageError(path, index, error) from error
+        with decoding(path.read_bytes(), path, index) as image:
+            pixels = pixels_of(image)
         return {"image": pixels, "label": int(self.labels[index])}
 
 
@@ -131,7 +152,7 @@ def pin(name: str, sha256: str, *arrays: np.ndarray) -> None:
         )
 
 
-def split(source: Source, seed: int, *sizes: int) -> list[Rows]:
+def split(source: Source, seed: int, *sizes: int) -> list[Arrays | Rows]:
     """Disjoint parts of shuffled examples, of these sizes, and what is left.
 
     Raises:
@@ -140,4 +161,11 @@ def split(source: Source, seed: int, *sizes: int) -> list[Rows]:
     if sum(sizes) > len(source):
         raise ValueError(f"{sum(sizes)} examples are wanted, there are {len(source)}.")
     order = np.random.default_rng(seed).permutation(len(source))
-    return [Rows(source, rows) for rows in np.split(order, np.cumsum(sizes))]
+    return [take(source, rows) for rows in np.split(order, np.cumsum(sizes))]
+
+
+def take(source: Source, rows: Int[np.ndarray, " N"]) -> "Arrays | Rows":
+    """Some examples of a source; of arrays a copy, which is all that workers get."""
+    if isinstance(source, Arrays):
+        return Arrays(source.images[rows], source.labels[rows])
+    return Rows(source, rows)

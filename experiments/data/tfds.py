@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.data.source import Example, Rows, Source
+from experiments.data.source import Example, Source, decoding, pixels_of, take
 
 LabelOf = Callable[[dict[str, Any]], int]
-ImageOf = Callable[[dict[str, Any]], np.ndarray]
-FORMAT = "array_record"
+FORMAT, INFO = "array_record", "dataset_info.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +45,6 @@ class Part:
         return range(begin, end)
 
 
-def stored(features: dict[str, Any]) -> np.ndarray:
-    """The image as it is, 0 to 255 with one or three channels."""
-    return features["image"]
-
-
 @dataclasses.dataclass(frozen=True)
 class Builder:
     """A TFDS builder that is read as image and label.
@@ -61,14 +55,14 @@ class Builder:
         prepared one of them is taken, the newest first.
       label: the label, from an example's features.
       manual: what has to be downloaded by hand, if anything.
-      image: the image of 0 to 255, from an example's features.
+      binary: whether the images have 0 and 1 for 0 and 255.
     """
 
     name: str
     versions: tuple[str, ...]
     label: LabelOf
     manual: str = ""
-    image: ImageOf = stored
+    binary: bool = False
 
     def open(
         self, data_dir: Path, splits: Sequence[str], task: str
@@ -78,24 +72,21 @@ class Builder:
         Raises:
           FileNotFoundError: it is not prepared in `data_dir`; says how to do it.
         """
-        for version in reversed(self.versions):
-            folder = data_dir / self.name / version
-            if folder.is_dir():
-                break
-        else:
+        data_dir = data_dir.expanduser()
+        folders = [data_dir / self.name / version for version in self.versions]
+        there = [folder for folder in folders if (folder / INFO).is_file()]
+        if not there:
             raise FileNotFoundError(self._missing(data_dir, task))
-        builder: Any = tfds.builder_from_directory(folder)
-        kind = builder.info.file_format
-        if kind is None or kind.value != FORMAT:
-            found = "an unknown format" if kind is None else kind.value
+        builders: list[Any] = [tfds.builder_from_directory(f) for f in reversed(there)]
+        kinds = [builder.info.file_format for builder in builders]
+        values = [None if kind is None else kind.value for kind in kinds]
+        if FORMAT not in values:
             raise FileNotFoundError(
-                f"{folder} is in {found}, which cannot be read by index. "
-                f"{self._missing(data_dir, task)}"
+                f"{there[-1]} is in {values[0]}, which cannot be read by index: delete "
+                f"it, or name another --data_dir. {self._missing(data_dir, task)}"
             )
-        return {
-            split: TfdsSplit(builder.as_data_source(split=split), self)
-            for split in splits
-        }
+        builder = builders[values.index(FORMAT)]
+        return {split: TfdsSplit(_undecoded(builder, split), self) for split in splits}
 
     def _missing(self, data_dir: Path, task: str) -> str:
         by_hand = f" By hand first: {self.manual}." if self.manual else ""
@@ -119,11 +110,27 @@ class TfdsSplit:
 
     def __getitem__(self, index: int) -> Example:
         features = self.features[index]
-        image, label = self.builder.image(features), self.builder.label(features)
-        return {"image": image, "label": label}
+        image = features["image"]
+        if isinstance(image, bytes):
+            with decoding(image, self.builder.name, index) as picture:
+                image = pixels_of(picture)
+        if self.builder.binary:
+            image = 255 * image
+        return {"image": image, "label": self.builder.label(features)}
 
 
-def part(sources: dict[str, Source], part: Part) -> Rows:
+def _undecoded(builder: Any, split: str) -> Any:
+    """Images as the bytes they are stored in: decoding, with its errors, is ours."""
+    images = [
+        name
+        for name, feature in builder.info.features.items()
+        if isinstance(feature, tfds.features.Image)
+    ]
+    decoders = dict.fromkeys(images, tfds.decode.SkipDecoding())
+    return builder.as_data_source(split=split, decoders=decoders)
+
+
+def part(sources: dict[str, Source], part: Part) -> Source:
     """The examples of a part."""
     source = sources[part.split]
-    return Rows(source, np.asarray(part.rows(len(source))))
+    return take(source, np.asarray(part.rows(len(source))))

@@ -67,7 +67,7 @@ class Transform:
                 picture = self._centre(picture)
             case "random":
                 box = random_box(picture.height, picture.width, rng)
-                picture = self._resize(picture, self.size, box)
+                picture = self._resize(picture.crop(box), self.size)
                 if rng.random() < 0.5:
                     picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 picture = jitter(picture, rng)
@@ -83,24 +83,22 @@ class Transform:
         pixels = image * std + mean
         return np.rint(255 * pixels.clip(0, 1)).astype(np.uint8)
 
-    def _resize(
-        self,
-        picture: Image.Image,
-        size: tuple[int, int],
-        box: tuple[float, float, float, float] | None = None,
-    ) -> Image.Image:
+    def _resize(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         height, width = size
-        return picture.resize((width, height), RESAMPLE[self.resample], box)
+        return picture.resize((width, height), RESAMPLE[self.resample])
 
     def _centre(self, picture: Image.Image) -> Image.Image:
         """The shorter side to size / 0.875 (256 for 224), then the centre."""
         height, width = (round(side / 0.875) for side in self.size)
-        scale = max(height / picture.height, width / picture.width)
-        picture = self._resize(
-            picture, (round(picture.height * scale), round(picture.width * scale))
+        if height * picture.width >= width * picture.height:  # the height binds
+            width = int(height * picture.width / picture.height)
+        else:
+            height = int(width * picture.height / picture.width)
+        picture = self._resize(picture, (height, width))
+        top, left = (
+            round((height - self.size[0]) / 2),
+            round((width - self.size[1]) / 2),
         )
-        top = (picture.height - self.size[0]) // 2
-        left = (picture.width - self.size[1]) // 2
         return picture.crop((left, top, left + self.size[1], top + self.size[0]))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from experiments.data.source import CorruptImageError, Example, Rows
+from experiments.data.source import Example, Rows, decoding
 from experiments.data.task import Task
 
 DEBIAN = Path("/usr/share/tuxpaint/stamps")
@@ -46,11 +46,8 @@ class Stamps:
 
     def __getitem__(self, index: int) -> Example:
         path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                picture = image.convert("RGBA")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise CorruptImageError(path, index, error) from error
+        with decoding(path.read_bytes(), path, index) as image:
+            picture = image.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         pixels = np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
         mask = np.asarray(picture.getchannel("A"))

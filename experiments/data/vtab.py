@@ -78,11 +78,6 @@ def dsprites_orientation(features: dict[str, Any]) -> int:
     return int(features["label_orientation"] / 2.5)
 
 
-def binary(features: dict[str, Any]) -> np.ndarray:
-    """Images of 0 and 1."""
-    return 255 * features["image"]
-
-
 def azimuth(features: dict[str, Any]) -> int:
     """One of 18 directions."""
     return int(features["label_azimuth"])
@@ -169,11 +164,11 @@ TASKS = {
         "CC-BY-NC-SA-3.0",
     ),
     "dsprites_loc": Row(
-        _ST, Builder("dsprites", _DSPRITES, dsprites_location, image=binary), 16,
+        _ST, Builder("dsprites", _DSPRITES, dsprites_location, binary=True), 16,
         _after(80), _LATER_DSPRITES, "Apache-2.0",
     ),
     "dsprites_ori": Row(
-        _ST, Builder("dsprites", _DSPRITES, dsprites_orientation, image=binary), 16,
+        _ST, Builder("dsprites", _DSPRITES, dsprites_orientation, binary=True), 16,
         _after(80), _LATER_DSPRITES, "Apache-2.0",
     ),
     "smallnorb_azi": Row(
