@@ -170,7 +170,8 @@ def parse(program: str, argv: Sequence[str] | None = None) -> tuple[str, RunConf
     config, unknown = tyro.cli(
         RunConfig,
         prog=f"{program} --config {name}",
-        description=f"--config NAME or FILE. {_choices()}",
+        description=f"--config NAME or FILE. {_choices()}. Alone, --resume FOLDER goes "
+        "on with an interrupted run.",
         default=default,
         args=[*from_file, *rest],
         return_unknown_args=True,

@@ -12,23 +12,22 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-import snella_jax as snella
 
-
-def allocation(
-    path: Path, moves: Sequence[snella.Reallocation], epochs: Sequence[int]
-) -> None:
+def allocation(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Draws budget and importance of every matrix over the epochs.
 
     Args:
       path: the PNG to write.
-      moves: every reallocation of a run, in order.
-      epochs: the epoch (from 1) that each of them began.
+      rows: of `metrics.jsonl`, of the epochs that began with a reallocation.
     """
-    names = [name.removeprefix("blocks/") for name in moves[0].names]
-    scores = np.stack([move.scores for move in moves], axis=1)  # [L, moves]
+    epochs = [row["epoch"] for row in rows]
+    names = [name.removeprefix("blocks/") for name in rows[0]["importance"]]
+    scores, budgets, capacities = (  # [L, rows]
+        np.array([list(row[kind].values()) for row in rows], float).T
+        for kind in ("importance", "budget", "capacity")
+    )
     shares = scores / np.maximum(scores.sum(0), np.finfo(float).tiny)
-    density = np.stack([move.budgets / move.capacities for move in moves], axis=1)
+    density, total = budgets / capacities, budgets.sum(0) / capacities.sum(0)
 
     height = 1.6 + 0.17 * len(names)
     figure, (left, right) = plt.subplots(
@@ -43,7 +42,7 @@ def allocation(
     left.set_yticks(range(len(names)), names, fontsize=7)
     drawn = right.imshow(density, vmin=0, vmax=1, cmap="viridis", **settings)
     figure.colorbar(drawn, ax=right, label="fraction of the matrix that may move")
-    totals = f"{moves[0].density:.2f} to {moves[-1].density:.2f} of all weights"
+    totals = f"{total[0]:.2f} to {total[-1]:.2f} of all weights"
     right.set(title=f"Budget in the epoch ({totals})", xlabel="epoch")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -1,6 +1,7 @@
 """The training loop: steps that update importance, epochs that move the budgets."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,11 @@ from flax import nnx
 from jaxtyping import Array
 
 import snella_jax as snella
-from experiments.data.task import InMemory, Split
+from experiments.checkpoints import Checkpoints
+from experiments.data import pipeline
+from experiments.data.source import Source
+from experiments.data.task import Task
+from experiments.data.transforms import Transform
 
 Schedule = Callable[[int], int]
 
@@ -64,77 +69,162 @@ class Recipe:
         return optax.chain(*first, optax.adamw(schedule, **decay))
 
 
-def fit(
-    model: nnx.Module,
-    task: InMemory,
-    recipe: Recipe,
-    watch: tuple[optax.GradientTransformation, ...] = (),
-    schedule: Schedule | None = None,
-    on_step: Callable[[int, int, float], None] = lambda *_: None,
-) -> Iterator[tuple[Epoch, nnx.Module]]:
-    """Trains every `nnx.Param` of `model`; yields after each epoch.
+class Trainer:
+    """Trains every `nnx.Param` of a model, an epoch at a time.
 
-    Args:
-      model: a classifier, adapted or not, whose frozen parts are no `nnx.Param`.
-      task: trains on its training split and follows the validation split.
-      recipe: length and rates.
-      watch: transformations in front of the optimizer (`snella.track_importance`).
-      schedule: the total budget of each epoch, from 0; None where nothing has budgets.
-      on_step: called with epoch, step and the loss of the step before.
+    Order, augmentation and noise depend on the seed and the step alone: a run that goes
+    on from a checkpoint ends with the same numbers as one that was not interrupted.
 
-    Yields:
-      What the epoch left behind, and the model as it is then.
+    Attributes:
+      passed: epochs that are over.
     """
-    steps = len(task.train) // recipe.batch
-    graphdef, trainable, budgets, frozen = nnx.split(
-        model, nnx.Param, snella.Budget, ...
-    )
-    tx = recipe.optimizer(steps, *watch)
-    opt_state = tx.init(trainable)
-    step, accuracy = jax.jit(training_step(graphdef, tx)), _accuracy(graphdef)
-    images, labels = jnp.asarray(task.train.images), jnp.asarray(task.train.labels)
-    key = jax.random.key(recipe.seed)
-    order = np.random.default_rng(recipe.seed)
-    moved = None
 
-    for epoch in range(recipe.epochs):
-        if schedule is not None and epoch:
-            budgets, moved = snella.reallocate(budgets, opt_state, schedule(epoch))
-        losses, seconds = [], []
-        shuffled = order.permutation(len(task.train))[: steps * recipe.batch]
-        for index, batch in enumerate(shuffled.reshape(steps, -1)):
-            start = time.perf_counter()
-            noise = jax.random.fold_in(key, epoch * steps + index)
-            trainable, opt_state, loss = step(
-                trainable,
-                opt_state,
-                budgets,
-                frozen,
-                images[batch],
-                labels[batch],
-                noise,
+    def __init__(
+        self,
+        model: nnx.Module,
+        task: Task,
+        recipe: Recipe,
+        transform: Transform,
+        watch: tuple[optax.GradientTransformation, ...] = (),
+        schedule: Schedule | None = None,
+        checkpoints: Checkpoints | None = None,
+    ):
+        """Goes on where the newest checkpoint was, if there is one.
+
+        Args:
+          model: a classifier, adapted or not, whose frozen parts are no `nnx.Param`.
+          task: trains on its training source and follows the validation source.
+          recipe: length and rates.
+          transform: of the images.
+          watch: transformations in front of the optimizer (`snella.track_importance`).
+          schedule: the total budget of each epoch, from 0; None where nothing has
+            budgets.
+          checkpoints: where each epoch's end is saved.
+        """
+        self.task, self.recipe, self.transform = task, recipe, transform
+        self.schedule, self.checkpoints = schedule, checkpoints
+        self.steps = len(task.train) // recipe.batch
+        self.graphdef, trainable, budgets, self.frozen = nnx.split(
+            model, nnx.Param, snella.Budget, ...
+        )
+        tx = recipe.optimizer(self.steps, *watch)
+        self.state: dict[str, Any] = {
+            "trainable": trainable,
+            "opt_state": tx.init(trainable),
+            "budgets": budgets,
+        }
+        self.weights = snella.adapted_weights(model) if budgets else 0
+        self.step = jax.jit(training_step(self.graphdef, tx))
+        self.predict = jax.jit(_predict(self.graphdef))
+        self.stream = iter(
+            pipeline.training(
+                task.train,
+                transform,
+                batch=recipe.batch,
+                epochs=recipe.epochs,
+                seed=recipe.seed,
             )
-            losses.append(float(loss))
-            seconds.append(time.perf_counter() - start)
-            on_step(epoch, index, losses[-1])
-        val = accuracy(trainable, budgets, frozen, task.validation)
-        yield (
-            Epoch(
+        )
+        self.passed = 0
+        if checkpoints and (found := checkpoints.newest(self.state)):
+            self.passed, self.state, position = found
+            self.stream.set_state(position)
+
+    @property
+    def model(self) -> Any:
+        """The model as it is now."""
+        return nnx.merge(self.graphdef, *self._states)
+
+    @property
+    def _states(self) -> tuple[Any, Any, Any]:
+        return self.state["trainable"], self.state["budgets"], self.frozen
+
+    def epochs(self, on_step: Callable[[float], None]) -> Iterator[Epoch]:
+        """Trains; yields after each epoch that is left, and saves it after that.
+
+        Args:
+          on_step: called with the loss after every step.
+
+        Raises:
+          FloatingPointError: a loss that is not finite; names the step, the images and
+            the last good checkpoint, which stays.
+        """
+        for epoch in range(self.passed, self.recipe.epochs):
+            moved = None
+            if self.schedule is not None and epoch:
+                self.state["budgets"], moved = snella.reallocate(
+                    self.state["budgets"], self.state["opt_state"], self.schedule(epoch)
+                )
+            losses, seconds = self._train(epoch, on_step)
+            val = count_hits(
+                self.predict, self._states, self.task.validation, self.transform
+            )
+            yield Epoch(
                 epoch=epoch + 1,
                 train_loss=float(np.mean(losses)),
                 val_accuracy=val,
-                density=_density(model, budgets),
+                density=_density(self.state["budgets"], self.weights),
                 seconds_per_step=float(np.median(seconds[1:] or seconds)),
                 moved=moved,
-            ),
-            nnx.merge(graphdef, trainable, budgets, frozen),
-        )
+            )
+            self.passed = epoch + 1
+            if self.checkpoints is not None:  # now: what was yielded is on record
+                position = self.stream.get_state()
+                self.checkpoints.save(self.passed, self.state, position, val)
+
+    def _train(
+        self, epoch: int, on_step: Callable[[float], None]
+    ) -> tuple[list[float], list[float]]:
+        """Losses and seconds of an epoch's steps."""
+        key, losses, seconds = jax.random.key(self.recipe.seed), [], []
+        for index in range(self.steps):
+            start = time.perf_counter()
+            batch = next(self.stream)
+            trainable, budgets, frozen = self._states
+            self.state["trainable"], self.state["opt_state"], loss = self.step(
+                trainable,
+                self.state["opt_state"],
+                budgets,
+                frozen,
+                batch["image"],
+                batch["label"],
+                jax.random.fold_in(key, epoch * self.steps + index),
+            )
+            losses.append(float(loss))
+            seconds.append(time.perf_counter() - start)
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(
+                    f"the loss is {losses[-1]} at step {index + 1} of epoch "
+                    f"{epoch + 1}, on the training images {batch['index'].tolist()}; "
+                    f"{self._last_good()}"
+                )
+            on_step(losses[-1])
+        return losses, seconds
+
+    def _last_good(self) -> str:
+        if self.checkpoints is None or not self.passed:
+            return "there is no checkpoint before it"
+        return f"the checkpoint of epoch {self.passed} is in {self.checkpoints.folder}"
 
 
-def evaluate(model: nnx.Module, split: Split, batch: int = 256) -> float:
-    """Accuracy of a model on a split."""
+def evaluate(model: nnx.Module, source: Source, transform: Transform) -> float:
+    """Accuracy of a model on a source."""
     graphdef, state = nnx.split(model)
-    return _count_hits(jax.jit(_predict(graphdef)), (state,), split, batch)
+    return count_hits(jax.jit(_predict(graphdef)), (state,), source, transform)
+
+
+def count_hits(
+    predict: Callable[[tuple, Array], Array],
+    states: tuple,
+    source: Source,
+    transform: Transform,
+) -> float:
+    """Accuracy of predictions on a source, in batches of one shape."""
+    hits = 0
+    for batch in pipeline.evaluation(source, transform, batch=min(256, len(source))):
+        right = np.asarray(predict(states, batch["image"])) == batch["label"]
+        hits += int((right & batch["valid"]).sum())
+    return hits / len(source)
 
 
 def training_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation) -> Callable:
@@ -162,15 +252,6 @@ def training_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation) -> C
     return step
 
 
-def _accuracy(graphdef: nnx.GraphDef) -> Callable[..., float]:
-    predict = jax.jit(_predict(graphdef))
-
-    def accuracy(trainable, budgets, frozen, split: Split) -> float:
-        return _count_hits(predict, (trainable, budgets, frozen), split, 256)
-
-    return accuracy
-
-
 def _predict(graphdef: nnx.GraphDef) -> Callable[[tuple, Array], Array]:
     def predict(states: tuple, images: Array) -> Array:
         model: Any = nnx.merge(graphdef, *states)
@@ -180,20 +261,12 @@ def _predict(graphdef: nnx.GraphDef) -> Callable[[tuple, Array], Array]:
     return predict
 
 
-def _count_hits(predict: Callable, states: tuple, split: Split, batch: int) -> float:
-    hits = 0
-    for i in range(0, len(split), batch):
-        predicted = predict(states, split.images[i : i + batch])
-        hits += int((predicted == split.labels[i : i + batch]).sum())
-    return hits / len(split)
-
-
-def _density(model: nnx.Module, budgets: nnx.State) -> float | None:
-    if not budgets:
+def _density(budgets: nnx.State, weights: int) -> float | None:
+    if not weights:
         return None
     now = sum(
         int(np.asarray(value[...], np.int64).sum())
         for path, value in nnx.to_flat_state(budgets)
         if path[-1] == "budget"
     )
-    return now / snella.adapted_weights(model)
+    return now / weights

@@ -5,13 +5,20 @@
 `quickstart` is scikit-learn's handwritten digits (no VTAB task) with the small ViT that
 `experiments/pretrain.py` pre-trained on Fashion-MNIST. It trains a linear probe, LoRA
 and SNELLA on 800 images, follows 200 for validation, tests once on the other 797,
-prints a table and leaves a run folder: `config.json`, `metrics.jsonl`, `summary.json`
-and `figures/allocation.png`.
+prints a table and leaves a run folder: `config.json`, `metrics.jsonl`, `summary.json`,
+`figures/allocation.png` and `checkpoints`. A run that was killed goes on with
+
+    python -m experiments.vtab --resume FOLDER
+
+and ends with the numbers of one that was not.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,10 +34,11 @@ from rich.table import Table
 
 import snella_jax as snella
 from experiments import config as configs
-from experiments import figures, small_vit, train
+from experiments import figures, metrics, small_vit, train
+from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig
 from experiments.data import check, digits, pipeline
-from experiments.data.task import InMemory
+from experiments.data.task import Task
 from experiments.methods import linear_probe, lora
 from snella_jax.rules import select
 
@@ -61,40 +69,58 @@ class Result:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parses the command line, runs, and returns what `summary.json` holds."""
     program = "python -m experiments.vtab"
-    name, config = configs.parse(program, argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    first.add_argument("--resume", type=Path)
+    resume, rest = first.parse_known_args(argv)[0].resume, argv
+    if resume is not None:
+        if len(argv) > 2 or not (resume / "config.json").is_file():
+            raise SystemExit(
+                f"{program}: --resume FOLDER stands alone, and FOLDER is that of an "
+                "interrupted run, with its config.json."
+            )
+        rest = ["--config", str(resume / "config.json"), "--out", str(resume)]
+    name, config = configs.parse(program, rest)
     builds = {"lora": _lora_model, "snella": _snella_model}
     try:  # the models' shapes alone: what does not fit is said before anything runs
         for method in set(config.methods) & builds.keys():
             nnx.eval_shape(lambda method=method: builds[method](config))
     except ValueError as error:
         raise SystemExit(f"{program}: {error}") from error
-    return run(name, config)
+    return run(name, config, resume is not None)
 
 
-def run(name: str, config: RunConfig) -> dict[str, Any]:
+def run(name: str, config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """Trains every method of `config` and writes the run folder.
 
+    Args:
+      name: of the folder among the runs, where `config.out` does not say it.
+      config: what to run.
+      resume: go on with the interrupted run in `config.out`. Methods that are in its
+        `results.json` are not trained again.
+
     Raises:
-      SystemExit: the run folder holds something already.
+      SystemExit: the run folder holds something already, or a loss was not finite.
     """
     out = config.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
-    if out.exists() and any(out.iterdir()):
-        raise SystemExit(f"{out} is not empty: name another folder with --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / "config.json", configs.as_dict(config))
-    methods = {"linear": _linear, "lora": _lora, "snella": _snella}
     console = Console()
+    results = _begin(out, config, resume)
     task = check.checked(digits.load(), console)
-    task = pipeline.in_memory(task, small_vit.TRANSFORM)
-    results = {}
+    methods = {"linear": _linear, "lora": _lora, "snella": _snella}
     for method in config.methods:
-        results[method] = methods[method](config, task, out, console)
+        if method not in results:
+            try:
+                results[method] = methods[method](config, task, out, console)
+            except FloatingPointError as error:
+                raise SystemExit(f"{TITLES[method]}: {error}.") from error
+            done = {name: dataclasses.asdict(each) for name, each in results.items()}
+            _write(out / "results.json", done)
     summary = {
         "task": task.name,
         "seed": config.seed,
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} host cores",
         "versions": {m.__name__: m.__version__ for m in (snella, jax, flax)},
-        "methods": {m: dataclasses.asdict(r) for m, r in results.items()},
+        "methods": {m: dataclasses.asdict(results[m]) for m in config.methods},
     }
     _write(out / "summary.json", summary)
     console.print(_table(task, results))
@@ -102,11 +128,29 @@ def run(name: str, config: RunConfig) -> dict[str, Any]:
     return summary
 
 
-def _linear(config: RunConfig, task: InMemory, out: Path, console: Console) -> Result:
+def _begin(out: Path, config: RunConfig, resume: bool) -> dict[str, Result]:
+    """Makes the run folder, or reads what an interrupted run finished in it."""
+    if resume:
+        done = out / "results.json"
+        results = json.loads(done.read_text()) if done.exists() else {}
+        return {name: Result(**result) for name, result in results.items()}
+    if out.exists() and any(out.iterdir()):
+        raise SystemExit(
+            f"{out} is not empty: name another folder with --out, or go on with the "
+            f"run in it with --resume {out}."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "config.json", configs.as_dict(config))
+    return {}
+
+
+def _linear(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
     model = small_vit.load(config.seed)
+    loaded = pipeline.in_memory(task, small_vit.TRANSFORM)
     with console.status("linear probe"):
-        probe = linear_probe.train(model, task, config.linear.strengths)
-    _log(out, {"method": "linear", **dataclasses.asdict(probe)})
+        probe = linear_probe.train(model, loaded, config.linear.strengths)
+    metrics.keep(out, "linear", 0)
+    metrics.log(out, {"method": "linear", **dataclasses.asdict(probe)})
     return Result(
         test_accuracy=probe.test_accuracy,
         val_accuracy=probe.val_accuracy,
@@ -117,43 +161,42 @@ def _linear(config: RunConfig, task: InMemory, out: Path, console: Console) -> R
     )
 
 
-def _lora(config: RunConfig, task: InMemory, out: Path, console: Console) -> Result:
-    follow = _Follower("lora", out, console)
-    epochs, model = follow.run(config, config.lora, task, _lora_model(config))
+def _lora(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
+    model = _lora_model(config)
+    rows, model = _followed("lora", config, task, model, out, console)
     return Result(
-        test_accuracy=train.evaluate(model, task.test),
-        val_accuracy=epochs[-1].val_accuracy,
+        test_accuracy=train.evaluate(model, task.test, small_vit.TRANSFORM),
+        val_accuracy=rows[-1]["val_accuracy"],
         trainable=_size(model),
-        seconds_per_step=_median_seconds(epochs),
+        seconds_per_step=_median_seconds(rows),
         density=1.0,
         weights_moved=lora.weights_moved(model),
     )
 
 
-def _snella(config: RunConfig, task: InMemory, out: Path, console: Console) -> Result:
+def _snella(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
     settings, model = config.snella, _snella_model(config)
     adapter = settings.adapter(config.targets, config.trainable)
     weights = snella.adapted_weights(model)
-    follow = _Follower("snella", out, console)
-    epochs, model = follow.run(
+    rows, model = _followed(
+        "snella",
         config,
-        settings,
         task,
         model,
+        out,
+        console,
         watch=(snella.track_importance(settings.beta1, settings.beta2),),
         schedule=adapter.schedule(weights, config.epochs, power=settings.power),
     )
-    moves = [(epoch.moved, epoch.epoch) for epoch in epochs if epoch.moved]
-    if moves:
-        reports, numbers = zip(*moves, strict=True)
-        figures.allocation(out / "figures" / "allocation.png", reports, numbers)
+    if moves := [row for row in rows if "importance" in row]:
+        figures.allocation(out / "figures" / "allocation.png", moves)
     plain = snella.merge(model)
     return Result(
-        test_accuracy=train.evaluate(plain, task.test),
-        val_accuracy=epochs[-1].val_accuracy,
+        test_accuracy=train.evaluate(plain, task.test, small_vit.TRANSFORM),
+        val_accuracy=rows[-1]["val_accuracy"],
         trainable=_size(model),
-        seconds_per_step=_median_seconds(epochs),
-        density=epochs[-1].density,
+        seconds_per_step=_median_seconds(rows),
+        density=rows[-1]["density"],
         weights_moved=_moved(small_vit.load(config.seed), plain, config.targets),
     )
 
@@ -170,41 +213,53 @@ def _snella_model(config: RunConfig) -> Any:
     return snella.adapt(base, adapter, rngs=nnx.Rngs(config.seed + 1))
 
 
-class _Follower:
-    """Runs the trainer behind a progress bar and logs every epoch."""
+def _followed(
+    method: str,
+    config: RunConfig,
+    task: Task,
+    model: Any,
+    out: Path,
+    console: Console,
+    **options: Any,
+) -> tuple[list[dict[str, Any]], Any]:
+    """Trains behind a progress bar and logs every epoch.
 
-    def __init__(self, method: str, out: Path, console: Console):
-        self.method, self.out, self.console = method, out, console
-
-    def run(
-        self, config: RunConfig, method: Any, task: InMemory, model: Any, **options: Any
-    ) -> tuple[list[train.Epoch], Any]:
-        """All epochs, and the model as the last one left it."""
-        recipe = train.Recipe(
-            epochs=config.epochs,
-            warmup_epochs=config.warmup_epochs,
-            batch=config.batch,
-            lr=method.lr,
-            weight_decay=method.weight_decay,
-            seed=config.seed,
+    Returns:
+      The rows of all epochs, and the model as the last one left it.
+    """
+    settings = getattr(config, method)
+    recipe = train.Recipe(
+        epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        batch=config.batch,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        seed=config.seed,
+    )
+    with contextlib.closing(Checkpoints(out / "checkpoints" / method)) as saved:
+        trainer = train.Trainer(
+            model, task, recipe, small_vit.TRANSFORM, checkpoints=saved, **options
         )
-        epochs, trained = [], model
-        with Progress(
-            TextColumn(f"{TITLES[self.method]:12}"),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=self.console,
-        ) as bar:
-            steps = config.epochs * (len(task.train) // config.batch)
-            shown = bar.add_task("compiling", total=steps)
-            options["on_step"] = lambda *_: bar.advance(shown)
-            for epoch, now in train.fit(model, task, recipe, **options):
-                trained = now
-                epochs.append(epoch)
-                _log(self.out, _row(self.method, epoch))
-                bar.update(shown, description=_brief(epoch, config.epochs))
-        return epochs, trained
+        metrics.keep(out, method, trainer.passed)
+        _watched(method, trainer, out, console)
+    return metrics.of(out, method), trainer.model
+
+
+def _watched(method: str, trainer: train.Trainer, out: Path, console: Console) -> None:
+    """Runs the epochs that are left, with a bar and a row for each."""
+    with Progress(
+        TextColumn(f"{TITLES[method]:12}"),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as bar:
+        total = trainer.recipe.epochs * trainer.steps
+        passed = trainer.passed * trainer.steps
+        shown = bar.add_task("compiling", total=total, completed=passed)
+        for epoch in trainer.epochs(lambda _: bar.advance(shown)):
+            metrics.log(out, _row(method, epoch))
+            bar.update(shown, description=_brief(epoch, trainer.recipe.epochs))
 
 
 def _row(method: str, epoch: train.Epoch) -> dict[str, Any]:
@@ -213,6 +268,8 @@ def _row(method: str, epoch: train.Epoch) -> dict[str, Any]:
     if moved is not None:
         row["importance"] = dict(zip(moved.names, moved.scores.tolist(), strict=True))
         row["budget"] = dict(zip(moved.names, moved.budgets.tolist(), strict=True))
+        capacities = moved.capacities.tolist()
+        row["capacity"] = dict(zip(moved.names, capacities, strict=True))
     return row
 
 
@@ -224,7 +281,7 @@ def _brief(epoch: train.Epoch, epochs: int) -> str:
     )
 
 
-def _table(task: InMemory, results: dict[str, Result]) -> Table:
+def _table(task: Task, results: dict[str, Result]) -> Table:
     sizes = "/".join(str(len(s)) for s in (task.train, task.validation, task.test))
     table = Table(title=f"{task.name}, {sizes} images to train/validate/test")
     for column in ("", "test", "val", "trainable", "s/step", "weights moved"):
@@ -248,8 +305,8 @@ def _size(model: nnx.Module) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def _median_seconds(epochs: list[train.Epoch]) -> float:
-    return float(np.median([epoch.seconds_per_step for epoch in epochs]))
+def _median_seconds(rows: list[dict[str, Any]]) -> float:
+    return float(np.median([row["seconds_per_step"] for row in rows]))
 
 
 def _moved(base: nnx.Module, plain: nnx.Module, targets: str) -> int:
@@ -258,11 +315,6 @@ def _moved(base: nnx.Module, plain: nnx.Module, targets: str) -> int:
         int(jnp.sum(before[path].kernel[...] != after[path].kernel[...]))
         for path in before
     )
-
-
-def _log(out: Path, row: dict[str, Any]) -> None:
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

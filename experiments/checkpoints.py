@@ -1,0 +1,64 @@
+"""What a run needs to go on where it was: Orbax checkpoints, one at each epoch's end.
+
+A checkpoint appears whole or not at all. The newest stays, and the best on validation.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+METRIC = "val_accuracy"
+
+
+class Checkpoints:
+    """The checkpoints of one method's run, written while the next epoch trains."""
+
+    def __init__(self, folder: Path):
+        """Opens `folder`, or makes it."""
+        self.folder = folder
+        newest = checkpoint_managers.LatestN(1)
+        best = checkpoint_managers.BestN(get_metric_fn=lambda m: m[METRIC], n=1)
+        keep = checkpoint_managers.AnyPreservationPolicy([newest, best])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, cleanup_tmp_directories=True
+        )
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(
+        self, epoch: int, state: Any, position: dict[str, Any], val_accuracy: float
+    ) -> None:
+        """Saves what an epoch left behind.
+
+        Args:
+          epoch: how many have passed.
+          state: a pytree of arrays.
+          position: of the stream of batches.
+          val_accuracy: by which the best is kept.
+        """
+        what = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+        )
+        self.manager.save(epoch, args=what, metrics={METRIC: val_accuracy})
+
+    def newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """Epochs passed, state and position of the newest; None where there is none.
+
+        Args:
+          like: a state of the same structure, shapes, dtypes and shardings.
+        """
+        epoch = self.manager.latest_step()
+        if epoch is None:
+            return None
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        what = ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
+        )
+        found = self.manager.restore(epoch, args=what)
+        return epoch, found["state"], found["position"]
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self.manager.close()

@@ -1,0 +1,195 @@
+"""A run that is killed and gone on with ends as one that was not; what stops a run."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from experiments import metrics, small_vit, train, vtab
+from experiments.checkpoints import Checkpoints
+from experiments.data.source import Arrays
+from experiments.data.task import Task
+from experiments.data.transforms import Transform
+from snella_jax.models.vit import ViT, ViTConfig
+
+SHORT = ["--epochs", "4", "--warmup-epochs", "1", "--methods", "snella"]
+PROGRAM = [sys.executable, "-m", "experiments.vtab"]
+
+
+def started(*options):
+    return subprocess.Popen(
+        [*PROGRAM, *map(str, options)],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
+    )
+
+
+def kill_after(process, out, rows, delay):
+    """SIGKILL some time after so many epochs were logged."""
+    path, deadline = out / metrics.NAME, time.monotonic() + 120
+    while not path.exists() or path.read_text().count("\n") < rows:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def weights(out):
+    """Everything that the last checkpoint holds."""
+    manager = Checkpoints(out / "checkpoints" / "snella").manager
+    found = manager.restore(manager.latest_step())
+    manager.close()
+    return found["state"], found["position"]
+
+
+def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    vtab.main(["--config", "quickstart", "--out", str(whole), *SHORT])
+    rng = np.random.default_rng()  # other moments each time
+    start = ["--config", "quickstart", "--out", broken, *SHORT]
+    for rows in (1, 2, 3):
+        process = started(*start)
+        kill_after(process, broken, rows, rng.uniform(0, 0.6))
+        start = ["--resume", broken]
+        assert not (broken / "summary.json").exists()
+    summary = vtab.main(["--resume", str(broken)])
+    rows = [metrics.of(out, "snella") for out in (whole, broken)]
+    for row in (*rows[0], *rows[1]):
+        row.pop("seconds_per_step")
+    assert rows[0] == rows[1] and len(rows[0]) == 4
+    for one, other in zip(
+        *(jax.tree.leaves(weights(o)) for o in (whole, broken)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    result = summary["methods"]["snella"]
+    expected = json.loads((whole / "summary.json").read_text())["methods"]["snella"]
+    for name in ("test_accuracy", "weights_moved", "density", "val_accuracy"):
+        assert result[name] == expected[name]
+    assert (broken / "figures/allocation.png").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [["--resume", "nowhere"], ["--resume", ".", "--epochs", "3"]]
+)
+def test_resume_stands_alone_and_needs_a_run(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="--resume FOLDER stands alone"):
+        vtab.main(options)
+
+
+def test_rows_after_the_checkpoint_and_half_written_ones_are_dropped(tmp_path):
+    for epoch in (1, 2, 3):
+        metrics.log(tmp_path, {"method": "lora", "epoch": epoch})
+        metrics.log(tmp_path, {"method": "snella", "epoch": epoch})
+    with (tmp_path / metrics.NAME).open("a") as file:
+        file.write('{"method": "snella", "ep')
+    metrics.keep(tmp_path, "snella", 2)
+    assert [row["epoch"] for row in metrics.of(tmp_path, "snella")] == [1, 2]
+    assert [row["epoch"] for row in metrics.of(tmp_path, "lora")] == [1, 2, 3]
+
+
+# The trainer by itself
+
+
+TINY = ViTConfig(
+    width=8, depth=1, heads=2, patch_size=4, image_size=8, channels=1, num_classes=2
+)
+TRANSFORM = Transform((8, 8), mean=(0.5,), std=(0.5,))
+
+
+def task(size=20):
+    images = np.random.default_rng(0).integers(0, 256, (size, 8, 8, 1), np.uint8)
+    part = Arrays(images, np.arange(size) % 2)
+    return Task("noise", 2, part, part, part)
+
+
+@contextlib.contextmanager
+def training(folder, epochs=3, **options):
+    recipe = train.Recipe(
+        epochs=epochs, warmup_epochs=0, batch=4, lr=1e-2, weight_decay=0.0, seed=0
+    )
+    model = ViT(TINY, rngs=nnx.Rngs(0))
+    with contextlib.closing(Checkpoints(folder)) as saved:
+        yield train.Trainer(
+            model, task(), recipe, TRANSFORM, checkpoints=saved, **options
+        )
+
+
+def run(trainer):
+    return list(trainer.epochs(lambda _: None))
+
+
+def test_a_finished_run_has_nothing_left_and_the_model_as_it_ended(tmp_path):
+    with training(tmp_path) as first:
+        assert [epoch.epoch for epoch in run(first)] == [1, 2, 3]
+    with training(tmp_path) as again:
+        assert again.passed == 3 and run(again) == []
+    for one, other in zip(
+        jax.tree.leaves(nnx.state(first.model)),
+        jax.tree.leaves(nnx.state(again.model)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_newest_and_the_best_checkpoint_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for epoch, accuracy in enumerate((0.2, 0.9, 0.4, 0.5), start=1):
+        checkpoints.save(epoch, {"x": np.ones(2)}, {"next_index": epoch}, accuracy)
+    checkpoints.close()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["2", "4"]
+
+
+def test_a_half_written_checkpoint_is_never_taken(tmp_path):
+    with training(tmp_path, epochs=2) as first:
+        run(first)
+    shutil.copytree(tmp_path / "2", tmp_path / "3.orbax-checkpoint-tmp")
+    with training(tmp_path) as again:
+        assert again.passed == 2
+        assert [epoch.epoch for epoch in run(again)] == [3]
+    with training(tmp_path) as whole:
+        assert whole.passed == 3
+    assert list(tmp_path.glob("*tmp")) == []
+
+
+def test_a_loss_that_is_not_finite_names_the_step_the_images_and_what_is_good(tmp_path):
+    """The gradients of one step become infinite: the next loss is not a number."""
+
+    def bomb(at):
+        def explode(updates, state, params=None):
+            return jax.tree.map(lambda u: u / (state != at), updates), state + 1
+
+        return optax.GradientTransformation(lambda _: jax.numpy.zeros((), int), explode)
+
+    with (
+        training(tmp_path, watch=(bomb(at=7),)) as first,
+        pytest.raises(FloatingPointError) as error,
+    ):
+        run(first)
+    said = str(error.value)
+    assert "the loss is nan at step 4 of epoch 2, on the training images [" in said
+    assert f"the checkpoint of epoch 1 is in {tmp_path}" in said
+    with training(tmp_path, watch=(bomb(at=-1),)) as again:
+        assert again.passed == 1 and np.isfinite(run(again)[-1].train_loss)
+
+
+def test_evaluation_counts_every_image_once():
+    model = small_vit.load(0)
+    images = np.zeros((300, 28, 28, 1), np.uint8)
+    image = small_vit.TRANSFORM(images[0], np.random.default_rng(0))
+    prediction = int(model(image[None])[0].argmax())
+    labels = np.where(np.arange(300) < 299, prediction, prediction - 1)
+    got = train.evaluate(model, Arrays(images, labels), small_vit.TRANSFORM)
+    assert got == pytest.approx(299 / 300)
