@@ -2,8 +2,8 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
@@ -16,19 +16,19 @@ from snella_jax.models.vit import ViT, ViTConfig
 SMALL = ViTConfig(
     width=96, depth=6, heads=3, patch_size=7, image_size=28, channels=1, num_classes=10
 )
+NAME = "vit_fashion_mnist"
 WEIGHTS = Path(__file__).parent / "pretrained" / "vit_fashion_mnist.safetensors"
 MEAN, STD = 0.286, 0.353  # of Fashion-MNIST's training pixels in [0, 1]
 
 
-def load(seed: int, drop_path: float = 0.0, dtype: str = "float32") -> ViT:
-    """The pre-trained model with a fresh head of ten classes.
+def load(seed: int, **options: Any) -> ViT:
+    """The pre-trained model with a new head.
 
     Args:
       seed: of what the file does not hold.
-      drop_path: rate of stochastic depth in the last block, for training.
-      dtype: of the computation; the weights stay float32.
+      options: other fields of the config, such as `num_classes` or `dtype`.
     """
-    config = dataclasses.replace(SMALL, drop_path=drop_path, dtype=jnp.dtype(dtype))
+    config = dataclasses.replace(SMALL, **options)
     model = ViT(config, rngs=nnx.Rngs(seed))
     weights.load(model, WEIGHTS, skip="head")
     return model

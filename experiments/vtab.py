@@ -1,12 +1,14 @@
 """Fine-tunes a pre-trained model on a task under the VTAB-1k protocol.
 
     python -m experiments.vtab --config quickstart
+    python -m experiments.vtab --config quickstart --task DATA.csv --model ViT-B_16.npz
 
 `quickstart` is scikit-learn's handwritten digits (no VTAB task) with the small ViT that
-`experiments/pretrain.py` pre-trained on Fashion-MNIST. It trains a linear probe, LoRA
-and SNELLA on 800 images, follows 200 for validation, tests once on the other 797,
-prints a table and leaves a run folder: `config.json`, `metrics.jsonl`, `summary.json`,
-`figures/allocation.png` and `checkpoints`. A run that was killed goes on with
+`experiments/pretrain.py` pre-trained on Fashion-MNIST; `--task` and `--model` put yours
+in their place. It trains a linear probe, LoRA and SNELLA on 800 images, follows 200 for
+validation, tests once on the other 797, prints a table and leaves a run folder:
+`config.json`, `metrics.jsonl`, `summary.json`, `figures/allocation.png` and
+`checkpoints`. A run that was killed goes on with
 
     python -m experiments.vtab --resume FOLDER
 
@@ -20,6 +22,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +38,14 @@ from rich.table import Table
 
 import snella_jax as snella
 from experiments import config as configs
-from experiments import figures, metrics, small_vit, train
+from experiments import figures, metrics, models, train
 from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig
-from experiments.data import check, digits, pipeline
+from experiments.data import catalogue, check, pipeline
 from experiments.data.task import Task
+from experiments.data.transforms import Transform
 from experiments.methods import linear_probe, lora
+from snella_jax.models.vit import ViT
 from snella_jax.rules import select
 
 TITLES = {"linear": "linear probe", "lora": "LoRA", "snella": "SNELLA"}
@@ -81,36 +87,68 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             )
         rest = ["--config", str(resume / "config.json"), "--out", str(resume)]
     name, config = configs.parse(program, rest)
-    builds = {"lora": _lora_model, "snella": _snella_model}
-    try:  # the models' shapes alone: what does not fit is said before anything runs
-        for method in set(config.methods) & builds.keys():
-            nnx.eval_shape(lambda method=method: builds[method](config))
-    except ValueError as error:
+    console = Console()
+    try:  # whatever does not fit is said before anything is written
+        task = catalogue.load(config.task, config.data_dir)
+        if config.batch > len(task.train):
+            raise ValueError(
+                f"batch={config.batch}: expected 1 to {len(task.train)} (training "
+                "images)."
+            )
+        base = models.load(config, task.classes)
+        for method in set(config.methods) & ADAPTED.keys():
+            nnx.eval_shape(ADAPTED[method](config), base)
+        task = check.checked(task, console, config.skip_corrupt)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
-    return run(name, config, resume is not None)
+    return run(Setting(name, config, task, base, console), resume is not None)
 
 
-def run(name: str, config: RunConfig, resume: bool = False) -> dict[str, Any]:
-    """Trains every method of `config` and writes the run folder.
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all methods of a run share.
+
+    Attributes:
+      name: of the folder among the runs, where `config.out` does not say it.
+      base: the pre-trained model.
+    """
+
+    name: str
+    config: RunConfig
+    task: Task
+    base: ViT
+    console: Console
+
+    @cached_property
+    def transform(self) -> Transform:
+        """Of the images."""
+        return models.transform(self.config, self.base)
+
+    @cached_property
+    def out(self) -> Path:
+        """The run folder."""
+        now = time.strftime("%Y%m%d-%H%M%S")
+        return self.config.out or Path("runs") / self.name / now
+
+
+def run(setting: Setting, resume: bool = False) -> dict[str, Any]:
+    """Trains every method and writes the run folder.
 
     Args:
-      name: of the folder among the runs, where `config.out` does not say it.
-      config: what to run.
+      setting: what to run.
       resume: go on with the interrupted run in `config.out`. Methods that are in its
         `results.json` are not trained again.
 
     Raises:
       SystemExit: the run folder holds something already, or a loss was not finite.
     """
-    out = config.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
-    console = Console()
+    config, task, out = setting.config, setting.task, setting.out
     results = _begin(out, config, resume)
-    task = check.checked(digits.load(), console)
     methods = {"linear": _linear, "lora": _lora, "snella": _snella}
     for method in config.methods:
         if method not in results:
             try:
-                results[method] = methods[method](config, task, out, console)
+                results[method] = methods[method](setting)
             except FloatingPointError as error:
                 raise SystemExit(f"{TITLES[method]}: {error}.") from error
             done = {name: dataclasses.asdict(each) for name, each in results.items()}
@@ -123,8 +161,8 @@ def run(name: str, config: RunConfig, resume: bool = False) -> dict[str, Any]:
         "methods": {m: dataclasses.asdict(results[m]) for m in config.methods},
     }
     _write(out / "summary.json", summary)
-    console.print(_table(task, results))
-    console.print(f"Everything is in {out}", soft_wrap=True)
+    setting.console.print(_table(task, results))
+    setting.console.print(f"Everything is in {out}", soft_wrap=True)
     return summary
 
 
@@ -144,13 +182,13 @@ def _begin(out: Path, config: RunConfig, resume: bool) -> dict[str, Result]:
     return {}
 
 
-def _linear(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
-    model = small_vit.load(config.seed)
-    loaded = pipeline.in_memory(task, small_vit.TRANSFORM)
-    with console.status("linear probe"):
-        probe = linear_probe.train(model, loaded, config.linear.strengths)
-    metrics.keep(out, "linear", 0)
-    metrics.log(out, {"method": "linear", **dataclasses.asdict(probe)})
+def _linear(setting: Setting) -> Result:
+    loaded = pipeline.in_memory(setting.task, setting.transform)
+    with setting.console.status("linear probe"):
+        strengths = setting.config.linear.strengths
+        probe = linear_probe.train(setting.base, loaded, strengths)
+    metrics.keep(setting.out, "linear", 0)
+    metrics.log(setting.out, {"method": "linear", **dataclasses.asdict(probe)})
     return Result(
         test_accuracy=probe.test_accuracy,
         val_accuracy=probe.val_accuracy,
@@ -161,11 +199,11 @@ def _linear(config: RunConfig, task: Task, out: Path, console: Console) -> Resul
     )
 
 
-def _lora(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
-    model = _lora_model(config)
-    rows, model = _followed("lora", config, task, model, out, console)
+def _lora(setting: Setting) -> Result:
+    model = ADAPTED["lora"](setting.config)(setting.base)
+    rows, model = _followed("lora", setting, model)
     return Result(
-        test_accuracy=train.evaluate(model, task.test, small_vit.TRANSFORM),
+        test_accuracy=train.evaluate(model, setting.task.test, setting.transform),
         val_accuracy=rows[-1]["val_accuracy"],
         trainable=_size(model),
         seconds_per_step=_median_seconds(rows),
@@ -174,59 +212,54 @@ def _lora(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
     )
 
 
-def _snella(config: RunConfig, task: Task, out: Path, console: Console) -> Result:
-    settings, model = config.snella, _snella_model(config)
+def _snella(setting: Setting) -> Result:
+    config, settings = setting.config, setting.config.snella
+    model = ADAPTED["snella"](config)(setting.base)
     adapter = settings.adapter(config.targets, config.trainable)
     weights = snella.adapted_weights(model)
     rows, model = _followed(
         "snella",
-        config,
-        task,
+        setting,
         model,
-        out,
-        console,
         watch=(snella.track_importance(settings.beta1, settings.beta2),),
         schedule=adapter.schedule(weights, config.epochs, power=settings.power),
     )
     if moves := [row for row in rows if "importance" in row]:
-        figures.allocation(out / "figures" / "allocation.png", moves)
+        figures.allocation(setting.out / "figures" / "allocation.png", moves)
     plain = snella.merge(model)
     return Result(
-        test_accuracy=train.evaluate(plain, task.test, small_vit.TRANSFORM),
+        test_accuracy=train.evaluate(plain, setting.task.test, setting.transform),
         val_accuracy=rows[-1]["val_accuracy"],
         trainable=_size(model),
         seconds_per_step=_median_seconds(rows),
         density=rows[-1]["density"],
-        weights_moved=_moved(small_vit.load(config.seed), plain, config.targets),
+        weights_moved=_moved(setting.base, plain, config.targets),
     )
 
 
-def _lora_model(config: RunConfig) -> Any:
-    base = small_vit.load(config.seed, config.drop_path, config.dtype)
-    rank, rngs = config.lora.rank, nnx.Rngs(config.seed + 1)
-    return lora.adapt(base, config.targets, config.trainable, rank, rngs)
+def _with_lora(config: RunConfig) -> Callable[[ViT], Any]:
+    where = config.targets, config.trainable
+    seed, rank = config.seed + 1, config.lora.rank
+    return lambda base: lora.adapt(base, *where, rank, nnx.Rngs(seed))
 
 
-def _snella_model(config: RunConfig) -> Any:
-    base = small_vit.load(config.seed, config.drop_path, config.dtype)
+def _with_snella(config: RunConfig) -> Callable[[ViT], Any]:
     adapter = config.snella.adapter(config.targets, config.trainable)
-    return snella.adapt(base, adapter, rngs=nnx.Rngs(config.seed + 1))
+    return lambda base: snella.adapt(base, adapter, rngs=nnx.Rngs(config.seed + 1))
+
+
+ADAPTED = {"lora": _with_lora, "snella": _with_snella}
 
 
 def _followed(
-    method: str,
-    config: RunConfig,
-    task: Task,
-    model: Any,
-    out: Path,
-    console: Console,
-    **options: Any,
+    method: str, setting: Setting, model: Any, **options: Any
 ) -> tuple[list[dict[str, Any]], Any]:
     """Trains behind a progress bar and logs every epoch.
 
     Returns:
       The rows of all epochs, and the model as the last one left it.
     """
+    config, out = setting.config, setting.out
     settings = getattr(config, method)
     recipe = train.Recipe(
         epochs=config.epochs,
@@ -238,10 +271,10 @@ def _followed(
     )
     with contextlib.closing(Checkpoints(out / "checkpoints" / method)) as saved:
         trainer = train.Trainer(
-            model, task, recipe, small_vit.TRANSFORM, checkpoints=saved, **options
+            model, setting.task, recipe, setting.transform, checkpoints=saved, **options
         )
         metrics.keep(out, method, trainer.passed)
-        _watched(method, trainer, out, console)
+        _watched(method, trainer, out, setting.console)
     return metrics.of(out, method), trainer.model
 
 

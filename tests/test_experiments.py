@@ -2,11 +2,13 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 import snella_jax as snella
 from experiments import config as configs
@@ -61,7 +63,7 @@ def test_a_runs_own_config_reads_back(tmp_path):
             ["--config", "quickstart", "--epochs", "1", "--warmup-epochs", "0"],
             "expected at least 2",
         ),
-        (["--config", "quickstart", "--batch", "801"], "expected 1 to 800"),
+        (["--config", "quickstart", "--batch", "0"], "batch=0: expected at least 1"),
     ],
 )
 def test_bad_command_lines_list_what_is_valid(argv, message):
@@ -74,6 +76,10 @@ def test_bad_command_lines_list_what_is_valid(argv, message):
     ("argv", "message"),
     [
         (["--targets", "nothing"], "targets='nothing' matches no layer"),
+        (["--batch", "801"], "expected 1 to 800 (training images)"),
+        (["--task", "nothing"], "'nothing' is no task and no folder or CSV file"),
+        (["--model", "nothing.npz"], "There is no checkpoint at nothing.npz"),
+        (["--image-size", "56"], "vit_fashion_mnist takes 28 x 28 alone"),
         (["--trainable", "nope"], "trainable='nope' matches nothing"),
         (["--drop-path", "1.5"], "drop_path=1.5"),
         (["--lora.rank", "0"], "lora.rank=0"),
@@ -285,3 +291,25 @@ def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
     assert json.loads((tmp_path / "a/config.json").read_text())["epochs"] == 2
     with pytest.raises(SystemExit, match="is not empty: name another folder"):
         run(tmp_path / "a", *short)
+
+
+def test_ones_own_images_and_checkpoint(tmp_path):
+    """A CSV file of pictures, and a folder that Hugging Face's ViT was saved to."""
+    lines, rng = ["path,label,split"], np.random.default_rng(0)
+    for part, count in (("train", 24), ("val", 8), ("test", 8)):
+        for i in range(count):
+            red = np.zeros((30, 40, 3), np.uint8)
+            red[..., i % 3] = rng.integers(100, 256, (30, 40))
+            Image.fromarray(red).save(tmp_path / f"{part}{i}.png")
+            lines.append(f"{part}{i}.png,{('red', 'green', 'blue')[i % 3]},{part}")
+    (tmp_path / "colours.csv").write_text("\n".join(lines))
+    checkpoint = Path(__file__).parent / "data" / "vit" / "classifier"
+    summary = run(
+        tmp_path / "run",
+        *("--task", str(tmp_path / "colours.csv"), "--model", str(checkpoint)),
+        *("--image-size", "24", "--batch", "8", "--epochs", "8", "--snella.rank", "4"),
+        *("--methods", "linear", "snella"),
+    )
+    assert summary["task"] == "colours"
+    assert summary["methods"]["linear"]["test_accuracy"] == 1
+    assert summary["methods"]["snella"]["test_accuracy"] > 0.6
