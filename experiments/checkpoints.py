@@ -20,10 +20,14 @@ class Checkpoints:
         """Opens `folder`, or makes it."""
         self.folder = folder
         newest = checkpoint_managers.LatestN(1)
-        best = checkpoint_managers.BestN(get_metric_fn=lambda m: m[METRIC], n=1)
+        best = checkpoint_managers.BestN(
+            get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
+        )
         keep = checkpoint_managers.AnyPreservationPolicy([newest, best])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep, cleanup_tmp_directories=True
+            best_fn=_accuracy,  # without it no metric is written to disk
+            preservation_policy=keep,
+            cleanup_tmp_directories=True,
         )
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -59,6 +63,15 @@ class Checkpoints:
         found = self.manager.restore(epoch, args=what)
         return epoch, found["state"], found["position"]
 
+    def last(self) -> int | None:
+        """The epoch of the newest one, once everything is written."""
+        self.manager.wait_until_finished()
+        return self.manager.latest_step()
+
     def close(self) -> None:
         """Waits until everything is written."""
         self.manager.close()
+
+
+def _accuracy(metrics: dict[str, float]) -> float:
+    return metrics[METRIC]

@@ -73,7 +73,8 @@ class Trainer:
     """Trains every `nnx.Param` of a model, an epoch at a time.
 
     Order, augmentation and noise depend on the seed and the step alone: a run that goes
-    on from a checkpoint ends with the same numbers as one that was not interrupted.
+    on from a checkpoint, on the same machine with the same versions, ends with the same
+    numbers as one that was not interrupted (as far as the device is deterministic).
 
     Attributes:
       passed: epochs that are over.
@@ -146,8 +147,8 @@ class Trainer:
           on_step: called with the loss after every step.
 
         Raises:
-          FloatingPointError: a loss that is not finite; names the step, the images and
-            the last good checkpoint, which stays.
+          FloatingPointError: a loss or update that is not finite; names the step, the
+            images and the last good checkpoint, which stays.
         """
         for epoch in range(self.passed, self.recipe.epochs):
             moved = None
@@ -193,18 +194,20 @@ class Trainer:
             losses.append(float(loss))
             seconds.append(time.perf_counter() - start)
             if not math.isfinite(losses[-1]):
+                images = batch["index"].tolist()
                 raise FloatingPointError(
-                    f"the loss is {losses[-1]} at step {index + 1} of epoch "
-                    f"{epoch + 1}, on the training images {batch['index'].tolist()}; "
+                    f"the loss or its gradient is not finite at step {index + 1} of "
+                    f"epoch {epoch + 1}, on the training images {images}; "
                     f"{self._last_good()}"
                 )
             on_step(losses[-1])
         return losses, seconds
 
     def _last_good(self) -> str:
-        if self.checkpoints is None or not self.passed:
+        saved = self.checkpoints and self.checkpoints.last()
+        if self.checkpoints is None or not saved:
             return "there is no checkpoint before it"
-        return f"the checkpoint of epoch {self.passed} is in {self.checkpoints.folder}"
+        return f"the checkpoint of epoch {saved} is in {self.checkpoints.folder}"
 
 
 def evaluate(model: nnx.Module, source: Source, transform: Transform) -> float:
@@ -232,7 +235,8 @@ def training_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation) -> C
 
     Returns:
       A function of `trainable, opt_state, budgets, frozen, images, labels, key` that
-      gives the new `trainable` and `opt_state` and the loss.
+      gives the new `trainable` and `opt_state` and the loss; not a number, too, where
+      the update is not finite.
     """
 
     def step(trainable, opt_state, budgets, frozen, images, labels, key):
@@ -247,6 +251,7 @@ def training_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation) -> C
 
         loss, grads = jax.value_and_grad(loss_fn)(trainable)
         updates, opt_state = tx.update(grads, opt_state, trainable)
+        loss = jnp.where(jnp.isfinite(optax.tree.norm(updates)), loss, jnp.nan)
         return optax.apply_updates(trainable, updates), opt_state, loss
 
     return step

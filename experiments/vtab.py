@@ -78,9 +78,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     first.add_argument("--resume", type=Path)
-    resume, rest = first.parse_known_args(argv)[0].resume, argv
+    known, rest = first.parse_known_args(argv)
+    resume = known.resume
     if resume is not None:
-        if len(argv) > 2 or not (resume / "config.json").is_file():
+        if rest or not (resume / "config.json").is_file():
             raise SystemExit(
                 f"{program}: --resume FOLDER stands alone, and FOLDER is that of an "
                 "interrupted run, with its config.json."
@@ -151,6 +152,8 @@ def run(setting: Setting, resume: bool = False) -> dict[str, Any]:
                 results[method] = methods[method](setting)
             except FloatingPointError as error:
                 raise SystemExit(f"{TITLES[method]}: {error}.") from error
+            except KeyboardInterrupt:
+                raise SystemExit(f"Go on with it by --resume {out}") from None
             done = {name: dataclasses.asdict(each) for name, each in results.items()}
             _write(out / "results.json", done)
     summary = {
@@ -172,7 +175,7 @@ def _begin(out: Path, config: RunConfig, resume: bool) -> dict[str, Result]:
         done = out / "results.json"
         results = json.loads(done.read_text()) if done.exists() else {}
         return {name: Result(**result) for name, result in results.items()}
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(p.suffix != ".partial" for p in out.iterdir()):
         raise SystemExit(
             f"{out} is not empty: name another folder with --out, or go on with the "
             f"run in it with --resume {out}."

@@ -81,10 +81,17 @@ def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["--resume", "nowhere"], ["--resume", ".", "--epochs", "3"]]
+    "options",
+    [
+        ["--resume", "nowhere"],
+        ["--resume", ".", "--seed", "3"],
+        ["--resume=.", "--help"],
+    ],
 )
 def test_resume_stands_alone_and_needs_a_run(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "nowhere" not in options:
+        pathlib.Path("config.json").write_text("{}")
     with pytest.raises(SystemExit, match="--resume FOLDER stands alone"):
         vtab.main(options)
 
@@ -144,12 +151,14 @@ def test_a_finished_run_has_nothing_left_and_the_model_as_it_ended(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_newest_and_the_best_checkpoint_stay(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    for epoch, accuracy in enumerate((0.2, 0.9, 0.4, 0.5), start=1):
-        checkpoints.save(epoch, {"x": np.ones(2)}, {"next_index": epoch}, accuracy)
-    checkpoints.close()
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["2", "4"]
+def test_the_newest_and_the_best_checkpoint_stay_also_after_a_restart(tmp_path):
+    kept = []
+    for epoch, accuracy in enumerate((0.2, 0.9, 0.4, 0.5, 0.95, 0.1), start=1):
+        with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+            state, position = {"x": np.ones(2)}, {"next_index": epoch}
+            checkpoints.save(epoch, state, position, accuracy)
+        kept.append("".join(sorted(p.name for p in tmp_path.iterdir() if p.is_dir())))
+    assert kept == ["1", "2", "23", "24", "5", "56"]
 
 
 def test_a_half_written_checkpoint_is_never_taken(tmp_path):
@@ -164,8 +173,13 @@ def test_a_half_written_checkpoint_is_never_taken(tmp_path):
     assert list(tmp_path.glob("*tmp")) == []
 
 
-def test_a_loss_that_is_not_finite_names_the_step_the_images_and_what_is_good(tmp_path):
-    """The gradients of one step become infinite: the next loss is not a number."""
+@pytest.mark.parametrize(
+    ("at", "step", "epoch"), [(7, 3, 2), (9, 5, 2), (14, 5, 3), (0, 1, 1)]
+)
+def test_an_update_that_is_not_finite_is_named_and_never_saved(
+    at, step, epoch, tmp_path
+):
+    """Also that of an epoch's last step, whose loss was finite still."""
 
     def bomb(at):
         def explode(updates, state, params=None):
@@ -174,15 +188,24 @@ def test_a_loss_that_is_not_finite_names_the_step_the_images_and_what_is_good(tm
         return optax.GradientTransformation(lambda _: jax.numpy.zeros((), int), explode)
 
     with (
-        training(tmp_path, watch=(bomb(at=7),)) as first,
+        training(tmp_path, watch=(bomb(at),)) as first,
         pytest.raises(FloatingPointError) as error,
     ):
         run(first)
     said = str(error.value)
-    assert "the loss is nan at step 4 of epoch 2, on the training images [" in said
-    assert f"the checkpoint of epoch 1 is in {tmp_path}" in said
+    assert (
+        f"not finite at step {step} of epoch {epoch}, on the training images [" in said
+    )
+    good = epoch - 1
+    if good:
+        assert f"the checkpoint of epoch {good} is in {tmp_path}" in said
+    else:
+        assert "there is no checkpoint before it" in said
     with training(tmp_path, watch=(bomb(at=-1),)) as again:
-        assert again.passed == 1 and np.isfinite(run(again)[-1].train_loss)
+        assert again.passed == good
+        run(again)
+    for leaf in jax.tree.leaves(nnx.state(again.model)):
+        assert np.isfinite(leaf).all()
 
 
 def test_evaluation_counts_every_image_once():
