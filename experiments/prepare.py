@@ -61,7 +61,7 @@ def _builders(config: PrepareConfig) -> list[Builder]:
     known = ", ".join(name for name, builder in tasks.items() if builder)
     if not config.task:
         raise ValueError(f"--task is missing: expected {known}.")
-    builders = []
+    builders = {}
     for task in config.task:
         if task not in tasks:
             raise ValueError(f"{task!r} is no task of TFDS: expected {known}.")
@@ -71,8 +71,8 @@ def _builders(config: PrepareConfig) -> list[Builder]:
                 f"TFDS cannot get {task}: unpack {fgvc.TASKS[task].archive} in "
                 f"{config.data_dir / task}."
             )
-        builders.append(builder)
-    return list(dict.fromkeys(builders))
+        builders[builder.name] = builder
+    return list(builders.values())
 
 
 if __name__ == "__main__":

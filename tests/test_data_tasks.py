@@ -16,7 +16,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from experiments import prepare
 from experiments.data import catalogue, check, dsprites, fgvc, folders, source, vtab
-from experiments.data.tfds import Builder, Part, TfdsSplit
+from experiments.data.tfds import Part, TfdsSplit
 
 
 class Counted:
@@ -374,6 +374,12 @@ def test_a_name_that_is_none(tmp_path):
         catalogue.load("cifar", tmp_path)
 
 
+def test_tasks_that_share_a_builder_prepare_it_once():
+    config = prepare.PrepareConfig(task=("clevr_count", "dtd", "clevr_dist"))
+    names = [builder.name for builder in prepare._builders(config)]
+    assert names == ["clevr", "dtd"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -498,10 +504,3 @@ def test_dsprites_runs_the_protocol(name):
     labels = [task.train[i]["label"] for i in range(800)]
     assert set(labels) == set(range(16))
     assert set(np.unique(task.train[0]["image"])) == {0, 255}
-
-
-def test_builders_are_values():
-    """Tasks that share a builder prepare it once."""
-    clevr = {vtab.TASKS[name].builder.name for name in ("clevr_count", "clevr_dist")}
-    assert clevr == {"clevr"}
-    assert isinstance(vtab.TASKS["dmlab"].builder, Builder)
