@@ -1,6 +1,7 @@
 """What a run needs to go on where it was: Orbax checkpoints, one at each epoch's end.
 
-A checkpoint appears whole or not at all. The newest stays, and the best on validation.
+A checkpoint appears whole or not at all. The newest stays, and the best on what is
+followed.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-METRIC = "val_accuracy"
+METRIC = "accuracy"
 
 
 class Checkpoints:
@@ -32,7 +33,7 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(
-        self, epoch: int, state: Any, position: dict[str, Any], val_accuracy: float
+        self, epoch: int, state: Any, position: dict[str, Any], accuracy: float | None
     ) -> None:
         """Saves what an epoch left behind.
 
@@ -40,12 +41,13 @@ class Checkpoints:
           epoch: how many have passed.
           state: a pytree of arrays.
           position: of the stream of batches.
-          val_accuracy: by which the best is kept.
+          accuracy: by which the best is kept; None where it was not evaluated.
         """
         what = ocp.args.Composite(
             state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
         )
-        self.manager.save(epoch, args=what, metrics={METRIC: val_accuracy})
+        metrics = None if accuracy is None else {METRIC: accuracy}
+        self.manager.save(epoch, args=what, metrics=metrics)
 
     def newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Epochs passed, state and position of the newest; None where there is none.
@@ -56,12 +58,14 @@ class Checkpoints:
         epoch = self.manager.latest_step()
         if epoch is None:
             return None
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        what = ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
-        )
-        found = self.manager.restore(epoch, args=what)
+        found = self._restored(epoch, like)
         return epoch, found["state"], found["position"]
+
+    def best(self, like: Any) -> tuple[int, Any] | None:
+        """The best epoch and its state; None where none was evaluated."""
+        self.manager.wait_until_finished()
+        epoch = self.manager.best_step()
+        return None if epoch is None else (epoch, self._restored(epoch, like)["state"])
 
     def last(self) -> int | None:
         """The epoch of the newest one, once everything is written."""
@@ -71,6 +75,13 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until everything is written."""
         self.manager.close()
+
+    def _restored(self, epoch: int, like: Any) -> Any:
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        what = ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
+        )
+        return self.manager.restore(epoch, args=what)
 
 
 def _accuracy(metrics: dict[str, float]) -> float:

@@ -1,18 +1,14 @@
-"""Configs and command lines: presets, files and overrides become a `RunConfig`."""
+"""What a run is: `RunConfig`, checked, and the recipes and adapters it stands for."""
 
-import argparse
 import dataclasses
-import json
 import math
-import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 import snella_jax as snella
 from experiments.data.catalogue import DATA_DIR
+from experiments.data.mix import Mix
+from experiments.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +40,11 @@ class Snella:
     kernel: Literal[
         "linear", "piecewise_linear", "rbf", "sigmoid", "normalized_rbf", "mix_k"
     ] = "mix_k"
-    gate: Literal["product", "released", "soft", "hard"] = "product"
+    temperature: bool = False
+    """Learn mix_k's temperature, as the released code does."""
+    learn_piece_coeff: bool = True
+    """Learn the coefficients of the pieces; the released code does not."""
+    gate: Literal["product", "released", "soft", "hard", "none"] = "product"
     path: Literal["merged", "parallel"] = "merged"
     initial_density: float = 1.0
     """Fraction of the adapted weights that may move in the first epoch."""
@@ -54,6 +54,8 @@ class Snella:
     """Of the budget schedule, Eq. 12."""
     dropout: float = 0.0
     """On the adapter's input; needs path=parallel."""
+    undropped: str = ""
+    """Regex of targets without that dropout."""
     drop_path: float = 0.0
     """Of the adapter's output; needs path=parallel."""
     beta1: float = 0.85
@@ -63,12 +65,46 @@ class Snella:
 
     def adapter(self, targets: str, trainable: str) -> snella.SnellaConfig:
         """The library's config for these settings."""
-        same = ("rank", "kernel", "gate", "path", "dropout", "drop_path")
+        same = ("rank", "gate", "path", "dropout", "drop_path")
         densities = ("initial_density", "target_density")
         fields = {name: getattr(self, name) for name in (*same, *densities)}
+        if self.undropped and self.dropout:
+            fields["overrides"] = {self.undropped: {"dropout": 0.0}}
+        return snella.SnellaConfig(
+            targets=targets, trainable=trainable, kernel=self._kernel(), **fields
+        )
+
+    def _kernel(self) -> snella.kernels.Kernel:
+        kernel: Any = snella.kernels.named(self.kernel)
+        own = {field.name for field in dataclasses.fields(kernel)}
+        changes = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name in ("temperature", "learn_piece_coeff")
+            and getattr(self, field.name) != field.default
+        }
+        if foreign := changes.keys() - own:
+            raise ValueError(
+                f"snella.kernel={self.kernel} has no {', '.join(sorted(foreign))}."
+            )
         if self.kernel == "linear":  # from 0 the gates would never let it move
-            fields["kernel"] = snella.kernels.linear(zero_init=False)
-        return snella.SnellaConfig(targets=targets, trainable=trainable, **fields)
+            changes["zero_init"] = False
+        return dataclasses.replace(kernel, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What `--search` tries for LoRA and SNELLA, besides their own settings."""
+
+    lr_factors: tuple[float, ...] = (0.3, 3.0)
+    """Times the method's learning rate; first, with the method's other settings."""
+    weight_decays: tuple[float, ...] = (1e-3, 0.05)
+    """Then, with the best rate."""
+    densities: tuple[float, ...] = (0.1, 0.6)
+    """SNELLA's target densities; last, with the best rate and decay."""
+
+
+Protocol = Literal["choose", "final", "released"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +122,18 @@ class RunConfig:
     path of published ViT weights."""
     image_size: int | None = None
     """Side of the images in pixels. Default: that of the weights."""
+    crop: Literal["resize", "random"] = "resize"
+    """resize: whole images, no augmentation (VTAB). random: crops, flips and colour
+    jitter in training, the centre in evaluation (FGVC)."""
+    protocol: Protocol = "choose"
+    """choose: train on the training split, follow validation. final: train on both,
+    follow nothing. released: train on both and follow the test split, as the authors'
+    code does, whose reported accuracy is the best of these. In all, the test accuracy
+    that counts is the last epoch's."""
+    search: bool = False
+    """First choose rate, weight decay and density of LoRA and SNELLA on validation;
+    protocol=choose then becomes final."""
+    grid: Grid = Grid()
     methods: tuple[Literal["linear", "lora", "snella"], ...] = (
         "linear",
         "lora",
@@ -95,13 +143,35 @@ class RunConfig:
     epochs: int = 15
     """Of every method but the linear probe, which converges."""
     warmup_epochs: int = 2
-    """In which the learning rate rises from 0."""
+    """The first of them, in which the learning rate rises from 0."""
+    cooldown_epochs: int = 0
+    """More epochs at the lowest learning rate."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last ten are all evaluated."""
+    batch: int = 32
+    """Images in a step, over all devices."""
+    accumulate: int = 1
+    """Parts of a batch that are computed one after the other, to save memory."""
+    clip: float = 0.0
+    """Norm at which the gradient is clipped; 0 for never."""
+    ema: float = 0.0
+    """Decay of a running mean of the weights, which is evaluated, too; 0 for none."""
+    no_decay: str = ""
+    """Regex of what is spared weight decay, besides biases, norms and tokens."""
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    """Parameter of mixup's Beta distribution; 0 for none."""
+    cutmix: float = 0.0
+    """Parameter of CutMix's Beta distribution; 0 for none."""
     drop_path: float = 0.0
     """Rate of stochastic depth in the last block of the model, in training."""
-    batch: int = 32
-    """Images in a step."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation of LoRA and SNELLA."""
+    mesh: str | None = None
+    """Devices, such as data=4,model=2: batches are split along data, kernels along
+    model. Default: all devices along data."""
+    distributed: bool = False
+    """One of several processes (hosts of a pod), each started with this command."""
     targets: str = r"blocks/.*/(query|key|value|out|fc1|fc2)"
     """Regex of the layers that are adapted."""
     trainable: str = r"head|cls_token"
@@ -111,101 +181,76 @@ class RunConfig:
     linear: Linear = Linear()
     lora: Lora = Lora()
     snella: Snella = Snella()
+    source: str = "this project"
+    """Where the preset's rates and densities come from; for the record."""
+    wandb: str | None = None
+    """Project in Weights & Biases to log to as well (pip install wandb)."""
     out: Path | None = None
     """Run folder, new or empty. Default: runs/NAME/DATE-TIME."""
 
+    @property
+    def trains_on_all(self) -> bool:
+        """Whether what is tested is trained on training and validation images."""
+        return self.search or self.protocol != "choose"
+
+    @property
+    def adapted(self) -> tuple[Literal["lora", "snella"], ...]:
+        """The methods that are trained by steps."""
+        return tuple(m for m in self.methods if m != "linear")
+
+    def recipe(self, method: Literal["lora", "snella"]) -> Recipe:
+        """How a method is trained."""
+        shared = {field.name for field in dataclasses.fields(Recipe)}
+        settings = {name: getattr(self, name) for name in shared & _names(self)}
+        own = getattr(self, method)
+        return Recipe(lr=own.lr, weight_decay=own.weight_decay, **settings)
+
+    def mix(self, classes: int) -> Mix | None:
+        """What happens to training batches."""
+        mix = Mix(classes, self.mixup, self.cutmix, self.label_smoothing)
+        return mix if self.mixup or self.cutmix or self.label_smoothing else None
+
     def check(self) -> None:
         """Raises a `ValueError` on values that would fail in the midst of a run."""
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(
-                f"warmup_epochs={self.warmup_epochs}: expected fewer than "
-                f"epochs={self.epochs}."
-            )
-        if self.batch < 1:
-            raise ValueError(f"batch={self.batch}: expected at least 1.")
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(
                 f"methods={self.methods}: expected each once, at least one."
             )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: expected at least 0.")
         if not self.linear.strengths or min(self.linear.strengths) <= 0:
             raise ValueError(
                 f"linear.strengths={self.linear.strengths}: expected positive numbers."
             )
-        for name, method in (("lora", self.lora), ("snella", self.snella)):
+        if self.distributed and self.out is None:
+            raise ValueError("distributed: expected --out, the same for all processes.")
+        for name in ("lora", "snella"):
+            method = getattr(self, name)
             if not (0 < method.lr < math.inf and 0 <= method.weight_decay < math.inf):
                 raise ValueError(
                     f"{name}.lr={method.lr}, {name}.weight_decay="
                     f"{method.weight_decay}: expected lr > 0 and weight_decay >= 0."
                 )
+            self.recipe(name)
+        self.mix(1)
         if self.lora.rank < 1:
             raise ValueError(f"lora.rank={self.lora.rank}: expected at least 1.")
         snella.track_importance(self.snella.beta1, self.snella.beta2)
         if "snella" in self.methods:
-            adapter = self.snella.adapter(self.targets, self.trainable)
-            adapter.schedule(1, self.epochs, power=self.snella.power)
+            self.schedule(1)
+        grid = (*self.grid.lr_factors, *self.grid.weight_decays, *self.grid.densities)
+        if not all(0 <= value < math.inf for value in grid) or (
+            0.0 in self.grid.lr_factors
+        ):
+            raise ValueError(f"grid={self.grid}: expected positive numbers.")
 
-
-PRESETS: dict[str, tuple[str, RunConfig]] = {
-    "quickstart": (
-        "handwritten digits, a small ViT pre-trained on Fashion-MNIST, on a laptop CPU",
-        RunConfig(),
-    ),
-    "elpv": (
-        "defects of solar cells, a real ViT-S/14 (extra `demo`), at 112 x 112",
-        RunConfig(
-            task="elpv",
-            model="dinov2_saliency",
-            image_size=112,
-            epochs=8,
-            warmup_epochs=1,
-            lora=Lora(lr=1e-3),
-            snella=Snella(lr=3e-3),
-        ),
-    ),
-}
-
-
-def parse(program: str, argv: Sequence[str] | None = None) -> tuple[str, RunConfig]:
-    """The config's name and the config that a command line means.
-
-    `--config` names a preset or a JSON file with (some) fields of `RunConfig`, such as
-    the `config.json` of an earlier run; other options override single fields.
-
-    Raises:
-      SystemExit: with a message that lists what is valid, when a preset, file, field or
-        value is none.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    known, rest = first.parse_known_args(argv)
-    wants_help = "--help" in rest or "-h" in rest
-    if not known.config and not wants_help:
-        raise SystemExit(f"{program}: --config is missing. {_choices()}")
-    name = known.config or "quickstart"
-    default, from_file = _base(program, name)
-    config, unknown = tyro.cli(
-        RunConfig,
-        prog=f"{program} --config {name}",
-        description=f"--config NAME or FILE. {_choices()}. Alone, --resume FOLDER goes "
-        "on with an interrupted run.",
-        default=default,
-        args=[*from_file, *rest],
-        return_unknown_args=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
-    if unknown:
-        raise SystemExit(
-            f"{program}: no field is called {' '.join(unknown)}. There are: "
-            + ", ".join(f"--{field}" for field in _fields(RunConfig()))
+    def schedule(self, weights: int) -> Any:
+        """SNELLA's total budget by epoch, which stays as it is in the cool-down."""
+        adapter = self.snella.adapter(self.targets, self.trainable)
+        return adapter.schedule(
+            weights,
+            self.epochs + self.cooldown_epochs,
+            power=self.snella.power,
+            cooldown=self.cooldown_epochs,
         )
-    try:
-        config.check()
-    except ValueError as error:
-        raise SystemExit(f"{program}: {error}") from error
-    return Path(name).stem, config
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:
@@ -215,41 +260,5 @@ def as_dict(config: RunConfig) -> dict[str, Any]:
     return fields | {"data_dir": str(config.data_dir)}
 
 
-def _base(program: str, name: str) -> tuple[RunConfig, list[str]]:
-    """The preset of that name, or the defaults and the flags that a file stands for."""
-    if name in PRESETS:
-        return PRESETS[name][1], []
-    path = Path(name)
-    if not path.is_file():
-        raise SystemExit(
-            f"{program}: no preset or file is called {name!r}. {_choices()}"
-        )
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise SystemExit(f"{program}: {path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise SystemExit(f"{program}: {path} holds no JSON object of fields.")
-    return RunConfig(), [word for pair in _flags(values) for word in pair]
-
-
-def _flags(values: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flags(value, f"{prefix}{name}.")
-        else:
-            words = value if isinstance(value, list) else [value]
-            yield [f"--{prefix}{name}", *map(str, words)]
-
-
-def _fields(config: Any, prefix: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _fields(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
-
-
-def _choices() -> str:
-    return "Presets: " + "; ".join(f"{k} ({text})" for k, (text, _) in PRESETS.items())
+def _names(config: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}

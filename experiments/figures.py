@@ -1,5 +1,6 @@
 """Pictures of a run."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,97 @@ def allocation(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
     _save(figure, path)
+
+
+def curves(path: Path, methods: dict[str, list[dict[str, Any]]], task: str) -> None:
+    """Draws training loss and followed accuracy over the epochs, a line a method.
+
+    Args:
+      path: the PNG to write.
+      methods: rows of `metrics.jsonl` by the method's title.
+      task: its name.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for title, rows in methods.items():
+        left.plot([r["epoch"] for r in rows], [r["train_loss"] for r in rows],
+                  marker=".", label=title)  # fmt: skip
+        for key, style in (("val_accuracy", "-"), ("test_accuracy", "--")):
+            known = [(r["epoch"], 100 * r[key]) for r in rows if key in r]
+            if known:
+                split = key.split("_")[0]
+                line = right.plot(*zip(*known, strict=True), style, marker=".")
+                line[0].set_label(f"{title}, {split}")
+    left.set(title="training loss", yscale="log")
+    right.set(title="accuracy, %")
+    if not right.lines:
+        right.annotate("nothing was followed", (0.5, 0.5), ha="center",
+                       xycoords="axes fraction")  # fmt: skip
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    figure.suptitle(task)
+    _save(figure, path)
+
+
+def sparsity(path: Path, row: dict[str, Any], task: str) -> None:
+    """Draws final sparsity by depth with its linear fit, as the paper's Figure 10.
+
+    A bar is a block, a dot one of its matrices: the share that may not move.
+
+    Args:
+      path: the PNG to write.
+      row: of `metrics.jsonl`, of the last epoch that began with a reallocation.
+      task: its name.
+    """
+    budget, capacity = row["budget"], row["capacity"]
+    found = {name: block_of(name) for name in budget}
+    depth = {name: block for name, block in found.items() if block is not None}
+    named, blocks = list(depth), sorted(set(depth.values()))
+    shares = []
+    for block in blocks:
+        own = [name for name in named if depth[name] == block]
+        room = sum(capacity[name] for name in own)
+        shares.append(1 - sum(budget[name] for name in own) / room)
+    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    axes.bar(blocks, shares, color="tab:blue", alpha=0.4, label="block")
+    kinds = list(dict.fromkeys(kind_of(name) for name in named))
+    for index, kind in enumerate(kinds):
+        aside = 0.6 * ((index + 0.5) / len(kinds) - 0.5)  # beside one another
+        own = [name for name in named if kind_of(name) == kind]
+        places = [depth[name] + aside for name in own]
+        values = [1 - budget[name] / capacity[name] for name in own]
+        axes.plot(places, values, "o", markersize=4, label=kind)
+    if len(blocks) > 1:
+        slope, start = np.polyfit(blocks, shares, 1)
+        line = [start + slope * b for b in blocks]
+        axes.plot(blocks, line, color="black", label=f"fit, {slope:+.3f} a block")
+    axes.set(xlabel="block", ylabel="share that may not move", ylim=(-0.03, 1.03))
+    axes.set_title(f"{task}: sparsity in epoch {row['epoch']}")
+    axes.set_xticks(blocks)
+    figure.legend(loc="outside right upper", fontsize=8)
+    _save(figure, path)
+
+
+def block_of(name: str) -> int | None:
+    """The block of a matrix, by its first number; None where it has none.
+
+    >>> block_of("blocks/attn/query[3]"), block_of("blocks/11/mlp/fc1")
+    (3, 11)
+    """
+    number = re.search(r"(?<![a-zA-Z])\d+", name)
+    return int(number[0]) if number else None
+
+
+def kind_of(name: str) -> str:
+    """Which of a block's matrices a name means.
+
+    >>> kind_of("blocks/attn/query[3]"), kind_of("blocks/11/mlp/fc1")
+    ('query', 'fc1')
+    """
+    return re.sub(r"\[\d+\]", "", name).rsplit("/", 1)[-1]
 
 
 def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:

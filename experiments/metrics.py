@@ -1,9 +1,18 @@
-"""`metrics.jsonl`, a row for each epoch of each method."""
+"""Where a method's epochs are logged: `metrics.jsonl`, TensorBoard and, asked for, W&B.
 
+A row of `metrics.jsonl` is an epoch of a method.
+"""
+
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from experiments import folder
 
 NAME = "metrics.jsonl"
 
@@ -28,9 +37,76 @@ def keep(out: Path, method: str, epochs: int) -> None:
         for row in _read(out)
         if row["method"] != method or row.get("epoch", 1) <= epochs
     ]
-    partial = (out / NAME).with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    partial.replace(out / NAME)
+    folder.replace(out / NAME, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def median(rows: list[dict[str, Any]], name: str) -> float:
+    """Of a value over the rows."""
+    return float(np.median([row[name] for row in rows]))
+
+
+class Tracker:
+    """The log of a method that is trained by steps.
+
+    Attributes:
+      rows: of all its epochs.
+    """
+
+    def __init__(self, out: Path, method: str, passed: int, wandb: str | None = None):
+        """Goes on after `passed` epochs.
+
+        Args:
+          out: the run folder.
+          wandb: a project in Weights & Biases.
+        """
+        self.out, self.method = out, method
+        self.rows = [row for row in of(out, method) if row["epoch"] <= passed]
+        self.board = self.wandb = None
+        if not folder.is_primary():
+            return
+        keep(out, method, passed)
+        board = str(out / "tensorboard" / method)
+        self.board = SummaryWriter(board, purge_step=passed + 1 if passed else None)
+        if wandb is not None:
+            self.wandb = _wandb(wandb, out, method)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Records an epoch."""
+        row = {"method": self.method, **row}
+        self.rows.append(row)
+        if self.board is None:
+            return
+        log(self.out, row)
+        epoch = row["epoch"]
+        scalars = {k: v for k, v in row.items() if isinstance(v, float)}
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, epoch)
+        if "budget" in row:
+            counts, sizes = (
+                np.array(list(row[name].values())) for name in ("budget", "capacity")
+            )
+            self.board.add_histogram("density of the matrices", counts / sizes, epoch)
+        self.board.flush()
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=epoch)
+
+    def close(self) -> None:
+        """Closes TensorBoard's file and W&B's run."""
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _wandb(project: str, out: Path, method: str) -> Any:
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    name = f"{out.name}/{method}"
+    key = hashlib.sha256(f"{out.absolute()}/{method}".encode()).hexdigest()[:16]
+    config = folder.read(out / "config.json")
+    return wandb.init(
+        project=project, name=name, id=key, resume="allow", config=config, dir=str(out)
+    )
 
 
 def _read(out: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """The pre-trained models that runs start from."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,6 +10,9 @@ from experiments import dinov2_saliency, small_vit
 from experiments.config import RunConfig
 from experiments.data.transforms import Transform
 from snella_jax.models import vit
+
+VIT_B16 = "ViT-B_16.npz"  # ImageNet-21k, what the presets of VTAB and FGVC start from
+VIT_B16_URL = f"https://storage.googleapis.com/vit_models/imagenet21k/{VIT_B16}"
 
 
 def load(config: RunConfig, classes: int) -> vit.ViT:
@@ -26,16 +31,28 @@ def load(config: RunConfig, classes: int) -> vit.ViT:
     options |= {"num_classes": classes, "image_size": config.image_size}
     if config.model == "dinov2_saliency":
         return dinov2_saliency.load(**options)
+    if config.model == VIT_B16 and not Path(VIT_B16).exists():
+        raise FileNotFoundError(
+            f"There is no {VIT_B16} here: get it from {VIT_B16_URL} (Apache-2.0),"
+            " or give other weights with --model."
+        )
     return vit.load(config.model, **options)
 
 
-def transform(config: RunConfig, model: vit.ViT) -> Transform:
-    """Images as the model's weights expect them: VTAB's resize, their constants."""
-    if config.model == small_vit.NAME:
-        return small_vit.TRANSFORM
+def transforms(config: RunConfig, model: vit.ViT) -> tuple[Transform, Transform]:
+    """Of training images, and of all others, with the constants of the weights."""
     given = model.config
-    mean, std = (
-        tuple(numbers) * (given.channels // len(numbers))
-        for numbers in (given.pixel_mean, given.pixel_std)
+    if config.model == small_vit.NAME:
+        whole = small_vit.TRANSFORM
+    else:
+        mean, std = (
+            tuple(numbers) * (given.channels // len(numbers))
+            for numbers in (given.pixel_mean, given.pixel_std)
+        )
+        whole = Transform(given.image_hw, mean=mean, std=std)
+    if config.crop == "resize":
+        return whole, whole
+    return (
+        dataclasses.replace(whole, crop="random"),
+        dataclasses.replace(whole, crop="centre"),
     )
-    return Transform(given.image_hw, mean=mean, std=std)

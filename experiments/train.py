@@ -11,16 +11,38 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array
+from jax.sharding import Mesh
 
 import snella_jax as snella
+from experiments import evaluation
+from experiments import mesh as meshes
 from experiments.checkpoints import Checkpoints
 from experiments.data import pipeline
+from experiments.data.mix import Mix
 from experiments.data.source import Source
-from experiments.data.task import Task
 from experiments.data.transforms import Transform
+from experiments.recipe import Recipe
 
 Schedule = Callable[[int], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a method trains on, and what it is followed on.
+
+    Attributes:
+      train: the training examples.
+      follow: evaluated after epochs; None for nothing.
+      augment: of the training images.
+      transform: of the images that are followed.
+      mix: of whole training batches.
+    """
+
+    train: Source
+    follow: Source | None
+    augment: Transform
+    transform: Transform
+    mix: Mix | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +52,9 @@ class Epoch:
     Attributes:
       epoch: from 1.
       train_loss: mean over the epoch's steps.
-      val_accuracy: on the validation split, after the epoch.
+      lr: learning rate of its last step.
+      accuracy: on what is followed, after the epoch; None where it is not evaluated.
+      ema_accuracy: likewise, of the running mean of the weights.
       density: fraction of the adapted weights that could move in this epoch; None where
         the method has no budgets.
       seconds_per_step: median over the epoch's steps but the first, which may compile.
@@ -39,53 +63,32 @@ class Epoch:
 
     epoch: int
     train_loss: float
-    val_accuracy: float
+    lr: float
+    accuracy: float | None
+    ema_accuracy: float | None
     density: float | None
     seconds_per_step: float
     moved: snella.Reallocation | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How long and how fast to train."""
-
-    epochs: int
-    warmup_epochs: int
-    batch: int
-    lr: float
-    weight_decay: float
-    seed: int
-
-    def optimizer(self, steps: int, *first: optax.GradientTransformation):
-        """AdamW with a linear warm-up and a cosine to 1% of `lr`, after `first`."""
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0,
-            self.lr,
-            self.warmup_epochs * steps,
-            self.epochs * steps,
-            self.lr / 100,
-        )
-        decay = {"weight_decay": self.weight_decay, "mask": snella.decay_mask}
-        return optax.chain(*first, optax.adamw(schedule, **decay))
 
 
 class Trainer:
     """Trains every `nnx.Param` of a model, an epoch at a time.
 
     Order, augmentation and noise depend on the seed and the step alone: a run that goes
-    on from a checkpoint, on the same machine with the same versions, ends with the same
-    numbers as one that was not interrupted (as far as the device is deterministic).
+    on from a checkpoint, on the same devices with the same versions, ends with the same
+    numbers as one that was not interrupted (as far as the devices are deterministic).
 
     Attributes:
       passed: epochs that are over.
+      steps: in an epoch.
     """
 
     def __init__(
         self,
         model: nnx.Module,
-        task: Task,
+        data: Data,
         recipe: Recipe,
-        transform: Transform,
+        mesh: Mesh,
         watch: tuple[optax.GradientTransformation, ...] = (),
         schedule: Schedule | None = None,
         checkpoints: Checkpoints | None = None,
@@ -94,38 +97,39 @@ class Trainer:
 
         Args:
           model: a classifier, adapted or not, whose frozen parts are no `nnx.Param`.
-          task: trains on its training source and follows the validation source.
+          data: to train on and to follow.
           recipe: length and rates.
-          transform: of the images.
+          mesh: the devices.
           watch: transformations in front of the optimizer (`snella.track_importance`).
           schedule: the total budget of each epoch, from 0; None where nothing has
             budgets.
           checkpoints: where each epoch's end is saved.
         """
-        self.task, self.recipe, self.transform = task, recipe, transform
+        self.data, self.recipe, self.mesh = data, recipe, mesh
         self.schedule, self.checkpoints = schedule, checkpoints
-        self.steps = len(task.train) // recipe.batch
-        self.graphdef, trainable, budgets, self.frozen = nnx.split(
+        self.steps = len(data.train) // recipe.batch
+        self.graphdef, trainable, budgets, frozen = nnx.split(
             model, nnx.Param, snella.Budget, ...
         )
+        self.frozen = meshes.place(frozen, mesh)
+        # Copies: steps donate their state, and the caller keeps its model.
+        trainable = jax.tree.map(jnp.copy, trainable)
         tx = recipe.optimizer(self.steps, *watch)
-        self.state: dict[str, Any] = {
-            "trainable": trainable,
-            "opt_state": tx.init(trainable),
-            "budgets": budgets,
-        }
-        self.weights = snella.adapted_weights(model) if budgets else 0
-        self.step = jax.jit(training_step(self.graphdef, tx))
-        self.predict = jax.jit(_predict(self.graphdef))
-        self.stream = iter(
-            pipeline.training(
-                task.train,
-                transform,
-                batch=recipe.batch,
-                epochs=recipe.epochs,
-                seed=recipe.seed,
-            )
+        self.state: dict[str, Any] = meshes.place(
+            {
+                "trainable": trainable,
+                "opt_state": tx.init(trainable),
+                "budgets": budgets,
+            },
+            mesh,
         )
+        if recipe.ema:
+            self.state["ema"] = jax.tree.map(jnp.copy, self.state["trainable"])
+        self.weights = snella.adapted_weights(model) if budgets else 0
+        self.step = _step(self.graphdef, tx, recipe)
+        self.count = evaluation.counter(self.graphdef)
+        self.rate = recipe.rate(self.steps)
+        self.stream = iter(self._batches())
         self.passed = 0
         if checkpoints and (found := checkpoints.newest(self.state)):
             self.passed, self.state, position = found
@@ -134,11 +138,23 @@ class Trainer:
     @property
     def model(self) -> Any:
         """The model as it is now."""
-        return nnx.merge(self.graphdef, *self._states)
+        return nnx.merge(self.graphdef, *self._states())
 
     @property
-    def _states(self) -> tuple[Any, Any, Any]:
-        return self.state["trainable"], self.state["budgets"], self.frozen
+    def ema_model(self) -> Any:
+        """The model with the running mean of its weights; None where there is none."""
+        if "ema" not in self.state:
+            return None
+        return nnx.merge(self.graphdef, *self._states("ema"))
+
+    def best_model(self) -> tuple[int, Any]:
+        """The best epoch on what is followed, and its model; (0, None) without one."""
+        found = self.checkpoints.best(self.state) if self.checkpoints else None
+        if found is None:
+            return 0, None
+        epoch, best = found
+        states = best["trainable"], best["budgets"], self.frozen
+        return epoch, nnx.merge(self.graphdef, *states)
 
     def epochs(self, on_step: Callable[[float], None]) -> Iterator[Epoch]:
         """Trains; yields after each epoch that is left, and saves it after that.
@@ -150,20 +166,25 @@ class Trainer:
           FloatingPointError: a loss or update that is not finite; names the step, the
             images and the last good checkpoint, which stays.
         """
-        for epoch in range(self.passed, self.recipe.epochs):
+        for epoch in range(self.passed, self.recipe.total_epochs):
             moved = None
             if self.schedule is not None and epoch:
                 self.state["budgets"], moved = snella.reallocate(
                     self.state["budgets"], self.state["opt_state"], self.schedule(epoch)
                 )
             losses, seconds = self._train(epoch, on_step)
-            val = count_hits(
-                self.predict, self._states, self.task.validation, self.transform
-            )
+            accuracy = ema_accuracy = None
+            follow = self.data.follow if self.recipe.evaluates(epoch + 1) else None
+            if follow is not None:
+                accuracy = self._accuracy("trainable", follow)
+                if "ema" in self.state:
+                    ema_accuracy = self._accuracy("ema", follow)
             yield Epoch(
                 epoch=epoch + 1,
                 train_loss=float(np.mean(losses)),
-                val_accuracy=val,
+                lr=float(np.asarray(self.rate((epoch + 1) * self.steps - 1))),
+                accuracy=accuracy,
+                ema_accuracy=ema_accuracy,
                 density=_density(self.state["budgets"], self.weights),
                 seconds_per_step=float(np.median(seconds[1:] or seconds)),
                 moved=moved,
@@ -171,37 +192,55 @@ class Trainer:
             self.passed = epoch + 1
             if self.checkpoints is not None:  # now: what was yielded is on record
                 position = self.stream.get_state()
-                self.checkpoints.save(self.passed, self.state, position, val)
+                self.checkpoints.save(self.passed, self.state, position, accuracy)
+
+    def close(self) -> None:
+        """Stops the threads that make batches."""
+        self.stream.close()
+
+    def _batches(self) -> Any:
+        stream = pipeline.training(
+            self.data.train,
+            self.data.augment,
+            batch=self.recipe.batch,
+            epochs=self.recipe.total_epochs,
+            seed=self.recipe.seed,
+            mix=self.data.mix,
+            shard=pipeline.Shard.of_this_process(),
+        )
+        return pipeline.to_devices(stream, meshes.of_batches(self.mesh))
 
     def _train(
         self, epoch: int, on_step: Callable[[float], None]
     ) -> tuple[list[float], list[float]]:
         """Losses and seconds of an epoch's steps."""
         key, losses, seconds = jax.random.key(self.recipe.seed), [], []
+        state = {name: self.state[name] for name in self.state if name != "budgets"}
         for index in range(self.steps):
             start = time.perf_counter()
             batch = next(self.stream)
-            trainable, budgets, frozen = self._states
-            self.state["trainable"], self.state["opt_state"], loss = self.step(
-                trainable,
-                self.state["opt_state"],
-                budgets,
-                frozen,
-                batch["image"],
-                batch["label"],
-                jax.random.fold_in(key, epoch * self.steps + index),
+            noise = jax.random.fold_in(key, epoch * self.steps + index)
+            state, loss = self.step(
+                state, self.state["budgets"], self.frozen, batch, noise
             )
             losses.append(float(loss))
             seconds.append(time.perf_counter() - start)
             if not math.isfinite(losses[-1]):
-                images = batch["index"].tolist()
                 raise FloatingPointError(
                     f"the loss or its gradient is not finite at step {index + 1} of "
-                    f"epoch {epoch + 1}, on the training images {images}; "
-                    f"{self._last_good()}"
+                    f"epoch {epoch + 1}, on the training images "
+                    f"{_here(batch['index'])}; {self._last_good()}"
                 )
             on_step(losses[-1])
+        self.state |= state
         return losses, seconds
+
+    def _states(self, which: str = "trainable") -> tuple[Any, Any, Any]:
+        return self.state[which], self.state["budgets"], self.frozen
+
+    def _accuracy(self, which: str, source: Source) -> float:
+        states, transform = self._states(which), self.data.transform
+        return evaluation.accuracy(self.count, states, source, transform, self.mesh)
 
     def _last_good(self) -> str:
         saved = self.checkpoints and self.checkpoints.last()
@@ -210,46 +249,45 @@ class Trainer:
         return f"the checkpoint of epoch {saved} is in {self.checkpoints.folder}"
 
 
-def evaluate(model: nnx.Module, source: Source, transform: Transform) -> float:
-    """Accuracy of a model on a source."""
-    graphdef, state = nnx.split(model)
-    return count_hits(jax.jit(_predict(graphdef)), (state,), source, transform)
-
-
-def count_hits(
-    predict: Callable[[tuple, Array], Array],
-    states: tuple,
-    source: Source,
-    transform: Transform,
-) -> float:
-    """Accuracy of predictions on a source, in batches of one shape."""
-    hits = 0
-    for batch in pipeline.evaluation(source, transform, batch=min(256, len(source))):
-        right = np.asarray(predict(states, batch["image"])) == batch["label"]
-        hits += int((right & batch["valid"]).sum())
-    return hits / len(source)
-
-
-def training_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation) -> Callable:
+def training_step(
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, accumulate: int = 1
+) -> Callable:
     """One step on the cross entropy, to be jitted.
+
+    Args:
+      graphdef: of a classifier.
+      tx: the optimizer; it sees the mean gradient of the whole batch.
+      accumulate: parts into which the batch is cut, computed one after the other.
 
     Returns:
       A function of `trainable, opt_state, budgets, frozen, images, labels, key` that
       gives the new `trainable` and `opt_state` and the loss; not a number, too, where
-      the update is not finite.
+      the update is not finite. `labels` are int32 `[B]`, or distributions over the
+      classes, `[B, classes]`.
     """
 
-    def step(trainable, opt_state, budgets, frozen, images, labels, key):
-        def loss_fn(trainable):
-            model: Any = nnx.merge(graphdef, trainable, budgets, frozen)
-            key_adapter, key_model = jax.random.split(key)
-            snella.seed(model, key_adapter)
-            logits = model(images, key_model).astype(jnp.float32)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                logits, labels
-            ).mean()
+    def loss_fn(trainable, budgets, frozen, images, labels, key):
+        model: Any = nnx.merge(graphdef, trainable, budgets, frozen)
+        key_adapter, key_model = jax.random.split(key)
+        snella.seed(model, key_adapter)
+        logits = model(images, key_model).astype(jnp.float32)
+        entropy = (
+            optax.softmax_cross_entropy_with_integer_labels
+            if labels.ndim == 1
+            else optax.softmax_cross_entropy
+        )
+        return entropy(logits, labels).mean()
 
-        loss, grads = jax.value_and_grad(loss_fn)(trainable)
+    def step(trainable, opt_state, budgets, frozen, images, labels, key):
+        def gradient(images, labels, key):
+            return jax.value_and_grad(loss_fn)(
+                trainable, budgets, frozen, images, labels, key
+            )
+
+        if accumulate == 1:
+            loss, grads = gradient(images, labels, key)
+        else:
+            loss, grads = _mean_over_parts(gradient, accumulate, images, labels, key)
         updates, opt_state = tx.update(grads, opt_state, trainable)
         loss = jnp.where(jnp.isfinite(optax.tree.norm(updates)), loss, jnp.nan)
         return optax.apply_updates(trainable, updates), opt_state, loss
@@ -257,13 +295,49 @@ def training_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation) -> C
     return step
 
 
-def _predict(graphdef: nnx.GraphDef) -> Callable[[tuple, Array], Array]:
-    def predict(states: tuple, images: Array) -> Array:
-        model: Any = nnx.merge(graphdef, *states)
-        model.eval()
-        return model(images).argmax(-1)
+def _mean_over_parts(gradient, parts: int, images, labels, key) -> Any:
+    """Loss and gradient of a batch, a part of it at a time."""
 
-    return predict
+    def cut(x):  # every part gets its share of each device's images
+        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+    batches = cut(images), cut(labels), jax.random.split(key, parts)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], batches)),
+    )
+
+    def add(total, batch):
+        return jax.tree.map(jnp.add, total, gradient(*batch)), None
+
+    total, _ = jax.lax.scan(add, zeros, batches)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def _step(
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, recipe: Recipe
+) -> Callable:
+    """The jitted step of a recipe, on `trainable`, `opt_state` and perhaps `ema`."""
+    update = training_step(graphdef, tx, recipe.accumulate)
+
+    def step(state, budgets, frozen, batch, key):
+        arguments = budgets, frozen, batch["image"], batch["label"], key
+        trainable, opt_state, loss = update(
+            state["trainable"], state["opt_state"], *arguments
+        )
+        new = {"trainable": trainable, "opt_state": opt_state}
+        if recipe.ema:
+            share = 1 - recipe.ema
+            new["ema"] = optax.incremental_update(trainable, state["ema"], share)
+        return new, loss
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _here(indices: jax.Array) -> list[int]:
+    """What of an array over all devices lies on those of this process."""
+    shards = {str(shard.index): shard.data for shard in indices.addressable_shards}
+    return np.concatenate([np.asarray(data) for data in shards.values()]).tolist()
 
 
 def _density(budgets: nnx.State, weights: int) -> float | None:

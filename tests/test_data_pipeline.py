@@ -137,14 +137,6 @@ def test_evaluation_sees_every_example_once(batch, count):
     assert sorted(seen) == list(range(30)) and len(set(lengths)) == 1
 
 
-def test_arrays_are_the_source_in_order():
-    plain = dataclasses.replace(TRANSFORM, crop="resize")
-    split = pipeline.arrays(source(), plain)
-    assert len(split) == 30 and split.labels.tolist() == list(range(30))
-    expected = plain(source()[7]["image"], RNG(0))
-    np.testing.assert_array_equal(split.images[7], expected)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -11,16 +11,16 @@ from flax import nnx
 from PIL import Image
 
 import snella_jax as snella
+from experiments import command, mesh, presets, small_vit, vtab, weights
 from experiments import config as configs
-from experiments import small_vit, vtab, weights
-from experiments.data import digits, fashion_mnist, pipeline
+from experiments.data import digits, fashion_mnist
 from experiments.methods import linear_probe, lora
 from experiments.pretrain import augment
 from snella_jax.models.vit import ViT, ViTConfig
 
 
 def parse(*argv):
-    return configs.parse("vtab", list(argv))
+    return command.parse("vtab", presets.VTAB, list(argv), "vtab1k")
 
 
 def test_a_preset_and_overrides_of_single_fields():
@@ -64,6 +64,29 @@ def test_a_runs_own_config_reads_back(tmp_path):
             "expected at least 2",
         ),
         (["--config", "quickstart", "--batch", "0"], "batch=0: expected at least 1"),
+        (
+            ["--config", "quickstart", "--accumulate", "3"],
+            "expected a divisor of batch",
+        ),
+        (["--config", "quickstart", "--ema", "1"], "ema=1.0: expected"),
+        (["--config", "quickstart", "--mixup", "-1"], "mixup=-1.0"),
+        (["--config", "quickstart", "--no_decay", "("], "does not compile"),
+        (["--config", "quickstart", "--distributed"], "expected --out, the same for"),
+        (
+            [
+                "--config",
+                "quickstart",
+                "--snella.kernel",
+                "rbf",
+                "--snella.temperature",
+            ],
+            "snella.kernel=rbf has no temperature",
+        ),
+        (
+            ["--config", "quickstart", "--snella.gate", "none"],
+            "gate='none' lets every weight move",
+        ),
+        (["--config", "quickstart", "--grid.lr_factors", "0"], "expected positive"),
     ],
 )
 def test_bad_command_lines_list_what_is_valid(argv, message):
@@ -88,6 +111,10 @@ def test_bad_command_lines_list_what_is_valid(argv, message):
         (["--linear.strengths", "-1"], "expected positive numbers"),
         (["--methods", "snella", "snella"], "expected each once"),
         (["--seed", "-1"], "seed=-1"),
+        (["--mesh", "data=3"], "3 devices and accumulate=1 do not divide it"),
+        (["--mesh", "data=8"], "takes 8 devices: there are 4"),
+        (["--mesh", "rows=2"], "expected data=N, model=N or data=N,model=N"),
+        (["--no_decay", "hed"], "matches nothing that decays: blocks/attn/key/"),
     ],
 )
 def test_what_cannot_run_is_said_before_anything_is_written(tmp_path, argv, message):
@@ -130,15 +157,9 @@ def test_help_lists_presets_and_fields(capsys):
         assert field in shown
 
 
-def loaded(**options):
-    return pipeline.in_memory(digits.load(**options), small_vit.TRANSFORM)
-
-
 def test_digits_are_split_800_200_797_without_overlap_and_always_alike():
-    task, again = loaded(), loaded()
+    task, again = digits.load(), digits.load()
     assert [len(s) for s in (task.train, task.validation, task.test)] == [800, 200, 797]
-    assert task.train.images.shape == (800, 28, 28, 1)
-    assert task.train.images.dtype == np.float32
     for split in ("train", "validation", "test"):
         ours, theirs = getattr(task, split), getattr(again, split)
         np.testing.assert_array_equal(ours.images, theirs.images)
@@ -146,7 +167,7 @@ def test_digits_are_split_800_200_797_without_overlap_and_always_alike():
     seen = [s.tobytes() for part in (task.train, task.validation, task.test)
             for s in part.images]  # fmt: skip
     assert len(set(seen)) == 1797  # no two digits are equal, so none is in two splits
-    other = loaded(split_seed=1)
+    other = digits.load(split_seed=1)
     assert (other.train.labels != task.train.labels).any()
 
 
@@ -193,9 +214,9 @@ def test_augmentation_flips_and_shifts_whole_images():
 
 def test_the_committed_weights_fit_the_model_and_carry_knowledge():
     """A probe on the features beats one on the same network with random weights."""
-    task = loaded()
-    pretrained = linear_probe.train(small_vit.load(0), task, (1.0,))
-    random = linear_probe.train(ViT(small_vit.SMALL, rngs=nnx.Rngs(0)), task, (1.0,))
+    how = digits.load(), small_vit.TRANSFORM, mesh.make("data=1"), (1.0,)
+    pretrained = linear_probe.train(small_vit.load(0), *how)
+    random = linear_probe.train(ViT(small_vit.SMALL, rngs=nnx.Rngs(0)), *how)
     assert pretrained.trainable == 970
     assert pretrained.test_accuracy > max(0.9, random.test_accuracy + 0.02)
     size = sum(v.size for v in jax.tree.leaves(nnx.state(small_vit.load(0))))
@@ -258,7 +279,8 @@ def test_lora_is_the_linear_kernel_without_a_threshold():
 
 
 def run(out, *argv):
-    return vtab.main(["--config", "quickstart", "--out", str(out), *argv])
+    start = ["--config", "quickstart", "--out", str(out), "--mesh", "data=1"]
+    return vtab.main([*start, *argv])
 
 
 def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):

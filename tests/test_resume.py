@@ -16,14 +16,16 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import metrics, small_vit, train, vtab
+from experiments import evaluation, mesh, metrics, small_vit, train, vtab
 from experiments.checkpoints import Checkpoints
 from experiments.data.source import Arrays
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
+from experiments.recipe import Recipe
 from snella_jax.models.vit import ViT, ViTConfig
 
 SHORT = ["--epochs", "4", "--warmup-epochs", "1", "--methods", "snella"]
+SHORT += ["--batch", "100"]
 PROGRAM = [sys.executable, "-m", "experiments.vtab"]
 
 
@@ -54,11 +56,14 @@ def weights(out):
     return found["state"], found["position"]
 
 
-def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(tmp_path):
+@pytest.mark.parametrize("devices", ["data=1", "data=4"])
+def test_a_run_that_was_killed_three_times_ends_as_one_that_was_not(devices, tmp_path):
+    """On one device, and on a mesh of four."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    vtab.main(["--config", "quickstart", "--out", str(whole), *SHORT])
+    short = [*SHORT, "--mesh", devices]
+    vtab.main(["--config", "quickstart", "--out", str(whole), *short])
     rng = np.random.default_rng()  # other moments each time
-    start = ["--config", "quickstart", "--out", broken, *SHORT]
+    start = ["--config", "quickstart", "--out", broken, *short]
     for rows in (1, 2, 3):
         process = started(*start)
         kill_after(process, broken, rows, rng.uniform(0, 0.6))
@@ -124,14 +129,13 @@ def task(size=20):
 
 @contextlib.contextmanager
 def training(folder, epochs=3, **options):
-    recipe = train.Recipe(
-        epochs=epochs, warmup_epochs=0, batch=4, lr=1e-2, weight_decay=0.0, seed=0
-    )
+    recipe, one = Recipe(epochs=epochs, batch=4, lr=1e-2), mesh.make("data=1")
+    data = train.Data(task().train, task().validation, TRANSFORM, TRANSFORM)
     model = ViT(TINY, rngs=nnx.Rngs(0))
     with contextlib.closing(Checkpoints(folder)) as saved:
-        yield train.Trainer(
-            model, task(), recipe, TRANSFORM, checkpoints=saved, **options
-        )
+        trainer = train.Trainer(model, data, recipe, one, checkpoints=saved, **options)
+        with contextlib.closing(trainer):
+            yield trainer
 
 
 def run(trainer):
@@ -208,11 +212,13 @@ def test_an_update_that_is_not_finite_is_named_and_never_saved(
         assert np.isfinite(leaf).all()
 
 
-def test_evaluation_counts_every_image_once():
+@pytest.mark.parametrize("devices", ["data=1", "data=3"])
+def test_evaluation_counts_every_image_once(devices):
     model = small_vit.load(0)
     images = np.zeros((300, 28, 28, 1), np.uint8)
     image = small_vit.TRANSFORM(images[0], np.random.default_rng(0))
     prediction = int(model(image[None])[0].argmax())
     labels = np.where(np.arange(300) < 299, prediction, prediction - 1)
-    got = train.evaluate(model, Arrays(images, labels), small_vit.TRANSFORM)
+    where = small_vit.TRANSFORM, mesh.make(devices)
+    got = evaluation.evaluate(model, Arrays(images, labels), *where)
     assert got == pytest.approx(299 / 300)

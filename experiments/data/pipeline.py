@@ -16,7 +16,6 @@ from absl import flags
 
 from experiments.data.mix import Mix
 from experiments.data.source import Source
-from experiments.data.task import InMemory, Split, Task
 from experiments.data.transforms import Transform
 
 
@@ -135,19 +134,6 @@ def to_devices(stream: grain.IterDataset, sharding: jax.sharding.Sharding) -> An
 
     ahead = grain.experimental.ThreadPrefetchIterDataset
     return ahead(stream.map(place), prefetch_buffer_size=2)
-
-
-def in_memory(task: Task, transform: Transform) -> InMemory:
-    """A small task, all of it transformed once."""
-    sources = (task.train, task.validation, task.test)
-    return InMemory(task.name, task.classes, *(arrays(s, transform) for s in sources))
-
-
-def arrays(source: Source, transform: Transform) -> Split:
-    """All of a small source, transformed."""
-    batches = list(evaluation(source, transform, batch=min(256, max(1, len(source)))))
-    joined = {k: np.concatenate([b[k] for b in batches]) for k in ("image", "label")}
-    return Split(joined["image"][: len(source)], joined["label"][: len(source)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,6 @@
 
 import dataclasses
 
-import numpy as np
-from jaxtyping import Float, Int
-
 from experiments.data.source import Joined, Source
 
 
@@ -32,30 +29,3 @@ class Task:
     def full(self) -> Source:
         """What the final run trains on, once everything is chosen (VTAB-1k's 1000)."""
         return Joined(self.train, self.validation)
-
-
-@dataclasses.dataclass(frozen=True)
-class InMemory:
-    """A small task, transformed once."""
-
-    name: str
-    classes: int
-    train: "Split"
-    validation: "Split"
-    test: "Split"
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """`N` examples in memory, transformed.
-
-    Attributes:
-      images: float32 `[N, H, W, C]`, normalised as the model expects.
-      labels: int32 `[N]`, from 0.
-    """
-
-    images: Float[np.ndarray, "N H W C"]
-    labels: Int[np.ndarray, " N"]
-
-    def __len__(self) -> int:
-        return len(self.labels)

@@ -9,13 +9,13 @@ import dataclasses
 import time
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
-from jaxtyping import Float
+from jax.sharding import Mesh
 from sklearn.linear_model import LogisticRegression
 
-from experiments.data.task import InMemory, Split
+from experiments import evaluation
+from experiments.data.task import Task
+from experiments.data.transforms import Transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Probe:
     Attributes:
       strength: scikit-learn's `C`, the inverse L2 strength, chosen on validation.
       steps: L-BFGS iterations to convergence.
+      val_accuracy: on validation, of the head that was fitted to the training split.
       seconds_per_step: of one iteration, on features computed beforehand.
     """
 
@@ -36,43 +37,61 @@ class Probe:
     seconds_per_step: float
 
 
-def train(model: Any, task: InMemory, strengths: tuple[float, ...]) -> Probe:
+def train(
+    model: Any,
+    task: Task,
+    transform: Transform,
+    mesh: Mesh,
+    strengths: tuple[float, ...],
+    refit: bool = False,
+) -> Probe:
     """Fits a head for each `C` in `strengths` and keeps the best on validation.
 
     Args:
       model: a classifier with a `head`; what comes before it stays as it is.
       task: the splits; the test split is used once, for the head that is kept.
+      transform: of the images.
+      mesh: the devices that compute the features.
       strengths: inverse L2 strengths to choose from.
+      refit: fit the head that is kept to training and validation together.
 
     Raises:
       RuntimeError: a fit that does not converge in 10,000 iterations.
     """
-    train, validation = (_features(model, s) for s in (task.train, task.validation))
-    fits = []
-    for strength in sorted(strengths):
-        start = time.perf_counter()
-        head = LogisticRegression(C=strength, max_iter=10_000)
-        head.fit(train, task.train.labels)
-        steps = int(head.n_iter_[0])
-        if steps == head.max_iter:
-            raise RuntimeError(f"C={strength} did not converge in {steps} iterations.")
-        seconds = (time.perf_counter() - start) / steps
-        accuracy = float(head.score(validation, task.validation.labels))
-        fits.append((accuracy, head, strength, steps, seconds))
-    accuracy, head, strength, steps, seconds = max(fits, key=lambda fit: fit[0])
-    test = _features(model, task.test)
+
+    def features(source):
+        return evaluation.features(model, source, transform, mesh)
+
+    train, validation = features(task.train), features(task.validation)
+    fits = [_fitted(strength, *train) for strength in sorted(strengths)]
+    accuracies = [float(fit.head.score(*validation)) for fit in fits]
+    best = int(np.argmax(accuracies))  # the first, so the strongest
+    kept = fits[best]
+    if refit:
+        both = (np.concatenate(pair) for pair in zip(train, validation, strict=True))
+        kept = _fitted(kept.head.C, *both)
+    head = kept.head
     return Probe(
-        strength=strength,
-        steps=steps,
-        val_accuracy=accuracy,
-        test_accuracy=float(head.score(test, task.test.labels)),
+        strength=head.C,
+        steps=kept.steps,
+        val_accuracy=accuracies[best],
+        test_accuracy=float(head.score(*features(task.test))),
         trainable=head.coef_.size + head.intercept_.size,
-        seconds_per_step=seconds,
+        seconds_per_step=kept.seconds_per_step,
     )
 
 
-def _features(model: Any, split: Split) -> Float[np.ndarray, "N D"]:
-    headless = nnx.clone(model)
-    headless.head = lambda pooled: pooled
-    graphdef, state = nnx.split(headless)
-    return np.asarray(jax.jit(lambda x: nnx.merge(graphdef, state)(x))(split.images))
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    head: Any  # LogisticRegression
+    steps: int
+    seconds_per_step: float
+
+
+def _fitted(strength: float, features: np.ndarray, labels: np.ndarray) -> _Fit:
+    start = time.perf_counter()
+    head = LogisticRegression(C=strength, max_iter=10_000).fit(features, labels)
+    steps = int(head.n_iter_[0])
+    if steps == head.max_iter:
+        raise RuntimeError(f"C={strength} did not converge in {steps} iterations.")
+    return _Fit(head, steps, (time.perf_counter() - start) / max(1, steps))

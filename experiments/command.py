@@ -1,0 +1,198 @@
+"""Command lines: a preset, a file or an interrupted run becomes one run or a suite."""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from flax import nnx
+from rich.console import Console
+
+from experiments import mesh as meshes
+from experiments import models
+from experiments.config import RunConfig
+from experiments.data import catalogue, check
+from experiments.data.task import Task
+from experiments.fit import Setting
+from experiments.methods.trained import METHODS
+from experiments.presets import Preset
+
+Presets = Mapping[str, Preset]
+
+
+def parser(program: str) -> argparse.ArgumentParser:
+    """For the words that choose the others' defaults; leaves the rest alone."""
+    return argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+
+
+def interrupted(program: str, argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """What `--resume FOLDER` names, and the other words.
+
+    Raises:
+      SystemExit: it does not stand alone, or is no run's folder.
+    """
+    first = parser(program)
+    first.add_argument("--resume", type=Path)
+    known, rest = first.parse_known_args(list(argv))
+    folder = known.resume
+    if folder is not None and (
+        rest or not any((folder / f).is_file() for f in ("config.json", "suite.json"))
+    ):
+        raise SystemExit(
+            f"{program}: --resume FOLDER stands alone, and FOLDER is that of an "
+            "interrupted run, with its config.json or suite.json."
+        )
+    return folder, rest
+
+
+def parse(
+    program: str, presets: Presets, argv: Sequence[str] | None = None, suite: str = ""
+) -> tuple[str, RunConfig]:
+    """The config's name and the config that a command line means.
+
+    `--config` names a preset or a JSON file with (some) fields of `RunConfig`, such as
+    the `config.json` of an earlier run; other options override single fields.
+
+    Args:
+      program: as users call it.
+      presets: by name.
+      argv: the words after it.
+      suite: a name that stands for several presets, to list among the choices.
+
+    Raises:
+      SystemExit: with a message that lists what is valid, when a preset, file, field or
+        value is none.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = parser(program)
+    first.add_argument("--config")
+    known, rest = first.parse_known_args(argv)
+    wants_help = "--help" in rest or "-h" in rest
+    choices = _choices(presets, suite)
+    if not known.config and not wants_help:
+        raise SystemExit(f"{program}: --config is missing. {choices}")
+    name = known.config or next(iter(presets))
+    default, from_file = _base(program, name, presets, choices)
+    config, unknown = tyro.cli(
+        RunConfig,
+        prog=f"{program} --config {name}",
+        description=f"--config NAME or FILE. {choices}. Alone, --resume FOLDER goes "
+        "on with an interrupted run.",
+        default=default,
+        args=[*from_file, *rest],
+        return_unknown_args=True,
+    )
+    if unknown:
+        raise SystemExit(
+            f"{program}: no field is called {' '.join(unknown)}. There are: "
+            + ", ".join(f"--{field}" for field in _fields(RunConfig()))
+        )
+    try:
+        config.check()
+    except ValueError as error:
+        raise SystemExit(f"{program}: {error}") from error
+    return Path(name).stem, config
+
+
+def from_values(program: str, values: dict[str, Any]) -> RunConfig:
+    """The config that `config.as_dict` made JSON of."""
+    words = [word for pair in _flags(values) for word in pair]
+    return tyro.cli(RunConfig, prog=program, args=words)
+
+
+def prepared(name: str, config: RunConfig, console: Console) -> Setting:
+    """Everything that a run needs; what does not fit is said before it writes.
+
+    Args:
+      name: of the folder among the runs, where `config.out` does not say it.
+
+    Raises:
+      ValueError, OSError, ModuleNotFoundError: something is wrong or missing; says what
+        was expected and what to do.
+    """
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ModuleNotFoundError("--wandb needs Weights & Biases: pip install wandb")
+    mesh = meshes.make(config.mesh)
+    task = catalogue.load(config.task, config.data_dir)
+    base = models.load(config, task.classes)
+    _check_sizes(config, task, mesh.shape["data"])
+    for method in config.adapted:
+        adapted = nnx.eval_shape(lambda m=method: METHODS[m].adapt(config, base))
+        config.recipe(method).decays(nnx.state(adapted, nnx.Param))
+    task = check.checked(task, console, config.skip_corrupt)
+    _check_sizes(config, task, mesh.shape["data"])
+    out = config.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+    return Setting(config, task, base, mesh, console, out)
+
+
+def join_processes(config: RunConfig) -> None:
+    """Finds the other processes of a distributed run, before any device is used."""
+    if config.distributed:
+        jax.distributed.initialize()
+
+
+def _check_sizes(config: RunConfig, task: Task, devices: int) -> None:
+    images = len(task.train)
+    if config.batch > images:
+        raise ValueError(
+            f"batch={config.batch}: expected 1 to {images} (training images)."
+        )
+    if config.batch % (devices * config.accumulate):
+        raise ValueError(
+            f"batch={config.batch}: {devices} devices and accumulate="
+            f"{config.accumulate} do not divide it. --mesh data=N takes fewer devices."
+        )
+
+
+def _base(
+    program: str, name: str, presets: Presets, choices: str
+) -> tuple[RunConfig, list[str]]:
+    """The preset of that name, or the defaults and the flags that a file stands for."""
+    if name in presets:
+        return presets[name].config, []
+    path = Path(name)
+    if not path.is_file():
+        raise SystemExit(f"{program}: no preset or file is called {name!r}. {choices}")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise SystemExit(f"{program}: {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise SystemExit(f"{program}: {path} holds no JSON object of fields.")
+    return RunConfig(), [word for pair in _flags(values) for word in pair]
+
+
+def _flags(values: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flags(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            yield [f"--{prefix}{'' if value else 'no_'}{name}"]
+        else:
+            words = value if isinstance(value, list) else [value]
+            yield [f"--{prefix}{name}", *map(str, words)]
+
+
+def _fields(config: Any, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def _choices(presets: Presets, suite: str) -> str:
+    texts: dict[str, list[str]] = {}
+    for name, preset in presets.items():
+        texts.setdefault(preset.text, []).append(name)
+    groups = [f"{', '.join(names)} ({text})" for text, names in texts.items()]
+    groups += [f"{suite} (all of the benchmark's tasks)"] * bool(suite)
+    return "Presets: " + "; ".join(groups)

@@ -1,0 +1,92 @@
+"""What a model makes of a source, in batches of one shape, on one device or many."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from experiments import mesh as meshes
+from experiments.data import pipeline
+from experiments.data.source import Source
+from experiments.data.transforms import Transform
+
+BATCH = 256
+Count = Callable[[Any, dict[str, Array]], Int[Array, ""]]
+
+
+def counter(graphdef: nnx.GraphDef) -> Count:
+    """A jitted function of the model's states and a batch that counts what is right."""
+
+    @jax.jit
+    def count(states: tuple, batch: dict[str, Array]) -> Array:
+        model: Any = nnx.merge(graphdef, *states)
+        model.eval()
+        right = model(batch["image"]).argmax(-1) == batch["label"]
+        return jnp.sum(right & batch["valid"])
+
+    return count
+
+
+def accuracy(
+    count: Count, states: Any, source: Source, transform: Transform, mesh: Mesh
+) -> float:
+    """Share of a source that is classified correctly.
+
+    Args:
+      count: of the model, from `counter`.
+      states: what `count` takes, on `mesh`.
+      source: every example counts once.
+      transform: of the images.
+    """
+    batches = _batches(source, transform, mesh)
+    return sum(int(count(states, batch)) for batch in batches) / len(source)
+
+
+def features(
+    model: Any, source: Source, transform: Transform, mesh: Mesh
+) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, " N"]]:
+    """What a model's head sees of every example of a source, and the labels."""
+    headless = nnx.clone(model)
+    headless.head = _Nothing()
+    graphdef, state = nnx.split(headless)
+    state = meshes.place(state, mesh)
+    run = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
+    found, labels = [], []
+    for batch in _batches(source, transform, mesh):
+        seen = {**batch, "image": run(state, batch["image"])}
+        whole = multihost_utils.process_allgather(seen, tiled=True)
+        found.append(whole["image"][whole["valid"]])
+        labels.append(whole["label"][whole["valid"]])
+    return np.concatenate(found), np.concatenate(labels)
+
+
+def evaluate(
+    model: nnx.Module, source: Source, transform: Transform, mesh: Mesh
+) -> float:
+    """Accuracy of a model on a source."""
+    graphdef, state = nnx.split(model)
+    states = (meshes.place(state, mesh),)
+    return accuracy(counter(graphdef), states, source, transform, mesh)
+
+
+class _Nothing(nnx.Module):
+    """In the place of a head."""
+
+    def __call__(self, pooled: Array) -> Array:
+        return pooled
+
+
+def _batches(
+    source: Source, transform: Transform, mesh: Mesh
+) -> Iterable[dict[str, Array]]:
+    parts = mesh.shape["data"]
+    batch = -(-min(BATCH, len(source)) // parts) * parts
+    shard = pipeline.Shard.of_this_process()
+    stream = pipeline.evaluation(source, transform, batch=batch, shard=shard)
+    return pipeline.to_devices(stream, meshes.of_batches(mesh))

@@ -1,0 +1,22 @@
+"""Fine-tunes a pre-trained model on fine-grained classification (FGVC, five tasks).
+
+    python -m experiments.fgvc --config cub --data_dir DATA --model ViT-B_16.npz
+    python -m experiments.fgvc --config fgvc --data_dir DATA --model ViT-B_16.npz
+
+Trains on the whole training set with random crops, flips and colour jitter, keeps a
+running mean of the weights, and tests both. `--resume FOLDER` goes on with a run that
+was killed.
+"""
+
+from typing import Any
+
+from experiments import presets, program
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any] | None:
+    """Parses the command line, runs, and returns what `summary.json` holds."""
+    return program.main("python -m experiments.fgvc", presets.FGVC, "fgvc", argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""One method trained on one task, behind a progress bar, with a row for every epoch."""
+
+import contextlib
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as BarTask
+from rich.table import Column
+from rich.text import Text
+
+from experiments import models, train
+from experiments.checkpoints import Checkpoints
+from experiments.config import RunConfig
+from experiments.data.task import Task
+from experiments.data.transforms import Transform
+from experiments.methods.trained import METHODS, Name
+from experiments.metrics import Tracker
+from snella_jax.models.vit import ViT
+
+VAL, TEST = "val_accuracy", "test_accuracy"  # of rows, by what is followed
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all methods of a run share.
+
+    Attributes:
+      base: the pre-trained model.
+      out: the run folder.
+    """
+
+    config: RunConfig
+    task: Task
+    base: ViT
+    mesh: Mesh
+    console: Console
+    out: Path
+
+    @cached_property
+    def transforms(self) -> tuple[Transform, Transform]:
+        """Of training images, and of all others."""
+        return models.transforms(self.config, self.base)
+
+    @property
+    def followed(self) -> str | None:
+        """The split that is evaluated while training."""
+        if not self.config.trains_on_all:
+            return "validation"
+        return "test" if self.config.protocol == "released" else None
+
+    @property
+    def data(self) -> train.Data:
+        """What the protocol trains on and follows."""
+        task, config = self.task, self.config
+        return train.Data(
+            task.full if config.trains_on_all else task.train,
+            getattr(task, self.followed) if self.followed else None,
+            *self.transforms,
+            mix=config.mix(task.classes),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What training left.
+
+    Attributes:
+      rows: of all epochs, as in `metrics.jsonl`.
+      model: of the last epoch.
+      ema_model: with the running mean of the weights, where there is one.
+      best_model: of the best epoch on what was followed, where anything was.
+      best_row: its row.
+    """
+
+    rows: list[dict[str, Any]]
+    model: Any
+    ema_model: Any
+    best_model: Any
+    best_row: dict[str, Any] | None
+
+
+def fit(method: Name, setting: Setting) -> Fitted:
+    """Trains a method, from its last checkpoint on.
+
+    Raises:
+      FloatingPointError: a loss or update that is not finite.
+    """
+    config, out = setting.config, setting.out
+    table = METHODS[method]
+    model = table.adapt(config, setting.base)
+    with contextlib.ExitStack() as stack:
+        saved = Checkpoints(out / "checkpoints" / method)
+        stack.callback(saved.close)
+        trainer = train.Trainer(
+            model,
+            setting.data,
+            config.recipe(method),
+            setting.mesh,
+            watch=table.watch(config),
+            schedule=table.schedule(config, model),
+            checkpoints=saved,
+        )
+        stack.callback(trainer.close)
+        tracker = Tracker(out, method, trainer.passed, config.wandb)
+        stack.callback(tracker.close)
+        _watched(table.title, trainer, tracker, setting)
+        epoch, best = trainer.best_model()
+        return Fitted(
+            rows=tracker.rows,
+            model=trainer.model,
+            ema_model=trainer.ema_model,
+            best_model=best,
+            best_row=tracker.rows[epoch - 1] if epoch else None,
+        )
+
+
+def _watched(
+    title: str, trainer: train.Trainer, tracker: Tracker, setting: Setting
+) -> None:
+    """Runs the epochs that are left."""
+    console, recipe = setting.console, trainer.recipe
+    done, total = (n * trainer.steps for n in (trainer.passed, recipe.total_epochs))
+    with Progress(
+        TextColumn(title, table_column=Column(no_wrap=True)),
+        BarColumn(None),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        _ImageRate(recipe.batch),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        expand=True,
+    ) as bar:
+        shown = bar.add_task("compiling", total=total, completed=done)
+        losses: list[float] = []
+
+        def on_step(loss: float) -> None:
+            losses.append(loss)
+            now = len(tracker.rows) + 1, recipe.total_epochs
+            bar.update(shown, advance=1, description=_brief(now, losses, tracker.rows))
+
+        for epoch in trainer.epochs(on_step):
+            tracker.log(_row(epoch, setting.followed))
+            brief = _brief((epoch.epoch, recipe.total_epochs), losses, tracker.rows)
+            bar.update(shown, description=brief)
+            if not console.is_terminal:  # a log file has no bar
+                console.print(f"{title} {brief}", soft_wrap=True)
+            losses.clear()
+
+
+class _ImageRate(ProgressColumn):
+    def __init__(self, batch: int):
+        self.batch = batch
+        super().__init__(Column(no_wrap=True))
+
+    def render(self, task: BarTask) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed * self.batch:.0f} img/s" if speed else "")
+
+
+def _brief(
+    now: tuple[int, int], losses: list[float], rows: list[dict[str, Any]]
+) -> str:
+    """Epoch, mean loss in it, and the last accuracy and density on record."""
+    parts = ["epoch {}/{}".format(*now), f"loss {sum(losses) / len(losses):.3f}"]
+    for key, name in ((VAL, "val"), (TEST, "test")):
+        known = [row[key] for row in rows if key in row]
+        parts += [f"{name} {accuracy:.1%}" for accuracy in known[-1:]]
+    parts += [f"density {row['density']:.2f}" for row in rows[-1:] if "density" in row]
+    return " ".join(parts)
+
+
+def _row(epoch: train.Epoch, followed: str | None) -> dict[str, Any]:
+    key = {"validation": VAL, "test": TEST}.get(followed or "", "")
+    row = {
+        "epoch": epoch.epoch,
+        "train_loss": epoch.train_loss,
+        "lr": epoch.lr,
+        key: epoch.accuracy,
+        f"ema_{key}": epoch.ema_accuracy,
+        "density": epoch.density,
+        "seconds_per_step": epoch.seconds_per_step,
+    }
+    row = {name: value for name, value in row.items() if value is not None}
+    if moved := epoch.moved:
+        for name, values in (
+            ("importance", moved.scores),
+            ("budget", moved.budgets),
+            ("capacity", moved.capacities),
+        ):
+            row[name] = dict(zip(moved.names, values.tolist(), strict=True))
+    return row

@@ -1,0 +1,101 @@
+"""A run folder: held by one run at a time, every file in it whole or not there.
+
+`config.json` says what runs, `environment.json` on what, `results.json` which methods
+are finished, `summary.json` that all are. Of several processes the first one writes.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import flax
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+import snella_jax as snella
+from experiments import mesh as meshes
+
+LOCK = ".lock"
+
+
+def is_primary() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def write(path: Path, values: Any) -> None:
+    """Writes JSON; a reader sees the old file or the new one, whole."""
+    if is_primary():
+        replace(path, json.dumps(values, indent=2) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Puts a text file in the place of another, at once and on the disk."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read(path: Path) -> Any:
+    """What JSON there is at a path; None where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@contextlib.contextmanager
+def held(out: Path, resume: bool) -> Iterator[None]:
+    """Makes a new folder, or takes up that of an interrupted run.
+
+    Raises:
+      SystemExit: there is something in it already, or another process uses it.
+    """
+    if not is_primary():
+        yield
+        return
+    if not resume and out.exists() and any(_counts(path) for path in out.iterdir()):
+        raise SystemExit(
+            f"{out} is not empty: name another folder with --out, or go on with the "
+            f"run in it with --resume {out}."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(out / LOCK, timeout=0):
+            yield
+    except filelock.Timeout:
+        raise SystemExit(f"Another process is at work in {out}.") from None
+
+
+def environment(mesh: Mesh) -> dict[str, Any]:
+    """Devices and versions, which a run's numbers depend on."""
+    return {
+        "device": f"{meshes.describe(mesh)}, {os.cpu_count()} host cores",
+        "versions": {m.__name__: m.__version__ for m in (snella, jax, flax)},
+    }
+
+
+def started(out: Path, mesh: Mesh, console: Console) -> dict[str, Any]:
+    """The environment a run began in; says so where it goes on in another one."""
+    path, now = out / "environment.json", environment(mesh)
+    first = read(path)
+    if first is None:
+        write(path, now)
+        return now
+    if first != now:
+        console.print(
+            f"The run began on {first}; here are {now}: its numbers may differ from "
+            "those of a run that was not interrupted.",
+            style="yellow",
+            soft_wrap=True,
+        )
+    return first
+
+
+def _counts(path: Path) -> bool:
+    return path.suffix != ".partial" and path.name != LOCK

@@ -1,0 +1,51 @@
+"""What `experiments.vtab` and `experiments.fgvc` do with their words."""
+
+import itertools
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from experiments import command, suite
+from experiments.presets import SUITES
+from experiments.run import run
+
+
+def main(
+    program: str, presets: command.Presets, suite_name: str, argv: list[str] | None
+) -> dict[str, Any] | None:
+    """Parses the command line and runs; returns what `summary.json` of a run holds.
+
+    Args:
+      program: as users call it.
+      presets: that `--config` may name.
+      suite_name: the name that stands for a benchmark's tasks.
+      argv: the words after the program; None for the process's own.
+
+    Raises:
+      SystemExit: with a message, where something does not fit, is missing or fails.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    console = Console()
+    resumed, words = command.interrupted(program, words)
+    if resumed is not None and (resumed / suite.FILE).exists():
+        return suite.resume(resumed, console)
+    if resumed is not None:
+        words = ["--config", str(resumed / "config.json"), "--out", str(resumed)]
+    elif _names(words, suite_name) and not {"--help", "-h"} & set(words):
+        tasks = {name: presets[name] for name in SUITES[suite_name]}
+        found = suite.of(program, tasks, suite_name, words)
+        command.join_processes(next(iter(found.values())))
+        return suite.start(program, suite_name, found, console)
+    name, config = command.parse(program, presets, words, suite_name)
+    command.join_processes(config)
+    try:
+        setting = command.prepared(name, config, console)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"{program}: {error}") from error
+    return run(setting, resume=resumed is not None)
+
+
+def _names(words: list[str], suite_name: str) -> bool:
+    pairs = itertools.pairwise(words)
+    return ("--config", suite_name) in pairs or f"--config={suite_name}" in words

@@ -1,0 +1,243 @@
+"""One run: every method of a config on its task, into a run folder."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from rich.table import Table
+
+from experiments import config as configs
+from experiments import evaluation, figures, folder, metrics, search
+from experiments.fit import TEST, VAL, Fitted, Setting, fit
+from experiments.methods import linear_probe
+from experiments.methods.trained import METHODS, Name
+
+TITLES = {"linear": "linear probe"} | {n: m.title for n, m in METHODS.items()}
+
+
+class RunFailed(SystemExit):
+    """A run stopped by itself; what it finished is in its folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One method's line in the table and in `summary.json`.
+
+    Attributes:
+      test_accuracy: on the test split, of the last epoch: the one to compare.
+      ema_test_accuracy: likewise, of the running mean of the weights.
+      best_epoch: the best epoch on what was followed; None where nothing was.
+      best_test_accuracy: on the test split, of that epoch. Where validation was
+        followed, that is early stopping; where the test split was
+        (`protocol=released`), it was chosen by what it measures, as in the paper.
+      val_accuracy: on the validation split, of the last epoch (for the linear probe, of
+        the head that was fitted without it); None where it was trained on.
+      best_val_accuracy: likewise, of the best epoch.
+      trainable: parameters that train, the head's among them.
+      seconds_per_step: median; of an L-BFGS iteration for the linear probe.
+      density: fraction of the adapted weights that may move; None for no adapter.
+      weights_moved: weights of the base that differ after training.
+      settings: rate, decay and density that were used, perhaps those of a search.
+    """
+
+    test_accuracy: float
+    trainable: int
+    seconds_per_step: float
+    weights_moved: int
+    val_accuracy: float | None = None
+    best_epoch: int | None = None
+    best_val_accuracy: float | None = None
+    best_test_accuracy: float | None = None
+    ema_test_accuracy: float | None = None
+    density: float | None = None
+    settings: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def run(setting: Setting, resume: bool = False) -> dict[str, Any]:
+    """Trains every method, writes the run folder, and returns `summary.json`.
+
+    Args:
+      setting: what to run.
+      resume: go on with the interrupted run in `setting.out`. Methods that are in its
+        `results.json` are not trained again.
+
+    Raises:
+      RunFailed: a loss was not finite, or the disk is full; says how to go on.
+      SystemExit: the folder holds something already, or the run was interrupted.
+    """
+    out = setting.out
+    with folder.held(out, resume):
+        try:
+            return _run(setting)
+        except OSError as error:
+            raise RunFailed(
+                f"{error}. What is done is in {out}; go on with --resume {out} once "
+                "that is mended."
+            ) from error
+        except KeyboardInterrupt:
+            raise SystemExit(f"Go on with it by --resume {out}") from None
+
+
+def _run(setting: Setting) -> dict[str, Any]:
+    config, task, out = setting.config, setting.task, setting.out
+    if not (out / "config.json").exists():
+        folder.write(out / "config.json", configs.as_dict(config))
+    began = folder.started(out, setting.mesh, setting.console)
+    done = folder.read(out / "results.json") or {}
+    for method in config.methods:
+        if method not in done:
+            done[method] = dataclasses.asdict(_result(method, setting))
+            folder.write(out / "results.json", done)
+    results = {name: Result(**done[name]) for name in config.methods}
+    summary = {
+        "task": task.name,
+        "name": config.task,
+        "seed": config.seed,
+        "followed": setting.followed,
+        **began,
+        "methods": {name: done[name] for name in config.methods},
+    }
+    if folder.is_primary():
+        _draw(setting)
+    folder.write(out / "summary.json", summary)
+    setting.console.print(_table(setting, results))
+    setting.console.print(f"Everything is in {out}", soft_wrap=True)
+    return summary
+
+
+def _result(method: Literal["linear", "lora", "snella"], setting: Setting) -> Result:
+    if method == "linear":
+        return _linear(setting)
+    try:
+        return _by_steps(method, setting)
+    except FloatingPointError as error:
+        name = setting.task.name
+        raise RunFailed(f"{name}, {TITLES[method]}: {error}.") from error
+
+
+def _linear(setting: Setting) -> Result:
+    config = setting.config
+    with setting.console.status("linear probe"):
+        probe = linear_probe.train(
+            setting.base,
+            setting.task,
+            setting.transforms[1],
+            setting.mesh,
+            config.linear.strengths,
+            refit=config.trains_on_all,
+        )
+    if folder.is_primary():
+        metrics.keep(setting.out, "linear", 0)
+        metrics.log(setting.out, {"method": "linear", **dataclasses.asdict(probe)})
+    return Result(
+        test_accuracy=probe.test_accuracy,
+        val_accuracy=probe.val_accuracy,
+        trainable=probe.trainable,
+        seconds_per_step=probe.seconds_per_step,
+        weights_moved=0,
+        settings={"strength": probe.strength},
+    )
+
+
+def _by_steps(method: Name, setting: Setting) -> Result:
+    if setting.config.search:
+        config = search.chosen(method, setting)
+        setting = dataclasses.replace(setting, config=config)
+    fitted, table = fit(method, setting), METHODS[method]
+    merged = table.merged(fitted.model)
+    moved = table.moved(setting.config, setting.base, fitted.model, merged)
+    own, last = getattr(setting.config, method), fitted.rows[-1]
+    return Result(
+        **_accuracies(method, setting, fitted, merged),
+        trainable=_size(fitted.model),
+        seconds_per_step=metrics.median(fitted.rows, "seconds_per_step"),
+        density=last.get("density", 1.0),
+        weights_moved=moved,
+        settings={name: getattr(own, name) for name in search.names(own)},
+    )
+
+
+def _accuracies(
+    method: Name, setting: Setting, fitted: Fitted, merged: Any
+) -> dict[str, Any]:
+    """What the test split says of the last epoch, the best one and the mean weights."""
+
+    table, last, best = METHODS[method], fitted.rows[-1], fitted.best_row
+
+    def tested(model: Any, merged: bool = False) -> float:
+        model = model if merged else table.merged(model)
+        source, transform = setting.task.test, setting.transforms[1]
+        return evaluation.evaluate(model, source, transform, setting.mesh)
+
+    found: dict[str, Any] = {"val_accuracy": last.get(VAL)}
+    found["test_accuracy"] = tested(merged, merged=True)
+    if fitted.ema_model is not None:
+        found["ema_test_accuracy"] = tested(fitted.ema_model)
+    if best is not None:
+        accuracy = best.get(TEST)
+        if accuracy is None:  # validation was followed
+            same = best is last
+            accuracy = found["test_accuracy"] if same else tested(fitted.best_model)
+        found |= {
+            "best_epoch": best["epoch"],
+            "best_val_accuracy": best.get(VAL),
+            "best_test_accuracy": accuracy,
+        }
+    return found
+
+
+def _draw(setting: Setting) -> None:
+    """The pictures of a run."""
+    pictures = setting.out / "figures"
+    rows = {
+        method: metrics.of(setting.out, method) for method in setting.config.adapted
+    }
+    if rows:
+        titled = {TITLES[method]: own for method, own in rows.items()}
+        figures.curves(pictures / "curves.png", titled, setting.task.name)
+    moves = [row for row in rows.get("snella", ()) if "importance" in row]
+    if moves:
+        figures.allocation(pictures / "allocation.png", moves)
+        figures.sparsity(pictures / "sparsity.png", moves[-1], setting.task.name)
+
+
+def _table(setting: Setting, results: dict[str, Result]) -> Table:
+    task = setting.task
+    sizes = "/".join(str(len(s)) for s in (task.train, task.validation, task.test))
+    all_of = ", trained on the first two" if setting.config.trains_on_all else ""
+    table = Table(title=f"{task.name}, {sizes} images to train/validate/test{all_of}")
+    extra = [
+        (name, attribute)
+        for name, attribute in (
+            ("best on test", "best_test_accuracy"),
+            ("mean weights", "ema_test_accuracy"),
+            ("val", "val_accuracy"),
+        )
+        if any(getattr(result, attribute) is not None for result in results.values())
+        and (name != "best on test" or setting.followed == "test")
+    ]
+    names = [name for name, _ in extra]
+    for column in ("", "test", *names, "trainable", "s/step", "weights moved"):
+        table.add_column(column, justify="left" if not column else "right")
+    for method, result in results.items():
+        density = "" if result.density is None else f" ({result.density:.0%})"
+        table.add_row(
+            TITLES[method],
+            f"{result.test_accuracy:.2%}",
+            *(_percent(getattr(result, attribute)) for _, attribute in extra),
+            f"{result.trainable:,}",
+            f"{result.seconds_per_step:.4f}",
+            f"{result.weights_moved:,}{density}",
+        )
+    if "linear" in results:
+        table.caption = "a step of the linear probe is an L-BFGS iteration on features"
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _size(model: nnx.Module) -> int:
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,0 +1,102 @@
+"""A search on validation: the learning rate, then the weight decay, then the density.
+
+Every trial trains on the 800 images and is judged on the 200, after its last epoch; the
+test split is not looked at. Ties go to the setting that was tried first, which is the
+method's own. `search.json` holds every trial.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from experiments import folder
+from experiments.config import Grid, RunConfig
+from experiments.fit import VAL, Setting, fit
+from experiments.methods.trained import METHODS, Name
+
+FILE = "search.json"
+SETTINGS = ("lr", "weight_decay", "target_density")
+
+
+def chosen(method: Name, setting: Setting) -> RunConfig:
+    """The config with the best settings of a method.
+
+    Trials that an interrupted run finished are not repeated, and one that it began goes
+    on. One whose loss is not finite counts as failed.
+
+    Raises:
+      FloatingPointError: all trials failed.
+    """
+    path = setting.out / FILE
+    found = folder.read(path) or {}
+    trials: list[dict[str, Any]] = found.setdefault(method, [])
+    settings = getattr(setting.config, method)
+    for name, values in _stages(method, setting.config.grid, settings):
+        for value in values:
+            tried = dataclasses.replace(settings, **{name: value})
+            if not any(_same(trial, tried) for trial in trials):
+                trials.append(_trial(method, setting, tried, len(trials)))
+                folder.write(path, found)
+        settings = dataclasses.replace(settings, **_best(method, trials))
+    setting.console.print(
+        f"{METHODS[method].title}: of {len(trials)} settings "
+        + ", ".join(f"{name} {getattr(settings, name):g}" for name in names(settings))
+        + f" is best on validation ({max(map(_score, trials)):.1%})",
+        soft_wrap=True,
+    )
+    return dataclasses.replace(setting.config, **{method: settings})
+
+
+def _stages(
+    method: Name, grid: Grid, settings: Any
+) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """What is varied, one after the other; the method's own value first."""
+    yield "lr", (settings.lr, *(settings.lr * factor for factor in grid.lr_factors))
+    yield "weight_decay", grid.weight_decays
+    if method == "snella" and settings.gate != "none":
+        yield "target_density", grid.densities
+
+
+def _trial(method: Name, setting: Setting, settings: Any, index: int) -> dict[str, Any]:
+    out = setting.out / "search" / method / str(index)
+    described = {name: getattr(settings, name) for name in names(settings)}
+    config = dataclasses.replace(
+        setting.config, protocol="choose", search=False, ema=0.0, wandb=None
+    )
+    config = dataclasses.replace(config, **{method: settings})
+    setting.console.print(f"trial {index + 1}: {_text(described)}")
+    trial = dataclasses.replace(setting, config=config, out=out)
+    try:
+        last = fit(method, trial).rows[-1]
+        result = {VAL: last[VAL], "train_loss": last["train_loss"]}
+    except FloatingPointError as error:
+        setting.console.print(f"failed: {error}", style="yellow", soft_wrap=True)
+        result = {VAL: None, "failed": str(error)}
+    if folder.is_primary():
+        shutil.rmtree(out / "checkpoints")  # what is left are the curves
+    return {**described, **result}
+
+
+def _best(method: Name, trials: list[dict[str, Any]]) -> dict[str, float]:
+    best = max(trials, key=_score)
+    if best[VAL] is None:
+        raise FloatingPointError("no trial's loss stayed finite; lower its lr")
+    return {name: best[name] for name in SETTINGS if name in best}
+
+
+def _score(trial: dict[str, Any]) -> float:
+    return -1.0 if trial[VAL] is None else trial[VAL]
+
+
+def _same(trial: dict[str, Any], settings: Any) -> bool:
+    return all(trial[name] == getattr(settings, name) for name in names(settings))
+
+
+def names(settings: Any) -> list[str]:
+    """Which of the settings that are searched a method has."""
+    return [name for name in SETTINGS if hasattr(settings, name)]
+
+
+def _text(settings: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
