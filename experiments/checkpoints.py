@@ -4,6 +4,8 @@ A checkpoint appears whole or not at all. The newest stays, and the best on what
 followed.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,17 @@ class Checkpoints:
           state: a pytree of arrays.
           position: of the stream of batches.
           accuracy: by which the best is kept; None where it was not evaluated.
+
+        Raises:
+          OSError: the checkpoint before it could not be written; so do the methods
+            below.
         """
         what = ocp.args.Composite(
             state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
         )
         metrics = None if accuracy is None else {METRIC: accuracy}
-        self.manager.save(epoch, args=what, metrics=metrics)
+        with self._writing():
+            self.manager.save(epoch, args=what, metrics=metrics)
 
     def newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Epochs passed, state and position of the newest; None where there is none.
@@ -63,18 +70,31 @@ class Checkpoints:
 
     def best(self, like: Any) -> tuple[int, Any] | None:
         """The best epoch and its state; None where none was evaluated."""
-        self.manager.wait_until_finished()
+        with self._writing():
+            self.manager.wait_until_finished()
         epoch = self.manager.best_step()
         return None if epoch is None else (epoch, self._restored(epoch, like)["state"])
 
     def last(self) -> int | None:
         """The epoch of the newest one, once everything is written."""
-        self.manager.wait_until_finished()
+        with self._writing():
+            self.manager.wait_until_finished()
         return self.manager.latest_step()
 
     def close(self) -> None:
         """Waits until everything is written."""
-        self.manager.close()
+        with self._writing():
+            self.manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax's and TensorStore's are of many kinds
+            reason = str(error).splitlines()[0]
+            raise OSError(
+                f"A checkpoint could not be written into {self.folder}: {reason}"
+            ) from error
 
     def _restored(self, epoch: int, like: Any) -> Any:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)

@@ -17,7 +17,7 @@ TITLES = {"linear": "linear probe"} | {n: m.title for n, m in METHODS.items()}
 
 
 class RunFailed(SystemExit):
-    """A run stopped by itself; what it finished is in its folder."""
+    """A loss was not finite; what the run finished is in its folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +63,17 @@ def run(setting: Setting, resume: bool = False) -> dict[str, Any]:
         `results.json` are not trained again.
 
     Raises:
-      RunFailed: a loss was not finite, or the disk is full; says how to go on.
-      SystemExit: the folder holds something already, or the run was interrupted.
+      RunFailed: a loss was not finite.
+      SystemExit: the folder holds something already or cannot be written to, or the run
+        was interrupted; says how to go on.
     """
     out = setting.out
     with folder.held(out, resume):
         try:
             return _run(setting)
         except OSError as error:
-            raise RunFailed(
-                f"{error}. What is done is in {out}; go on with --resume {out} once "
+            raise SystemExit(
+                f"{error}\nWhat is done is in {out}; go on with --resume {out} once "
                 "that is mended."
             ) from error
         except KeyboardInterrupt:

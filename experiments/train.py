@@ -126,7 +126,7 @@ class Trainer:
         if recipe.ema:
             self.state["ema"] = jax.tree.map(jnp.copy, self.state["trainable"])
         self.weights = snella.adapted_weights(model) if budgets else 0
-        self.step = _step(self.graphdef, tx, recipe)
+        self.step = self._step(tx)
         self.count = evaluation.counter(self.graphdef)
         self.rate = recipe.rate(self.steps)
         self.stream = iter(self._batches())
@@ -198,6 +198,28 @@ class Trainer:
         """Stops the threads that make batches."""
         self.stream.close()
 
+    def _step(self, tx: optax.GradientTransformation) -> Callable:
+        """The jitted step on `trainable`, `opt_state` and perhaps `ema`."""
+        moving = {name: self.state[name] for name in self.state if name != "budgets"}
+        where = jax.tree.map(lambda leaf: leaf.sharding, moving)  # and stays there
+        update = training_step(
+            self.graphdef, tx, self.recipe.accumulate, where["trainable"]
+        )
+        share = 1 - self.recipe.ema
+
+        def step(state, budgets, frozen, batch, key):
+            arguments = budgets, frozen, batch["image"], batch["label"], key
+            trainable, opt_state, loss = update(
+                state["trainable"], state["opt_state"], *arguments
+            )
+            new = {"trainable": trainable, "opt_state": opt_state}
+            if "ema" in state:
+                mean = optax.incremental_update(trainable, state["ema"], share)
+                new["ema"] = mean
+            return new, loss
+
+        return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
     def _batches(self) -> Any:
         stream = pipeline.training(
             self.data.train,
@@ -250,7 +272,10 @@ class Trainer:
 
 
 def training_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, accumulate: int = 1
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    where: Any = None,
 ) -> Callable:
     """One step on the cross entropy, to be jitted.
 
@@ -258,6 +283,7 @@ def training_step(
       graphdef: of a classifier.
       tx: the optimizer; it sees the mean gradient of the whole batch.
       accumulate: parts into which the batch is cut, computed one after the other.
+      where: a sharding for every leaf of the gradient, those of what trains.
 
     Returns:
       A function of `trainable, opt_state, budgets, frozen, images, labels, key` that
@@ -288,6 +314,9 @@ def training_step(
             loss, grads = gradient(images, labels, key)
         else:
             loss, grads = _mean_over_parts(gradient, accumulate, images, labels, key)
+        if where is not None:
+            # Left to choose, XLA (jax 0.10.2, 2 x 2 CPUs) made NaN of accumulated ones.
+            grads = jax.lax.with_sharding_constraint(grads, where)
         updates, opt_state = tx.update(grads, opt_state, trainable)
         loss = jnp.where(jnp.isfinite(optax.tree.norm(updates)), loss, jnp.nan)
         return optax.apply_updates(trainable, updates), opt_state, loss
@@ -312,26 +341,6 @@ def _mean_over_parts(gradient, parts: int, images, labels, key) -> Any:
 
     total, _ = jax.lax.scan(add, zeros, batches)
     return jax.tree.map(lambda x: x / parts, total)
-
-
-def _step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, recipe: Recipe
-) -> Callable:
-    """The jitted step of a recipe, on `trainable`, `opt_state` and perhaps `ema`."""
-    update = training_step(graphdef, tx, recipe.accumulate)
-
-    def step(state, budgets, frozen, batch, key):
-        arguments = budgets, frozen, batch["image"], batch["label"], key
-        trainable, opt_state, loss = update(
-            state["trainable"], state["opt_state"], *arguments
-        )
-        new = {"trainable": trainable, "opt_state": opt_state}
-        if recipe.ema:
-            share = 1 - recipe.ema
-            new["ema"] = optax.incremental_update(trainable, state["ema"], share)
-        return new, loss
-
-    return jax.jit(step, donate_argnums=0)
 
 
 def _here(indices: jax.Array) -> list[int]:

@@ -1,0 +1,120 @@
+"""Reports: means that are named, seeds that are seeds, and the paper's own numbers."""
+
+import json
+import statistics
+
+import pytest
+
+from experiments import config as configs
+from experiments import paper, presets, report
+
+
+def write_run(folder, task="cifar100", seed=0, accuracy=0.7, method="snella", **change):
+    folder.mkdir(parents=True)
+    preset = presets.VTAB.get(task, presets.QUICKSTART)
+    values = configs.as_dict(preset.config) | {"task": task, "seed": seed}
+    for name, value in change.items():
+        values[method] = values[method] | {name: value}
+    result = {
+        "test_accuracy": accuracy,
+        "best_test_accuracy": accuracy + 0.01,
+        "ema_test_accuracy": None,
+        "trainable": 1234,
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+    summary = {"task": task, "seed": seed, "methods": {method: result}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def made(*folders, **options):
+    return report.table(report.collect(folders), **options)
+
+
+def test_table_xiii_has_the_means_that_the_paper_prints():
+    """Of the 19 tasks; the mean of the three groups is about two points higher."""
+    assert len(paper.TABLE_XIII) == 20
+    for method, tasks in paper.TABLE_XIII.items():
+        assert list(tasks) == list(paper.TASKS)
+        mean = statistics.mean(tasks.values())
+        assert mean == pytest.approx(paper.MEANS[method], abs=0.0501)
+    assert set(paper.TASKS) == set(presets.RELEASED_VTAB)
+    assert paper.TABLE_XIII["SNELLA-32"]["smallnorb_ele"] == 39.9
+    assert paper.TABLE_XIII["linear probe"]["clevr_count"] == 34.3
+
+
+def test_means_of_groups_and_of_tasks_are_two_things(tmp_path):
+    accuracies = {"cifar100": 0.7, "dtd": 0.5, "eurosat": 0.9, "dmlab": 0.3}
+    for task, accuracy in accuracies.items():
+        write_run(tmp_path / task, task, accuracy=accuracy)
+    table = made(tmp_path)
+    ours, theirs = table["columns"]
+    assert (ours["method"], ours["paper"]) == ("SNELLA-32", False)
+    assert ours["groups"] == {
+        "natural": pytest.approx(60), "specialized": pytest.approx(90),
+        "structured": pytest.approx(30),
+    }  # fmt: skip
+    assert ours["mean_of_groups"] == pytest.approx(60)
+    assert ours["mean_of_tasks"] == pytest.approx(60)
+    assert (theirs["method"], theirs["paper"]) == ("SNELLA-32", True)
+    own = (74.3, 72.3, 96.5, 53.0)
+    assert theirs["mean_of_tasks"] == pytest.approx(statistics.mean(own))
+    expected = ((74.3 + 72.3) / 2 + 96.5 + 53.0) / 3
+    assert theirs["mean_of_groups"] == pytest.approx(expected)
+
+
+def test_seeds_have_a_mean_and_a_deviation(tmp_path):
+    for seed, accuracy in enumerate((0.70, 0.72, 0.77)):
+        write_run(tmp_path / str(seed), "dtd", seed, accuracy)
+    (ours, _) = made(tmp_path)["columns"]
+    cell = ours["tasks"]["dtd"]
+    assert cell["mean"] == pytest.approx(73) and list(cell["seeds"]) == ["0", "1", "2"]
+    assert cell["deviation"] == pytest.approx(statistics.stdev((70, 72, 77)))
+    best = made(tmp_path, accuracy="best")["columns"][0]["tasks"]["dtd"]
+    assert best["mean"] == pytest.approx(74)
+    with pytest.raises(ValueError, match="has no ema_test_accuracy of SNELLA-32"):
+        made(tmp_path, accuracy="ema")
+
+
+def test_the_papers_numbers_stand_beside_the_same_task_and_method_alone(tmp_path):
+    write_run(tmp_path / "a", "dsprites_loc_rerendered")
+    write_run(tmp_path / "b", "tuxpaint")
+    columns = made(tmp_path)["columns"]
+    assert [column["paper"] for column in columns] == [False]
+    write_run(tmp_path / "c", "dtd", rank=4)
+    assert [c["method"] for c in made(tmp_path / "c")["columns"]] == ["SNELLA-4"]
+
+
+def test_runs_that_are_no_seeds_of_one_another_are_refused(tmp_path):
+    write_run(tmp_path / "a", seed=0)
+    write_run(tmp_path / "b", seed=1, lr=0.5)
+    with pytest.raises(ValueError, match=r"but differ in snella\.lr: report them"):
+        made(tmp_path)
+    write_run(tmp_path / "c", seed=0)
+    with pytest.raises(ValueError, match="two runs of SNELLA-32 on cifar100 with seed"):
+        made(tmp_path / "a", tmp_path / "c")
+    with pytest.raises(ValueError, match="There is no finished run"):
+        made(tmp_path / "nowhere")
+
+
+def test_a_run_that_is_named_twice_counts_once(tmp_path):
+    folder = write_run(tmp_path / "a")
+    cell = made(folder, tmp_path)["columns"][0]["tasks"]["cifar100"]
+    assert len(cell["seeds"]) == 1
+
+
+def test_the_command_prints_and_writes(tmp_path, capsys):
+    for seed in range(2):
+        write_run(tmp_path / f"runs/{seed}", "dtd", seed, 0.5 + seed / 10)
+        write_run(tmp_path / f"runs/e{seed}", "eurosat", seed, 0.8)
+    out = tmp_path / "new" / "report"
+    value = report.main([str(tmp_path / "runs"), "--out", str(out)])
+    assert json.loads((out / "report.json").read_text()) == value
+    text = (out / "report.md").read_text()
+    assert "| dtd | 55.0 ± 7.1 | 72.3 |" in text
+    assert "| mean, natural (1) | 55.0 | 72.3 |" in text
+    assert "| mean of groups | 67.5 | 84.4 |" in text
+    assert "Test accuracy of the last epoch, %." in text and "Seeds: 2." in text
+    assert "mean of tasks" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="There is no finished run"):
+        report.main([str(tmp_path / "new")])
