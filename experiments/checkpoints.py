@@ -91,7 +91,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax's and TensorStore's are of many kinds
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise OSError(
                 f"A checkpoint could not be written into {self.folder}: {reason}"
             ) from error

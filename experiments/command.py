@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import tyro
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 
+from experiments import folder, models
 from experiments import mesh as meshes
-from experiments import models
 from experiments.config import RunConfig
 from experiments.data import catalogue, check
 from experiments.data.task import Task
@@ -41,15 +42,14 @@ def interrupted(program: str, argv: Sequence[str]) -> tuple[Path | None, list[st
     first = parser(program)
     first.add_argument("--resume", type=Path)
     known, rest = first.parse_known_args(list(argv))
-    folder = known.resume
-    if folder is not None and (
-        rest or not any((folder / f).is_file() for f in ("config.json", "suite.json"))
-    ):
+    out = known.resume
+    files = ("config.json", "suite.json")
+    if out is not None and (rest or not any((out / name).is_file() for name in files)):
         raise SystemExit(
             f"{program}: --resume FOLDER stands alone, and FOLDER is that of an "
             "interrupted run, with its config.json or suite.json."
         )
-    return folder, rest
+    return out, rest
 
 
 def parse(
@@ -122,29 +122,34 @@ def prepared(name: str, config: RunConfig, console: Console) -> Setting:
     mesh = meshes.make(config.mesh)
     task = catalogue.load(config.task, config.data_dir)
     base = models.load(config, task.classes)
-    _check_sizes(config, task, mesh.shape["data"])
+    check_batch(config, task, mesh)
     for method in config.adapted:
         adapted = nnx.eval_shape(lambda m=method: METHODS[m].adapt(config, base))
         config.recipe(method).decays(nnx.state(adapted, nnx.Param))
     task = check.checked(task, console, config.skip_corrupt)
-    _check_sizes(config, task, mesh.shape["data"])
+    check_batch(config, task, mesh)
     out = config.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
     return Setting(config, task, base, mesh, console, out)
 
 
-def join_processes(config: RunConfig) -> None:
-    """Finds the other processes of a distributed run, before any device is used."""
+def join_processes(config: RunConfig, console: Console) -> None:
+    """Finds the other processes of a distributed run, before any device is used.
+
+    One of them prints.
+    """
     if config.distributed:
         jax.distributed.initialize()
+        console.quiet = not folder.is_primary()
 
 
-def _check_sizes(config: RunConfig, task: Task, devices: int) -> None:
-    images = len(task.train)
-    if config.batch > images:
+def check_batch(config: RunConfig, task: Task, mesh: Mesh) -> None:
+    """Raises a `ValueError` where a batch has no place in the data or on the mesh."""
+    images, devices = len(task.train), mesh.shape["data"]
+    if config.adapted and config.batch > images:
         raise ValueError(
             f"batch={config.batch}: expected 1 to {images} (training images)."
         )
-    if config.batch % (devices * config.accumulate):
+    if config.adapted and config.batch % (devices * config.accumulate):
         raise ValueError(
             f"batch={config.batch}: {devices} devices and accumulate="
             f"{config.accumulate} do not divide it. --mesh data=N takes fewer devices."
@@ -171,13 +176,15 @@ def _base(
 
 def _flags(values: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flags(value, f"{prefix}{name}.")
-        elif isinstance(value, bool):
-            yield [f"--{prefix}{'' if value else 'no_'}{name}"]
-        else:
-            words = value if isinstance(value, list) else [value]
-            yield [f"--{prefix}{name}", *map(str, words)]
+        match value:
+            case dict():
+                yield from _flags(value, f"{prefix}{name}.")
+            case bool():
+                yield [f"--{prefix}{'' if value else 'no_'}{name}"]
+            case list() | tuple():
+                yield [f"--{prefix}{name}", *map(str, value)]
+            case _:  # which may begin with a dash
+                yield [f"--{prefix}{name}={value}"]
 
 
 def _fields(config: Any, prefix: str = "") -> Iterator[str]:
@@ -194,5 +201,5 @@ def _choices(presets: Presets, suite: str) -> str:
     for name, preset in presets.items():
         texts.setdefault(preset.text, []).append(name)
     groups = [f"{', '.join(names)} ({text})" for text, names in texts.items()]
-    groups += [f"{suite} (all of the benchmark's tasks)"] * bool(suite)
+    groups += [f"{suite} (the benchmark, or --tasks of it)"] * bool(suite)
     return "Presets: " + "; ".join(groups)

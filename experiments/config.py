@@ -26,7 +26,9 @@ class Lora:
     lr: float = 1e-2
     """Peak learning rate."""
     weight_decay: float = 1e-4
+    """Of AdamW."""
     rank: int = 8
+    """Columns of the factors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +38,22 @@ class Snella:
     lr: float = 2e-2
     """Peak learning rate."""
     weight_decay: float = 1e-4
+    """Of AdamW."""
     rank: int = 8
+    """Columns of the factors."""
     kernel: Literal[
         "linear", "piecewise_linear", "rbf", "sigmoid", "normalized_rbf", "mix_k"
     ] = "mix_k"
+    """Makes the update from the factors."""
     temperature: bool = False
     """Learn mix_k's temperature, as the released code does."""
     learn_piece_coeff: bool = True
     """Learn the coefficients of the pieces; the released code does not."""
     gate: Literal["product", "released", "soft", "hard", "none"] = "product"
+    """What a surviving weight's update becomes. product: the paper's Eq. 13; released:
+    the authors' code; none: no competition (densities of 1)."""
     path: Literal["merged", "parallel"] = "merged"
+    """merged: added to the weight; parallel: a matmul of its own, as released."""
     initial_density: float = 1.0
     """Fraction of the adapted weights that may move in the first epoch."""
     target_density: float = 0.3
@@ -159,6 +167,7 @@ class RunConfig:
     no_decay: str = ""
     """Regex of what is spared weight decay, besides biases, norms and tokens."""
     label_smoothing: float = 0.0
+    """Share of a label that is spread over all classes."""
     mixup: float = 0.0
     """Parameter of mixup's Beta distribution; 0 for none."""
     cutmix: float = 0.0
@@ -216,7 +225,8 @@ class RunConfig:
             raise ValueError(
                 f"methods={self.methods}: expected each once, at least one."
             )
-        if not self.linear.strengths or min(self.linear.strengths) <= 0:
+        strengths = self.linear.strengths
+        if not strengths or not all(0 < value < math.inf for value in strengths):
             raise ValueError(
                 f"linear.strengths={self.linear.strengths}: expected positive numbers."
             )
@@ -236,11 +246,8 @@ class RunConfig:
         snella.track_importance(self.snella.beta1, self.snella.beta2)
         if "snella" in self.methods:
             self.schedule(1)
-        grid = (*self.grid.lr_factors, *self.grid.weight_decays, *self.grid.densities)
-        if not all(0 <= value < math.inf for value in grid) or (
-            0.0 in self.grid.lr_factors
-        ):
-            raise ValueError(f"grid={self.grid}: expected positive numbers.")
+        if self.search:
+            self._check_grid()
 
     def schedule(self, weights: int) -> Any:
         """SNELLA's total budget by epoch, which stays as it is in the cool-down."""
@@ -251,6 +258,21 @@ class RunConfig:
             power=self.snella.power,
             cooldown=self.cooldown_epochs,
         )
+
+    def _check_grid(self) -> None:
+        if self.protocol == "released":
+            raise ValueError(
+                "search with protocol=released would follow the test split: expected "
+                "protocol=final."
+            )
+        factors, decays = self.grid.lr_factors, self.grid.weight_decays
+        if not all(0 < x < math.inf for x in factors) or not all(
+            0 <= x < math.inf for x in decays
+        ):
+            raise ValueError(f"grid={self.grid}: expected positive numbers.")
+        for density in self.grid.densities:
+            tried = dataclasses.replace(self.snella, target_density=density)
+            dataclasses.replace(self, snella=tried).schedule(1)
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

@@ -51,12 +51,16 @@ def accuracy(
 def features(
     model: Any, source: Source, transform: Transform, mesh: Mesh
 ) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, " N"]]:
-    """What a model's head sees of every example of a source, and the labels."""
+    """What a model's head sees of every example of a source, in float32, and labels."""
     headless = nnx.clone(model)
     headless.head = _Nothing()
     graphdef, state = nnx.split(headless)
     state = meshes.place(state, mesh)
-    run = jax.jit(lambda state, images: nnx.merge(graphdef, state)(images))
+
+    @jax.jit
+    def run(state, images):
+        return nnx.merge(graphdef, state)(images).astype(jnp.float32)
+
     found, labels = [], []
     for batch in _batches(source, transform, mesh):
         seen = {**batch, "image": run(state, batch["image"])}

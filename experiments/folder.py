@@ -59,7 +59,7 @@ def held(out: Path, resume: bool) -> Iterator[None]:
     if not is_primary():
         yield
         return
-    if not resume and out.exists() and any(_counts(path) for path in out.iterdir()):
+    if not resume and in_use(out):
         raise SystemExit(
             f"{out} is not empty: name another folder with --out, or go on with the "
             f"run in it with --resume {out}."
@@ -81,13 +81,16 @@ def environment(mesh: Mesh) -> dict[str, Any]:
 
 
 def started(out: Path, mesh: Mesh, console: Console) -> dict[str, Any]:
-    """The environment a run began in; says so where it goes on in another one."""
+    """The environment a run began in, and others (`later`) in which it went on."""
     path, now = out / "environment.json", environment(mesh)
     first = read(path)
     if first is None:
         write(path, now)
         return now
-    if first != now:
+    later = first.get("later", [])
+    if {**first, "later": []} != {**now, "later": []} and now not in later:
+        first["later"] = [*later, now]
+        write(path, first)
         console.print(
             f"The run began on {first}; here are {now}: its numbers may differ from "
             "those of a run that was not interrupted.",
@@ -97,5 +100,7 @@ def started(out: Path, mesh: Mesh, console: Console) -> dict[str, Any]:
     return first
 
 
-def _counts(path: Path) -> bool:
-    return path.suffix != ".partial" and path.name != LOCK
+def in_use(out: Path) -> bool:
+    """Whether there is something in a folder that a run would have to respect."""
+    found = out.iterdir() if out.exists() else ()
+    return any(path.suffix != ".partial" and path.name != LOCK for path in found)

@@ -19,7 +19,8 @@ def make(text: str | None = None) -> Mesh:
     """The mesh that `data=4,model=2` means; None for all devices along `data`.
 
     Raises:
-      ValueError: no such axis, no such number, or more devices than there are.
+      ValueError: no such axis, no such number, more devices than there are, or a
+        process without devices or images of its own.
     """
     devices = jax.devices()
     sizes = dict.fromkeys(AXES, 1)
@@ -37,6 +38,12 @@ def make(text: str | None = None) -> Mesh:
     if count > len(devices):
         raise ValueError(
             f"mesh={text!r} takes {count} devices: there are {len(devices)}."
+        )
+    processes = jax.process_count()
+    if processes > 1 and (count < len(devices) or sizes["data"] % processes):
+        raise ValueError(
+            f"mesh={text!r}: {processes} processes with {len(devices)} devices need "
+            f"all of these, and data to be a multiple of {processes}."
         )
     kinds = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(

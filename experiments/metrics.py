@@ -66,7 +66,7 @@ class Tracker:
             return
         keep(out, method, passed)
         board = str(out / "tensorboard" / method)
-        self.board = SummaryWriter(board, purge_step=passed + 1 if passed else None)
+        self.board = SummaryWriter(board, purge_step=passed + 1)
         if wandb is not None:
             self.wandb = _wandb(wandb, out, method)
 

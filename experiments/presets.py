@@ -73,6 +73,7 @@ QUICKSTART = Preset(
 
 def _released(task: str, row: Row, initial_sparsity: float, **changes) -> Preset:
     dense = row.sparsity is None
+    density = round(1 - (row.sparsity or 0.0), 4)
     adapter = Snella(
         lr=row.lr,
         weight_decay=row.weight_decay,
@@ -81,8 +82,8 @@ def _released(task: str, row: Row, initial_sparsity: float, **changes) -> Preset
         learn_piece_coeff=False,
         gate="none" if dense else "released",
         path="parallel",
-        initial_density=1.0 if dense else round(1 - initial_sparsity, 4),
-        target_density=round(1 - (row.sparsity or 0.0), 4),
+        initial_density=max(density, round(1 - initial_sparsity, 4)),
+        target_density=density,
         dropout=0.1,
         undropped=r".*/out",
         drop_path=0.1,

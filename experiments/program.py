@@ -32,13 +32,13 @@ def main(
         return suite.resume(resumed, console)
     if resumed is not None:
         words = ["--config", str(resumed / "config.json"), "--out", str(resumed)]
-    elif _names(words, suite_name) and not {"--help", "-h"} & set(words):
+    elif _names(words, suite_name):
         tasks = {name: presets[name] for name in SUITES[suite_name]}
         found = suite.of(program, tasks, suite_name, words)
-        command.join_processes(next(iter(found.values())))
+        command.join_processes(next(iter(found.values())), console)
         return suite.start(program, suite_name, found, console)
     name, config = command.parse(program, presets, words, suite_name)
-    command.join_processes(config)
+    command.join_processes(config, console)
     try:
         setting = command.prepared(name, config, console)
     except (ValueError, OSError, ModuleNotFoundError) as error:

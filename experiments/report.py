@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = tyro.cli(Options, prog=program, args=argv, description=__doc__)
     console = Console()
     try:
+        if not options.runs:
+            raise ValueError("name at least one run folder.")
         runs = collect(options.runs)
         made = table(runs, options.accuracy)
     except (ValueError, OSError) as error:
@@ -140,11 +142,14 @@ def table(runs: list[Run], accuracy: Accuracy = "last") -> dict[str, Any]:
         column = {"method": method, "setup": setup if several else "", "paper": False}
         trainable = {run.result["trainable"] for own in by_task.values() for run in own}
         columns.append({**column, **_means(tasks, groups), "trainable": max(trainable)})
-    for method in dict.fromkeys(column["method"] for column in columns):
-        known = paper.TABLE_XIII.get(method, {})
-        if tasks := {n: {"mean": known[n]} for n in groups if n in known}:
-            column = {"method": method, "setup": "", "paper": True}
-            columns.append({**column, **_means(tasks, groups)})
+    theirs = {}
+    for column in columns:  # over the same tasks as ours
+        known = paper.TABLE_XIII.get(column["method"], {})
+        tasks = {n: {"mean": known[n]} for n in column["tasks"] if n in known}
+        if tasks:
+            same = {"method": column["method"], "setup": "", "paper": True}
+            theirs[same["method"], *tasks] = {**same, **_means(tasks, groups)}
+    columns += theirs.values()
     setups = sorted({run.setup for run in runs})
     return {
         "accuracy": accuracy,
@@ -158,7 +163,6 @@ def _runs(where: Path) -> list[Run]:
     summary, config = (folder.read(where / f"{n}.json") for n in ("summary", "config"))
     if config is None:
         raise ValueError(f"{where} has a summary.json without its config.json.")
-    task = config["task"]
     protocol = config["protocol"] + ", searched" * config["search"]
     runs = []
     for method, result in summary["methods"].items():
@@ -167,10 +171,12 @@ def _runs(where: Path) -> list[Run]:
         shared = {k: v for k, v in config.items() if not isinstance(v, dict)}
         settings = {k: v for k, v in shared.items() if k not in IRRELEVANT}
         settings |= {f"{method}.{name}": value for name, value in own.items()}
+        if config["search"]:
+            settings["grid"] = config["grid"]
         runs.append(
             Run(
                 folder=where,
-                task=task if task in catalogue.ENTRIES else Path(task).stem,
+                task=_task(config["task"]),
                 method=label or "linear probe",
                 setup=f"{Path(config['model']).stem}, {protocol}",
                 seed=config["seed"],
@@ -179,6 +185,14 @@ def _runs(where: Path) -> list[Run]:
             )
         )
     return runs
+
+
+def _task(name: str) -> str:
+    """A task of the catalogue by its name; one's own by that of its folder or file."""
+    if name in catalogue.ENTRIES:
+        return name
+    stem = Path(name).stem
+    return f"{stem} (own)" if stem in catalogue.ENTRIES else stem
 
 
 def _cell(runs: list[Run], key: str) -> dict[str, Any]:

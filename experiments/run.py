@@ -17,7 +17,7 @@ TITLES = {"linear": "linear probe"} | {n: m.title for n, m in METHODS.items()}
 
 
 class RunFailed(SystemExit):
-    """A loss was not finite; what the run finished is in its folder."""
+    """A method could not be trained; what the run finished is in its folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Result:
     Attributes:
       test_accuracy: on the test split, of the last epoch: the one to compare.
       ema_test_accuracy: likewise, of the running mean of the weights.
-      best_epoch: the best epoch on what was followed; None where nothing was.
+      best_epoch: the best epoch on what was followed, of equals the last; None where
+        nothing was.
       best_test_accuracy: on the test split, of that epoch. Where validation was
         followed, that is early stopping; where the test split was
         (`protocol=released`), it was chosen by what it measures, as in the paper.
@@ -63,7 +64,7 @@ def run(setting: Setting, resume: bool = False) -> dict[str, Any]:
         `results.json` are not trained again.
 
     Raises:
-      RunFailed: a loss was not finite.
+      RunFailed: a loss was not finite, a fit did not converge, or memory ran out.
       SystemExit: the folder holds something already or cannot be written to, or the run
         was interrupted; says how to go on.
     """
@@ -108,11 +109,9 @@ def _run(setting: Setting) -> dict[str, Any]:
 
 
 def _result(method: Literal["linear", "lora", "snella"], setting: Setting) -> Result:
-    if method == "linear":
-        return _linear(setting)
     try:
-        return _by_steps(method, setting)
-    except FloatingPointError as error:
+        return _linear(setting) if method == "linear" else _by_steps(method, setting)
+    except (FloatingPointError, RuntimeError) as error:
         name = setting.task.name
         raise RunFailed(f"{name}, {TITLES[method]}: {error}.") from error
 

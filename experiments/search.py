@@ -8,6 +8,7 @@ method's own. `search.json` holds every trial.
 import dataclasses
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from experiments import folder
@@ -32,12 +33,14 @@ def chosen(method: Name, setting: Setting) -> RunConfig:
     found = folder.read(path) or {}
     trials: list[dict[str, Any]] = found.setdefault(method, [])
     settings = getattr(setting.config, method)
+    _tidy(setting.out, method, len(trials))
     for name, values in _stages(method, setting.config.grid, settings):
         for value in values:
             tried = dataclasses.replace(settings, **{name: value})
             if not any(_same(trial, tried) for trial in trials):
                 trials.append(_trial(method, setting, tried, len(trials)))
                 folder.write(path, found)
+                _tidy(setting.out, method, len(trials))
         settings = dataclasses.replace(settings, **_best(method, trials))
     setting.console.print(
         f"{METHODS[method].title}: of {len(trials)} settings "
@@ -73,9 +76,15 @@ def _trial(method: Name, setting: Setting, settings: Any, index: int) -> dict[st
     except FloatingPointError as error:
         setting.console.print(f"failed: {error}", style="yellow", soft_wrap=True)
         result = {VAL: None, "failed": str(error)}
-    if folder.is_primary():
-        shutil.rmtree(out / "checkpoints")  # what is left are the curves
     return {**described, **result}
+
+
+def _tidy(out: Path, method: Name, trials: int) -> None:
+    """Removes the checkpoints of trials that are on record; their curves stay."""
+    if folder.is_primary():
+        for index in range(trials):
+            checkpoints = out / "search" / method / str(index) / "checkpoints"
+            shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _best(method: Name, trials: list[dict[str, Any]]) -> dict[str, float]:

@@ -13,8 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import command, folder, report
+from experiments import command, folder, models, report
 from experiments import config as configs
+from experiments import mesh as meshes
 from experiments.config import RunConfig
 from experiments.data import catalogue
 from experiments.run import RunFailed, run
@@ -28,19 +29,23 @@ def start(
     """Runs a config for every task, into `out/TASK`.
 
     Raises:
-      SystemExit: data are missing, the folder is not empty, a run failed or was
-        interrupted; says how to go on.
+      SystemExit: data or weights are missing, the folder is not empty, a run failed or
+        was interrupted; says how to go on.
     """
     some = next(iter(tasks.values()))
     missing = [error for task in tasks.values() if (error := _missing(task))]
     if missing:
         raise SystemExit(
-            f"{program}: {len(missing)} of {len(tasks)} tasks cannot be read; --tasks "
+            f"{program}: {len(missing)} of {len(tasks)} tasks cannot be run; --tasks "
             "runs some of them.\n  " + "\n  ".join(missing)
         )
+    try:
+        models.load(some, classes=2)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"{program}: {error}") from error
     out = some.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
     if folder.is_primary():
-        if out.exists() and any(out.iterdir()):
+        if folder.in_use(out):
             raise SystemExit(
                 f"{out} is not empty: name another folder with --out, or go on with "
                 f"the runs in it with --resume {out}."
@@ -58,6 +63,7 @@ def resume(out: Path, console: Console) -> None:
         task: command.from_values(found["program"], values)
         for task, values in found["tasks"].items()
     }
+    command.join_processes(next(iter(tasks.values())), console)
     _run_all(tasks, out, console)
 
 
@@ -87,7 +93,8 @@ def _run_all(tasks: Mapping[str, RunConfig], out: Path, console: Console) -> Non
 
 def _missing(config: RunConfig) -> str | None:
     try:
-        catalogue.load(config.task, config.data_dir)
+        task = catalogue.load(config.task, config.data_dir)
+        command.check_batch(config, task, meshes.make(config.mesh))
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return f"{config.task}: {error}"
     return None
@@ -111,12 +118,12 @@ def of(
     first.add_argument("--tasks", nargs="+", default=list(presets))
     known, rest = first.parse_known_args(argv)
     unknown = [task for task in known.tasks if task not in presets]
-    if unknown or "--task" in rest:
+    if unknown or any(word.split("=")[0] == "--task" for word in rest):
         raise SystemExit(
             f"{program}: {suite} has no {', '.join(unknown) or '--task'}. --tasks "
             f"takes some of {', '.join(presets)}."
         )
     return {
-        task: command.parse(program, presets, ["--config", task, *rest])[1]
+        task: command.parse(program, presets, ["--config", task, *rest], suite)[1]
         for task in known.tasks
     }

@@ -169,9 +169,7 @@ class Trainer:
         for epoch in range(self.passed, self.recipe.total_epochs):
             moved = None
             if self.schedule is not None and epoch:
-                self.state["budgets"], moved = snella.reallocate(
-                    self.state["budgets"], self.state["opt_state"], self.schedule(epoch)
-                )
+                self.state["budgets"], moved = self._reallocated(self.schedule(epoch))
             losses, seconds = self._train(epoch, on_step)
             accuracy = ema_accuracy = None
             follow = self.data.follow if self.recipe.evaluates(epoch + 1) else None
@@ -257,6 +255,13 @@ class Trainer:
         self.state |= state
         return losses, seconds
 
+    def _reallocated(self, total: int) -> tuple[Any, snella.Reallocation]:
+        budgets, opt_state = self.state["budgets"], self.state["opt_state"]
+        try:
+            return snella.reallocate(budgets, opt_state, total)
+        except ValueError as error:  # scores that are not finite
+            raise FloatingPointError(f"{error} {self._last_good()}") from error
+
     def _states(self, which: str = "trainable") -> tuple[Any, Any, Any]:
         return self.state[which], self.state["budgets"], self.frozen
 
@@ -288,8 +293,8 @@ def training_step(
     Returns:
       A function of `trainable, opt_state, budgets, frozen, images, labels, key` that
       gives the new `trainable` and `opt_state` and the loss; not a number, too, where
-      the update is not finite. `labels` are int32 `[B]`, or distributions over the
-      classes, `[B, classes]`.
+      the gradient or the update is not finite. `labels` are int32 `[B]`, or
+      distributions over the classes, `[B, classes]`.
     """
 
     def loss_fn(trainable, budgets, frozen, images, labels, key):
@@ -318,7 +323,9 @@ def training_step(
             # Left to choose, XLA (jax 0.10.2, 2 x 2 CPUs) made NaN of accumulated ones.
             grads = jax.lax.with_sharding_constraint(grads, where)
         updates, opt_state = tx.update(grads, opt_state, trainable)
-        loss = jnp.where(jnp.isfinite(optax.tree.norm(updates)), loss, jnp.nan)
+        # AdamW makes an update of 0 of a gradient that is too large to be squared.
+        norms = optax.tree.norm(updates) + optax.tree.norm(grads)
+        loss = jnp.where(jnp.isfinite(norms), loss, jnp.nan)
         return optax.apply_updates(trainable, updates), opt_state, loss
 
     return step

@@ -12,17 +12,30 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 ).strip()
 
-# Processes that a test starts, and other workers, load what one of them compiled.
-CACHE = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp()
-if CACHE:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
 import jax
 import pytest
 
 collect_ignore = ["data"]  # scripts there need more than the tests do
+CACHE = "jax_compilation_cache_dir"
+CACHED = {
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+def pytest_configure(config):
+    """Workers and the processes that tests start load what one of them compiled."""
+    if CACHE.upper() not in os.environ:
+        config.compiled = tempfile.mkdtemp()
+        for name, value in {CACHE: config.compiled, **CACHED}.items():
+            os.environ[name.upper()] = str(value)
+            jax.config.update(name, value)
+
+
+def pytest_unconfigure(config):
+    """The process that made the cache removes it, once its workers are done."""
+    if hasattr(config, "compiled"):
+        shutil.rmtree(config.compiled, ignore_errors=True)
 
 
 @pytest.fixture
@@ -30,9 +43,3 @@ def x64():
     """float64 exists inside the test that asks for this."""
     with jax.enable_x64(True):
         yield
-
-
-def pytest_unconfigure():
-    """The process that made the cache removes it, once its workers are done."""
-    if CACHE:
-        shutil.rmtree(CACHE, ignore_errors=True)

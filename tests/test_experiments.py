@@ -33,7 +33,9 @@ def test_a_preset_and_overrides_of_single_fields():
 
 
 def test_a_runs_own_config_reads_back(tmp_path):
-    _, config = parse("--config", "quickstart", "--snella.gate", "soft", "--seed", "3")
+    changed = ("--snella.gate", "soft", "--seed", "3", "--skip_corrupt", "--task=-x")
+    changed += ("--snella.no_learn_piece_coeff", "--grid.densities", "--mesh", "data=2")
+    _, config = parse("--config", "quickstart", *changed)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(configs.as_dict(config)))
     name, again = parse("--config", str(path))
@@ -86,7 +88,18 @@ def test_a_runs_own_config_reads_back(tmp_path):
             ["--config", "quickstart", "--snella.gate", "none"],
             "gate='none' lets every weight move",
         ),
-        (["--config", "quickstart", "--grid.lr_factors", "0"], "expected positive"),
+        (
+            ["--config", "quickstart", "--search", "--grid.lr_factors", "0"],
+            "expected positive",
+        ),
+        (
+            ["--config", "quickstart", "--search", "--grid.densities", "30"],
+            "target_density=30.0: expected 0 to 1",
+        ),
+        (
+            ["--config", "quickstart", "--search", "--protocol", "released"],
+            "would follow the test split",
+        ),
     ],
 )
 def test_bad_command_lines_list_what_is_valid(argv, message):

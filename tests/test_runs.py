@@ -7,12 +7,14 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import evaluation, fgvc, presets, search, suite, vtab
 from experiments import run as runs
+from experiments.metrics import Tracker
 
 ROOT = pathlib.Path(__file__).parent.parent
 QUICK = ["--config", "quickstart", "--mesh", "data=1", "--batch", "100"]
@@ -25,14 +27,14 @@ def read(path):
 
 @pytest.fixture
 def tested(monkeypatch):
-    """The sizes of the sources that whole models were evaluated on, in order."""
-    sizes, inner = [], evaluation.evaluate
+    """The sizes of all sources that anything was evaluated on, in order."""
+    sizes, inner = [], evaluation._batches
 
-    def spy(model, source, *rest):
+    def spy(source, *rest):
         sizes.append(len(source))
-        return inner(model, source, *rest)
+        return inner(source, *rest)
 
-    monkeypatch.setattr(evaluation, "evaluate", spy)
+    monkeypatch.setattr(evaluation, "_batches", spy)
     return sizes
 
 
@@ -77,7 +79,9 @@ def test_protocols_train_follow_and_test_what_they_say(protocol, tmp_path, teste
     recipe = presets.QUICKSTART.config.recipe("lora")
     recipe = dataclasses.replace(recipe, epochs=2, warmup_epochs=1)
     assert rows[-1]["lr"] == pytest.approx(float(recipe.rate(steps)(2 * steps - 1)))
-    assert set(tested) == {797} and 2 <= len(tested) <= 3
+    followed = {"choose": [200] * 4, "final": [], "released": [797] * 4}[protocol]
+    assert tested[: len(followed)] == followed  # two epochs, and their mean weights
+    assert set(tested[len(followed) :]) == {797} and len(tested) <= len(followed) + 3
     assert 0 < result["ema_test_accuracy"] <= 1
     if protocol == "final":
         assert not any("accuracy" in key for row in rows for key in row)
@@ -95,6 +99,12 @@ def test_protocols_train_follow_and_test_what_they_say(protocol, tmp_path, teste
     assert list((out / "tensorboard/lora").glob("events*"))
 
 
+def test_the_probe_runs_in_bfloat16_too(tmp_path):
+    words = ["--methods", "linear", "--dtype", "bfloat16", "--linear.strengths", "0.3"]
+    summary = vtab.main([*SHORT, "--out", str(tmp_path / "run"), *words])
+    assert summary["methods"]["linear"]["test_accuracy"] > 0.88
+
+
 # Searches
 
 
@@ -106,14 +116,22 @@ def test_a_search_chooses_on_validation_and_tests_once(tmp_path, tested, monkeyp
 
     def interrupt(method, setting):
         fitted.append(setting.config)
-        if len(fitted) == 3:
+        with monkeypatch.context() as patch:
+            if len(fitted) == 3:
+                patch.setattr(Tracker, "log", log_and_stop)
+            return inner(method, setting)
+
+    def log_and_stop(tracker, row, log=Tracker.log):
+        log(tracker, row)
+        if len(tracker.rows) == 2:
             raise KeyboardInterrupt
-        return inner(method, setting)
 
     monkeypatch.setattr(search, "fit", interrupt)
     with pytest.raises(SystemExit, match=f"Go on with it by --resume {out}"):
         vtab.main([*SHORT, "--out", str(out), *options])
-    assert tested == []
+    assert 797 not in tested[3:]  # the probe's test came first
+    assert (out / "search/snella/2/checkpoints/snella/1").exists()
+    del tested[:]
     summary = vtab.main(["--resume", str(out)])
     trials = read(out / "search.json")["snella"]
     assert len(trials) == 5 and len(fitted) == 6
@@ -129,7 +147,7 @@ def test_a_search_chooses_on_validation_and_tests_once(tmp_path, tested, monkeyp
     assert result["settings"] == {name: best[name] for name in names}
     assert result["density"] == pytest.approx(best["target_density"], abs=1e-4)
     assert result["val_accuracy"] is None  # the final run trained on it
-    assert tested == [797]
+    assert tested == [200] * 5 + [797]  # an epoch, two trials of two epochs, the end
     assert not (out / "search/snella/0/checkpoints").exists()
     assert (out / "search/snella/0/metrics.jsonl").exists()
 
@@ -199,12 +217,15 @@ def test_a_suite_names_all_that_is_missing_and_writes_nothing(data, tmp_path):
     with pytest.raises(SystemExit) as error:
         fgvc.main(fgvc_words(data, out))
     said = str(error.value)
-    assert "3 of 5 tasks cannot be read; --tasks runs some" in said
+    assert "3 of 5 tasks cannot be run; --tasks runs some" in said
     assert all(f"\n  {name}: " in said for name in ("cub", "nabirds", "cars"))
     assert not out.exists()
     with pytest.raises(SystemExit, match="fgvc has no birds"):
         fgvc.main([*fgvc_words(data, out), "--tasks", "birds"])
-    with pytest.raises(SystemExit, match="19 of 19 tasks cannot be read"):
+    with pytest.raises(SystemExit) as help_text:
+        fgvc.main(["--config", "fgvc", "--help"])
+    assert help_text.value.code == 0
+    with pytest.raises(SystemExit, match="19 of 19 tasks cannot be run"):
         vtab.main(
             ["--config", "vtab1k", "--data_dir", str(tmp_path), "--out", str(out)]
         )
@@ -290,3 +311,4 @@ def test_a_run_that_goes_on_elsewhere_says_so(tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "The run began on" in said and "'jax': '0.9.0'" in said
     assert summary["versions"]["jax"] == "0.9.0"
+    assert summary["later"][0]["versions"]["jax"] == jax.__version__

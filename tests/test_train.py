@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import snella_jax as snella
 from experiments import mesh, train
+from experiments.checkpoints import Checkpoints
 from experiments.data.mix import Mix
 from experiments.data.source import Arrays
 from experiments.data.transforms import Transform
@@ -237,6 +239,64 @@ def test_the_cool_down_keeps_the_budget():
 RATES = [float(Recipe(epochs=3, batch=8, lr=1e-2).rate(3)(8)), 1e-4, 1e-4]
 
 
+def test_a_run_with_everything_goes_on_bit_for_bit(tmp_path):
+    """A running mean, mixed and accumulated batches, noise, on a mesh with two axes."""
+    recipe = Recipe(epochs=3, batch=8, lr=1e-2, accumulate=2, ema=0.9, clip=1.0)
+    data = train.Data(SOURCE, SOURCE, TRANSFORM, TRANSFORM, Mix(2, mixup=0.5))
+    config = snella.SnellaConfig(rank=4, path="parallel", dropout=0.2, drop_path=0.2)
+    base = ViT(dataclasses.replace(TINY, drop_path=0.5), rngs=nnx.Rngs(0))
+    weights = snella.adapted_weights(snella.adapt(base, config, rngs=nnx.Rngs(1)))
+
+    def some_epochs(folder, epochs=3):
+        model = snella.adapt(base, config, rngs=nnx.Rngs(1))
+        with contextlib.ExitStack() as stack:
+            saved = stack.enter_context(contextlib.closing(Checkpoints(folder)))
+            trainer = train.Trainer(
+                model,
+                data,
+                recipe,
+                mesh.make("data=2,model=2"),
+                watch=(snella.track_importance(),),
+                schedule=config.schedule(weights, 3),
+                checkpoints=saved,
+            )
+            stack.enter_context(contextlib.closing(trainer))
+            rows = [
+                dataclasses.replace(row, seconds_per_step=0.0, moved=None)
+                for row in itertools.islice(trainer.epochs(lambda _: None), epochs)
+            ]
+            return rows, jax.tree.map(np.array, jax.tree.leaves(trainer.state))
+
+    whole, expected = some_epochs(tmp_path / "whole")
+    some_epochs(tmp_path / "broken", epochs=2)  # the second is over, and not saved
+    rows, got = some_epochs(tmp_path / "broken")
+    assert rows == whole[1:]
+    for one, other in zip(expected, got, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_gradient_too_large_to_be_squared_is_not_finite():
+    """AdamW would divide it by the root of infinity, and go on."""
+    kernel = jnp.zeros((2, 2))
+    graphdef, params, rest = nnx.split(Steep(kernel), nnx.Param, ...)
+    none, tx = nnx.State({}), optax.adamw(1e-3)
+    step = train.training_step(graphdef, tx)
+    for scale, finite in ((1e3, True), (1e25, False)):
+        images, labels = jnp.full((2, 2), scale), jnp.zeros(2, jnp.int32)
+        _, _, loss = step(params, tx.init(params), none, rest, images, labels, KEY)
+        assert np.isfinite(loss) == finite
+
+
+class Steep(nnx.Module):
+    """A head alone, whose gradient is as large as its images."""
+
+    def __init__(self, kernel):
+        self.kernel = nnx.Param(kernel)
+
+    def __call__(self, images, key):
+        return images @ self.kernel[...]
+
+
 # Meshes
 
 
@@ -277,3 +337,11 @@ def test_what_no_mesh_can_be():
             mesh.make(text)
     with pytest.raises(ValueError, match="takes 6 devices: there are 4"):
         mesh.make("data=3,model=2")
+
+
+@pytest.mark.parametrize("text", ["data=2", "model=4", "data=1,model=4"])
+def test_every_process_has_devices_and_images_of_its_own(text, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 processes with 4 devices need all of"):
+        mesh.make(text)
+    assert mesh.make("data=2,model=2").size == mesh.make().size == 4

@@ -27,7 +27,8 @@ class Mix:
     smoothing: float = 0.0
 
     def __post_init__(self):
-        if self.mixup < 0 or self.cutmix < 0 or not 0 <= self.smoothing < 1:
+        strengths = self.mixup, self.cutmix
+        if not all(0 <= x < np.inf for x in strengths) or not 0 <= self.smoothing < 1:
             raise ValueError(
                 f"mixup={self.mixup}, cutmix={self.cutmix}, smoothing="
                 f"{self.smoothing}: expected at least 0, and smoothing below 1."
