@@ -149,7 +149,7 @@ def test_a_value_of_no_field_is_refused(capsys):
     [
         ("{", "is not JSON"),
         ("[1]", "holds no JSON object"),
-        ('{"snella": {"rnk": 4}}', "--snella.rnk 4. There are: --task,"),
+        ('{"snella": {"rnk": 4}}', "--snella.rnk=4. There are: --task,"),
     ],
 )
 def test_bad_config_files_say_why(tmp_path, text, message):
