@@ -81,4 +81,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*axes, "model"))
 
     where = jax.tree_util.tree_map_with_path(sharding, tree)
-    return jax.device_put(tree, where)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+    # device_put (jax 0.10.2) makes arrays of local ones that Orbax cannot save.
+    return jax.jit(lambda tree: tree, out_shardings=where)(tree)

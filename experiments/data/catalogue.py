@@ -23,7 +23,7 @@ from experiments.data import (
 )
 from experiments.data.task import Task
 
-DATA_DIR = Path("~/tensorflow_datasets").expanduser()
+DATA_DIR = Path("~/tensorflow_datasets")
 
 
 @dataclasses.dataclass(frozen=True)
