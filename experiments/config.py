@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import snella_jax as snella
 from experiments.data.catalogue import DATA_DIR
@@ -20,8 +20,18 @@ class Linear:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
-    """LoRA."""
+class Plain:
+    """A method that trains some of the model's own parameters."""
+
+    lr: float
+    """Peak learning rate."""
+    weight_decay: float = 1e-4
+    """Of AdamW."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """A method with factors or bottlenecks of some rank."""
 
     lr: float = 1e-2
     """Peak learning rate."""
@@ -32,8 +42,8 @@ class Lora:
 
 
 @dataclasses.dataclass(frozen=True)
-class Snella:
-    """SNELLA; the defaults are the paper's method."""
+class Kernelized:
+    """Low-rank factors under a kernel; the defaults are SNELLA as in the paper."""
 
     lr: float = 2e-2
     """Peak learning rate."""
@@ -58,6 +68,8 @@ class Snella:
     """Fraction of the adapted weights that may move in the first epoch."""
     target_density: float = 0.3
     """Fraction of the adapted weights that may move in the last epoch."""
+    allocation: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: the matrices compete. fixed: each has the target density throughout."""
     power: float = 3.0
     """Of the budget schedule, Eq. 12."""
     dropout: float = 0.0
@@ -71,9 +83,14 @@ class Snella:
     beta2: float = 0.85
     """Smoothing of the uncertainty, Eq. 10."""
 
+    @property
+    def competes(self) -> bool:
+        """Whether budgets move while it trains."""
+        return self.allocation == "adaptive" and self.gate != "none"
+
     def adapter(self, targets: str, trainable: str) -> snella.SnellaConfig:
         """The library's config for these settings."""
-        same = ("rank", "gate", "path", "dropout", "drop_path")
+        same = ("rank", "gate", "path", "dropout", "drop_path", "allocation")
         densities = ("initial_density", "target_density")
         fields = {name: getattr(self, name) for name in (*same, *densities)}
         if self.undropped and self.dropout:
@@ -93,7 +110,7 @@ class Snella:
         }
         if foreign := changes.keys() - own:
             raise ValueError(
-                f"snella.kernel={self.kernel} has no {', '.join(sorted(foreign))}."
+                f"kernel={self.kernel} has no {', '.join(sorted(foreign))}."
             )
         if self.kernel == "linear":  # from 0 the gates would never let it move
             changes["zero_init"] = False
@@ -113,6 +130,20 @@ class Grid:
 
 
 Protocol = Literal["choose", "final", "released"]
+Trained = Literal[
+    "full",
+    "bias",
+    "ssf",
+    "adapter",
+    "adaptformer",
+    "lora",
+    "dora",
+    "klora",
+    "mixk",
+    "snell",
+    "snella",
+]
+DENSE: dict[str, Any] = {"gate": "none", "initial_density": 1.0, "target_density": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +173,7 @@ class RunConfig:
     """First choose rate, weight decay and density of LoRA and SNELLA on validation;
     protocol=choose then becomes final."""
     grid: Grid = Grid()
-    methods: tuple[Literal["linear", "lora", "snella"], ...] = (
-        "linear",
-        "lora",
-        "snella",
-    )
+    methods: tuple[Literal["linear"] | Trained, ...] = ("linear", "lora", "snella")
     """What to train, one after the other."""
     epochs: int = 15
     """Of every method but the linear probe, which converges."""
@@ -188,8 +215,26 @@ class RunConfig:
     seed: int = 0
     """Of the factors and the order of the images; the splits stay."""
     linear: Linear = Linear()
-    lora: Lora = Lora()
-    snella: Snella = Snella()
+    full: Plain = Plain(lr=1e-4)
+    """Full fine-tuning: everything trains."""
+    bias: Plain = Plain(lr=1e-2)
+    """BitFit (Ben Zaken et al., arXiv 2106.10199): the biases train."""
+    ssf: Plain = Plain(lr=1e-2)
+    """Scales and shifts of every layer's output."""
+    adapter: Ranked = Ranked()
+    """A bottleneck after every MLP."""
+    adaptformer: Ranked = Ranked()
+    """A bottleneck beside every MLP."""
+    lora: Ranked = Ranked()
+    dora: Ranked = Ranked()
+    """LoRA with magnitudes that train apart."""
+    klora: Kernelized = Kernelized(kernel="piecewise_linear", **DENSE)
+    """Kernelized LoRA: SNELL's kernel without sparsity."""
+    mixk: Kernelized = Kernelized(**DENSE)
+    """SNELLA's kernel without sparsity."""
+    snell: Kernelized = Kernelized(kernel="piecewise_linear", allocation="fixed")
+    """SNELL: one density for all matrices."""
+    snella: Kernelized = Kernelized()
     source: str = "this project"
     """Where the preset's rates and densities come from; for the record."""
     wandb: str | None = None
@@ -203,11 +248,11 @@ class RunConfig:
         return self.search or self.protocol != "choose"
 
     @property
-    def adapted(self) -> tuple[Literal["lora", "snella"], ...]:
+    def adapted(self) -> tuple[Trained, ...]:
         """The methods that are trained by steps."""
         return tuple(m for m in self.methods if m != "linear")
 
-    def recipe(self, method: Literal["lora", "snella"]) -> Recipe:
+    def recipe(self, method: Trained) -> Recipe:
         """How a method is trained."""
         shared = {field.name for field in dataclasses.fields(Recipe)}
         settings = {name: getattr(self, name) for name in shared & _names(self)}
@@ -232,7 +277,7 @@ class RunConfig:
             )
         if self.distributed and self.out is None:
             raise ValueError("distributed: expected --out, the same for all processes.")
-        for name in ("lora", "snella"):
+        for name in get_args(Trained):
             method = getattr(self, name)
             if not (0 < method.lr < math.inf and 0 <= method.weight_decay < math.inf):
                 raise ValueError(
@@ -240,22 +285,22 @@ class RunConfig:
                     f"{method.weight_decay}: expected lr > 0 and weight_decay >= 0."
                 )
             self.recipe(name)
+            if isinstance(method, Kernelized) and name in self.methods:
+                snella.track_importance(method.beta1, method.beta2)
+                self.schedule(method, 1)
+            if isinstance(method, Ranked) and method.rank < 1:
+                raise ValueError(f"{name}.rank={method.rank}: expected at least 1.")
         self.mix(1)
-        if self.lora.rank < 1:
-            raise ValueError(f"lora.rank={self.lora.rank}: expected at least 1.")
-        snella.track_importance(self.snella.beta1, self.snella.beta2)
-        if "snella" in self.methods:
-            self.schedule(1)
         if self.search:
             self._check_grid()
 
-    def schedule(self, weights: int) -> Any:
-        """SNELLA's total budget by epoch, which stays as it is in the cool-down."""
-        adapter = self.snella.adapter(self.targets, self.trainable)
+    def schedule(self, method: Kernelized, weights: int) -> Any:
+        """A total budget by epoch, which stays as it is in the cool-down."""
+        adapter = method.adapter(self.targets, self.trainable)
         return adapter.schedule(
             weights,
             self.epochs + self.cooldown_epochs,
-            power=self.snella.power,
+            power=method.power,
             cooldown=self.cooldown_epochs,
         )
 
@@ -272,7 +317,7 @@ class RunConfig:
             raise ValueError(f"grid={self.grid}: expected positive numbers.")
         for density in self.grid.densities:
             tried = dataclasses.replace(self.snella, target_density=density)
-            dataclasses.replace(self, snella=tried).schedule(1)
+            self.schedule(tried, 1)
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ that of SNELL, its predecessor, at the same rank, and its config's `source` says
 
 import dataclasses
 
-from experiments.config import Lora, RunConfig, Snella
+from experiments.config import Kernelized, Ranked, RunConfig
 from experiments.data import catalogue, fgvc, vtab
 
 
@@ -74,7 +74,7 @@ QUICKSTART = Preset(
 def _released(task: str, row: Row, initial_sparsity: float, **changes) -> Preset:
     dense = row.sparsity is None
     density = round(1 - (row.sparsity or 0.0), 4)
-    adapter = Snella(
+    adapter = Kernelized(
         lr=row.lr,
         weight_decay=row.weight_decay,
         rank=32,
@@ -99,7 +99,7 @@ def _released(task: str, row: Row, initial_sparsity: float, **changes) -> Preset
         eval_every=10,
         batch=row.batch,
         drop_path=0.1,
-        lora=Lora(lr=1e-3),
+        lora=Ranked(lr=1e-3),
         snella=adapter,
         source=f"the released code: {'SNELL-32' if row.derived else 'SNELLA-32'}",
         **changes,
@@ -115,8 +115,8 @@ def _local(task: str) -> Preset:
         image_size=112,
         epochs=8,
         warmup_epochs=1,
-        lora=Lora(lr=1e-3),
-        snella=Snella(lr=3e-3),
+        lora=Ranked(lr=1e-3),
+        snella=Kernelized(lr=3e-3),
     )
     return Preset("needs no network; a real ViT-S/14 (extra `demo`), 112 x 112", config)
 

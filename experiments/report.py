@@ -3,12 +3,12 @@
     python -m experiments.report runs/quickstart/* --out runs/report
 
 Looks for finished runs (`summary.json`) in the folders and below them. A row for each
-task, a column for each method: the mean over seeds of the test accuracy in percent,
-with the deviation where there are several seeds; then the mean of each group of tasks,
-the mean of the groups and the mean of the tasks, which papers confuse. Beside a method
-that the paper has stand its numbers, for VTAB-1k's own tasks alone, with means over the
-same tasks as ours. Prints the table, and writes `report.md` and `report.json` into
-`--out`.
+task, a column for each method (or the other way round, where that is narrower): the
+mean over seeds of the test accuracy in percent, with the deviation where there are
+several seeds; then the mean of each group of tasks, the mean of the groups and the mean
+of the tasks, which papers confuse. Beside a method that the paper has stand its
+numbers, for VTAB-1k's own tasks alone, with means over the same tasks as ours. Prints
+the table, and writes `report.md` and `report.json` into `--out`.
 """
 
 import dataclasses
@@ -167,7 +167,8 @@ def _runs(where: Path) -> list[Run]:
     runs = []
     for method, result in summary["methods"].items():
         own = config[method]
-        label = f"{METHODS[method].title}-{own['rank']}" if "rank" in own else ""
+        label = METHODS[method].title if method in METHODS else "linear probe"
+        label += f"-{own['rank']}" if "rank" in own else ""
         shared = {k: v for k, v in config.items() if not isinstance(v, dict)}
         settings = {k: v for k, v in shared.items() if k not in IRRELEVANT}
         settings |= {f"{method}.{name}": value for name, value in own.items()}
@@ -177,7 +178,7 @@ def _runs(where: Path) -> list[Run]:
             Run(
                 folder=where,
                 task=_task(config["task"]),
-                method=label or "linear probe",
+                method=label,
                 setup=f"{Path(config['model']).stem}, {protocol}",
                 seed=config["seed"],
                 settings=settings,
@@ -245,7 +246,7 @@ def _means(
 
 
 def _lines(made: dict[str, Any]) -> tuple[list[str], list[list[str]], list[int]]:
-    """Header, rows, and after which rows a line is drawn."""
+    """Header, rows, and after which rows a line is drawn; wide tables are turned."""
     columns, group_of = made["columns"], made["tasks"]
     header = ["", *map(_title, columns)]
     rows, rules = [], []
@@ -269,6 +270,9 @@ def _lines(made: dict[str, Any]) -> tuple[list[str], list[list[str]], list[int]]
         rules.append(len(rows) - 1)
     sizes = (column.get("trainable") for column in columns)
     rows.append(["trainable", *("" if n is None else f"{n:,}" for n in sizes)])
+    if len(columns) > len(rows):  # a row for each method then
+        header, *rows = map(list, zip(header, *rows, strict=True))
+        rules = []
     return header, rows, rules
 
 

@@ -12,6 +12,7 @@ from experiments import evaluation, figures, folder, metrics, search
 from experiments.fit import TEST, VAL, Fitted, Setting, fit
 from experiments.methods import linear_probe
 from experiments.methods.trained import METHODS, Name
+from snella_jax.rules import select
 
 TITLES = {"linear": "linear probe"} | {n: m.title for n, m in METHODS.items()}
 
@@ -37,8 +38,8 @@ class Result:
       best_val_accuracy: likewise, of the best epoch.
       trainable: parameters that train, the head's among them.
       seconds_per_step: median; of an L-BFGS iteration for the linear probe.
-      density: fraction of the adapted weights that may move; None for no adapter.
-      weights_moved: weights of the base that differ after training.
+      density: fraction of the adapted weights that may move; None without budgets.
+      weights_moved: weights of the targeted kernels that differ after training.
       settings: rate, decay and density that were used, perhaps those of a search.
     """
 
@@ -108,7 +109,7 @@ def _run(setting: Setting) -> dict[str, Any]:
     return summary
 
 
-def _result(method: Literal["linear", "lora", "snella"], setting: Setting) -> Result:
+def _result(method: Literal["linear"] | Name, setting: Setting) -> Result:
     try:
         return _linear(setting) if method == "linear" else _by_steps(method, setting)
     except (FloatingPointError, RuntimeError) as error:
@@ -152,7 +153,7 @@ def _by_steps(method: Name, setting: Setting) -> Result:
         **_accuracies(method, setting, fitted, merged),
         trainable=_size(fitted.model),
         seconds_per_step=metrics.median(fitted.rows, "seconds_per_step"),
-        density=last.get("density", 1.0),
+        density=last.get("density"),
         weights_moved=moved,
         settings={name: getattr(own, name) for name in search.names(own)},
     )
@@ -218,17 +219,18 @@ def _table(setting: Setting, results: dict[str, Result]) -> Table:
         and (name != "best on test" or setting.followed == "test")
     ]
     names = [name for name, _ in extra]
+    layers = select(setting.base, setting.config.targets)
+    targeted = sum(layer.kernel.size for layer in layers.values())
     for column in ("", "test", *names, "trainable", "s/step", "weights moved"):
         table.add_column(column, justify="left" if not column else "right")
     for method, result in results.items():
-        density = "" if result.density is None else f" ({result.density:.0%})"
         table.add_row(
             TITLES[method],
             f"{result.test_accuracy:.2%}",
             *(_percent(getattr(result, attribute)) for _, attribute in extra),
             f"{result.trainable:,}",
             f"{result.seconds_per_step:.4f}",
-            f"{result.weights_moved:,}{density}",
+            f"{result.weights_moved:,} ({result.weights_moved / targeted:.0%})",
         )
     if "linear" in results:
         table.caption = "a step of the linear probe is an L-BFGS iteration on features"

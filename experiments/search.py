@@ -57,7 +57,7 @@ def _stages(
     """What is varied, one after the other; the method's own value first."""
     yield "lr", (settings.lr, *(settings.lr * factor for factor in grid.lr_factors))
     yield "weight_decay", grid.weight_decays
-    if method == "snella" and settings.gate != "none":
+    if hasattr(settings, "gate") and settings.gate != "none":
         yield "target_density", grid.densities
 
 

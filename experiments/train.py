@@ -137,7 +137,7 @@ class Trainer:
 
     @property
     def model(self) -> Any:
-        """The model as it is now."""
+        """The model as it is now; the next step takes its arrays."""
         return nnx.merge(self.graphdef, *self._states())
 
     @property

@@ -31,14 +31,20 @@ from snella_jax.layers import (
     Adapter,
     Budget,
     DropKey,
-    Frozen,
     become,
     check_layer,
     layout_of,
     mixed_class,
     plain_class,
 )
-from snella_jax.rules import adapted_layers, freeze, listed, select, variables_of
+from snella_jax.rules import (
+    adapted_layers,
+    freeze,
+    listed,
+    select,
+    thaw,
+    variables_of,
+)
 
 log = logging.getLogger("snella_jax")
 M = TypeVar("M", bound=nnx.Module)
@@ -157,9 +163,7 @@ def merge(model: M, *, unmoved_budgets: bool = False) -> M:
         layer.kernel[...] = _add(path, layer.kernel[...], adapter.delta())
         del layer.adapter
         become(layer, plain_class(type(layer)))
-    for _, variable in variables_of(model, Frozen):
-        become(variable, variable.get_metadata("trained_as"))
-        variable.del_metadata("trained_as")
+    thaw(model)
     return model
 
 

@@ -69,6 +69,13 @@ def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) ->
             variable.set_value(variable[...].astype(dtype))
 
 
+def thaw(model: nnx.Module) -> None:
+    """Makes every `Frozen` parameter what it was before `freeze`, in place."""
+    for _, variable in variables_of(model, Frozen):
+        become(variable, variable.get_metadata("trained_as"))
+        variable.del_metadata("trained_as")
+
+
 def labels(params: Any, trainable: str) -> Any:
     """ "adapter", "trainable" or "frozen" for every leaf, for `optax.partition`.
 

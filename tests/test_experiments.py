@@ -82,7 +82,7 @@ def test_a_runs_own_config_reads_back(tmp_path):
                 "rbf",
                 "--snella.temperature",
             ],
-            "snella.kernel=rbf has no temperature",
+            "kernel=rbf has no temperature",
         ),
         (
             ["--config", "quickstart", "--snella.gate", "none"],

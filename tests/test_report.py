@@ -113,6 +113,18 @@ def test_runs_that_are_no_seeds_of_one_another_are_refused(tmp_path):
         made(tmp_path / "nowhere")
 
 
+def test_many_methods_on_few_tasks_are_rows(tmp_path):
+    for method in ("full", "lora", "snella"):
+        write_run(tmp_path / method, "dtd", method=method)
+    out = tmp_path / "report"
+    report.main([str(tmp_path), "--out", str(out)])
+    lines = (out / "report.md").read_text().splitlines()
+    assert (
+        lines[0] == "|  | dtd | trainable |" and lines[2] == "| Full | 70.0 | 1,234 |"
+    )
+    assert "| SNELLA-32 (paper) | 72.3 |  |" in lines
+
+
 def test_a_run_that_is_named_twice_counts_once(tmp_path):
     folder = write_run(tmp_path / "a")
     cell = made(folder, tmp_path)["columns"][0]["tasks"]["cifar100"]

@@ -1,0 +1,99 @@
+"""Bottlenecks after or beside every MLP of a ViT; they stay at inference.
+
+Adapter-r (Houlsby et al., arXiv 1902.00751, placed as by Pfeiffer et al., arXiv
+2005.00247): `y + up(gelu(down(y)))` of the MLP's output `y`. AdaptFormer-r (Chen et
+al., arXiv 2205.13535): `mlp(x) + 0.1 up(relu(down(x)))` of its input. `up` starts at 0,
+`down` as `kaiming_uniform(sqrt(5))`: uniform in +-1/sqrt(width).
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from snella_jax.contraction import matmul
+from snella_jax.layers import Factor, become, mixed_class
+from snella_jax.models.vit.model import MLP
+from snella_jax.rules import freeze
+
+SCALE = 0.1
+
+
+class Dense(nnx.Module):
+    """`x @ kernel [*stack, n, m] + bias [*stack, m]`."""
+
+    def __init__(self, kernel: Float[Array, "*stack n m"]):
+        self.kernel = Factor(kernel)
+        self.bias = Factor(jnp.zeros((*kernel.shape[:-2], kernel.shape[-1])))
+
+    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+        kernel, bias = (p[...].astype(x.dtype) for p in (self.kernel, self.bias))
+        return matmul(x, kernel) + bias
+
+
+class Bottleneck(nnx.Module):
+    """`up(act(down(x)))`, of a rank."""
+
+    def __init__(
+        self, stack: tuple[int, ...], width: int, rank: int, key: PRNGKeyArray
+    ):
+        bound = width**-0.5
+        down = jax.random.uniform(key, (*stack, width, rank), None, -bound, bound)
+        self.down, self.up = Dense(down), Dense(jnp.zeros((*stack, rank, width)))
+
+    def __call__(self, x: Float[Array, "B T D"], act: Any) -> Float[Array, "B T D"]:
+        return self.up(act(self.down(x)))
+
+
+class Sequential(nnx.Module):
+    """Mixed into an MLP: the bottleneck follows it."""
+
+    bottleneck: Bottleneck
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        y: Array = super().__call__(x)  # pyright: ignore[reportAttributeAccessIssue]
+        return y + self.bottleneck(y, jax.nn.gelu)
+
+
+class Parallel(nnx.Module):
+    """Mixed into an MLP: the bottleneck stands beside it."""
+
+    bottleneck: Bottleneck
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        y: Array = super().__call__(x)  # pyright: ignore[reportAttributeAccessIssue]
+        return y + SCALE * self.bottleneck(x, jax.nn.relu)
+
+
+def adapt(
+    model: nnx.Module,
+    where: Literal["sequential", "parallel"],
+    trainable: str,
+    rank: int,
+    rngs: nnx.Rngs,
+) -> Any:
+    """A copy of a ViT with a bottleneck at every MLP.
+
+    Raises:
+      ValueError: a rank below 1, a model without a ViT's MLPs, or a `trainable` that
+        matches nothing.
+    """
+    if rank < 1:
+        raise ValueError(f"rank={rank}: expected at least 1.")
+    model = nnx.clone(model)
+    key = rngs.params()
+    mlps: list[Any] = [
+        node for _, node in nnx.iter_graph(model) if isinstance(node, MLP)
+    ]
+    if not mlps:
+        raise ValueError("The model has no MLP of a ViT.")
+    for index, mlp in enumerate(mlps):
+        *stack, width, _ = mlp.fc1.kernel.shape
+        own = jax.random.fold_in(key, index)
+        mlp.bottleneck = Bottleneck(tuple(stack), width, rank, own)
+        mixin = Sequential if where == "sequential" else Parallel
+        become(mlp, mixed_class(mixin, type(mlp)))
+    freeze(model, trainable)
+    return model

@@ -1,0 +1,77 @@
+"""SSF (Lian et al., arXiv 2210.08823): a scale and a shift of every layer's output.
+
+One scale and one shift for each output of every linear layer, norm and patch embedding
+behind which features are passed on, the head apart. The scales start around 1 and the
+shifts around 0 (deviation 0.02). Merged, they cost nothing at inference.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from snella_jax.layers import Factor, become, mixed_class, plain_class
+from snella_jax.rules import freeze, join, thaw
+
+LAYERS = (nnx.Linear, nnx.LayerNorm, nnx.Conv)
+DEVIATION = 0.02
+
+
+class Modulation(nnx.Module):
+    """`scale [*stack, m]` and `shift [*stack, m]`."""
+
+    def __init__(self, shape: tuple[int, ...], key: PRNGKeyArray):
+        normal = DEVIATION * jax.random.normal(key, (2, *shape))
+        self.scale, self.shift = Factor(1 + normal[0]), Factor(normal[1])
+
+
+class Modulated(nnx.Module):
+    """Mixed into a layer: scales and shifts its output."""
+
+    ssf: Modulation
+    bias: Any
+
+    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+        y: Array = super().__call__(x)  # pyright: ignore[reportAttributeAccessIssue]
+        scale, shift = self.ssf.scale[...], self.ssf.shift[...]
+        return y * scale.astype(y.dtype) + shift.astype(y.dtype)
+
+
+def adapt(model: nnx.Module, trainable: str, rngs: nnx.Rngs) -> Any:
+    """A copy of `model` whose layers but the head's are modulated.
+
+    Raises:
+      ValueError: `trainable` matches nothing.
+    """
+    model = nnx.clone(model)
+    key = rngs.params()
+    for index, (_, layer) in enumerate(_layers(model)):
+        layer.ssf = Modulation(layer.bias.shape, jax.random.fold_in(key, index))
+        become(layer, mixed_class(Modulated, type(layer)))
+    freeze(model, trainable)
+    return model
+
+
+def merge(model: Any) -> Any:
+    """A plain copy: `(x W + b) s + t = x (W s) + (b s + t)`."""
+    model = nnx.clone(model)
+    modulated: list[Any] = [
+        node for _, node in nnx.iter_graph(model) if isinstance(node, Modulated)
+    ]
+    for layer in modulated:
+        scale, shift = layer.ssf.scale[...], layer.ssf.shift[...]
+        weight = layer.kernel if hasattr(layer, "kernel") else layer.scale
+        axes = weight[...].ndim - scale.ndim  # between the stack's axis and the outputs
+        wide = scale.reshape(*scale.shape[:-1], *[1] * axes, scale.shape[-1])
+        weight[...] = weight[...] * wide.astype(weight.dtype)
+        layer.bias[...] = (layer.bias[...] * scale + shift).astype(layer.bias.dtype)
+        del layer.ssf
+        become(layer, plain_class(type(layer)))
+    thaw(model)
+    return model
+
+
+def _layers(model: nnx.Module) -> list[tuple[str, Any]]:
+    found = ((join(path), node) for path, node in nnx.iter_graph(model))
+    return [(p, x) for p, x in found if isinstance(x, LAYERS) and p != "head"]
