@@ -111,7 +111,8 @@ def test_the_probe_runs_in_bfloat16_too(tmp_path):
 def test_a_search_chooses_on_validation_and_tests_once(tmp_path, tested, monkeypatch):
     """Interrupted in its third trial, it repeats none of the first two."""
     out, inner, fitted = tmp_path / "run", search.fit, []
-    options = ["--methods", "linear", "snella", "--search", "--grid.lr_factors", "0.01"]
+    options = ["--methods", "linear", "snella", "--search", "--linear.strengths", "1"]
+    options += ["--grid.lr_factors", "0.01"]
     options += ["--grid.weight_decays", "0.05", "--grid.densities", "0.6"]
 
     def interrupt(method, setting):
