@@ -119,14 +119,15 @@ class Kernelized:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What `--search` tries for LoRA and SNELLA, besides their own settings."""
+    """What `--search` tries for every method that is trained by steps, besides its own
+    settings."""
 
     lr_factors: tuple[float, ...] = (0.3, 3.0)
     """Times the method's learning rate; first, with the method's other settings."""
     weight_decays: tuple[float, ...] = (1e-3, 0.05)
     """Then, with the best rate."""
     densities: tuple[float, ...] = (0.1, 0.6)
-    """SNELLA's target densities; last, with the best rate and decay."""
+    """Target densities, where there is sparsity; last, with the best rate and decay."""
 
 
 Protocol = Literal["choose", "final", "released"]
@@ -170,7 +171,7 @@ class RunConfig:
     code does, whose reported accuracy is the best of these. In all, the test accuracy
     that counts is the last epoch's."""
     search: bool = False
-    """First choose rate, weight decay and density of LoRA and SNELLA on validation;
+    """First choose each method's rate, weight decay and density on validation;
     protocol=choose then becomes final."""
     grid: Grid = Grid()
     methods: tuple[Literal["linear"] | Trained, ...] = ("linear", "lora", "snella")
@@ -202,7 +203,7 @@ class RunConfig:
     drop_path: float = 0.0
     """Rate of stochastic depth in the last block of the model, in training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation of LoRA and SNELLA."""
+    """Of the computation; the weights stay in float32."""
     mesh: str | None = None
     """Devices, such as data=4,model=2: batches are split along data, kernels along
     model. Default: all devices along data."""
@@ -315,9 +316,11 @@ class RunConfig:
             0 <= x < math.inf for x in decays
         ):
             raise ValueError(f"grid={self.grid}: expected positive numbers.")
-        for density in self.grid.densities:
-            tried = dataclasses.replace(self.snella, target_density=density)
-            self.schedule(tried, 1)
+        for method in (getattr(self, name) for name in self.adapted):
+            if isinstance(method, Kernelized) and method.gate != "none":
+                for density in self.grid.densities:
+                    tried = dataclasses.replace(method, target_density=density)
+                    self.schedule(tried, 1)
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

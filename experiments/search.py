@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import folder
-from experiments.config import Grid, RunConfig
+from experiments.config import Grid, Kernelized, RunConfig
 from experiments.fit import VAL, Setting, fit
 from experiments.methods.trained import METHODS, Name
 
@@ -34,7 +34,7 @@ def chosen(method: Name, setting: Setting) -> RunConfig:
     trials: list[dict[str, Any]] = found.setdefault(method, [])
     settings = getattr(setting.config, method)
     _tidy(setting.out, method, len(trials))
-    for name, values in _stages(method, setting.config.grid, settings):
+    for name, values in _stages(setting.config.grid, settings):
         for value in values:
             tried = dataclasses.replace(settings, **{name: value})
             if not any(_same(trial, tried) for trial in trials):
@@ -51,13 +51,11 @@ def chosen(method: Name, setting: Setting) -> RunConfig:
     return dataclasses.replace(setting.config, **{method: settings})
 
 
-def _stages(
-    method: Name, grid: Grid, settings: Any
-) -> Iterator[tuple[str, tuple[float, ...]]]:
+def _stages(grid: Grid, settings: Any) -> Iterator[tuple[str, tuple[float, ...]]]:
     """What is varied, one after the other; the method's own value first."""
     yield "lr", (settings.lr, *(settings.lr * factor for factor in grid.lr_factors))
     yield "weight_decay", grid.weight_decays
-    if hasattr(settings, "gate") and settings.gate != "none":
+    if isinstance(settings, Kernelized) and settings.gate != "none":
         yield "target_density", grid.densities
 
 

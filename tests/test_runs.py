@@ -57,6 +57,7 @@ def test_every_task_of_the_benchmarks_has_the_released_settings():
     assert (dogs.ema, dogs.crop) == (0.9999, "random")
     for preset in (*presets.VTAB.values(), *presets.FGVC.values()):
         preset.config.check()
+        dataclasses.replace(preset.config, search=True).check()
         adapter = preset.config.snella.adapter("fc", "head")
         assert adapter.rank in (8, 32)
     assert all(set(presets.SUITES[s]) <= set(p) for s, p in (
