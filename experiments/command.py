@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 from flax import nnx
 from jax.sharding import Mesh
@@ -23,7 +22,6 @@ from experiments.config import RunConfig
 from experiments.data import catalogue, check, source
 from experiments.data.task import Task
 from experiments.fit import Setting
-from experiments.methods.sparse import linear_layers
 from experiments.methods.trained import METHODS
 from experiments.presets import Preset
 from experiments.settings import Trained
@@ -147,11 +145,8 @@ def _sampled(task: Task, count: int | None) -> Task:
 def _adapted(method: Trained, config: RunConfig, base: ViT) -> Any:
     """Adapted, as if a first stage had found all weights alike, where there is one."""
     table = METHODS[method]
-    if table.locate is None:
-        return table.adapt(config, base)
-    layers = linear_layers(base, config.targets)
-    alike = {p: np.zeros(x.kernel.shape, np.float32) for p, x in layers.items()}
-    return table.adapt(config, base, table.locate.choose(config, alike))
+    located = [table.stage.typical(config, base)] if table.stage else []
+    return table.adapt(config, base, *located)
 
 
 def join_processes(config: RunConfig, console: Console) -> None:

@@ -19,6 +19,7 @@ from experiments.settings import (
     Plain,
     Prompted,
     Ranked,
+    Searched,
     Selected,
     Trained,
 )
@@ -143,6 +144,8 @@ class RunConfig:
     """LoRA at sensitive matrices, single weights elsewhere."""
     gps: Selected = Selected()
     """Every neuron's inputs with the largest gradient."""
+    noah: Searched = Searched()
+    """Prompts, LoRA and adapters, as large as a search finds best."""
     lora: Ranked = Ranked()
     dora: Ranked = Ranked()
     """LoRA with magnitudes that train apart."""
@@ -201,29 +204,13 @@ class RunConfig:
             raise ValueError("distributed: expected --out, the same for all processes.")
         for name in get_args(Trained):
             method = getattr(self, name)
-            if not (0 < method.lr < math.inf and 0 <= method.weight_decay < math.inf):
-                raise ValueError(
-                    f"{name}.lr={method.lr}, {name}.weight_decay="
-                    f"{method.weight_decay}: expected lr > 0 and weight_decay >= 0."
-                )
+            method.check(name)
             self.recipe(name)
+            if isinstance(method, Searched) and method.supernet_epochs is not None:
+                dataclasses.replace(self.recipe(name), epochs=method.supernet_epochs)
             if isinstance(method, Kernelized) and name in self.methods:
                 snella.track_importance(method.beta1, method.beta2)
                 self.schedule(method, 1)
-            if isinstance(method, Parted) and not 2 <= method.parts <= 127:
-                raise ValueError(f"{name}.parts={method.parts}: expected 2 to 127.")
-            if isinstance(method, Located) and not (
-                0 < method.share <= 1 and 0 < method.ease < math.inf
-            ):
-                raise ValueError(
-                    f"{name}.share={method.share}, {name}.ease={method.ease}: expected "
-                    "0 < share <= 1 and ease > 0."
-                )
-            for field in ("rank", "count", "per_neuron"):
-                if getattr(method, field, 1) < 1:
-                    raise ValueError(
-                        f"{name}.{field}={getattr(method, field)}: expected at least 1."
-                    )
         self.mix(1)
         if self.search:
             self._check_grid()

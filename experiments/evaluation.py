@@ -44,8 +44,8 @@ def accuracy(
       source: every example counts once.
       transform: of the images.
     """
-    batches = _batches(source, transform, mesh)
-    return sum(int(count(states, batch)) for batch in batches) / len(source)
+    every = batches(source, transform, mesh)
+    return sum(int(count(states, batch)) for batch in every) / len(source)
 
 
 def features(
@@ -60,7 +60,7 @@ def features(
         return nnx.merge(graphdef, state).pooled(images).astype(jnp.float32)
 
     found, labels = [], []
-    for batch in _batches(source, transform, mesh):
+    for batch in batches(source, transform, mesh):
         seen = {**batch, "image": run(state, batch["image"])}
         whole = multihost_utils.process_allgather(seen, tiled=True)
         found.append(whole["image"][whole["valid"]])
@@ -77,9 +77,10 @@ def evaluate(
     return accuracy(counter(graphdef), states, source, transform, mesh)
 
 
-def _batches(
+def batches(
     source: Source, transform: Transform, mesh: Mesh
 ) -> Iterable[dict[str, Array]]:
+    """Every example once, in batches of one shape; what fills them is not `valid`."""
     parts = mesh.shape["data"]
     batch = -(-min(BATCH, len(source)) // parts) * parts
     shard = pipeline.Shard.of_this_process()

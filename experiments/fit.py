@@ -1,4 +1,4 @@
-"""One method trained on one task, behind a progress bar, with a row for every epoch."""
+"""One model trained on one task, behind a progress bar, with a row for every epoch."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jax.experimental import multihost_utils
+import optax
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
@@ -20,14 +20,13 @@ from rich.progress import Task as BarTask
 from rich.table import Column
 from rich.text import Text
 
-from experiments import folder, models, train
+from experiments import models, train
 from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
-from experiments.methods import locate
-from experiments.methods.trained import METHODS, Name
 from experiments.metrics import Tracker
+from experiments.recipe import Recipe
 from snella_jax.models.vit import ViT
 
 VAL, TEST = "val_accuracy", "test_accuracy"  # of rows, by what is followed
@@ -94,31 +93,42 @@ class Fitted:
     best_row: dict[str, Any] | None
 
 
-def fit(method: Name, setting: Setting) -> Fitted:
-    """Trains a method, from its last checkpoint on.
+def fit(
+    name: str,
+    title: str,
+    model: Any,
+    setting: Setting,
+    recipe: Recipe,
+    watch: tuple[optax.GradientTransformation, ...] = (),
+    schedule: train.Schedule | None = None,
+) -> Fitted:
+    """Trains a model on a setting's data, from its last checkpoint on.
+
+    Args:
+      name: of its checkpoints and rows in `metrics.jsonl`.
+      title: of its progress bar.
+      model: as `train.Trainer` takes it; so are `recipe`, `watch` and `schedule`.
+      setting: the data, the devices and the folder.
 
     Raises:
       FloatingPointError: a loss or update that is not finite.
     """
-    config, out = setting.config, setting.out
-    table = METHODS[method]
-    model = adapted(method, setting)
     with contextlib.ExitStack() as stack:
-        saved = Checkpoints(out / "checkpoints" / method)
+        saved = Checkpoints(setting.out / "checkpoints" / name)
         stack.callback(saved.close)
         trainer = train.Trainer(
             model,
             setting.data,
-            config.recipe(method),
+            recipe,
             setting.mesh,
-            watch=table.watch(config),
-            schedule=table.schedule(config, model),
+            watch=watch,
+            schedule=schedule,
             checkpoints=saved,
         )
         stack.callback(trainer.close)
-        tracker = Tracker(out, method, trainer.passed, config.wandb)
+        tracker = Tracker(setting.out, name, trainer.passed, setting.config.wandb)
         stack.callback(tracker.close)
-        _watched(table.title, trainer, tracker, setting)
+        _watched(title, trainer, tracker, setting)
         epoch, best = trainer.best_model()
         return Fitted(
             rows=tracker.rows,
@@ -127,31 +137,6 @@ def fit(method: Name, setting: Setting) -> Fitted:
             best_model=best,
             best_row=tracker.rows[epoch - 1] if epoch else None,
         )
-
-
-def adapted(method: Name, setting: Setting) -> Any:
-    """The base as the method trains it; what a first stage locates is kept.
-
-    Values of a checkpoint belong to the places that were located before it.
-    """
-    config, table = setting.config, METHODS[method]
-    if table.locate is None:
-        return table.adapt(config, setting.base)
-    path = (setting.located or setting.out) / f"located_{method}.npz"
-    if not multihost_utils.broadcast_one_to_all(path.exists()):
-        with setting.console.status(f"{table.title} locates"):
-            scores = locate.scores(
-                setting.base,
-                config.targets,
-                table.locate.rule,
-                setting.data.train,
-                setting.transforms[1],
-                setting.mesh,
-                config.batch // config.accumulate,
-                config.seed,
-            )
-        folder.save(path, table.locate.choose(config, scores))
-    return table.adapt(config, setting.base, folder.load(path))
 
 
 def _watched(

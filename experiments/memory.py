@@ -7,8 +7,8 @@ compiler what it will allocate: arguments, results and temporaries. Prints a tab
 writes `memory.json` and `memory.png` (memory against the size of the model, as in the
 paper's Figure 7(b, c) and Table XVI) into `--out`. Full fine-tuning keeps its weights
 in float32, as it has to; LoRA's cast of a frozen weight is recomputed, so that no copy
-of it counts against LoRA. The total of SPT and GPS is that of their first stage where
-it takes more (`locating_bytes`).
+of it counts against LoRA. The total of SPT, GPS and NOAH is that of their first stage
+where it takes more (`locating_bytes`).
 """
 
 import dataclasses
@@ -75,11 +75,9 @@ def row(setting: step.Setting, target: targets.Target, where: Any) -> dict[str, 
     """Compiles one step for the device of `where` and says what it allocates."""
     one, first = step.abstract(setting), step.locating(setting)
     start = time.perf_counter()
-    found = _allocated(one, (0, 1), where)
+    found = _allocated(one, where)
     seconds = time.perf_counter() - start
-    found["locating_bytes"] = (
-        _allocated(first, (0,), where)["total_bytes"] if first else 0
-    )
+    found["locating_bytes"] = _allocated(first, where)["total_bytes"] if first else 0
     found["total_bytes"] = max(found["total_bytes"], found["locating_bytes"])
     return {
         "method": setting.method,
@@ -102,10 +100,10 @@ def row(setting: step.Setting, target: targets.Target, where: Any) -> dict[str, 
     }
 
 
-def _allocated(one: step.Step, donated: tuple[int, ...], where: Any) -> dict[str, int]:
-    """What a step needs; compiled with donated arguments."""
+def _allocated(one: step.Step, where: Any) -> dict[str, int]:
+    """What a step needs."""
     compiler = jax.jit(
-        one.run, donate_argnums=donated, in_shardings=where, out_shardings=where
+        one.run, donate_argnums=one.donated, in_shardings=where, out_shardings=where
     )
     parts: Any = compiler.lower(*one.arguments).compile().memory_analysis()
     found = {

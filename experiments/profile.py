@@ -90,7 +90,7 @@ def compiled(setting: step.Setting) -> tuple[dict[str, Any], Callable[[], Any]]:
     That function returns the seconds of the step and those of each part.
     """
     one = step.build(setting)
-    lowered = jax.jit(one.run, donate_argnums=(0, 1)).lower(*one.arguments)
+    lowered = jax.jit(one.run, donate_argnums=one.donated).lower(*one.arguments)
     run = lowered.compile()
     arguments = list(one.arguments)
     names = operation_names(run.as_text() or "")

@@ -9,9 +9,10 @@ from rich.table import Table
 
 from experiments import config as configs
 from experiments import evaluation, figures, folder, metrics, search
-from experiments.fit import TEST, VAL, Fitted, Setting, fit
+from experiments.fit import TEST, VAL, Fitted, Setting
 from experiments.methods import linear_probe
 from experiments.methods.trained import METHODS, Name
+from experiments.tune import tune
 from snella_jax.rules import select
 
 TITLES = {"linear": "linear probe"} | {n: m.title for n, m in METHODS.items()}
@@ -150,7 +151,7 @@ def _by_steps(method: Name, setting: Setting) -> Result:
     if setting.config.search:
         config = search.chosen(method, setting)
         setting = dataclasses.replace(setting, config=config)
-    fitted, table = fit(method, setting), METHODS[method]
+    fitted, table = tune(method, setting), METHODS[method]
     merged = table.merged(fitted.model)
     moved = table.moved(setting.config, setting.base, fitted.model, merged)
     own, last = getattr(setting.config, method), fitted.rows[-1]

@@ -13,9 +13,10 @@ from typing import Any
 
 from experiments import folder
 from experiments.config import RunConfig
-from experiments.fit import VAL, Setting, fit
+from experiments.fit import VAL, Setting
 from experiments.methods.trained import METHODS, Name
 from experiments.settings import Kernelized
+from experiments.tune import tune
 
 FILE = "search.json"
 SETTINGS = ("lr", "weight_decay", "target_density")
@@ -88,7 +89,7 @@ def _trial(method: Name, setting: Setting, settings: Any, index: int) -> dict[st
     setting.console.print(f"trial {index + 1}: {_text(described)}")
     trial = dataclasses.replace(setting, config=config, out=out, located=out.parent)
     try:
-        last = fit(method, trial).rows[-1]
+        last = tune(method, trial).rows[-1]
         result = {VAL: last[VAL], "train_loss": last["train_loss"]}
     except FloatingPointError as error:
         setting.console.print(f"failed: {error}", style="yellow", soft_wrap=True)

@@ -1,6 +1,7 @@
 """The settings of every method, as `--METHOD.SETTING` takes them."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import snella_jax as snella
@@ -20,6 +21,7 @@ Trained = Literal[
     "spt_adapter",
     "spt_lora",
     "gps",
+    "noah",
     "lora",
     "dora",
     "klora",
@@ -48,15 +50,29 @@ class Plain:
     weight_decay: float = 1e-4
     """Of AdamW."""
 
+    def check(self, name: str) -> None:
+        """Raises a `ValueError` on what would fail, as settings of a method."""
+        if not (0 < self.lr < math.inf and 0 <= self.weight_decay < math.inf):
+            raise ValueError(
+                f"{name}.lr={self.lr}, {name}.weight_decay={self.weight_decay}: "
+                "expected lr > 0 and weight_decay >= 0."
+            )
+        for field in COUNTS:
+            if getattr(self, field, 1) < 1:
+                raise ValueError(
+                    f"{name}.{field}={getattr(self, field)}: expected at least 1."
+                )
+
+
+COUNTS = ("rank", "count", "per_neuron", "limit", "population", "parents")
+
 
 @dataclasses.dataclass(frozen=True)
-class Ranked:
+class Ranked(Plain):
     """A method with factors or bottlenecks of some rank."""
 
     lr: float = 1e-2
     """Peak learning rate."""
-    weight_decay: float = 1e-4
-    """Of AdamW."""
     rank: int = 8
     """Columns of the factors."""
 
@@ -68,6 +84,12 @@ class Parted(Ranked):
     parts: int = 4
     """Into which the up-projection is divided."""
 
+    def check(self, name: str) -> None:
+        """As `Plain.check`."""
+        super().check(name)
+        if not 2 <= self.parts <= 127:
+            raise ValueError(f"{name}.parts={self.parts}: expected 2 to 127.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Located(Ranked):
@@ -78,6 +100,15 @@ class Located(Ranked):
     ease: float = 10.0
     """A matrix gets a module of its own from 1 / ease as many sensitive weights on as
     the module has parameters."""
+
+    def check(self, name: str) -> None:
+        """As `Plain.check`."""
+        super().check(name)
+        if not (0 < self.share <= 1 and 0 < self.ease < math.inf):
+            raise ValueError(
+                f"{name}.share={self.share}, {name}.ease={self.ease}: expected "
+                "0 < share <= 1 and ease > 0."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +124,7 @@ class Selected(Plain):
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompted:
+class Prompted(Plain):
     """A method with tokens of its own."""
 
     lr: float = 1e-2
@@ -105,13 +136,45 @@ class Prompted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernelized:
+class Searched(Plain):
+    """What a search finds among prompts, LoRA and adapters, NOAH's way."""
+
+    lr: float = 1e-3
+    """Peak learning rate, of the supernet, too."""
+    sizes: tuple[int, ...] = (1, 5, 10)
+    """Prompts of a block, rank of a matrix, or units of a bottleneck."""
+    depths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    """Of the blocks, from the first on: how many may have modules of a kind."""
+    limit: int = 640_000
+    """Parameters that the modules may have."""
+    supernet_epochs: int | None = None
+    """For which the supernet trains. Default: as many as what is found."""
+    generations: int = 15
+    """Of the evolution, after the first."""
+    population: int = 50
+    """Subnets that are tried in a generation."""
+    parents: int = 10
+    """The best so far, from which a generation comes."""
+
+    def check(self, name: str) -> None:
+        """As `Plain.check`."""
+        super().check(name)
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"{name}.sizes={self.sizes}: expected positive numbers.")
+        if not self.depths or not all(0 < share <= 1 for share in self.depths):
+            raise ValueError(f"{name}.depths={self.depths}: expected shares of 1.")
+        if self.generations < 0:
+            raise ValueError(
+                f"{name}.generations={self.generations}: expected at least 0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernelized(Plain):
     """Low-rank factors under a kernel; the defaults are SNELLA as in the paper."""
 
     lr: float = 2e-2
     """Peak learning rate."""
-    weight_decay: float = 1e-4
-    """Of AdamW."""
     rank: int = 8
     """Columns of the factors."""
     kernel: Literal[

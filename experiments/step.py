@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array
@@ -17,12 +16,12 @@ from jaxtyping import Array
 import snella_jax as snella
 from experiments import train
 from experiments.config import RunConfig
-from experiments.methods import locate, stored
-from experiments.methods.trained import METHODS, Stage
+from experiments.methods import locate, noah, stored
+from experiments.methods.trained import METHODS
 from experiments.settings import Kernelized, Trained
 from snella_jax.layers import Frozen
 from snella_jax.models import attention, vit
-from snella_jax.rules import freeze, select, variables_of
+from snella_jax.rules import freeze, variables_of
 
 CLASSES = 100  # VTAB-1k's largest common head (CIFAR-100)
 DENSITY = 0.3
@@ -141,19 +140,41 @@ class Step:
     """A step that can be jitted, and its arguments.
 
     Attributes:
-      run: of `arguments`; gives the new first two and the loss.
-      arguments: trainable, opt_state, budgets, frozen, images, labels, key.
+      run: of `arguments`; gives those that are `donated` anew, and in training the
+        loss.
+      arguments: in training trainable, opt_state, budgets, frozen, images, labels, key.
       stacked: whether the method's blocks are scanned.
+      donated: indices of arguments.
     """
 
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
     stacked: bool
+    donated: tuple[int, ...]
 
 
 def build(setting: Setting) -> Step:
     """The step of a setting, with arrays; under `jax.eval_shape` with their shapes."""
-    model = _model(setting)
+    return _training(setting, _model(setting))
+
+
+def abstract(setting: Setting) -> Step:
+    """`build` with the arguments' shapes and dtypes alone."""
+    return _abstract(lambda: build(setting))
+
+
+def _abstract(build: Callable[[], Step]) -> Step:
+    found = []
+
+    def arguments():
+        found.append(build())
+        return found[0].arguments
+
+    shapes = jax.eval_shape(arguments)
+    return dataclasses.replace(found[0], arguments=shapes)
+
+
+def _training(setting: Setting, model: Any) -> Step:
     graphdef, trainable, budgets, frozen = nnx.split(
         model, nnx.Param, snella.Budget, ...
     )
@@ -163,19 +184,18 @@ def build(setting: Setting) -> Step:
     tx = optax.chain(*watch, optax.adamw(1e-3, mask=snella.decay_mask))
     state, key = tx.init(trainable), jax.random.key(0)
     arguments = (trainable, state, budgets, frozen, *_batch(setting), key)
-    return Step(train.training_step(graphdef, tx), arguments, model.config.stacked)
+    run = train.training_step(graphdef, tx)
+    return Step(run, arguments, model.config.stacked, donated=(0, 1))
 
 
-def abstract(setting: Setting) -> Step:
-    """`build` with the arguments' shapes and dtypes alone."""
-    found = []
-
-    def arguments():
-        found.append(build(setting))
-        return found[0].arguments
-
-    shapes = jax.eval_shape(arguments)
-    return dataclasses.replace(found[0], arguments=shapes)
+def _scoring(setting: Setting, stage: locate.Scoring) -> Step:
+    """Of scores so far, kernels, the rest of the base, in float32, and a batch."""
+    model = locate.headed(_base(setting), jax.random.key(0))
+    graphdef, kernels, rest = locate.split(model, TARGETS)
+    scores = jax.tree.map(jnp.zeros_like, kernels)
+    run = locate.scoring_step(graphdef, stage.rule)
+    arguments = scores, kernels, rest, *_batch(setting)
+    return Step(run, arguments, setting.stacked, donated=(0,))
 
 
 def checked(setting: Setting) -> Setting:
@@ -202,24 +222,13 @@ def parameters(model: str) -> int:
 
 
 def locating(setting: Setting) -> Step | None:
-    """The step of a method's first stage, abstract; None where it has none.
-
-    Its arguments are the scores so far, the targeted kernels, the rest of the base,
-    images and labels; the weights are in float32, as they come from a file.
-    """
-    stage = METHODS[setting.trained].locate if setting.trained else None
-    if stage is None:
-        return None
-    found = []
-
-    def arguments():
-        model = locate.headed(_base(setting), jax.random.key(0))
-        graphdef, kernels, rest = locate.split(model, TARGETS)
-        found.append(locate.scoring_step(graphdef, stage.rule))
-        return jax.tree.map(jnp.zeros_like, kernels), kernels, rest, *_batch(setting)
-
-    shapes = jax.eval_shape(arguments)
-    return Step(found[0], shapes, setting.stacked)
+    """The step of a method's first stage, abstract; None where it has none."""
+    stage = METHODS[setting.trained].stage if setting.trained else None
+    if isinstance(stage, locate.Scoring):
+        return _abstract(lambda: _scoring(setting, stage))
+    if isinstance(stage, noah.Search):
+        return _abstract(lambda: _training(setting, _supernet(setting, stage)))
+    return None
 
 
 def _batch(setting: Setting) -> tuple[Array, Array]:
@@ -246,22 +255,20 @@ def _model(setting: Setting) -> vit.ViT:
         freeze(model, "head")
     elif setting.trained:
         method = METHODS[setting.trained]
-        stage = method.locate
-        located = [_located(stage, setting.config, model)] if stage else []
+        stage = method.stage
+        located = [stage.typical(setting.config, model)] if stage else []
         model = method.adapt(setting.config, model, *located)
     if setting.method == "snella_stored":
         stored.keep_delta(model)
+    return _cast(setting, model)
+
+
+def _supernet(setting: Setting, stage: noah.Search) -> Any:
+    return _cast(setting, stage.supernet(setting.config, _base(setting)))
+
+
+def _cast(setting: Setting, model: Any) -> Any:
     for _, variable in variables_of(model, Frozen):
         if jnp.issubdtype(variable.dtype, jnp.floating):
             variable.set_value(variable[...].astype(setting.frozen_dtype))
     return model
-
-
-def _located(stage: Stage, config: RunConfig, model: vit.ViT) -> locate.Places:
-    """What a first stage would find if every weight mattered alike."""
-    random = np.random.default_rng(0)
-    scores = {
-        path: random.random(layer.kernel.shape, np.float32)
-        for path, layer in select(model, TARGETS).items()
-    }
-    return stage.choose(config, scores)

@@ -74,7 +74,7 @@ def compiled(setting: step.Setting) -> tuple[dict[str, Any], Callable[[], None]]
     """What a setting is, and a function that takes one step of it and waits."""
     one = step.build(setting)
     start = time.perf_counter()
-    lowered = jax.jit(one.run, donate_argnums=(0, 1)).lower(*one.arguments)
+    lowered = jax.jit(one.run, donate_argnums=one.donated).lower(*one.arguments)
     run = lowered.compile()
     seconds = time.perf_counter() - start
     arguments = list(one.arguments)

@@ -23,6 +23,23 @@ def test_is_the_formula():
     np.testing.assert_allclose(attend(q, k, v), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [1, 3, 5])
+def test_only_the_first_tokens_are_seen(length):
+    """As if there were no others, in the gradient, too."""
+    q, k, v = draw(jnp.float32)
+
+    def seen(q, k, v):
+        return attend(q, k, v, length=jnp.int32(length))
+
+    def cut(q, k, v):
+        return attend(q, k[:, :length], v[:, :length])
+
+    for one, other in zip(jax.vjp(seen, q, k, v)[1](q), jax.vjp(cut, q, k, v)[1](q),
+                          strict=True):  # fmt: skip
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen(q, k, v), cut(q, k, v), rtol=1e-5, atol=1e-6)
+
+
 def test_keeps_no_attention_weights():
     """Nothing as large as `[B, H, T, T]` is kept for the backward pass."""
     arrays = draw(jnp.float32, tokens=65)
@@ -62,7 +79,7 @@ def test_auto(where, dtype, head_dim, expected, monkeypatch):
     monkeypatch.setattr(
         jax.nn,
         "dot_product_attention",
-        lambda q, *_, implementation: asked.append(implementation) or q,
+        lambda q, *_, implementation, **__: asked.append(implementation) or q,
     )
     attend(*draw(dtype, head_dim=head_dim))
     assert ("cudnn" in asked) == (expected == "cudnn")

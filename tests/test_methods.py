@@ -13,7 +13,7 @@ from flax import nnx
 from rich.console import Console
 
 import snella_jax as snella
-from experiments import command, fit, mesh, train
+from experiments import command, fit, mesh, train, tune
 from experiments.config import RunConfig
 from experiments.data.source import Arrays
 from experiments.data.task import Task
@@ -44,6 +44,8 @@ TARGETS = r"blocks/(attn|mlp)/(query|key|value|out|fc1|fc2)"
 OWN = r"head/(kernel|bias)|cls_token"
 FACTORS = rf"{TARGETS}/adapter/(a|b|alpha|beta|piece_coeff)"
 BOTTLENECKS = r"blocks/mlp/bottleneck/(down|up)/(kernel|bias)"
+SUBNET = {"prompts": np.array([2, 1]), "lora": np.array([0, 3]),
+          "adapter": np.array([2, 0])}  # fmt: skip
 EACH = r"blocks/[01]/(attn|mlp)/(query|key|value|out|fc1|fc2)"
 TRAINS = {  # all that trains, and nothing else
     "full": r".*",
@@ -60,6 +62,8 @@ TRAINS = {  # all that trains, and nothing else
     "spt_adapter": rf"{OWN}|{EACH}/(bottleneck/(down|up)/(kernel|bias)|sparse/values)",
     "spt_lora": rf"{OWN}|{EACH}/(lora/(a|b)|sparse/values)",
     "gps": rf"{OWN}|{TARGETS}/sparse/values",
+    "noah": rf"{OWN}|blocks/[01]/prompts|blocks/1/attn/(query|key|value)/lora/(a|b)"
+    r"|blocks/0/mlp/bottleneck/(down|up)/(kernel|bias)",
     "dora": rf"{OWN}|{TARGETS}/(magnitude|lora/(a|b))",
     "lora": rf"{OWN}|{TARGETS}/lora/(a|b)",
     "klora": rf"{OWN}|{TARGETS}/adapter/(a|b|piece_coeff)",
@@ -74,6 +78,7 @@ MOVED = {  # of them, where not all do
     **dict.fromkeys(("mlp3", "bias", "vpt_shallow", "vpt_deep", "vqt"), 0),
     **dict.fromkeys(("adapter", "adaptformer", "mosa"), 0),
     "gps": 2 * (5 * 8 + 32),
+    "noah": 3 * 8 * 8,
     **dict.fromkeys(("snell", "snella", "snella_released"), 0.3 * WEIGHTS),
 }
 
@@ -105,8 +110,11 @@ def scores(rule):
 
 
 def adapted(name, config=CONFIG):
-    stage, own = METHODS[name].locate, base()
-    located = [stage.choose(config, scores(stage.rule))] if stage else []
+    stage, own = METHODS[name].stage, base()
+    if isinstance(stage, locate.Scoring):
+        located = [stage.choose(config, scores(stage.rule))]
+    else:
+        located = [SUBNET] if stage else []
     model = METHODS[name].adapt(config, own, *located)
     before = leaves(base())  # nothing happened to what was adapted
     assert all(np.array_equal(before[p], value) for p, value in leaves(own).items())
@@ -189,11 +197,11 @@ def test_what_is_tested_computes_what_was_trained(name):
         assert densities == [None] * 3
 
 
-@pytest.mark.parametrize(
-    "name", sorted(TRAINS.keys() - {"ssf", "vpt_shallow", "vpt_deep", "vqt", "mlp3",
-                                    "klora", "mixk", "snell", "snella",
-                                    "snella_released"})
-)  # fmt: skip
+ELSEWHERE = {"ssf", "vpt_shallow", "vpt_deep", "vqt", "mlp3", "noah", "klora", "mixk",
+             "snell", "snella", "snella_released"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(TRAINS.keys() - ELSEWHERE))
 def test_training_starts_at_the_base(name):
     images = jax.random.normal(jax.random.key(2), (4, 8, 8, 1))
     model = adapted(name)
@@ -416,7 +424,7 @@ def test_targets_may_name_stacked_blocks_alone():
     """Those of a list have other paths; what is counted is the same."""
     config = dataclasses.replace(CONFIG, targets=r"blocks/attn/(query|value)")
     for name in ("partial1", "spt_lora"):
-        stage = METHODS[name].locate
+        stage = METHODS[name].stage
         own = {path: s for path, s in scores("squares").items()
                if re.fullmatch(config.targets, path)}  # fmt: skip
         located = [stage.choose(config, own)] if stage else []
@@ -451,7 +459,15 @@ def test_queries_read_one_block_too():
         assert read(jnp.zeros((2, 8, 8, 1))).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["vpt_deep", "vqt"])
+def test_attention_maps_show_a_blocks_prompts():
+    """Behind the image's tokens, which attend to them, too."""
+    maps = adapted("vpt_deep").attention_maps(jnp.ones((1, 8, 8, 1)), layers=(0, 1))
+    assert [own.shape for own in maps] == [(1, 2, 7, 7)] * 2
+    np.testing.assert_allclose(np.sum(maps, -1), 1, rtol=1e-5)
+    assert (maps[1][0, :, 0, 5:] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["vpt_shallow", "vqt"])
 def test_attention_maps_are_not_those_of_the_base(name):
     with pytest.raises(NotImplementedError):
         adapted(name).attention_maps(jnp.zeros((1, 8, 8, 1)), layers=(0,))
@@ -464,9 +480,9 @@ def test_what_was_located_is_kept_for_a_run_that_goes_on(tmp_path, monkeypatch):
     quiet = Console(quiet=True)
     setting = fit.Setting(config, task, base(), mesh.make("data=1"), quiet, tmp_path)
     vars(setting)["transforms"] = (TRANSFORM, TRANSFORM)
-    first = fit.adapted("gps", setting)
+    first = tune.adapted("gps", setting)
     monkeypatch.setattr(locate, "scores", None)
-    again = fit.adapted("gps", setting)
+    again = tune.adapted("gps", setting)
     for path, value in leaves(first).items():
         np.testing.assert_array_equal(leaves(again)[path], value)
     assert [p.name for p in tmp_path.iterdir()] == ["located_gps.npz"]

@@ -19,6 +19,7 @@ from snella_jax.models.vit.model import MLP
 from snella_jax.rules import freeze
 
 SCALE = 0.1
+Where = Literal["sequential", "parallel"]
 
 
 class Dense(nnx.Module):
@@ -69,7 +70,7 @@ class Parallel(nnx.Module):
 
 def adapt(
     model: nnx.Module,
-    where: Literal["sequential", "parallel"],
+    where: Where,
     trainable: str,
     rank: int,
     rngs: nnx.Rngs,
@@ -90,10 +91,14 @@ def adapt(
     if not mlps:
         raise ValueError("The model has no MLP of a ViT.")
     for index, mlp in enumerate(mlps):
-        *stack, width, _ = mlp.fc1.kernel.shape
-        own = jax.random.fold_in(key, index)
-        mlp.bottleneck = Bottleneck(tuple(stack), width, rank, own)
-        mixin = Sequential if where == "sequential" else Parallel
-        become(mlp, mixed_class(mixin, type(mlp)))
+        join(mlp, where, rank, jax.random.fold_in(key, index))
     freeze(model, trainable)
     return model
+
+
+def join(mlp: Any, where: Where, rank: int, key: PRNGKeyArray) -> None:
+    """Gives an MLP, or a stack of them, a bottleneck, in place."""
+    *stack, width, _ = mlp.fc1.kernel.shape
+    mlp.bottleneck = Bottleneck(tuple(stack), width, rank, key)
+    mixin = Sequential if where == "sequential" else Parallel
+    become(mlp, mixed_class(mixin, type(mlp)))

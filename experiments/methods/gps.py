@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from experiments.methods.locate import Places, Scores
+from experiments.methods.locate import Scores
 from experiments.methods.sparse import linear_layers, loosen
+from experiments.methods.stage import Places
 from snella_jax.rules import freeze
 
 

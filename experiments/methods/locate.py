@@ -4,6 +4,7 @@ It takes the gradient of every targeted kernel at once, as full fine-tuning does
 adds up a number for each weight: `experiments.memory` counts that, too.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,16 +17,58 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments import mesh as meshes
+from experiments.config import RunConfig
 from experiments.data import pipeline
 from experiments.data.source import Source
 from experiments.data.transforms import Transform
+from experiments.fit import Setting
+from experiments.methods.stage import Places
 from snella_jax.rules import join, select
 
 Rule = Literal["squares", "contrastive"]
 Scores = dict[str, np.ndarray]  # [*stack, n, m] by the targeted layer's path
-Places = dict[str, np.ndarray]  # flat, int, of what was located, by layer
 TEMPERATURE = 0.07
 DEVIATION = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """A first stage by scores; its places are flat, by layer.
+
+    Attributes:
+      title: of the method, to print.
+      rule: how weights are scored, see `scores`.
+      choose: what is made of the scores.
+    """
+
+    title: str
+    rule: Rule
+    choose: Callable[[RunConfig, Scores], Places]
+
+    def locate(self, setting: Setting) -> Places:
+        """What a pass over the training images finds; raises as `scores`."""
+        config = setting.config
+        with setting.console.status(f"{self.title} locates"):
+            found = scores(
+                setting.base,
+                config.targets,
+                self.rule,
+                setting.data.train,
+                setting.transforms[1],
+                setting.mesh,
+                config.batch // config.accumulate,
+                config.seed,
+            )
+        return self.choose(config, found)
+
+    def typical(self, config: RunConfig, base: Any) -> Places:
+        """What is chosen of random scores."""
+        random = np.random.default_rng(0)
+        found = {
+            path: random.random(layer.kernel.shape, np.float32)
+            for path, layer in select(base, config.targets).items()
+        }
+        return self.choose(config, found)
 
 
 def scores(

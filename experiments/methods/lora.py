@@ -27,6 +27,10 @@ class Factors(nnx.Module):
         self.a = Factor(jax.random.uniform(key, (*stack, n, rank), None, -bound, bound))
         self.b = Factor(jnp.zeros((*stack, m, rank)))
 
+    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
+        return matmul(matmul(x, a), b.T)
+
 
 class Lora(nnx.Module):
     """Mixed into `nnx.Linear`: adds the low-rank branch to its output."""
@@ -40,8 +44,7 @@ class Lora(nnx.Module):
         if self.kernel.dtype != (self.dtype or self.kernel.dtype):
             base = jax.checkpoint(base)  # else the cast weight is kept, a copy of it
         y: Array = base(x)
-        a, b = self.lora.a[...].astype(y.dtype), self.lora.b[...].astype(y.dtype)
-        return y + matmul(matmul(x.astype(y.dtype), a), b.T)
+        return y + self.lora(x.astype(y.dtype))
 
 
 def adapt(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from snella_jax.layers import Factor, Frozen, become, mixed_class
+from snella_jax.layers import Factor, become, mixed_class
 from snella_jax.models.vit import ViT, ViTConfig
 from snella_jax.rules import freeze
 
@@ -23,7 +23,7 @@ from snella_jax.rules import freeze
 class Prompted(nnx.Module):
     """Mixed into a ViT: puts prompts behind the tokens, and takes them away again."""
 
-    prompts: nnx.Variable
+    prompts: Factor
 
     def _embed(self, images: Array) -> Array:
         tokens = super()._embed(images)  # pyright: ignore[reportAttributeAccessIssue]
@@ -42,14 +42,18 @@ class Prompted(nnx.Module):
 
 
 class Prompting(nnx.Module):
-    """Mixed into a block: its own prompts replace those that come in."""
+    """Mixed into a block: its own prompts enter with the tokens, and leave again."""
 
     prompts: Factor
 
     def __call__(self, x: Float[Array, "B T D"], drop: Any = None) -> Array:
         block: Any = super()
-        own = self.prompts[...]
-        return block.__call__(behind(x[:, : -len(own)], own), drop)
+        return block.__call__(behind(x, self.prompts[...]), drop)[:, : x.shape[1]]
+
+    def attention_map(self, x: Float[Array, "B T D"]) -> Float[Array, "B H S S"]:
+        """As without prompts; they are the last of the tokens."""
+        block: Any = super()
+        return block.attention_map(behind(x, self.prompts[...]))
 
 
 def adapt(
@@ -68,15 +72,19 @@ def adapt(
     c = prompted.config
     if where == "shallow":
         prompted.prompts = drawn(c, (count,), rngs.params())
+        become(prompted, mixed_class(Prompted, type(prompted)))
     else:
-        prompted.prompts = Frozen(jnp.zeros((count, c.width)))
         shape = (c.depth, count) if c.stacked else (count,)
         for block in [prompted.blocks] if c.stacked else prompted.blocks:
-            block.prompts = drawn(c, shape, rngs.params())
-            become(block, mixed_class(Prompting, type(block)))
-    become(prompted, mixed_class(Prompted, type(prompted)))
+            join(block, drawn(c, shape, rngs.params()))
     freeze(prompted, trainable)
     return prompted
+
+
+def join(block: Any, prompts: Factor) -> None:
+    """Gives a block prompts of its own, in place."""
+    block.prompts = prompts
+    become(block, mixed_class(Prompting, type(block)))
 
 
 def drawn(config: ViTConfig, shape: tuple[int, ...], key: PRNGKeyArray) -> Factor:

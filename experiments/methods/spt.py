@@ -16,8 +16,9 @@ import numpy as np
 from flax import nnx
 
 from experiments.methods import adapter, lora, sparse
-from experiments.methods.locate import Places, Scores
+from experiments.methods.locate import Scores
 from experiments.methods.sparse import linear_layers
+from experiments.methods.stage import Places
 from snella_jax.layers import become, mixed_class
 from snella_jax.models.vit import ViT, unstack
 from snella_jax.rules import freeze

@@ -17,13 +17,15 @@ from experiments.methods import (
     lora,
     mlp_head,
     mosa,
+    noah,
     prompts,
     sparse,
     spt,
     ssf,
     vqt,
 )
-from experiments.methods.locate import Places, Rule, Scores
+from experiments.methods.locate import Scores, Scoring
+from experiments.methods.stage import Places, Stage
 from experiments.settings import Trained
 from snella_jax.models import vit
 from snella_jax.rules import freeze, select
@@ -53,19 +55,6 @@ def _changed(config: RunConfig, base: Any, model: Any, merged: Any) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """A first stage, which locates weights of the base.
-
-    Attributes:
-      rule: how it scores them.
-      choose: what it makes of the scores.
-    """
-
-    rule: Rule
-    choose: Callable[[RunConfig, Scores], Places]
-
-
-@dataclasses.dataclass(frozen=True)
 class Method:
     """One of them.
 
@@ -73,7 +62,7 @@ class Method:
       title: how tables call it, before the rank.
       adapt: a copy of a model that is trained this way; what does not train is no
         `nnx.Param` in it. Of the config, the model, and what was located, if anything.
-      locate: the first stage; None where there is none.
+      stage: the first stage; None where there is none.
       watch: transformations that see the raw gradient.
       schedule: the total budget by epoch, of an adapted model; None for no budgets.
       merged: the trained model as it is tested.
@@ -83,7 +72,7 @@ class Method:
 
     title: str
     adapt: Callable[..., Any]
-    locate: Stage | None = None
+    stage: Stage | None = None
     watch: Callable[[RunConfig], tuple[optax.GradientTransformation, ...]] = (
         _nothing_to_watch
     )
@@ -180,7 +169,13 @@ def _spt(name: Name, title: str, module: Literal["lora", "adapter"]) -> Method:
         how = config.trainable, own.rank, own.ease, rngs
         return spt.adapt(base, places, module, *how)
 
-    return Method(title, adapt, Stage("squares", choose), merged=spt.merge)
+    stage = Scoring(title, "squares", choose)
+    return Method(title, adapt, stage, merged=spt.merge)
+
+
+def _noah(config: RunConfig, base: Any, places: Places) -> Any:
+    rngs = nnx.Rngs(config.seed + 1)
+    return noah.adapt(base, places, config.trainable, rngs)
 
 
 def _gps_choice(config: RunConfig, scores: Scores) -> Places:
@@ -210,7 +205,10 @@ METHODS: dict[Name, Method] = {
     "mosa": Method("MoSA", _mosa),
     "spt_adapter": _spt("spt_adapter", "SPT-Adapter", "adapter"),
     "spt_lora": _spt("spt_lora", "SPT-LoRA", "lora"),
-    "gps": Method("GPS", _gps, Stage("contrastive", _gps_choice), merged=sparse.merge),
+    "gps": Method(
+        "GPS", _gps, Scoring("GPS", "contrastive", _gps_choice), merged=sparse.merge
+    ),
+    "noah": Method("NOAH", _noah, noah.Search(), merged=lora.merge),
     "lora": Method("LoRA", _lora, merged=lora.merge),
     "dora": Method("DoRA", _dora, merged=dora.merge),
     "klora": _kernelized("klora", "KLoRA"),

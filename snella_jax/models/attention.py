@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Int
 
 Implementation = Literal["auto", "xla", "cudnn"]
 
@@ -24,12 +24,14 @@ def attend(
     k: Float[Array, "B S H d"],
     v: Float[Array, "B S H d"],
     implementation: Implementation = "auto",
+    length: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T H d"]:
     """`softmax(q k^T / sqrt(d)) v` for each head.
 
     Args:
       implementation: "xla", "cudnn" (flash attention on NVIDIA GPUs, 16-bit numbers,
         no `T x S` array at all), or "auto" for what `best` says of the first device.
+      length: of the `S` tokens only so many, the first ones, are seen; None for all.
 
     Raises:
       RuntimeError, NotImplementedError: "cudnn" where cuDNN cannot do it.
@@ -37,10 +39,13 @@ def attend(
     """
     if implementation == "auto":
         implementation = best(jax.local_devices()[0], q.dtype, q.shape[-1])
+    seen = None if length is None else jnp.full(len(q), length, jnp.int32)
     if implementation == "xla":
-        return _recomputed(q, k, v)
+        return _recomputed(q, k, v, seen)
     with jax.named_scope("attention"):  # as profilers show it
-        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+        return jax.nn.dot_product_attention(
+            q, k, v, key_value_seq_lengths=seen, implementation=implementation
+        )
 
 
 def attention_weights(
@@ -69,5 +74,7 @@ def best(device: Any, dtype: DTypeLike, head_dim: int) -> Literal["xla", "cudnn"
 # over a third of a ViT's step. Flash attention does so by itself.
 @jax.checkpoint
 @jax.named_scope("attention")
-def _recomputed(q: Array, k: Array, v: Array) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+def _recomputed(q: Array, k: Array, v: Array, seen: Array | None) -> Array:
+    return jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=seen, implementation="xla"
+    )

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax.models.attention import Implementation, attend, attention_weights
 from snella_jax.models.vit.config import PRESETS, ViTConfig
@@ -241,13 +241,20 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], seen: Float[Array, "B S D"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        seen: Float[Array, "B S D"] | None = None,
+        length: Int[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """What tokens make of those they attend to: themselves, or those `seen`."""
+        """What tokens make of those they attend to: themselves, or those `seen`.
+
+        With a `length`, of these only so many, the first ones.
+        """
         seen = x if seen is None else seen
         q = self._split(self.query(x))
         k, v = (self._split(f(seen)) for f in (self.key, self.value))
-        return self.out(attend(q, k, v, self.implementation).reshape(x.shape))
+        y = attend(q, k, v, self.implementation, length)
+        return self.out(y.reshape(x.shape))
 
     def map(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:
         """The weights with which the call sums the values, in float32."""

@@ -1,0 +1,37 @@
+"""One method on one task: its first stage, where it has one, and its training."""
+
+from typing import Any
+
+from jax.experimental import multihost_utils
+
+from experiments import folder
+from experiments.fit import Fitted, Setting, fit
+from experiments.methods.trained import METHODS, Name
+
+
+def tune(method: Name, setting: Setting) -> Fitted:
+    """Trains a method, from its last checkpoint on.
+
+    Raises:
+      FloatingPointError: a loss, update or score that is not finite.
+      ValueError, RuntimeError: a first stage finds nothing; says why.
+    """
+    config, table = setting.config, METHODS[method]
+    model = adapted(method, setting)
+    watch, schedule = table.watch(config), table.schedule(config, model)
+    recipe = config.recipe(method)
+    return fit(method, table.title, model, setting, recipe, watch, schedule)
+
+
+def adapted(method: Name, setting: Setting) -> Any:
+    """The base as the method trains it; what a first stage locates is kept.
+
+    Values of a checkpoint belong to the places that were located before it.
+    """
+    config, table = setting.config, METHODS[method]
+    if table.stage is None:
+        return table.adapt(config, setting.base)
+    path = (setting.located or setting.out) / f"located_{method}.npz"
+    if not multihost_utils.broadcast_one_to_all(path.exists()):
+        folder.save(path, table.stage.locate(setting))
+    return table.adapt(config, setting.base, folder.load(path))
