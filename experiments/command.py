@@ -143,7 +143,7 @@ def _sampled(task: Task, count: int | None) -> Task:
 
 
 def _adapted(method: Trained, config: RunConfig, base: ViT) -> Any:
-    """Adapted, as if a first stage had found all weights alike, where there is one."""
+    """Adapted, as if a first stage had found something, where there is one."""
     table = METHODS[method]
     located = [table.stage.typical(config, base)] if table.stage else []
     return table.adapt(config, base, *located)

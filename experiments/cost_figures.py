@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from adjustText import adjust_text
 
 from experiments import figures
 from experiments.figures import plt
@@ -112,25 +113,29 @@ def accuracy_memory(
     figure, panels = plt.subplots(
         1, len(tasks), figsize=(1 + 6 * len(tasks), 5), layout="constrained"
     )
+    labels = {}
     for axes, task in zip(np.atleast_1d(panels), tasks, strict=True):
-        for point in (point for point in points if point["task"] == task):
-            ours = "SNELLA" in point["method"]
-            x, y = point["bytes"] / 2**30, point["accuracy"]
-            colour = "tab:red" if ours else "tab:blue"
-            axes.errorbar(x, y, point["deviation"], marker="o", color=colour)
-            axes.annotate(
-                point["method"],
-                (x, y),
-                xytext=(5, 3),
-                textcoords="offset points",
-                fontsize=7,
-                color=colour,
-            )
+        labels[axes] = [
+            _point(axes, point) for point in points if point["task"] == task
+        ]
         axes.set(title=task, xlabel="peak memory of a step (GiB)")
-        axes.margins(x=0.15)
+        axes.margins(x=0.15, y=0.1)
     np.atleast_1d(panels)[0].set_ylabel("test accuracy (%)")
     figure.suptitle(f"memory: {memory['model']}, {_setting(memory)}")
+    figure.canvas.draw()  # now the panels are where they will be
+    figure.set_layout_engine("none")
+    for axes, texts in labels.items():
+        arrows = {"arrowstyle": "-", "color": "lightgrey"}
+        adjust_text(texts, ax=axes, expand=(1.1, 1.4), arrowprops=arrows, iter_lim=300)
     figures.save(figure, path)
+
+
+def _point(axes: Any, point: dict[str, Any]) -> Any:
+    """A method's mean and deviation; gives its label, to be moved."""
+    x, y = point["bytes"] / 2**30, point["accuracy"]
+    colour = "tab:red" if "SNELLA" in point["method"] else "tab:blue"
+    axes.errorbar(x, y, point["deviation"], marker="o", color=colour, linewidth=1)
+    return axes.text(x, y, point["method"], fontsize=8, color=colour)
 
 
 def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:

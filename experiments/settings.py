@@ -140,15 +140,17 @@ class Searched(Plain):
     """What a search finds among prompts, LoRA and adapters, NOAH's way."""
 
     lr: float = 1e-3
-    """Peak learning rate, of the supernet, too."""
+    """Peak learning rate."""
+    supernet_lr: float = 5e-4
+    """That of the supernet."""
+    supernet_epochs: int | None = None
+    """For which the supernet trains. Default: as many as what is found."""
     sizes: tuple[int, ...] = (1, 5, 10)
     """Prompts of a block, rank of a matrix, or units of a bottleneck."""
     depths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     """Of the blocks, from the first on: how many may have modules of a kind."""
     limit: int = 640_000
     """Parameters that the modules may have."""
-    supernet_epochs: int | None = None
-    """For which the supernet trains. Default: as many as what is found."""
     generations: int = 15
     """Of the evolution, after the first."""
     population: int = 50
@@ -159,6 +161,8 @@ class Searched(Plain):
     def check(self, name: str) -> None:
         """As `Plain.check`."""
         super().check(name)
+        if not 0 < self.supernet_lr < math.inf:
+            raise ValueError(f"{name}.supernet_lr={self.supernet_lr}: expected > 0.")
         if not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"{name}.sizes={self.sizes}: expected positive numbers.")
         if not self.depths or not all(0 < share <= 1 for share in self.depths):

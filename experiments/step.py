@@ -163,11 +163,11 @@ def abstract(setting: Setting) -> Step:
     return _abstract(lambda: build(setting))
 
 
-def _abstract(build: Callable[[], Step]) -> Step:
+def _abstract(make: Callable[[], Step]) -> Step:
     found = []
 
     def arguments():
-        found.append(build())
+        found.append(make())
         return found[0].arguments
 
     shapes = jax.eval_shape(arguments)

@@ -163,10 +163,10 @@ def test_a_new_method_joins_an_old_comparison(tmp_path):
 
 
 def test_a_cell_that_runs_out_of_memory_does_not_stop_the_others(tmp_path, monkeypatch):
-    def fit(method, setting):
+    def tune(method, setting):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(search, "fit", fit)
+    monkeypatch.setattr(search, "tune", tune)
     methods = ["--methods", "lora", "gps", "--controls", "--tasks", "digits"]
     with pytest.raises(SystemExit) as stopped:
         compare.main([*SMALL, *SHORT, *GRID, *methods, "--out", str(tmp_path)])

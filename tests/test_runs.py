@@ -28,13 +28,13 @@ def read(path):
 @pytest.fixture
 def tested(monkeypatch):
     """The sizes of all sources that anything was evaluated on, in order."""
-    sizes, inner = [], evaluation._batches
+    sizes, inner = [], evaluation.batches
 
     def spy(source, *rest):
         sizes.append(len(source))
         return inner(source, *rest)
 
-    monkeypatch.setattr(evaluation, "_batches", spy)
+    monkeypatch.setattr(evaluation, "batches", spy)
     return sizes
 
 
@@ -111,7 +111,7 @@ def test_the_probe_runs_in_bfloat16_too(tmp_path):
 
 def test_a_search_chooses_on_validation_and_tests_once(tmp_path, tested, monkeypatch):
     """Interrupted in its third trial, it repeats none of the first two."""
-    out, inner, fitted = tmp_path / "run", search.fit, []
+    out, inner, fitted = tmp_path / "run", search.tune, []
     options = ["--methods", "linear", "snella", "--search", "--linear.strengths", "1"]
     options += ["--grid.lr_factors", "0.01", "--grid.lr_extensions", "0"]
     options += ["--grid.weight_decays", "0.05", "--grid.densities", "0.6"]
@@ -128,7 +128,7 @@ def test_a_search_chooses_on_validation_and_tests_once(tmp_path, tested, monkeyp
         if len(tracker.rows) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(search, "fit", interrupt)
+    monkeypatch.setattr(search, "tune", interrupt)
     with pytest.raises(SystemExit, match=f"Go on with it by --resume {out}"):
         vtab.main([*SHORT, "--out", str(out), *options])
     assert 797 not in tested[3:]  # the probe's test came first

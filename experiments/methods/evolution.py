@@ -30,6 +30,13 @@ class Space:
     depths: tuple[int, ...]
     sizes: tuple[int, ...]
 
+    @property
+    def smallest(self) -> Subnet:
+        """The one with the fewest and smallest modules."""
+        depth = min(self.depths)
+        row = (*[min(self.sizes)] * depth, *[0] * (self.blocks - depth))
+        return (row,) * self.kinds
+
     def random(self, rng: np.random.Generator) -> Subnet:
         """Every depth alike, then every size."""
         return tuple(self._row(rng, self._depth(rng)) for _ in range(self.kinds))
@@ -47,13 +54,11 @@ class Space:
         )
 
     def _changed(self, rng: np.random.Generator, row: tuple[int, ...]) -> tuple:
-        used = [size for size in row if size]
-        if rng.random() < DEEPENED:
-            depth = self._depth(rng)
-            return (*used, *self._row(rng, self.blocks)[len(used) :])[:depth] + (0,) * (
-                self.blocks - depth
-            )
         new = self._row(rng, self.blocks)
+        if rng.random() < DEEPENED:
+            depth, used = self._depth(rng), sum(size > 0 for size in row)
+            kept = (*row[:used], *new[used:])[:depth]
+            return (*kept, *[0] * (self.blocks - depth))
         return tuple(
             n if size and rng.random() < MUTATED else size
             for n, size in zip(new, row, strict=True)
@@ -78,7 +83,8 @@ def evolve(
 ) -> Iterator[dict[Subnet, float]]:
     """Generation after generation, the scores of all so far, the best first.
 
-    The first that was tried comes first among equals. No subnet is scored twice.
+    The smallest is always among them, and the first that was tried comes first among
+    equals. No subnet is scored twice.
 
     Args:
       space: to search in.
@@ -87,12 +93,9 @@ def evolve(
       population: subnets that are scored in a generation.
       parents: the best so far, from which the next generation comes.
       seed: of all that is drawn.
-
-    Raises:
-      ValueError: no subnet that was drawn is allowed.
     """
     rng = np.random.default_rng(seed)
-    scores: dict[Subnet, float] = {}
+    scores = {space.smallest: score(space.smallest)}
 
     def grow(make: Callable[[], Subnet], total: int) -> None:
         """Scores new ones until there are so many, or no new ones turn up."""
@@ -106,8 +109,6 @@ def evolve(
         return best[rng.integers(len(best))]
 
     grow(lambda: space.random(rng), population)
-    if not scores:
-        raise ValueError(f"none of {TRIES} random subnets is allowed")
     while True:
         scores = dict(sorted(scores.items(), key=lambda item: -item[1]))
         yield scores

@@ -5,7 +5,8 @@ and an adapter after its MLP, all as large as they may be; of each a random part
 in a step, in the first so many blocks. An evolutionary search then asks the supernet
 which sizes are best on validation, under a limit of parameters, and the best subnet
 trains from the start. Sizes of 1, 5 and 10 as in the authors' subnets for VTAB (their
-supernet's config has up to 100); 15 generations of 50 and the limit as in their code.
+supernet's config has up to 100); the supernet's rate, 15 generations of 50 and the
+limit as in their code, which at these sizes only a ViT-B's largest subnets exceed.
 Simplified: query, key and value have factors of their own; a block's prompts leave
 behind it, where in the authors' code those of the last block that has any stay; and a
 mutation changes sizes, too. At inference LoRA merges, prompts and adapters stay;
@@ -88,7 +89,8 @@ class Drawing(nnx.Module):
     def __call__(self, images: Array, key: PRNGKeyArray | None = None) -> Array:
         base: Any = super()
         if key is not None:
-            assign(self, _drawn(self.space, jax.random.fold_in(key, 0)))
+            own, key = jax.random.split(key)
+            assign(self, _drawn(self.space, own))
         return base.__call__(images, key)
 
 
@@ -129,11 +131,12 @@ def adapt(model: ViT, places: Places, trainable: str, rngs: nnx.Rngs) -> Any:
     Raises:
       ValueError: `trainable` matches nothing.
     """
-    adapted = unstack(model)
+    adapted = nnx.clone(model)
+    freeze(adapted, trainable)
+    adapted = unstack(adapted)
     for index, block in enumerate(adapted.blocks):
         sizes = tuple(int(places[kind][index]) for kind in KINDS)
         _join(block, adapted.config, sizes, rngs.params())
-    freeze(adapted, trainable)
     return adapted
 
 
@@ -156,10 +159,11 @@ def space(own: Searched, config: ViTConfig) -> Space:
       ValueError: its smallest subnet is beyond the limit.
     """
     depths = tuple(max(1, round(share * config.depth)) for share in own.depths)
-    least = parameters(((min(own.sizes),) * min(depths),) * len(KINDS), config.width)
+    found = Space(config.depth, len(KINDS), depths, own.sizes)
+    least = parameters(found.smallest, config.width)
     if own.limit < least:
         raise ValueError(f"noah.limit={own.limit}: the smallest subnet has {least}.")
-    return Space(config.depth, len(KINDS), depths, own.sizes)
+    return found
 
 
 def parameters(net: Subnet, width: int) -> int:
@@ -182,20 +186,25 @@ class Search:
 
         Raises:
           FloatingPointError: a loss or update that is not finite.
-          ValueError: no subnet that was drawn is within the limit.
+          ValueError: as `space`.
         """
         config, own = setting.config, setting.config.noah
         config = dataclasses.replace(config, protocol="choose", search=False, ema=0.0)
         if own.supernet_epochs is not None:
             config = dataclasses.replace(config, epochs=own.supernet_epochs)
         setting = dataclasses.replace(setting, config=config)
-        net, recipe = self.supernet(config, setting.base), config.recipe("noah")
+        net = self.supernet(config, setting.base)
+        recipe = dataclasses.replace(config.recipe("noah"), lr=own.supernet_lr)
         fitted = fit(SUPERNET, "NOAH's supernet", net, setting, recipe)
         best = _searched(fitted.model, own, setting)
         return {kind: np.array(row) for kind, row in zip(KINDS, best, strict=True)}
 
     def typical(self, config: RunConfig, base: ViT) -> Places:
-        """The middle one of the sizes, everywhere; raises as `space`."""
+        """The middle one of the sizes, everywhere, whatever the limit.
+
+        Raises:
+          ValueError: as `space`.
+        """
         space(config.noah, base.config)
         middle = sorted(config.noah.sizes)[len(config.noah.sizes) // 2]
         return {kind: np.full(base.config.depth, middle) for kind in KINDS}
@@ -207,7 +216,10 @@ class Search:
 
 
 def _searched(net: Any, own: Searched, setting: Setting) -> Subnet:
-    """The subnet of a trained supernet that is best on validation."""
+    """The subnet of a trained supernet that is best on validation.
+
+    All validation images stay on the devices, in float32.
+    """
     width = net.config.width
     graphdef, _, rest = nnx.split(net, Size, ...)
     rest = meshes.place(rest, setting.mesh)
@@ -238,10 +250,7 @@ def _searched(net: Any, own: Searched, setting: Setting) -> Subnet:
         total = own.population * (own.generations + 1)
         shown = bar.add_task("NOAH's search", total=total)
         for generation in range(own.generations + 1):
-            try:
-                scores = next(found)
-            except ValueError as error:
-                raise ValueError(f"noah.limit={own.limit}: {error}.") from error
+            scores = next(found)
             best, value = next(iter(scores.items()))
             text = (
                 f"NOAH's search {generation}/{own.generations}: {len(scores)} subnets, "
@@ -252,7 +261,10 @@ def _searched(net: Any, own: Searched, setting: Setting) -> Subnet:
             bar.update(shown, description=text)
             if not setting.console.is_terminal:  # a log file has no bar
                 setting.console.print(text, soft_wrap=True)
-    return next(iter(scores))
+    best = next(iter(scores))
+    for kind, row in zip(KINDS, best, strict=True):
+        setting.console.print(f"{kind}: {', '.join(map(str, row))}", soft_wrap=True)
+    return best
 
 
 def _modules(block: Any) -> tuple[list[Any], ...]:

@@ -46,7 +46,9 @@ def adapt(
     Raises:
       ValueError: `trainable` matches nothing, or a target is no `nnx.Linear`.
     """
-    adapted = unstack(model)
+    adapted = nnx.clone(model)
+    freeze(adapted, trainable)
+    adapted = unstack(adapted)
     key = rngs.params()
     layers = linear_layers(adapted, "|".join(places))
     for index, (path, layer) in enumerate(layers.items()):
@@ -57,7 +59,6 @@ def adapt(
             _structure(layer, module, rank, own)
         elif len(found):
             sparse.loosen(layer, found)
-    freeze(adapted, trainable)
     return adapted
 
 

@@ -18,5 +18,5 @@ class Stage(Protocol):
         ...
 
     def typical(self, config: RunConfig, base: Any) -> Places:
-        """What it would find if everything mattered alike, to measure memory by."""
+        """What it might find, without a look, to check settings and measure memory."""
         ...
