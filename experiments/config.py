@@ -206,15 +206,15 @@ class RunConfig:
             method = getattr(self, name)
             method.check(name)
             self.recipe(name)
+            if isinstance(method, Kernelized) and name in self.methods:
+                snella.track_importance(method.beta1, method.beta2)
+                self.schedule(method, 1)
         supernet = self.noah.supernet_epochs
         if supernet is not None and supernet <= self.warmup_epochs:
             raise ValueError(
                 f"noah.supernet_epochs={supernet}: expected more than the "
                 f"{self.warmup_epochs} of the warm-up."
             )
-            if isinstance(method, Kernelized) and name in self.methods:
-                snella.track_importance(method.beta1, method.beta2)
-                self.schedule(method, 1)
         self.mix(1)
         if self.search:
             self._check_grid()

@@ -47,6 +47,7 @@ def test_every_method_trains_what_it_says(method):
         "spt_adapter": own + behind,
         "spt_lora": own + low_rank,
         "gps": own + outputs,
+        "noah": own + 12 * (5 * width + 6 * 5 * width + 5 * (2 * width + 1) + width),
         "lora": own + low_rank,
         "dora": own + low_rank + outputs,
         **dict.fromkeys(("klora", "snell"), own + low_rank + piecewise),
