@@ -251,19 +251,20 @@ def _searched(net: Any, own: Searched, setting: Setting) -> Subnet:
         shown = bar.add_task("NOAH's search", total=total)
         for generation in range(own.generations + 1):
             scores = next(found)
-            best, value = next(iter(scores.items()))
-            text = (
-                f"NOAH's search {generation}/{own.generations}: {len(scores)} subnets, "
-                f"the best {value:.1%} on validation, {parameters(best, width):,} "
-                "parameters"
+            value = next(iter(scores.values()))
+            text = f"NOAH's search {generation}/{own.generations} val {value:.1%}"
+            bar.update(
+                shown, completed=own.population * (generation + 1), description=text
             )
-            bar.update(shown, completed=own.population * (generation + 1))
-            bar.update(shown, description=text)
             if not setting.console.is_terminal:  # a log file has no bar
                 setting.console.print(text, soft_wrap=True)
     best = next(iter(scores))
+    setting.console.print(
+        f"NOAH: the best of {len(scores)} subnets has {parameters(best, width):,} "
+        f"parameters, {scores[best]:.1%} on validation in the supernet. Block by block:"
+    )
     for kind, row in zip(KINDS, best, strict=True):
-        setting.console.print(f"{kind}: {', '.join(map(str, row))}", soft_wrap=True)
+        setting.console.print(f"  {kind} {', '.join(map(str, row))}", soft_wrap=True)
     return best
 
 
