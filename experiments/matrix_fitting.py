@@ -102,7 +102,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     path = config.out / FILE
     for name in config.kernels:
         if name not in result["kernels"]:
-            result["kernels"][name] = _fitted(name, config, targets, console)
+            try:
+                result["kernels"][name] = _fitted(name, config, targets, console)
+            except FloatingPointError as error:
+                raise SystemExit(f"{PROGRAM}: {name}: {error}; lower --lr") from error
             config.out.mkdir(parents=True, exist_ok=True)
             folder.write(path, result)
     kernel_figures.fitting(path.with_suffix(".png"), result)
@@ -160,11 +163,12 @@ def fit(
         updates, opt_state = tx.update(gradient, opt_state)
         return optax.apply_updates(factors, updates), opt_state
 
+    measure = jax.jit(errors)
     run = jax.jit(lambda state, count: jax.lax.fori_loop(0, count, step, state))
     state, done = (factors, tx.init(factors)), 0
     for mark in marks:
         state, done = run(state, mark - done), mark
-        found, fits = map(np.asarray, jax.jit(errors)(state[0]))
+        found, fits = map(np.asarray, measure(state[0]))
         if not np.isfinite(found).all():
             raise FloatingPointError(f"an MSE is not finite after {mark} steps")
         yield found, fits
@@ -231,7 +235,7 @@ def _table(result: dict[str, Any]) -> Table:
     table = Table(title=title, caption="in brackets: the numerical rank of the fits")
     table.add_column("rank")
     for name in result["kernels"]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for index, rank in enumerate(result["ranks"]):
         cells = [
             f"{np.mean(own['errors'][index]):.4f} "

@@ -106,6 +106,12 @@ def test_bad_options_are_said_before_anything_runs(tmp_path, words, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_fit_that_is_not_finite_says_so(tmp_path):
+    with pytest.raises(SystemExit, match=r"linear: an MSE is not finite .* lower --lr"):
+        matrix_fitting.main([*SMALL, "--lr", "1e30", "--out", str(tmp_path)])
+    assert not (tmp_path / matrix_fitting.FILE).exists()
+
+
 def test_the_orders_are_compared():
     def result(**means):
         return {"kernels": {name: {"errors": [[mean]]} for name, mean in means.items()}}

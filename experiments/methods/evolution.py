@@ -1,6 +1,6 @@
-"""An evolutionary search over the sizes of modules, block by block (Real et al., 2019).
+"""An evolutionary search over the sizes of modules, block by block.
 
-The one of Guo et al. (arXiv 1904.00420), which NOAH uses: the best of all that were
+That of Guo et al. (arXiv 1904.00420), which NOAH uses: the best of all that were
 tried are the parents of a generation, half of which are mutations and half crossings.
 """
 

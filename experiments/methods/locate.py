@@ -36,19 +36,17 @@ class Scoring:
     """A first stage by scores; its places are flat, by layer.
 
     Attributes:
-      title: of the method, to print.
       rule: how weights are scored, see `scores`.
       choose: what is made of the scores.
     """
 
-    title: str
     rule: Rule
     choose: Callable[[RunConfig, Scores], Places]
 
     def locate(self, setting: Setting) -> Places:
         """What a pass over the training images finds; raises as `scores`."""
         config = setting.config
-        with setting.console.status(f"{self.title} locates"):
+        with setting.console.status("locating what to train"):
             found = scores(
                 setting.base,
                 config.targets,

@@ -169,8 +169,7 @@ def _spt(name: Name, title: str, module: Literal["lora", "adapter"]) -> Method:
         how = config.trainable, own.rank, own.ease, rngs
         return spt.adapt(base, places, module, *how)
 
-    stage = Scoring(title, "squares", choose)
-    return Method(title, adapt, stage, merged=spt.merge)
+    return Method(title, adapt, Scoring("squares", choose), merged=spt.merge)
 
 
 def _noah(config: RunConfig, base: Any, places: Places) -> Any:
@@ -206,7 +205,7 @@ METHODS: dict[Name, Method] = {
     "spt_adapter": _spt("spt_adapter", "SPT-Adapter", "adapter"),
     "spt_lora": _spt("spt_lora", "SPT-LoRA", "lora"),
     "gps": Method(
-        "GPS", _gps, Scoring("GPS", "contrastive", _gps_choice), merged=sparse.merge
+        "GPS", _gps, Scoring("contrastive", _gps_choice), merged=sparse.merge
     ),
     "noah": Method("NOAH", _noah, noah.Search(), merged=lora.merge),
     "lora": Method("LoRA", _lora, merged=lora.merge),
