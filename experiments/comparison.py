@@ -12,7 +12,7 @@ import filelock
 from experiments import config as configs
 from experiments import folder, report
 from experiments.config import Grid, RunConfig
-from experiments.settings import Located, Parted, Plain, Ranked, Trained
+from experiments.settings import Located, Masked, Parted, Plain, Ranked, Trained
 
 FILE = "results.json"
 Name = Literal["linear"] | Trained
@@ -43,6 +43,7 @@ RUN = RunConfig(
     mixk=dataclasses.replace(RunConfig.mixk, lr=3e-3),
     snell=dataclasses.replace(RunConfig.snell, lr=3e-3),
     snella=dataclasses.replace(RunConfig.snella, lr=3e-3),
+    snella_masked=Masked(lr=3e-3),
     snella_released=dataclasses.replace(RunConfig.snella_released, lr=3e-3),
     source="python -m experiments.compare",
 )

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import snella_jax as snella
+from experiments.competition import Competition
 from experiments.data.catalogue import DATA_DIR
 from experiments.data.mix import Mix
 from experiments.recipe import Recipe
@@ -15,6 +15,7 @@ from experiments.settings import (
     Kernelized,
     Linear,
     Located,
+    Masked,
     Parted,
     Plain,
     Prompted,
@@ -156,6 +157,8 @@ class RunConfig:
     snell: Kernelized = Kernelized(kernel="piecewise_linear", allocation="fixed")
     """SNELL: one density for all matrices."""
     snella: Kernelized = Kernelized()
+    snella_masked: Masked = Masked()
+    """SNELLA's kernel under a mask that SPT's sensitivity fixes beforehand."""
     snella_released: Kernelized = Kernelized(**RELEASED)
     """SNELLA as the authors' code sets it up, apart from rates and densities."""
     source: str = "this project"
@@ -180,7 +183,8 @@ class RunConfig:
         shared = {field.name for field in dataclasses.fields(Recipe)}
         settings = {name: getattr(self, name) for name in shared & _names(self)}
         own = getattr(self, method)
-        return Recipe(lr=own.lr, weight_decay=own.weight_decay, **settings)
+        settings |= {name: getattr(own, name) for name in shared & _names(own)}
+        return Recipe(**settings)
 
     def mix(self, classes: int) -> Mix | None:
         """What happens to training batches."""
@@ -207,8 +211,8 @@ class RunConfig:
             method.check(name)
             self.recipe(name)
             if isinstance(method, Kernelized) and name in self.methods:
-                snella.track_importance(method.beta1, method.beta2)
-                self.schedule(method, 1)
+                method.importance()
+                self.competition(method, 1)
         supernet = self.noah.supernet_epochs
         if supernet is not None and supernet <= self.warmup_epochs:
             raise ValueError(
@@ -219,15 +223,16 @@ class RunConfig:
         if self.search:
             self._check_grid()
 
-    def schedule(self, method: Kernelized, weights: int) -> Any:
-        """A total budget by epoch, which stays as it is in the cool-down."""
+    def competition(self, method: Kernelized, weights: int) -> Competition:
+        """How budgets move; the total stays as it is in the cool-down."""
         adapter = method.adapter(self.targets, self.trainable)
-        return adapter.schedule(
+        schedule = adapter.schedule(
             weights,
             self.epochs + self.cooldown_epochs,
             power=method.power,
             cooldown=self.cooldown_epochs,
         )
+        return method.competition(schedule)
 
     def _check_grid(self) -> None:
         if self.protocol == "released":
@@ -246,7 +251,7 @@ class RunConfig:
             if isinstance(method, Kernelized) and method.gate != "none":
                 for density in self.grid.densities:
                     tried = dataclasses.replace(method, target_density=density)
-                    self.schedule(tried, 1)
+                    self.competition(tried, 1)
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

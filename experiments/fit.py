@@ -22,6 +22,7 @@ from rich.text import Text
 
 from experiments import models, train
 from experiments.checkpoints import Checkpoints
+from experiments.competition import Competition
 from experiments.config import RunConfig
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
@@ -100,14 +101,15 @@ def fit(
     setting: Setting,
     recipe: Recipe,
     watch: tuple[optax.GradientTransformation, ...] = (),
-    schedule: train.Schedule | None = None,
+    competition: Competition | None = None,
 ) -> Fitted:
     """Trains a model on a setting's data, from its last checkpoint on.
 
     Args:
       name: of its checkpoints and rows in `metrics.jsonl`.
       title: of its progress bar.
-      model: as `train.Trainer` takes it; so are `recipe`, `watch` and `schedule`.
+      model: as `train.Trainer` takes it; so are `recipe`, `watch` and
+        `competition`.
       setting: the data, the devices and the folder.
 
     Raises:
@@ -122,7 +124,7 @@ def fit(
             recipe,
             setting.mesh,
             watch=watch,
-            schedule=schedule,
+            competition=competition,
             checkpoints=saved,
         )
         stack.callback(trainer.close)
@@ -202,6 +204,8 @@ def _row(epoch: train.Epoch, followed: str | None) -> dict[str, Any]:
         key: epoch.accuracy,
         f"ema_{key}": epoch.ema_accuracy,
         "density": epoch.density,
+        "moves": epoch.moves or None,
+        "gradient_norm": epoch.gradient_norm,
         "seconds_per_step": epoch.seconds_per_step,
     }
     row = {name: value for name, value in row.items() if value is not None}

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ class Recipe:
       lr: peak of the rate; it ends at 1% of it.
       weight_decay: AdamW's, on the leaves of `snella.decay_mask`.
       no_decay: regex of paths that do not decay besides; "" for none.
+      rates: of paths that regexes match, times the rate: 0 freezes them.
       clip: norm at which the whole gradient is clipped; 0 for never. Importance is
         measured before that.
       ema: decay of a running mean of what trains, a step; 0 for none.
@@ -42,6 +44,7 @@ class Recipe:
     accumulate: int = 1
     weight_decay: float = 0.0
     no_decay: str = ""
+    rates: tuple[tuple[str, float], ...] = ()
     clip: float = 0.0
     ema: float = 0.0
     eval_every: int = 1
@@ -105,7 +108,11 @@ class Recipe:
         adamw = optax.adamw(
             self.rate(steps), weight_decay=self.weight_decay, mask=self.decays
         )
-        return optax.chain(*watch, *clip, adamw)
+        scales = [
+            optax.masked(optax.scale(factor), _matching(regex))
+            for regex, factor in self.rates
+        ]
+        return optax.chain(*watch, *clip, adamw, *scales)
 
     def decays(self, params: Any) -> Any:
         """True for the leaves that decay.
@@ -136,3 +143,12 @@ class Recipe:
                 f"{', '.join(decaying)}."
             )
         return mask
+
+
+def _matching(regex: str) -> Callable[[Any], Any]:
+    """A mask of the leaves whose paths a regex matches in full."""
+
+    def matches(key_path, _):
+        return re.fullmatch(regex, "/".join(path_of(key_path))) is not None
+
+    return lambda tree: jax.tree_util.tree_map_with_path(matches, tree)

@@ -2,9 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
+import optax
+
 import snella_jax as snella
+from experiments.competition import Competition, Every, Metric
 
 Trained = Literal[
     "full",
@@ -28,6 +32,7 @@ Trained = Literal[
     "mixk",
     "snell",
     "snella",
+    "snella_masked",
     "snella_released",
 ]
 """The methods that are trained by steps."""
@@ -64,7 +69,16 @@ class Plain:
                 )
 
 
-COUNTS = ("rank", "count", "per_neuron", "limit", "population", "parents")
+COUNTS = (
+    "rank",
+    "pieces",
+    "floor_every",
+    "count",
+    "per_neuron",
+    "limit",
+    "population",
+    "parents",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +122,26 @@ class Located(Ranked):
             raise ValueError(
                 f"{name}.share={self.share}, {name}.ease={self.ease}: expected "
                 "0 < share <= 1 and ease > 0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked(Ranked):
+    """Kernelized factors under a mask that a first stage fixes."""
+
+    lr: float = 2e-2
+    """Peak learning rate."""
+    kernel: Literal["piecewise_linear", "mix_k"] = "mix_k"
+    """Makes the update from the factors."""
+    target_density: float = 0.3
+    """Fraction of the targeted weights that move."""
+
+    def check(self, name: str) -> None:
+        """As `Plain.check`."""
+        super().check(name)
+        if not 0 < self.target_density <= 1:
+            raise ValueError(
+                f"{name}.target_density={self.target_density}: expected above 0, to 1."
             )
 
 
@@ -185,6 +219,8 @@ class Kernelized(Plain):
         "linear", "piecewise_linear", "rbf", "sigmoid", "normalized_rbf", "mix_k"
     ] = "mix_k"
     """Makes the update from the factors."""
+    pieces: int = 2
+    """In how many parts piecewise_linear, normalized_rbf and mix_k cut the rank."""
     temperature: bool = False
     """Learn mix_k's temperature, as the released code does."""
     learn_piece_coeff: bool = True
@@ -208,6 +244,25 @@ class Kernelized(Plain):
     """Regex of targets without that dropout."""
     drop_path: float = 0.0
     """Of the adapter's output; needs path=parallel."""
+    metric: Metric = "sensitivity"
+    """What matrices compete by. magnitude: that of the factors. merged_magnitude: that
+    of the update (the paper's Table X)."""
+    every: Every = "epoch"
+    """When budgets move. settled: where the matrices' ranking no longer changes, and
+    before the last epoch."""
+    settled: float = 0.9
+    """Rank correlation of scores some steps apart (as many as they remember) from which
+    on every=settled moves budgets."""
+    exponent: float = 1.0
+    """Of the scores: below 1 they lie closer together."""
+    floor: float = 0.0
+    """Share of the total budget that is divided evenly, whatever the scores."""
+    floor_every: int = 1
+    """Epochs from one with the floor to the next: 1 for always; above, matrices without
+    a budget get a chance to come back."""
+    beta_rate: float = 1.0
+    """Times the learning rate: that of beta, the shift of mix_k and normalized_rbf; 0
+    freezes it."""
     beta1: float = 0.85
     """Smoothing of the sensitivity, Eq. 9."""
     beta2: float = 0.85
@@ -217,6 +272,39 @@ class Kernelized(Plain):
     def competes(self) -> bool:
         """Whether budgets move while it trains."""
         return self.allocation == "adaptive" and self.gate != "none"
+
+    @property
+    def rates(self) -> tuple[tuple[str, float], ...]:
+        """What does not train at the learning rate, see `Recipe`."""
+        own = self.beta_rate != 1
+        return ((r".*/adapter/beta", self.beta_rate),) * own
+
+    def check(self, name: str) -> None:
+        """As `Plain.check`."""
+        super().check(name)
+        if not 0 <= self.beta_rate < math.inf:
+            raise ValueError(f"{name}.beta_rate={self.beta_rate}: expected at least 0.")
+        if self.beta_rate != 1 and self.kernel not in ("normalized_rbf", "mix_k"):
+            raise ValueError(f"{name}.beta_rate: kernel={self.kernel} has no beta.")
+        if not (0 <= self.floor <= 1 and 0 <= self.exponent < math.inf):
+            raise ValueError(
+                f"{name}.floor={self.floor}, {name}.exponent={self.exponent}: expected "
+                "0 <= floor <= 1 and exponent >= 0."
+            )
+        if not -1 <= self.settled <= 1:
+            raise ValueError(f"{name}.settled={self.settled}: expected -1 to 1.")
+
+    def importance(self) -> optax.GradientTransformation:
+        """What watches the gradients for the scores."""
+        metric = "sensitivity" if self.metric == "merged_magnitude" else self.metric
+        return snella.track_importance(self.beta1, self.beta2, metric)
+
+    def competition(self, schedule: Callable[[float], int]) -> Competition:
+        """When and how budgets move along a schedule."""
+        names = ("metric", "every", "settled", "exponent", "floor", "floor_every")
+        own = {name: getattr(self, name) for name in names}
+        window = max(1, round(1 / (1 - self.beta1))) if self.beta1 < 1 else 1
+        return Competition(schedule, window=window, **own)
 
     def adapter(self, targets: str, trainable: str) -> snella.SnellaConfig:
         """The library's config for these settings."""
@@ -235,15 +323,15 @@ class Kernelized(Plain):
         changes = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name in ("temperature", "learn_piece_coeff")
+            if field.name in ("pieces", "temperature", "learn_piece_coeff")
             and getattr(self, field.name) != field.default
         }
         if foreign := changes.keys() - own:
             raise ValueError(
                 f"kernel={self.kernel} has no {', '.join(sorted(foreign))}."
             )
-        if self.kernel == "linear":  # from 0 the gates would never let it move
-            changes["zero_init"] = False
+        if self.kernel == "linear" and self.gate != "none":
+            changes["zero_init"] = False  # from 0 the gates would never let it move
         return dataclasses.replace(kernel, **changes)
 
 

@@ -17,13 +17,15 @@ import snella_jax as snella
 from experiments import evaluation
 from experiments import mesh as meshes
 from experiments.checkpoints import Checkpoints
+from experiments.competition import Competition, Round
 from experiments.data import pipeline
 from experiments.data.mix import Mix
 from experiments.data.source import Source
 from experiments.data.transforms import Transform
 from experiments.recipe import Recipe
+from snella_jax.importance import factors
 
-Schedule = Callable[[int], int]
+NORM = "gradient_norm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,10 @@ class Epoch:
       density: fraction of the adapted weights that could move in this epoch; None where
         the method has no budgets.
       seconds_per_step: median over the epoch's steps but the first, which may compile.
-      moved: what the reallocation before this epoch did, if there was one.
+      gradient_norm: mean over the epoch's steps; of the factors where there are
+        adapters, else of all that trains.
+      moves: how often budgets moved in it.
+      moved: what the last of these reallocations did, if there was one.
     """
 
     epoch: int
@@ -68,6 +73,8 @@ class Epoch:
     ema_accuracy: float | None
     density: float | None
     seconds_per_step: float
+    gradient_norm: float
+    moves: int
     moved: snella.Reallocation | None
 
 
@@ -90,7 +97,7 @@ class Trainer:
         recipe: Recipe,
         mesh: Mesh,
         watch: tuple[optax.GradientTransformation, ...] = (),
-        schedule: Schedule | None = None,
+        competition: Competition | None = None,
         checkpoints: Checkpoints | None = None,
     ):
         """Goes on where the newest checkpoint was, if there is one.
@@ -101,12 +108,12 @@ class Trainer:
           recipe: length and rates.
           mesh: the devices.
           watch: transformations in front of the optimizer (`snella.track_importance`).
-          schedule: the total budget of each epoch, from 0; None where nothing has
-            budgets.
+          competition: when and how budgets move; None where nothing has budgets, or
+            they stay.
           checkpoints: where each epoch's end is saved.
         """
         self.data, self.recipe, self.mesh = data, recipe, mesh
-        self.schedule, self.checkpoints = schedule, checkpoints
+        self.competition, self.checkpoints = competition, checkpoints
         self.steps = len(data.train) // recipe.batch
         self.graphdef, trainable, budgets, frozen = nnx.split(
             model, nnx.Param, snella.Budget, ...
@@ -114,7 +121,8 @@ class Trainer:
         self.frozen = meshes.place(frozen, mesh)
         # Copies: steps donate their state, and the caller keeps its model.
         trainable = jax.tree.map(jnp.copy, trainable)
-        tx = recipe.optimizer(self.steps, *watch)
+        norm = optax.snapshot(NORM, _gradient_norm)
+        tx = recipe.optimizer(self.steps, norm, *watch)
         self.state: dict[str, Any] = meshes.place(
             {
                 "trainable": trainable,
@@ -167,10 +175,7 @@ class Trainer:
             images and the last good checkpoint, which stays.
         """
         for epoch in range(self.passed, self.recipe.total_epochs):
-            moved = None
-            if self.schedule is not None and epoch:
-                self.state["budgets"], moved = self._reallocated(self.schedule(epoch))
-            losses, seconds = self._train(epoch, on_step)
+            steps = self._train(epoch, on_step)
             accuracy = ema_accuracy = None
             follow = self.data.follow if self.recipe.evaluates(epoch + 1) else None
             if follow is not None:
@@ -179,13 +184,11 @@ class Trainer:
                     ema_accuracy = self._accuracy("ema", follow)
             yield Epoch(
                 epoch=epoch + 1,
-                train_loss=float(np.mean(losses)),
                 lr=float(np.asarray(self.rate((epoch + 1) * self.steps - 1))),
                 accuracy=accuracy,
                 ema_accuracy=ema_accuracy,
                 density=_density(self.state["budgets"], self.weights),
-                seconds_per_step=float(np.median(seconds[1:] or seconds)),
-                moved=moved,
+                **steps,
             )
             self.passed = epoch + 1
             if self.checkpoints is not None:  # now: what was yielded is on record
@@ -230,20 +233,24 @@ class Trainer:
         )
         return pipeline.to_devices(stream, meshes.of_batches(self.mesh))
 
-    def _train(
-        self, epoch: int, on_step: Callable[[float], None]
-    ) -> tuple[list[float], list[float]]:
-        """Losses and seconds of an epoch's steps."""
-        key, losses, seconds = jax.random.key(self.recipe.seed), [], []
-        state = {name: self.state[name] for name in self.state if name != "budgets"}
+    def _train(self, epoch: int, on_step: Callable[[float], None]) -> dict[str, Any]:
+        """Takes an epoch's steps; gives what `Epoch` has of them."""
+        key, losses, norms, seconds = jax.random.key(self.recipe.seed), [], [], []
+        rules = self.competition
+        total = self.recipe.total_epochs
+        turn = rules.begin(epoch, total, self.steps) if rules else None
         for index in range(self.steps):
             start = time.perf_counter()
             batch = next(self.stream)
             noise = jax.random.fold_in(key, epoch * self.steps + index)
-            state, loss = self.step(
-                state, self.state["budgets"], self.frozen, batch, noise
-            )
+            state = dict(self.state)
+            budgets = state.pop("budgets")
+            if turn is not None:
+                budgets = self._moved(turn, index, budgets, state["opt_state"])
+            state, loss = self.step(state, budgets, self.frozen, batch, noise)
+            self.state = {**state, "budgets": budgets}
             losses.append(float(loss))
+            norms.append(float(optax.tree.get(state["opt_state"], NORM)))
             seconds.append(time.perf_counter() - start)
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
@@ -252,13 +259,18 @@ class Trainer:
                     f"{_here(batch['index'])}; {self._last_good()}"
                 )
             on_step(losses[-1])
-        self.state |= state
-        return losses, seconds
+        return {
+            "train_loss": float(np.mean(losses)),
+            "gradient_norm": float(np.mean(norms)),
+            "seconds_per_step": float(np.median(seconds[1:] or seconds)),
+            "moves": turn.moves if turn else 0,
+            "moved": turn.moved if turn else None,
+        }
 
-    def _reallocated(self, total: int) -> tuple[Any, snella.Reallocation]:
-        budgets, opt_state = self.state["budgets"], self.state["opt_state"]
+    def _moved(self, turn: Round, index: int, budgets: Any, opt_state: Any) -> Any:
+        """The budgets for a step of an epoch."""
         try:
-            return snella.reallocate(budgets, opt_state, total)
+            return turn.before(index, budgets, opt_state, lambda: self.model)
         except ValueError as error:  # scores that are not finite
             raise FloatingPointError(f"{error} {self._last_good()}") from error
 
@@ -354,6 +366,11 @@ def _here(indices: jax.Array) -> list[int]:
     """What of an array over all devices lies on those of this process."""
     shards = {str(shard.index): shard.data for shard in indices.addressable_shards}
     return np.concatenate([np.asarray(data) for data in shards.values()]).tolist()
+
+
+def _gradient_norm(tree: Any) -> jax.Array:
+    """Of the factors where there are any: those of the head would drown them."""
+    return optax.tree.norm(factors(tree) or tree)
 
 
 def _density(budgets: nnx.State, weights: int) -> float | None:

@@ -18,9 +18,9 @@ def tune(method: Name, setting: Setting) -> Fitted:
     """
     config, table = setting.config, METHODS[method]
     model = adapted(method, setting)
-    watch, schedule = table.watch(config), table.schedule(config, model)
+    watch, rules = table.watch(config), table.competition(config, model)
     recipe = config.recipe(method)
-    return fit(method, table.title, model, setting, recipe, watch, schedule)
+    return fit(method, table.title, model, setting, recipe, watch, rules)
 
 
 def adapted(method: Name, setting: Setting) -> Any:

@@ -24,11 +24,12 @@ def budget_schedule(
     power: float = 3,
     warmup: int = 0,
     cooldown: int = 0,
-) -> Callable[[int], int]:
+) -> Callable[[float], int]:
     """`b_t = b_T + (1 - t/T)^power * (b_0 - b_T)` with `T = steps - 1` (Eq. 12).
 
     A step is whatever reallocates: the paper's epochs, or optimizer steps. Step `t`
     trains with `schedule(t)` weights, `t = 0 .. steps - 1`; the last one with `target`.
+    Between two of them, `t` may be fractional: 1.5 in the middle of the second epoch.
 
     Args:
       initial: `b_0`, weights that may move at first.
@@ -60,7 +61,7 @@ def budget_schedule(
             f"{2 + warmup + cooldown}."
         )
 
-    def schedule(t: int) -> int:
+    def schedule(t: float) -> int:
         if t < 0:
             raise ValueError(f"t={t}: expected a step of at least 0.")
         if initial == target:
@@ -75,6 +76,7 @@ def allocate(
     scores: Sequence[float] | np.ndarray,
     total: int,
     capacities: Sequence[int] | np.ndarray,
+    floor: float = 0.0,
 ) -> Int[np.ndarray, " L"]:
     """Divides a total budget over matrices in proportion to their scores (Algorithm 1).
 
@@ -87,15 +89,18 @@ def allocate(
       scores: importance of each of `L` matrices, finite and not negative.
       total: weights to hand out, at least 0; may exceed what fits.
       capacities: weights that each matrix has.
+      floor: share of the total, in [0, 1], that is divided in proportion to capacities
+        whatever the scores say, so that no matrix loses all it has: 0 in the paper, 1
+        for the same density in every matrix.
 
     Returns:
       int64 `[L]`; sums to `min(total, sum(capacities))`, none above its capacity, each
-      within 1 of the real solution.
+      within 1 of the real solution (with a floor, within 2).
 
     Raises:
       TypeError: a total or capacity that is no integer (a density, say).
-      ValueError: lengths that differ, a score that is negative, NaN or infinite, or a
-        negative total or capacity.
+      ValueError: lengths that differ, a score that is negative, NaN or infinite, a
+        negative total or capacity, or a floor outside [0, 1].
     """
     weights = np.asarray(scores, np.float64)
     room = [index(capacity) for capacity in capacities]
@@ -113,7 +118,15 @@ def allocate(
     if total < 0 or min(room) < 0:
         raise ValueError(f"total={total}, capacities={room}: expected none negative.")
 
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor={floor}: expected 0 to 1.")
+
     total = min(index(total), sum(room))
+    if floor and total:
+        even = int(floor * total)
+        kept = [even * capacity // sum(room) for capacity in room]
+        above = [capacity - own for capacity, own in zip(room, kept, strict=True)]
+        return np.array(kept, np.int64) + allocate(weights, total - sum(kept), above)
     exact = [Fraction(float(w)) for w in weights]
     shares = _fill(exact, total, room)
     left = total - sum(shares)

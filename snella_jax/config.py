@@ -186,7 +186,7 @@ class SnellaConfig(Rule):
 
     def schedule(
         self, weights: int, steps: int, **options: Any
-    ) -> Callable[[int], int]:
+    ) -> Callable[[float], int]:
         """`budget_schedule` between the two densities of `weights` adapted weights.
 
         >>> schedule = SnellaConfig(target_density=0.3).schedule(1000, steps=3)

@@ -69,15 +69,15 @@ def track_importance(
         raise ValueError(f'metric={metric!r}: expected "sensitivity" or "magnitude".')
 
     def init(params: optax.Params) -> ImportanceState:
-        factors = _factors(params)
-        if not factors:
+        found = factors(params)
+        if not found:
             raise ValueError(
                 "track_importance found no factors: no mapping in the parameters has "
                 "both `a` and `b`. Give it the trainable tree of an adapted model."
             )
 
         def zeros():  # arrays of its own for each tree: a step may donate them
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), factors)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), found)
 
         return ImportanceState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
@@ -86,7 +86,7 @@ def track_importance(
             raise ValueError(
                 "track_importance needs params: tx.update(g, state, params)."
             )
-        thetas, grads = _factors(params), _factors(updates)
+        thetas, grads = factors(params), factors(updates)
 
         def observe(theta, grad):
             theta, grad = theta.astype(jnp.float32), grad.astype(jnp.float32)
@@ -161,10 +161,10 @@ def path_of(key_path: tuple) -> tuple[str, ...]:
 
 def factor_paths(tree: Any) -> set[str]:
     """Paths of the mappings with both `a` and `b`: the adapters of a parameter tree."""
-    return set(_factors(tree))
+    return set(factors(tree))
 
 
-def _factors(tree: Any) -> Smoothed:
+def factors(tree: Any) -> Smoothed:
     """`a` and `b` of every mapping that has such a pair, by the mapping's path."""
     found: Smoothed = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):

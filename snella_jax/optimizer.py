@@ -55,6 +55,7 @@ def reallocate(
     total: int,
     *,
     scores: Mapping[str, Array | np.ndarray] | None = None,
+    floor: float = 0.0,
 ) -> tuple[Any, Reallocation]:
     """Moves the budgets: `total` weights, divided by importance (Algorithm 1).
 
@@ -67,6 +68,8 @@ def reallocate(
       opt_state: the optimizer's state, with `track_importance` in it.
       total: weights that may move from now on, from a `budget_schedule`.
       scores: one array of scores per adapter path instead of `importance(opt_state)`.
+      floor: share of `total` that is divided evenly, whatever the scores, see
+        `allocate`; above 0 no matrix dies.
 
     Returns:
       The new budgets, and a `Reallocation` that says what went where.
@@ -102,7 +105,7 @@ def reallocate(
     old = {path: np.asarray(leaf, np.int64) for path, leaf in current.items()}
     given = {path: np.asarray(scores[path], np.float64) for path in old}
     room = {path: np.full(old[path].shape, _capacity(state, path)) for path in old}
-    counts = allocate(_flat(given), total, _flat(room))
+    counts = allocate(_flat(given), total, _flat(room), floor)
 
     sizes = [value.size for value in old.values()]
     parts = np.split(counts, np.cumsum(sizes)[:-1])

@@ -80,6 +80,32 @@ def test_allocation_is_algorithm_1_in_whole_numbers(seed):
         assert np.abs(budgets - real).max() < 1 + 1e-6 * capacities.max()
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.1, 0.5, 1.0])
+def test_a_floor_is_divided_evenly_and_the_rest_by_score(floor):
+    """Each matrix has its even part of the floor, and Algorithm 1's of what is left."""
+    rng = np.random.default_rng(0)
+    capacities = rng.integers(1000, 9000, 12)
+    scores, total = rng.lognormal(sigma=4, size=12), 20_000
+    scores[3] = 0
+    budgets = allocate(scores, total, capacities, floor)
+    assert budgets.sum() == total and (budgets <= capacities).all()
+    even = floor * total * capacities / capacities.sum()
+    assert (budgets >= np.floor(even)).all()
+    rest = algorithm_1(scores, (1 - floor) * total, capacities - even)
+    assert np.abs(budgets - even - rest).max() < 12
+    if floor == 1.0:
+        density = budgets / capacities
+        assert density.max() - density.min() < 0.01
+
+
+def test_a_floor_of_nothing_or_of_all():
+    assert allocate([1, 0], 0, [5, 5], 0.5).tolist() == [0, 0]
+    assert allocate([1, 0], 10, [5, 5], 0.5).tolist() == [5, 5]
+    for floor in (-0.1, 1.1, np.nan):
+        with pytest.raises(ValueError, match="floor="):
+            allocate([1, 0], 4, [5, 5], floor)
+
+
 def test_allocation_depends_on_ratios_of_scores_alone():
     """Sensitivities are tiny numbers: subnormal ones count as much as large ones."""
     scores = np.array([3.0, 5.0, 9.0, 1.0])
@@ -147,6 +173,12 @@ def test_schedule_is_equation_12(power, expected):
     budgets = [schedule(t) for t in range(5)]
     assert all(type(budget) is int for budget in budgets)
     np.testing.assert_allclose(budgets, expected, rtol=0, atol=0.5)
+
+
+def test_a_step_may_be_fractional():
+    schedule = budget_schedule(1000, 200, steps=5)
+    assert schedule(0.5) == 200 + round((1 - 0.125) ** 3 * 800)
+    assert schedule(4.2) == 200
 
 
 def test_schedule_holds():

@@ -70,6 +70,7 @@ TRAINS = {  # all that trains, and nothing else
     "mixk": rf"{OWN}|{FACTORS}",
     "snell": rf"{OWN}|{TARGETS}/adapter/(a|b|piece_coeff)",
     "snella": rf"{OWN}|{FACTORS}",
+    "snella_masked": rf"{OWN}|{TARGETS}/update/(a|b|alpha|beta|piece_coeff)",
     "snella_released": rf"{OWN}|{TARGETS}/adapter/(a|b|alpha|beta|gamma)",
 }
 WEIGHTS = 2 * (4 * 8 * 8 + 2 * 8 * 32)  # of the targeted kernels
@@ -79,7 +80,9 @@ MOVED = {  # of them, where not all do
     **dict.fromkeys(("adapter", "adaptformer", "mosa"), 0),
     "gps": 2 * (5 * 8 + 32),
     "noah": 3 * 8 * 8,
-    **dict.fromkeys(("snell", "snella", "snella_released"), 0.3 * WEIGHTS),
+    **dict.fromkeys(
+        ("snell", "snella", "snella_masked", "snella_released"), 0.3 * WEIGHTS
+    ),
 }
 
 
@@ -131,7 +134,7 @@ def trained(name):
         Recipe(epochs=3, batch=8, lr=3e-2),
         mesh.make("data=1"),
         watch=method.watch(CONFIG),
-        schedule=method.schedule(CONFIG, model),
+        competition=method.competition(CONFIG, model),
     )
     with contextlib.closing(trainer):
         rows = list(trainer.epochs(lambda _: None))
@@ -156,7 +159,7 @@ def test_what_trains_moves_and_all_else_is_bit_identical(name):
         if path in trains:
             # attention ignores what is added to all keys alike
             assert not same or re.fullmatch(UNMOVED, path), path
-        elif not (counts and METHODS[name].schedule(CONFIG, before)):
+        elif not (counts and METHODS[name].competition(CONFIG, before)):
             assert same, path
     plain = base() if before.config.stacked else vit.unstack(base())
     kept = leaves(plain).keys() & every.keys() - trains
@@ -198,7 +201,7 @@ def test_what_is_tested_computes_what_was_trained(name):
 
 
 ELSEWHERE = {"ssf", "vpt_shallow", "vpt_deep", "vqt", "mlp3", "noah", "klora", "mixk",
-             "snell", "snella", "snella_released"}  # fmt: skip
+             "snell", "snella", "snella_masked", "snella_released"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(TRAINS.keys() - ELSEWHERE))

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import snella_jax as snella
 from experiments import mesh, train
 from experiments.checkpoints import Checkpoints
+from experiments.competition import Competition
 from experiments.data.mix import Mix
 from experiments.data.source import Arrays
 from experiments.data.transforms import Transform
@@ -51,7 +52,7 @@ def training(recipe=RECIPE, devices="data=1", model=None, mix=None, follow=None)
         recipe,
         mesh.make(devices),
         watch=(snella.track_importance(),) * budgets,
-        schedule=schedule if budgets else None,
+        competition=Competition(schedule) if budgets else None,
     )
     with contextlib.closing(trainer):
         yield trainer
@@ -227,7 +228,8 @@ def test_the_cool_down_keeps_the_budget():
     data = train.Data(SOURCE, None, TRANSFORM, TRANSFORM)
     watch = (snella.track_importance(),)
     one = mesh.make("data=1")
-    trainer = train.Trainer(model, data, recipe, one, watch=watch, schedule=schedule)
+    rules = Competition(schedule)
+    trainer = train.Trainer(model, data, recipe, one, watch=watch, competition=rules)
     with contextlib.closing(trainer):
         rows, _ = run(trainer)
     assert [row.accuracy for row in rows] == [None] * 5
@@ -257,7 +259,7 @@ def test_a_run_with_everything_goes_on_bit_for_bit(tmp_path):
                 recipe,
                 mesh.make("data=2,model=2"),
                 watch=(snella.track_importance(),),
-                schedule=config.schedule(weights, 3),
+                competition=Competition(config.schedule(weights, 3)),
                 checkpoints=saved,
             )
             stack.enter_context(contextlib.closing(trainer))

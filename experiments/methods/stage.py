@@ -7,7 +7,7 @@ import numpy as np
 from experiments.config import RunConfig
 from experiments.fit import Setting
 
-Places = dict[str, np.ndarray]  # of ints, by name: what was located
+Places = dict[str, np.ndarray]  # of ints or bools, by name: what was located
 
 
 class Stage(Protocol):

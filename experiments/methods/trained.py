@@ -9,12 +9,14 @@ import optax
 from flax import nnx
 
 import snella_jax as snella
+from experiments.competition import Competition
 from experiments.config import RunConfig
 from experiments.methods import (
     adapter,
     dora,
     gps,
     lora,
+    masked,
     mlp_head,
     mosa,
     noah,
@@ -37,7 +39,7 @@ def _nothing_to_watch(config: RunConfig) -> tuple[optax.GradientTransformation, 
     return ()
 
 
-def _no_budgets(config: RunConfig, model: Any) -> None:
+def _no_competition(config: RunConfig, model: Any) -> None:
     return None
 
 
@@ -64,7 +66,7 @@ class Method:
         `nnx.Param` in it. Of the config, the model, and what was located, if anything.
       stage: the first stage; None where there is none.
       watch: transformations that see the raw gradient.
-      schedule: the total budget by epoch, of an adapted model; None for no budgets.
+      competition: when and how budgets of an adapted model move; None for never.
       merged: the trained model as it is tested.
       moved: weights of the targeted kernels that training changed, of base, trained and
         merged model.
@@ -76,7 +78,7 @@ class Method:
     watch: Callable[[RunConfig], tuple[optax.GradientTransformation, ...]] = (
         _nothing_to_watch
     )
-    schedule: Callable[[RunConfig, Any], Callable[[int], int] | None] = _no_budgets
+    competition: Callable[[RunConfig, Any], Competition | None] = _no_competition
     merged: Callable[[Any], Any] = _as_it_is
     moved: Callable[[RunConfig, Any, Any, Any], int] = _changed
 
@@ -115,18 +117,17 @@ def _kernelized(name: Name, title: str) -> Method:
 
     def watch(config: RunConfig) -> tuple[optax.GradientTransformation, ...]:
         own = getattr(config, name)
-        importance = snella.track_importance(own.beta1, own.beta2)
-        return (importance,) if own.competes else ()
+        return (own.importance(),) if own.competes else ()
 
-    def schedule(config: RunConfig, model: Any) -> Callable[[int], int] | None:
+    def competition(config: RunConfig, model: Any) -> Competition | None:
         own = getattr(config, name)
         weights = snella.adapted_weights(model)
-        return config.schedule(own, weights) if own.competes else None
+        return config.competition(own, weights) if own.competes else None
 
     def merged(model: Any) -> Any:  # perhaps of an epoch before the first reallocation
         return snella.merge(model, unmoved_budgets=True)
 
-    return Method(title, adapt, None, watch, schedule, merged)
+    return Method(title, adapt, None, watch, competition, merged)
 
 
 def _ssf(config: RunConfig, base: Any) -> Any:
@@ -177,6 +178,16 @@ def _noah(config: RunConfig, base: Any, places: Places) -> Any:
     return noah.adapt(base, places, config.trainable, rngs)
 
 
+def _mask_choice(config: RunConfig, scores: Scores) -> Places:
+    return masked.largest(scores, config.snella_masked.target_density)
+
+
+def _masked(config: RunConfig, base: Any, places: Places) -> Any:
+    own, rngs = config.snella_masked, nnx.Rngs(config.seed + 1)
+    kernel = snella.kernels.named(own.kernel)
+    return masked.adapt(base, places, config.trainable, kernel, own.rank, rngs)
+
+
 def _gps_choice(config: RunConfig, scores: Scores) -> Places:
     return gps.selected(scores, config.gps.per_neuron)
 
@@ -214,5 +225,11 @@ METHODS: dict[Name, Method] = {
     "mixk": _kernelized("mixk", "Mix-K"),
     "snell": _kernelized("snell", "SNELL"),
     "snella": _kernelized("snella", "SNELLA"),
+    "snella_masked": Method(
+        "Masked SNELLA",
+        _masked,
+        Scoring("squares", _mask_choice),
+        merged=masked.merge,
+    ),
     "snella_released": _kernelized("snella_released", "Released SNELLA"),
 }
