@@ -13,20 +13,27 @@ with the folder `runs`). Several processes may work in one folder. `report.md` a
 
 import dataclasses
 import itertools
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import tyro
 from rich.console import Console
 
-from experiments import command, cost_figures, folder, models, report, search, suite
-from experiments.comparison import Comparison, Name, Row, Store
+from experiments import (
+    cells,
+    command,
+    cost_figures,
+    folder,
+    models,
+    report,
+    search,
+    suite,
+)
+from experiments.comparison import Comparison, Name, Row, Table
 from experiments.config import RunConfig
-from experiments.run import RunFailed, complete
+from experiments.run import complete
 from snella_jax.rules import select
 
 PROGRAM = "python -m experiments.compare"
@@ -43,16 +50,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += [Row(method, random=True) for method in config.controls]
         if not config.table_only:
             _check_inputs(config)
-        store = Store(config)
+        table = Table(config)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{PROGRAM}: {error}") from error
-    cells = [] if config.table_only else list(itertools.product(config.tasks, rows))
-    failed = [text for cell in cells if (text := _tried(*cell, config, store, console))]
+    store = table.store
+    left = [] if config.table_only else list(itertools.product(config.tasks, rows))
+    failed = [text for cell in left if (text := _tried(*cell, config, store, console))]
     with store.locked():
-        if made := store.table():
+        if made := table.made():
             report.write(made, config.out, console)
             if memory:
-                points = store.points(made, memory)
+                points = table.points(made, memory)
                 setting = next(iter(memory.values()))
                 path = config.out / "accuracy.png"
                 cost_figures.accuracy_memory(path, points, setting)
@@ -61,23 +69,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _tried(
-    task: str, row: Row, config: Comparison, store: "Store", console: Console
+    task: str, row: Row, config: Comparison, store: cells.Store, console: Console
 ) -> str | None:
     """Completes a cell; says what failed."""
-    again = "The same command goes on with it."
-    try:
-        _complete(task, row, config, store, console)
-    except filelock.Timeout:
-        console.print(f"{task}, {row.name}: another process is at it.")
-    except (RunFailed, RuntimeError, FloatingPointError) as error:
-        text = f"{task}, {row.name}: {error}"
-        console.print(text, style="red", soft_wrap=True)
-        return text
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"{PROGRAM}: {task}, {row.name}: {error}\n{again}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(again) from None
-    return None
+
+    def search(place: Path) -> cells.Done:
+        return _searched(task, row, config, place, console)
+
+    def train(out: Path, seed: int, chosen: cells.Done) -> cells.Done:
+        own = _with(_config(task, row, config, seed), row.method, chosen)
+        own = dataclasses.replace(own, out=out)
+        setting = command.prepared(task, own, console)
+        summary = complete(setting, resume=(out / "config.json").exists())
+        where = {name: summary[name] for name in ("device", "versions")}
+        return summary["methods"][row.method] | where
+
+    cell = task, row.name
+    return cells.attempt(PROGRAM, store, cell, config.seeds, search, train, console)
 
 
 def _check_inputs(config: Comparison) -> None:
@@ -94,32 +102,6 @@ def _memory(path: Path | None) -> dict[str, dict[str, Any]]:
     if rows is None or len({row["model"] for row in rows}) > 1:
         raise ValueError(f"{path}: expected a memory.json of one model.")
     return {row["method"]: row for row in rows}
-
-
-def _complete(
-    task: str, row: Row, config: Comparison, store: Store, console: Console
-) -> None:
-    """Does what is left of a cell; a `filelock.Timeout` where another process does."""
-    place = config.out / "runs" / task / row.name
-    place.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(place / ".cell", timeout=0):
-        done = store.done(task, row)
-        left = [s for s in config.seeds if str(s) not in done.get("seeds", {})]
-        if left and "chosen" not in done:
-            done |= _searched(task, row, config, place, console)
-            store.keep(task, row, done)
-        for seed in left:
-            console.rule(f"{task}, {row.name}, seed {seed}")
-            own = _with(_config(task, row, config, seed), row.method, done["chosen"])
-            own = dataclasses.replace(own, out=place / f"seed{seed}")
-            setting = command.prepared(task, own, console)
-            begun = (setting.out / "config.json").exists()
-            summary = complete(setting, resume=begun)
-            where = {name: summary[name] for name in ("device", "versions")}
-            result = summary["methods"][row.method] | where
-            done.setdefault("seeds", {})[str(seed)] = result
-            store.keep(task, row, done)
-            shutil.rmtree(setting.out / "checkpoints", ignore_errors=True)
 
 
 def _searched(

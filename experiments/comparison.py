@@ -1,20 +1,15 @@
-"""What a comparison of methods is, and the file that keeps what is done of it."""
+"""What a comparison of methods is, and the table of what is done of it."""
 
-import contextlib
 import dataclasses
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import filelock
-
 from experiments import config as configs
-from experiments import folder, report
+from experiments import report
+from experiments.cells import Store
 from experiments.config import Grid, RunConfig
 from experiments.settings import Located, Masked, Parted, Plain, Ranked, Trained
 
-FILE = "results.json"
 Name = Literal["linear"] | Trained
 TASKS = (
     "dsprites_loc_rerendered",
@@ -105,47 +100,21 @@ class Row:
 ROWS = [Row(m, r) for m in ("linear", *get_args(Trained)) for r in (False, True)]
 
 
-class Store:
-    """`results.json`: the shared settings, and what is done by task and row.
+class Table:
+    """The comparison's rows in its store.
 
-    What is done has `trials` (of the search), `chosen` (the settings that were best)
-    and `seeds` (for each its entry of `summary.json`, with device and versions).
+    Attributes:
+      store: what is done.
     """
 
     def __init__(self, config: Comparison):
         """Raises a `ValueError` where the folder holds another comparison."""
-        self.path = config.out / FILE
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         fields = configs.as_dict(config.run)
         shared = {k: v for k, v in fields.items() if k not in report.IRRELEVANT}
-        shared = json.loads(
-            json.dumps({"search_epochs": config.search_epochs} | shared)
-        )
-        known = (folder.read(self.path) or {}).get("shared")
-        if known is None and (config.out / "runs").exists():
-            raise ValueError(
-                f"{config.out} has runs and no {FILE}: expected both, or another --out."
-            )
-        known = known or shared
-        if other := sorted(name for name in known if known[name] != shared.get(name)):
-            raise ValueError(
-                f"{self.path} was made with another {', '.join(other)}: expected the "
-                "same, or another --out."
-            )
-        with self._open() as found:
-            found["shared"] = shared  # perhaps with a method that is new
-            found.setdefault("rows", {})
+        shared["search_epochs"] = config.search_epochs
+        self.store = Store(config.out, shared, configs.as_dict(RUN))
 
-    def done(self, task: str, row: Row) -> dict[str, Any]:
-        """What is done of a cell."""
-        return folder.read(self.path)["rows"].get(task, {}).get(row.name, {})
-
-    def keep(self, task: str, row: Row, done: dict[str, Any]) -> None:
-        """Writes a cell."""
-        with self._open() as found:
-            found["rows"].setdefault(task, {})[row.name] = done
-
-    def table(self) -> dict[str, Any] | None:
+    def made(self) -> dict[str, Any] | None:
         """The report of all seeds that are done; None where there are none."""
         runs = self._runs()
         rows = [Row(method) for method in ("linear", *get_args(Trained))]
@@ -172,17 +141,16 @@ class Store:
         ]
 
     def _label(self, row: Row) -> str:
-        settings = folder.read(self.path)["shared"][row.method]
+        settings = self.store.shared[row.method]
         return report.label(row.method, settings) + ", random weights" * row.random
 
     def _runs(self) -> list[report.Run]:
-        found = folder.read(self.path)
-        shared = found["shared"]
+        shared = self.store.shared
         size = f", {shared['image_size']} pixels" if shared["image_size"] else ""
         setup = f"{shared['model']}{size}, {shared['epochs']} epochs"
         return [
             report.Run(
-                folder=self.path.parent,
+                folder=self.store.path.parent,
                 task=task,
                 method=self._label(row),
                 setup=setup,
@@ -191,19 +159,7 @@ class Store:
                 result=result,
             )
             for row in ROWS
-            for task, own in found["rows"].items()
+            for task, own in self.store.tasks().items()
             if (done := own.get(row.name))
             for seed, result in done.get("seeds", {}).items()
         ]
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[dict[str, Any]]:
-        """The file's values, to change; other processes wait."""
-        with self.locked():
-            found = folder.read(self.path) or {}
-            yield found
-            folder.write(self.path, found)
-
-    def locked(self) -> filelock.BaseFileLock:
-        """Keeps other processes from the folder's files."""
-        return filelock.FileLock(self.path.with_suffix(".lock"))

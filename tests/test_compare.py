@@ -81,7 +81,7 @@ def test_a_comparison_goes_on_with_its_results_alone(tmp_path, monkeypatch, caps
 
 def test_accuracy_is_drawn_against_memory(tmp_path):
     """What has both; random weights have no point of their own."""
-    store = comparison.Store(comparison.Comparison(out=tmp_path))
+    table = comparison.Table(comparison.Comparison(out=tmp_path))
     seeds = {
         str(seed): {"test_accuracy": accuracy, "trainable": 5}
         for seed, accuracy in enumerate((0.5, 0.6, 0.7))
@@ -91,11 +91,11 @@ def test_accuracy_is_drawn_against_memory(tmp_path):
         comparison.Row("snella"),
         comparison.Row("lora", True),
     ):
-        store.keep("digits", row, {"chosen": {"lr": 1e-3}, "seeds": seeds})
-    store.keep("elpv", comparison.Row("dora"), {"chosen": {}, "trials": []})
+        table.store.keep("digits", row.name, {"chosen": {"lr": 1e-3}, "seeds": seeds})
+    table.store.keep("elpv", "dora", {"chosen": {}, "trials": []})
     memory = {name: {"total_bytes": 2**30} for name in ("lora", "dora", "full")}
-    made = store.table()
-    assert store.points(made, memory) == [
+    made = table.made()
+    assert table.points(made, memory) == [
         {
             "task": "digits",
             "method": "LoRA-8",
@@ -107,7 +107,7 @@ def test_accuracy_is_drawn_against_memory(tmp_path):
     setting = {"model": "vit", "target": "h100", "batch": 64, "dtype": "bfloat16"}
     setting |= {"frozen_dtype": "bfloat16"}
     path = tmp_path / "accuracy.png"
-    cost_figures.accuracy_memory(path, store.points(made, memory), setting)
+    cost_figures.accuracy_memory(path, table.points(made, memory), setting)
     assert path.stat().st_size > 10_000
     two = [{"model": "a", "method": "lora"}, {"model": "b", "method": "lora"}]
     (tmp_path / "two.json").write_text(json.dumps(two))
@@ -146,20 +146,20 @@ def test_a_wrong_option_is_said_before_anything_runs(tmp_path, words, message):
 
 def test_a_new_method_joins_an_old_comparison(tmp_path):
     """Its settings are not among those that the folder was made with."""
-    store = comparison.Store(comparison.Comparison(out=tmp_path))
-    found = read(store.path)
+    table = comparison.Table(comparison.Comparison(out=tmp_path))
+    found = read(table.store.path)
     del found["shared"]["vqt"]
-    store.path.write_text(json.dumps(found))
+    table.store.path.write_text(json.dumps(found))
     wrong = dataclasses.replace(comparison.RUN, epochs=99)
     with pytest.raises(ValueError, match="another epochs"):
-        comparison.Store(comparison.Comparison(run=wrong, out=tmp_path))
-    assert "vqt" not in read(store.path)["shared"]  # a refusal leaves no trace
-    comparison.Store(comparison.Comparison(out=tmp_path))
-    assert read(store.path)["shared"]["vqt"]["count"] == 1
+        comparison.Table(comparison.Comparison(run=wrong, out=tmp_path))
+    assert "vqt" not in read(table.store.path)["shared"]  # a refusal leaves no trace
+    comparison.Table(comparison.Comparison(out=tmp_path))
+    assert read(table.store.path)["shared"]["vqt"]["count"] == 1
     (tmp_path / "runs").mkdir()
-    store.path.unlink()
+    table.store.path.unlink()
     with pytest.raises(ValueError, match="has runs and no"):
-        comparison.Store(comparison.Comparison(out=tmp_path))
+        comparison.Table(comparison.Comparison(out=tmp_path))
 
 
 def test_a_cell_that_runs_out_of_memory_does_not_stop_the_others(tmp_path, monkeypatch):

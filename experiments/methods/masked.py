@@ -2,9 +2,9 @@
 
 `y = x (W0 + M * kernel(a, b))`: what competition decides while SNELLA trains, SPT's
 sensitivity decides before it: `M` has the targeted weights whose squared gradients,
-summed over the training images, are the largest of all. A mask takes a byte a weight; the
-update is recomputed on the way back. Merged, it costs nothing at inference; locating
-costs the gradient of every targeted kernel once.
+summed over the training images, are the largest of all. A mask takes a byte a weight;
+the update is recomputed on the way back. Merged, it costs nothing at inference;
+locating costs the gradient of every targeted kernel once.
 """
 
 import functools
