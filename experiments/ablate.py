@@ -1,0 +1,252 @@
+"""The ablations: SNELLA with a setting changed at a time, tables and figures.
+
+    python -m experiments.ablate --out runs/ablations
+
+Every study is a table of the paper, or a question of our own: kernels, sparsity,
+importance, budgets, schedules, masks, beta, allocation, gates, rank. The base's rate is
+searched on validation, and so is that of every variant whose updates have another size;
+the others share the base's. Then each is trained on training and validation images,
+once for each seed, and tested once. `results.json` in `--out` keeps every finished
+search and seed: the same command goes on where it was, on another machine, too, with
+only that file. Several processes may work in one folder. `report.md`, `report.json` and
+a picture of each study show what there is.
+
+The default task and model are real and small (the quickstart's ViT on dSprites'
+location, a minute a run); `--run.model dinov2_saliency --run.image_size 56` takes a
+larger one.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import numpy as np
+import tyro
+from rich.console import Console
+
+from experiments import (
+    ablation_report,
+    cells,
+    command,
+    evaluation,
+    folder,
+    metrics,
+    models,
+    report,
+    search,
+    suite,
+)
+from experiments import config as configs
+from experiments.ablations import BASE, SNELLA, STUDIES, Variant
+from experiments.config import Grid, RunConfig
+from experiments.fit import Fitted, Setting
+from experiments.methods.trained import METHODS
+from experiments.settings import Kernelized, Masked
+from experiments.tune import tune
+from snella_jax.rules import select
+
+PROGRAM = "python -m experiments.ablate"
+Name = Literal[
+    "kernels_sparsity",
+    "kernels",
+    "sparsification",
+    "importance",
+    "budget",
+    "schedule",
+    "masks",
+    "beta",
+    "allocation",
+    "gates",
+    "rank",
+    "frequency",
+]
+RUN = RunConfig(
+    task="dsprites_loc_rerendered",
+    protocol="final",
+    epochs=30,
+    warmup_epochs=3,
+    test_images=4000,
+    grid=Grid(lr_factors=(0.3, 3.0), weight_decays=(), densities=()),
+    snella=Kernelized(lr=1e-2),
+    snella_masked=Masked(lr=1e-2),
+    source="python -m experiments.ablate",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """Options of `python -m experiments.ablate`."""
+
+    studies: tuple[Name, ...] = tuple(STUDIES)  # pyright: ignore[reportAssignmentType]
+    """Which are run, in this order."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of factors and order. (Searches have seed 0.)"""
+    search_epochs: int = 10
+    """Length of a trial of the search."""
+    run: RunConfig = RUN
+    """What all variants share; `run.snella` is the base."""
+    table_only: bool = False
+    """Run nothing; write the tables of what is done."""
+    out: Path = Path("runs/ablations")
+    """Folder for results.json, the tables, the pictures and the runs."""
+
+    @property
+    def variants(self) -> list[Variant]:
+        """Those of the studies, each once, the base first."""
+        named = {SNELLA.name: SNELLA}
+        for study in self.studies:
+            named |= {variant.name: variant for variant in STUDIES[study].variants}
+        return list(named.values())
+
+    def check(self) -> None:
+        """Raises a `ValueError` on values that would fail in the midst of it."""
+        if not self.studies or not self.seeds:
+            raise ValueError("expected at least one study and one seed.")
+        if self.search_epochs <= self.run.warmup_epochs:
+            raise ValueError(
+                f"search_epochs={self.search_epochs}: expected more than the "
+                f"{self.run.warmup_epochs} of the warm-up."
+            )
+        for name in ("methods", "seed", "protocol", "search", "out", "dtype"):
+            if getattr(self.run, name) != getattr(RUN, name):
+                raise ValueError(f"run.{name}: the ablation sets it by itself.")
+        trial = dataclasses.replace(self.run, epochs=self.search_epochs, search=True)
+        for variant, run in itertools.product(self.variants, (self.run, trial)):
+            variant.config(run, 0).check()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line and runs what is left."""
+    config = tyro.cli(Ablation, prog=PROGRAM, args=argv, description=__doc__)
+    console = Console()
+    try:
+        config.check()
+        if not config.table_only:
+            if lacking := suite.missing(config.run):
+                raise ValueError(lacking)
+            select(models.load(config.run, classes=2), config.run.targets)
+        fields = configs.as_dict(config.run)
+        shared = {k: v for k, v in fields.items() if k not in report.IRRELEVANT}
+        shared["search_epochs"] = config.search_epochs
+        store = cells.Store(config.out, shared, configs.as_dict(RUN))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"{PROGRAM}: {error}") from error
+    left = [] if config.table_only else config.variants
+    failed = [
+        text for variant in left if (text := _tried(variant, config, store, console))
+    ]
+    with store.locked():
+        ablation_report.write(store, config.run.task, config.out, console)
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+def _tried(
+    variant: Variant, config: Ablation, store: cells.Store, console: Console
+) -> str | None:
+    """Completes a row; says what failed."""
+
+    def choose(place: Path) -> cells.Done:
+        if variant.searched:
+            return _searched(variant, config, place, console)
+        return {"chosen": _base_choice(config, store)}
+
+    def train(out: Path, seed: int, chosen: cells.Done) -> cells.Done:
+        own = dataclasses.replace(variant.config(config.run, seed, **chosen), out=out)
+        setting = command.prepared(config.run.task, own, console)
+        with folder.held(out, resume=True):
+            return measured(variant.method, setting)
+
+    cell = config.run.task, variant.name
+    return cells.attempt(PROGRAM, store, cell, config.seeds, choose, train, console)
+
+
+def _base_choice(config: Ablation, store: cells.Store) -> dict[str, float]:
+    """The base's rate; waits for a process that is about to find it."""
+    task = config.run.task
+    lock = filelock.FileLock(config.out / "runs" / task / BASE / ".cell")
+
+    def chosen() -> dict[str, float] | None:
+        return store.rows(task).get(BASE, {}).get("chosen")
+
+    while chosen() is None:
+        with contextlib.suppress(filelock.Timeout), lock.acquire(timeout=5):
+            if chosen() is None:
+                raise RuntimeError("the base's search was not finished")
+    return {"lr": store.rows(task)[BASE]["chosen"]["lr"]}
+
+
+def _searched(
+    variant: Variant, config: Ablation, place: Path, console: Console
+) -> cells.Done:
+    """The trials of a variant's search, and the rate that was best."""
+    console.rule(f"{variant.name}, search")
+    own = variant.config(config.run, config.run.seed)
+    own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
+    setting = command.prepared(config.run.task, own, console)
+    best = getattr(search.chosen(variant.method, setting), variant.method)
+    trials = folder.read(place / search.FILE)[variant.method]
+    return {"trials": trials, "chosen": {"lr": best.lr}}
+
+
+def measured(
+    method: Literal["snella", "snella_masked"], setting: Setting
+) -> cells.Done:
+    """Trains a variant; what is to be known of it.
+
+    Returns:
+      `test_accuracy` (the last epoch's), `train_loss` (its mean), `seconds_per_step`,
+      `moves` (how often budgets moved), `gradient_norms` (of the epochs), `density`,
+      `dead` and `full` (shares of the matrices with less than 0.1% and with all but
+      0.1% of their weights moved), `rank` (mean numerical rank of the updates: singular
+      values above 1% of the largest), `change` (mean `||delta|| / ||W0||`), `device`
+      and `versions`.
+    """
+    fitted = tune(method, setting)
+    merged = METHODS[method].merged(fitted.model)
+    source, transform = setting.task.test, setting.transforms[1]
+    accuracy = evaluation.evaluate(merged, source, transform, setting.mesh)
+    return {
+        "test_accuracy": accuracy,
+        "train_loss": fitted.rows[-1]["train_loss"],
+        "seconds_per_step": metrics.median(fitted.rows, "seconds_per_step"),
+        "gradient_norms": [row["gradient_norm"] for row in fitted.rows],
+        "moves": sum(row.get("moves", 0) for row in fitted.rows),
+        **_updates(setting, fitted, merged),
+        **folder.environment(setting.mesh),
+    }
+
+
+def _updates(setting: Setting, fitted: Fitted, merged: Any) -> dict[str, float]:
+    """What training did to the targeted kernels."""
+    base = select(setting.base, setting.config.targets)
+    ranks, densities, changes, weights = [], [], [], []
+    for path, layer in select(merged, "|".join(base)).items():
+        before, after = (np.asarray(x.kernel[...]) for x in (base[path], layer))
+        *_, n, m = before.shape
+        delta = (after - before).reshape(-1, n, m)
+        values = np.linalg.svd(delta, compute_uv=False)
+        ranks += (values > 0.01 * values.max(1, keepdims=True)).sum(1).tolist()
+        densities += (delta != 0).mean((1, 2)).tolist()
+        sizes = np.linalg.norm(delta, axis=(1, 2))
+        changes += (
+            sizes / np.linalg.norm(before.reshape(-1, n, m), axis=(1, 2))
+        ).tolist()
+        weights += [n * m] * len(delta)
+    moved = np.array(densities)
+    return {
+        "density": float(np.average(moved, weights=weights)),
+        "dead": float((moved < 0.001).mean()),
+        "full": float((moved > 0.999).mean()),
+        "rank": float(np.mean(ranks)),
+        "change": float(np.mean(changes)),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
