@@ -183,7 +183,7 @@ class RunConfig:
         shared = {field.name for field in dataclasses.fields(Recipe)}
         settings = {name: getattr(self, name) for name in shared & _names(self)}
         own = getattr(self, method)
-        settings |= {name: getattr(own, name) for name in shared & _names(own)}
+        settings |= {name: getattr(own, name) for name in shared if hasattr(own, name)}
         return Recipe(**settings)
 
     def mix(self, classes: int) -> Mix | None:

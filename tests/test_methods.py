@@ -211,6 +211,32 @@ def test_training_starts_at_the_base(name):
     np.testing.assert_allclose(model(images), base()(images), rtol=1e-4, atol=1e-5)
 
 
+def test_masked_weights_move_by_the_kernel_alone():
+    """In NumPy's float64, from the factors after training."""
+    before, after, _ = trained("snella_masked")
+    merged, was = leaves(METHODS["snella_masked"].merged(after)), leaves(before)
+    now = {path: np.float64(value) for path, value in leaves(after).items()}
+    share = 0
+    for path in was:
+        if not path.endswith("update/mask"):
+            continue
+        layer, mask = path.removesuffix("/update/mask"), was[path]
+        a, b, coeff, alpha, beta = (
+            now[f"{layer}/update/{name}"]
+            for name in ("a", "b", "piece_coeff", "alpha", "beta")
+        )
+        apart = np.linalg.norm(a[:, :, :, None] - b[:, :, None], axis=-1)
+        kappa = np.einsum("lp,lpnm->lnm", coeff, apart)
+        powers = np.exp(kappa - kappa.max(2, keepdims=True))
+        soft = powers / powers.sum(2, keepdims=True)
+        delta = kappa + alpha[:, None, None] * soft + beta[:, None, None]
+        kernel = f"{layer}/kernel"
+        expected = was[kernel] + mask * delta
+        np.testing.assert_allclose(merged[kernel], expected, rtol=1e-4, atol=1e-6)
+        share += mask.sum() / WEIGHTS
+    assert share == pytest.approx(0.3, abs=1e-3)
+
+
 def test_snell_gives_every_matrix_the_same_share():
     model = METHODS["snell"].adapt(CONFIG, base())
     budgets = leaves(model, snella.Budget)
