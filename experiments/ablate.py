@@ -4,8 +4,8 @@
 
 Every study is a table of the paper, or a question of our own: kernels, sparsity,
 importance, budgets, schedules, masks, beta, allocation, gates, rank. The base's rate is
-searched on validation, and so is that of every variant whose updates have another size;
-the others share the base's. Then each is trained on training and validation images,
+searched on validation (the lowest within a standard error of the best), and so is that
+of every variant whose updates have another size; the others share the base's. Then each is trained on training and validation images,
 once for each seed, and tested once. `results.json` in `--out` keeps every finished
 search and seed: the same command goes on where it was, on another machine, too, with
 only that file. Several processes may work in one folder. `report.md`, `report.json` and
@@ -44,7 +44,7 @@ from experiments import (
 from experiments import config as configs
 from experiments.ablations import BASE, SNELLA, STUDIES, Variant
 from experiments.config import Grid, RunConfig
-from experiments.fit import Fitted, Setting
+from experiments.fit import VAL, Fitted, Setting
 from experiments.methods.trained import METHODS
 from experiments.settings import Kernelized, Masked
 from experiments.tune import tune
@@ -184,14 +184,30 @@ def _base_choice(config: Ablation, store: cells.Store) -> dict[str, float]:
 def _searched(
     variant: Variant, config: Ablation, place: Path, console: Console
 ) -> cells.Done:
-    """The trials of a variant's search, and the rate that was best."""
+    """The trials of a variant's search, and the rate that follows from them."""
     console.rule(f"{variant.name}, search")
     own = variant.config(config.run, config.run.seed)
     own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
     setting = command.prepared(config.run.task, own, console)
-    best = getattr(search.chosen(variant.method, setting), variant.method)
+    search.chosen(variant.method, setting)
     trials = folder.read(place / search.FILE)[variant.method]
-    return {"trials": trials, "chosen": {"lr": best.lr}}
+    rate = cautious(trials, len(setting.task.validation))
+    return {"trials": trials, "chosen": {"lr": rate}}
+
+
+def cautious(trials: Sequence[dict[str, Any]], images: int) -> float:
+    """The lowest rate within a standard error of the best on so many images.
+
+    Above the best rate training soon diverges, and near it variants differ by that.
+
+    >>> trials = [{"lr": 3e-2, VAL: 0.75}, {"lr": 1e-2, VAL: 0.73}]
+    >>> cautious(trials, images=200), cautious(trials, images=20_000)
+    (0.01, 0.03)
+    """
+    found = {t["lr"]: t[VAL] for t in trials if t[VAL] is not None}
+    best = max(found.values())
+    error = (best * (1 - best) / images) ** 0.5
+    return min(lr for lr, accuracy in found.items() if accuracy >= best - error)
 
 
 def measured(
