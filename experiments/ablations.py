@@ -14,7 +14,7 @@ from experiments.settings import DENSE
 
 BASE = "snella"
 # What changes the size of an update, and with it the rate that suits it.
-OWN_RATE = {"kernel", "gate", "path", "rank", "pieces", "beta_rate"}
+OWN_RATE = {"kernel", "gate"}
 
 
 @dataclasses.dataclass(frozen=True)
