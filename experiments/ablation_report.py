@@ -34,7 +34,7 @@ EXPLAINED = (
 
 
 def write(store: Store, task: str, out: Path, console: Console) -> None:
-    """Writes `report.md`, `report.json` and a PNG for each study with results."""
+    """Writes `report.md`, `report.json`, a PNG for each study with some results."""
     done = store.rows(task)
     tables = {name: table(study, done) for name, study in STUDIES.items()}
     shared = store.shared
@@ -44,7 +44,7 @@ def write(store: Store, task: str, out: Path, console: Console) -> None:
     for name, made in tables.items():
         lines += [f"## {heading(STUDIES[name])}", "", *_markdown(made), ""]
         lines += [f"- {sentence}" for sentence in made["order"]] + [""]
-        if any(row["seeds"] for row in made["rows"]):
+        if sum(bool(row["seeds"]) for row in made["rows"]) > 1:
             lines += [f"![{STUDIES[name].title}]({name}.png)", ""]
             picture(out / f"{name}.png", STUDIES[name], made, setup)
     text = "\n".join(lines)

@@ -212,18 +212,18 @@ STUDIES: dict[str, Study] = {
     ),
     "gates": Study(
         "gates, paths and precision",
-        (
-            Variant("product (the paper)"),
-            _titled("released", gate="released"),
-            _titled("soft", gate="soft"),
-            _titled("hard", gate="hard"),
-            _titled("product, parallel", path="parallel"),
-            Variant("product, bfloat16", run={"dtype": "bfloat16"}),
+        tuple(
             Variant(
-                "product, parallel, bfloat16",
-                {"path": "parallel"},
-                run={"dtype": "bfloat16"},
-            ),
+                f"{gate}, {path}, {dtype}",
+                {
+                    **({"gate": gate} if gate != "product" else {}),
+                    **({"path": path} if path != "merged" else {}),
+                },
+                {"dtype": dtype} if dtype != "float32" else {},
+            )
+            for dtype in ("float32", "bfloat16")
+            for path in ("merged", "parallel")
+            for gate in ("product", "released", "soft", "hard")
         ),
     ),
     "rank": Study(
