@@ -1,6 +1,6 @@
 """One training step of every method on a ViT: what memory and time are measured of.
 
-The step is the trainer's own (`train.training_step`), with AdamW, on images of noise.
+The step is the trainer's own (`update.training_step`), with AdamW, on images of noise.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array
 
 import snella_jax as snella
-from experiments import train
+from experiments import update
 from experiments.config import RunConfig
 from experiments.methods import locate, noah, stored
 from experiments.methods.trained import METHODS
@@ -184,7 +184,7 @@ def _training(setting: Setting, model: Any) -> Step:
     tx = optax.chain(*watch, optax.adamw(1e-3, mask=snella.decay_mask))
     state, key = tx.init(trainable), jax.random.key(0)
     arguments = (trainable, state, budgets, frozen, *_batch(setting), key)
-    run = train.training_step(graphdef, tx)
+    run = update.training_step(graphdef, tx)
     return Step(run, arguments, model.config.stacked, donated=(0, 1))
 
 

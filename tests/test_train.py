@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import snella_jax as snella
-from experiments import mesh, train
+from experiments import mesh, train, update
 from experiments.checkpoints import Checkpoints
 from experiments.competition import Competition
 from experiments.data.mix import Mix
@@ -148,7 +148,7 @@ def test_parts_are_all_of_the_batch_and_draw_noise_of_their_own():
 
     images, labels = jnp.arange(12.0).reshape(6, 2), jnp.arange(6.0) ** 2
     for parts in (2, 3):
-        loss, grads = train._mean_over_parts(gradient, parts, images, labels, KEY)
+        loss, grads = update._mean_over_parts(gradient, parts, images, labels, KEY)
         draws = [jax.random.uniform(key) for key in jax.random.split(KEY, parts)]
         assert len(set(map(float, draws))) == parts
         assert float(loss) == pytest.approx(float(sum(draws)) / parts)
@@ -161,7 +161,7 @@ def test_soft_labels_are_learnt_as_their_distribution():
     model = adapted()
     graphdef, *states = nnx.split(model, nnx.Param, snella.Budget, ...)
     tx = optax.sgd(0.0)
-    step = train.training_step(graphdef, tx)
+    step = update.training_step(graphdef, tx)
     images = jax.random.normal(jax.random.key(0), (6, 8, 8, 1))
 
     def loss(labels):
@@ -282,7 +282,7 @@ def test_a_gradient_too_large_to_be_squared_is_not_finite():
     kernel = jnp.zeros((2, 2))
     graphdef, params, rest = nnx.split(Steep(kernel), nnx.Param, ...)
     none, tx = nnx.State({}), optax.adamw(1e-3)
-    step = train.training_step(graphdef, tx)
+    step = update.training_step(graphdef, tx)
     for scale, finite in ((1e3, True), (1e25, False)):
         images, labels = jnp.full((2, 2), scale), jnp.zeros(2, jnp.int32)
         _, _, loss = step(params, tx.init(params), none, rest, images, labels, KEY)
