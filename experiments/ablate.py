@@ -90,7 +90,8 @@ class Ablation:
     search_epochs: int = 10
     """Length of a trial of the search."""
     run: RunConfig = RUN
-    """What all variants share; `run.snella` is the base."""
+    """What all variants share; `run.snella` is the base, of whose settings only the
+    rate and the decay may be set."""
     table_only: bool = False
     """Run nothing; write the tables of what is done."""
     out: Path = Path("runs/ablations")
@@ -117,6 +118,16 @@ class Ablation:
         for name in ("methods", "seed", "protocol", "search", "out", "dtype"):
             if getattr(self.run, name) != getattr(RUN, name):
                 raise ValueError(f"run.{name}: the ablation sets it by itself.")
+        for method in ("snella", "snella_masked"):
+            own, usual = getattr(self.run, method), getattr(RUN, method)
+            rates = {"lr": own.lr, "weight_decay": own.weight_decay}
+            if own != dataclasses.replace(usual, **rates):
+                raise ValueError(
+                    f"run.{method}: expected its lr and weight_decay alone to differ "
+                    "from the default, or rows would not be what they are called."
+                )
+        if self.run.grid.weight_decays or self.run.grid.densities:
+            raise ValueError("run.grid: only learning rates are searched.")
         trial = dataclasses.replace(self.run, epochs=self.search_epochs, search=True)
         for variant, run in itertools.product(self.variants, (self.run, trial)):
             variant.config(run, 0).check()
@@ -218,7 +229,8 @@ def measured(
     """Trains a variant; what is to be known of it.
 
     Returns:
-      `test_accuracy` (the last epoch's), `train_loss` (its mean), `seconds_per_step`,
+      `test_accuracy` (the last epoch's, merged), `unmerged_accuracy` (as it was
+      trained: in float32 the same), `train_loss` (its mean), `seconds_per_step`,
       `moves` (how often budgets moved), `gradient_norms` (of the epochs), `density`,
       `dead` and `full` (shares of the matrices with less than 0.1% and with all but
       0.1% of their weights moved), `rank` (mean numerical rank of the updates: singular
@@ -229,8 +241,12 @@ def measured(
     merged = METHODS[method].merged(fitted.model)
     source, transform = setting.task.test, setting.transforms[1]
     accuracy = evaluation.evaluate(merged, source, transform, setting.mesh)
+    unmerged = accuracy
+    if setting.config.dtype != "float32":  # where merging rounds
+        unmerged = evaluation.evaluate(fitted.model, source, transform, setting.mesh)
     return {
         "test_accuracy": accuracy,
+        "unmerged_accuracy": unmerged,
         "train_loss": fitted.rows[-1]["train_loss"],
         "seconds_per_step": metrics.median(fitted.rows, "seconds_per_step"),
         "gradient_norms": [row["gradient_norm"] for row in fitted.rows],

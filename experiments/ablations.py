@@ -13,8 +13,7 @@ from experiments.config import RunConfig
 from experiments.settings import DENSE
 
 BASE = "snella"
-# What changes the size of an update, and with it the rate that suits it.
-OWN_RATE = {"kernel", "gate"}
+OWN_RATE = {"kernel", "gate", "path"}  # what gets a search for its rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Variant:
             self.name == BASE
             or self.method != BASE
             or bool(self.changes.keys() & OWN_RATE)
+            or bool(self.run)
         )
 
     def config(self, run: RunConfig, seed: int, **settings: Any) -> RunConfig:
@@ -131,7 +131,7 @@ STUDIES: dict[str, Study] = {
         (("across matrices", "within matrices, as SNELL", "nobody"),),
     ),
     "importance": Study(
-        "importance, 1% of the weights",
+        "importance, where 1% of the weights may move (the paper: 0.01%)",
         tuple(
             _titled(
                 f"{title}, per {every}",
@@ -153,6 +153,8 @@ STUDIES: dict[str, Study] = {
             ("sensitivity, per epoch", "sensitivity, per step"),
             ("magnitude, per epoch", "magnitude, per step"),
             ("merged magnitude, per epoch", "merged magnitude, per step"),
+            ("sensitivity, per step", "magnitude, per step"),
+            ("sensitivity, per step", "merged magnitude, per step"),
         ),
     ),
     "budget": Study(
@@ -176,7 +178,7 @@ STUDIES: dict[str, Study] = {
         (("cubic", "quadratic", "linear", "constant"),),
     ),
     "masks": Study(
-        "masks fixed beforehand by SPT, and adaptive ones",
+        "masks fixed beforehand by SPT (which have no gate), and adaptive ones",
         (
             Variant(
                 "P-Linear, fixed",
@@ -184,10 +186,13 @@ STUDIES: dict[str, Study] = {
                 method="snella_masked",
             ),
             _kernel("piecewise_linear", "P-Linear, adaptive"),
+            _kernel("piecewise_linear", "P-Linear, adaptive, hard gate", gate="hard"),
             Variant("Mix-K, fixed", method="snella_masked"),
             Variant("Mix-K, adaptive"),
+            _titled("Mix-K, adaptive, hard gate", gate="hard"),
         ),
         "Table XVII",
+        (("Mix-K, adaptive", "Mix-K, fixed", "P-Linear, fixed"),),
     ),
     "beta": Study(
         "rate of beta, times that of the rest",

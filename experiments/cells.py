@@ -44,18 +44,18 @@ class Store:
         self.path = out / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         shared, defaults = json.loads(json.dumps([shared, defaults]))
-        known = (folder.read(self.path) or {}).get("shared")
-        if known is None and (out / "runs").exists():
-            raise ValueError(
-                f"{out} has runs and no {FILE}: expected both, or another --out."
-            )
-        known = {n: _filled(v, defaults.get(n)) for n, v in (known or shared).items()}
-        if other := sorted(name for name in known if known[name] != shared.get(name)):
-            raise ValueError(
-                f"{self.path} was made with another {', '.join(other)}: expected the "
-                "same, or another --out."
-            )
         with self._open() as found:
+            known = found.get("shared")
+            if known is None and (out / "runs").exists():
+                raise ValueError(
+                    f"{out} has runs and no {FILE}: expected both, or another --out."
+                )
+            filled = {n: _filled(v, defaults.get(n)) for n, v in (known or {}).items()}
+            if other := [n for n in sorted(filled) if filled[n] != shared.get(n)]:
+                raise ValueError(
+                    f"{self.path} was made with another {', '.join(other)}: expected "
+                    "the same, or another --out."
+                )
             found["shared"] = shared  # perhaps with a method that is new
             found.setdefault("rows", {})
 

@@ -23,15 +23,17 @@ class Competition:
       metric: "sensitivity" or "magnitude", as the optimizer tracks it, or
         "merged_magnitude", the mean `|delta|` (Table X).
       every: "epoch" or "step" (Table X); or "settled": where the ranking of the scores
-        has settled, and before the last epoch, which ends the schedule.
+        has settled, and where the schedule ends.
       settled: rank correlation (Spearman's) of scores `window` steps apart from which
         on the ranking counts as settled.
-      window: steps; the memory of the scores' running mean, say.
+      window: steps; the memory of the scores' running mean, say. In short epochs at
+        most half of one: scores are compared within an epoch.
       exponent: of the scores: 1 in the paper, 0.5 for their square root.
       floor: share of the total that is divided evenly, see `snella.allocate`.
+      final: the epoch, from 0, at which the schedule ends; None for the last of all.
       floor_every: epochs from one with the floor to the next: 1 for always. Where it is
         more, matrices without a budget get a chance to show a gradient that often,
-        but not in the last epoch.
+        but not once the schedule has ended.
     """
 
     schedule: Callable[[float], int]
@@ -42,10 +44,12 @@ class Competition:
     exponent: float = 1.0
     floor: float = 0.0
     floor_every: int = 1
+    final: int | None = None
 
     def begin(self, epoch: int, epochs: int, steps: int) -> "Round":
         """The competition in an epoch of `epochs`, from 0, with so many steps."""
-        return Round(self, epoch, epoch == epochs - 1, steps)
+        final = epochs - 1 if self.final is None else self.final
+        return Round(self, epoch, epoch >= final, steps)
 
     def scores(self, opt_state: Any, model: Callable[[], Any]) -> Scores:
         """What matrices compete by, float64 by adapter path."""
@@ -97,7 +101,8 @@ class Round:
             case "step":
                 return True
             case "settled":
-                return step % self.rules.window == 0
+                window = min(self.rules.window, max(1, self.steps // 2))
+                return step % window == 0
 
     def _is_due(self, step: int, scores: Scores) -> bool:
         if self.rules.every != "settled":

@@ -232,7 +232,7 @@ class RunConfig:
             power=method.power,
             cooldown=self.cooldown_epochs,
         )
-        return method.competition(schedule)
+        return method.competition(schedule, self.epochs - 1)
 
     def _check_grid(self) -> None:
         if self.protocol == "released":

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import folder, paper
+from experiments.config import RunConfig
 from experiments.data import catalogue
 from experiments.methods.trained import METHODS
 
@@ -183,7 +184,8 @@ def _runs(where: Path) -> list[Run]:
     protocol = config["protocol"] + ", searched" * config["search"]
     runs = []
     for method, result in summary["methods"].items():
-        own = config[method]
+        known = dataclasses.asdict(getattr(RunConfig(), method))
+        own = {**known, **config[method]}  # which may be older than some settings
         shared = {k: v for k, v in config.items() if not isinstance(v, dict)}
         settings = {k: v for k, v in shared.items() if k not in IRRELEVANT}
         settings |= {f"{method}.{name}": value for name, value in own.items()}

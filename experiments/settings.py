@@ -143,6 +143,10 @@ class Masked(Ranked):
             raise ValueError(
                 f"{name}.target_density={self.target_density}: expected above 0, to 1."
             )
+        if self.rank % 2:
+            raise ValueError(
+                f"{name}.rank={self.rank}: expected a multiple of 2, its pieces."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +253,7 @@ class Kernelized(Plain):
     of the update (the paper's Table X)."""
     every: Every = "epoch"
     """When budgets move. settled: where the matrices' ranking no longer changes, and
-    before the last epoch."""
+    where the schedule ends."""
     settled: float = 0.9
     """Rank correlation of scores some steps apart (as many as they remember) from which
     on every=settled moves budgets."""
@@ -299,12 +303,12 @@ class Kernelized(Plain):
         metric = "sensitivity" if self.metric == "merged_magnitude" else self.metric
         return snella.track_importance(self.beta1, self.beta2, metric)
 
-    def competition(self, schedule: Callable[[float], int]) -> Competition:
-        """When and how budgets move along a schedule."""
+    def competition(self, schedule: Callable[[float], int], final: int) -> Competition:
+        """When and how budgets move along a schedule that ends with an epoch."""
         names = ("metric", "every", "settled", "exponent", "floor", "floor_every")
         own = {name: getattr(self, name) for name in names}
         window = max(1, round(1 / (1 - self.beta1))) if self.beta1 < 1 else 1
-        return Competition(schedule, window=window, **own)
+        return Competition(schedule, window=window, final=final, **own)
 
     def adapter(self, targets: str, trainable: str) -> snella.SnellaConfig:
         """The library's config for these settings."""

@@ -22,6 +22,7 @@ from snella_jax.budget import allocate, budget_schedule
 from snella_jax.config import Rule, SnellaConfig
 from snella_jax.dense import adapted, adapted_dense, sparse_delta
 from snella_jax.importance import ImportanceState, importance, track_importance
+from snella_jax.inspection import Matrix, describe, parameters, sparsity
 from snella_jax.layers import Budget, Factor, Frozen
 from snella_jax.layout import Layout
 from snella_jax.optimizer import (
@@ -42,6 +43,7 @@ __all__ = [
     "Frozen",
     "ImportanceState",
     "Layout",
+    "Matrix",
     "Reallocation",
     "Rule",
     "SnellaConfig",
@@ -52,16 +54,19 @@ __all__ = [
     "allocate",
     "budget_schedule",
     "decay_mask",
+    "describe",
     "importance",
     "kernels",
     "labels",
     "merge",
     "merged_magnitude",
+    "parameters",
     "partition",
     "reallocate",
     "seed",
     "sparse_delta",
     "sparsify",
+    "sparsity",
     "steps_since_reallocation",
     "stop_gradients",
     "threshold",

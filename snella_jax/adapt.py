@@ -195,9 +195,15 @@ def adapted_weights(model: nnx.Module) -> int:
 def merged_magnitude(model: nnx.Module) -> dict[str, np.ndarray]:
     """Mean `|delta|` of every matrix: `scores` for `reallocate` (Table X)."""
     return {
-        f"{path}/adapter".lstrip("/"): np.asarray(layer.adapter.magnitude())
+        f"{path}/adapter".lstrip("/"): np.asarray(
+            layer.adapter.per_matrix(_mean_magnitude)
+        )
         for path, layer in adapted_layers(model)
     }
+
+
+def _mean_magnitude(delta: jax.Array) -> jax.Array:
+    return jnp.abs(delta).mean()
 
 
 def _refuse_tied(model: nnx.Module, layers: dict[str, Any]) -> None:

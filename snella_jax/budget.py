@@ -90,12 +90,12 @@ def allocate(
       total: weights to hand out, at least 0; may exceed what fits.
       capacities: weights that each matrix has.
       floor: share of the total, in [0, 1], that is divided in proportion to capacities
-        whatever the scores say, so that no matrix loses all it has: 0 in the paper, 1
-        for the same density in every matrix.
+        whatever the scores say, so that no matrix loses all it has (if its part of
+        that is at least 1): 0 in the paper, 1 for the same density in every matrix.
 
     Returns:
       int64 `[L]`; sums to `min(total, sum(capacities))`, none above its capacity, each
-      within 1 of the real solution (with a floor, within 2).
+      within 1 of the real solution.
 
     Raises:
       TypeError: a total or capacity that is no integer (a density, say).
@@ -122,24 +122,21 @@ def allocate(
         raise ValueError(f"floor={floor}: expected 0 to 1.")
 
     total = min(index(total), sum(room))
-    if floor and total:
-        even = int(floor * total)
-        kept = [even * capacity // sum(room) for capacity in room]
-        above = [capacity - own for capacity, own in zip(room, kept, strict=True)]
-        return np.array(kept, np.int64) + allocate(weights, total - sum(kept), above)
+    even = Fraction(float(floor)) * Fraction(total, sum(room) or 1)
+    above = [capacity * (1 - even) for capacity in map(Fraction, room)]
     exact = [Fraction(float(w)) for w in weights]
-    shares = _fill(exact, total, room)
-    left = total - sum(shares)
+    shares = _fill(exact, total - even * sum(room), above)
+    left = total - even * sum(room) - sum(shares)
     if left:
         idle = [
             Fraction(0) if e else Fraction(c) for e, c in zip(exact, room, strict=True)
         ]
-        for i, share in enumerate(_fill(idle, left, room)):
+        for i, share in enumerate(_fill(idle, left, above)):
             shares[i] += share
-    return _round(shares, total)
+    return _round([s + even * c for s, c in zip(shares, room, strict=True)], total)
 
 
-def _fill(weights: list[Fraction], total: Fraction | int, room: list[int]):
+def _fill(weights: list[Fraction], total: Fraction | int, room: list[Fraction]):
     """Real shares in proportion to weights, none above its room, as much as fits."""
     shares = [Fraction(0)] * len(room)
     left, weight = Fraction(total), sum(weights, Fraction(0))

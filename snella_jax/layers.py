@@ -18,7 +18,7 @@ from snella_jax.budget import FIXED
 from snella_jax.config import Rule, SnellaConfig
 from snella_jax.contraction import dot_general
 from snella_jax.dense import adapted, sparse_delta
-from snella_jax.kernels import Factors
+from snella_jax.kernels import Factors, Kernel
 from snella_jax.layout import Layout
 
 ADAPTABLE = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv)
@@ -101,27 +101,17 @@ class Adapter(nnx.Module):
     def delta(self) -> Float[Array, "..."]:
         """The sparse update of the whole weight, stack included, at least float32."""
 
-        def one(layer):
-            return sparse_delta(
-                *layer, kernel=self.kernel, gate=self.rule.gate, layout=self.layout
-            )
-
         stack = self.budget.ndim - len(self.layout.slices)
-        return self._for_each(one, stack)
+        how = self.kernel, self.rule.gate, self.layout, _itself
+        return _for_each(self.factors(), self.budget[...], stack, *how)
 
-    def magnitude(self) -> Float[Array, " *lead"]:
-        """Mean `|delta|` of each matrix, after the gate."""
+    def per_matrix(self, measure: Callable[[Float[Array, "n m"]], Any]) -> Any:
+        """What `measure` says of the update of each matrix, with the axes `lead`.
 
-        def one(matrix):
-            delta = sparse_delta(*matrix, kernel=self.kernel, gate=self.rule.gate)
-            return jnp.abs(delta).mean()
-
-        return self._for_each(one, self.budget.ndim)
-
-    def _for_each(self, one: Callable, axes: int) -> Array:
-        for _ in range(axes):  # one matrix at a time: a threshold needs room
-            one = functools.partial(jax.lax.map, one)
-        return one((self.factors(), self.budget[...]))
+        Compiled once for a function `measure`, so that should be no lambda.
+        """
+        how = self.kernel, self.rule.gate, None, measure
+        return _for_each(self.factors(), self.budget[...], self.budget.ndim, *how)
 
     def training_key(self) -> PRNGKeyArray | None:
         """This step's key where the rule drops something and the model is training.
@@ -183,6 +173,31 @@ class Adapted(nnx.Module):
             drop_path=rule.drop_path,
             key=self.adapter.training_key(),
         )
+
+
+def _itself(delta: Array) -> Array:
+    return delta
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _for_each(
+    factors: Factors,
+    budget: Array,
+    axes: int,
+    kernel: Kernel,
+    gate: str,
+    layout: Layout | None,
+    measure: Callable,
+) -> Any:
+    """What `measure` says of sparse updates, with so many leading axes."""
+
+    def own(layer):
+        return measure(sparse_delta(*layer, kernel=kernel, gate=gate, layout=layout))
+
+    one: Callable = own
+    for _ in range(axes):  # one matrix at a time: a threshold needs room
+        one = functools.partial(jax.lax.map, one)
+    return one((factors, budget))
 
 
 @functools.cache

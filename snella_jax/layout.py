@@ -95,6 +95,16 @@ class Layout:
             "b": b.reshape(b.shape[0], *self.outputs, b.shape[-1]),
         }
 
+    def matrices(self, weight: Float[Array, " *weight"]) -> Float[Array, "*slices n m"]:
+        """A weight as its matrices: what `place` puts together, taken apart."""
+        if self.order is not None:
+            back = sorted(range(len(self.order)), key=self.order.__getitem__)
+            weight = jnp.transpose(weight, back)
+        if self.fused:
+            weight = weight.reshape(*self.inputs, *self.slices, *self.outputs)
+            weight = jnp.moveaxis(weight, len(self.inputs), 0)
+        return weight.reshape(*self.slices, self.n, self.m)
+
     def place(self, delta: Float[Array, "..."]) -> Float[Array, " *weight"]:
         """The update in the weight's shape."""
         if self.fused:

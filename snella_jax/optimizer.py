@@ -69,7 +69,7 @@ def reallocate(
       total: weights that may move from now on, from a `budget_schedule`.
       scores: one array of scores per adapter path instead of `importance(opt_state)`.
       floor: share of `total` that is divided evenly, whatever the scores, see
-        `allocate`; above 0 no matrix dies.
+        `allocate`; above 0 no matrix dies whose part of it is at least 1.
 
     Returns:
       The new budgets, and a `Reallocation` that says what went where.
