@@ -26,7 +26,6 @@ COLUMNS = {  # of a table: the measure, its factor and its format
     "rank": ("rank", 1, ".0f"),
     "change, %": ("change", 100, ".1f"),
     "moves": ("moves", 1, ".0f"),
-    "s/step": ("seconds_per_step", 1, ".3f"),
 }
 EXPLAINED = (
     "Test accuracy of the last epoch, mean and deviation over the seeds in brackets, "
