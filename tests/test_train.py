@@ -242,12 +242,14 @@ RATES = [float(Recipe(epochs=3, batch=8, lr=1e-2).rate(3)(8)), 1e-4, 1e-4]
 
 
 def test_a_run_with_everything_goes_on_bit_for_bit(tmp_path):
-    """A running mean, mixed and accumulated batches, noise, on a mesh with two axes."""
+    """Mixed and accumulated batches, noise, budgets that move in every step, a mesh."""
     recipe = Recipe(epochs=3, batch=8, lr=1e-2, accumulate=2, ema=0.9, clip=1.0)
     data = train.Data(SOURCE, SOURCE, TRANSFORM, TRANSFORM, Mix(2, mixup=0.5))
     config = snella.SnellaConfig(rank=4, path="parallel", dropout=0.2, drop_path=0.2)
     base = ViT(dataclasses.replace(TINY, drop_path=0.5), rngs=nnx.Rngs(0))
     weights = snella.adapted_weights(snella.adapt(base, config, rngs=nnx.Rngs(1)))
+    schedule = config.schedule(weights, 3)
+    rules = Competition(schedule, every="step", floor=0.1, floor_every=2)
 
     def some_epochs(folder, epochs=3):
         model = snella.adapt(base, config, rngs=nnx.Rngs(1))
@@ -259,7 +261,7 @@ def test_a_run_with_everything_goes_on_bit_for_bit(tmp_path):
                 recipe,
                 mesh.make("data=2,model=2"),
                 watch=(snella.track_importance(),),
-                competition=Competition(config.schedule(weights, 3)),
+                competition=rules,
                 checkpoints=saved,
             )
             stack.enter_context(contextlib.closing(trainer))
