@@ -5,12 +5,12 @@
 Every study is a table of the paper, or a question of our own: kernels, sparsity,
 importance, budgets, schedules, masks, beta, allocation, gates, rank. The base's rate is
 searched on validation (the lowest within a standard error of the best), and so is that
-of every variant with another kernel or gate; the others share the base's. Then each is
-trained on training and validation images, once for each seed, and tested once.
-`results.json` in `--out` keeps every finished search and seed: the same command goes on
-where it was, on another machine, too, with only that file. Several processes may work
-in one folder. `report.md`, `report.json` and a picture of each study show what there
-is.
+of every variant with another kernel, gate, path or precision; the others share the
+base's. Then each is trained on training and validation images, once for each seed, and
+tested once. `results.json` in `--out` keeps every finished search and seed: the same
+command goes on where it was, on another machine, too, with only that file. Several
+processes may work in one folder. `report.md`, `report.json` and a picture of each study
+show what there is.
 
 The default task and model are real and small (the quickstart's ViT on dSprites'
 location, a minute a run); `--run.model dinov2_saliency --run.image_size 56` takes a
