@@ -45,7 +45,7 @@ from experiments import (
 from experiments import config as configs
 from experiments.ablations import BASE, SNELLA, STUDIES, Variant
 from experiments.config import Grid, RunConfig
-from experiments.fit import VAL, Fitted, Setting
+from experiments.fit import VAL, Setting
 from experiments.methods.trained import METHODS
 from experiments.settings import Kernelized, Masked
 from experiments.tune import tune
@@ -251,12 +251,12 @@ def measured(
         "seconds_per_step": metrics.median(fitted.rows, "seconds_per_step"),
         "gradient_norms": [row["gradient_norm"] for row in fitted.rows],
         "moves": sum(row.get("moves", 0) for row in fitted.rows),
-        **_updates(setting, fitted, merged),
+        **_updates(setting, merged),
         **folder.environment(setting.mesh),
     }
 
 
-def _updates(setting: Setting, fitted: Fitted, merged: Any) -> dict[str, float]:
+def _updates(setting: Setting, merged: Any) -> dict[str, float]:
     """What training did to the targeted kernels."""
     base = select(setting.base, setting.config.targets)
     ranks, densities, changes, weights = [], [], [], []

@@ -45,7 +45,10 @@ def write(store: Store, task: str, out: Path, console: Console) -> None:
     shared = store.shared
     size = f", {shared['image_size']} pixels" if shared["image_size"] else ""
     setup = f"{task}, {Path(shared['model']).stem}{size}, {shared['epochs']} epochs"
-    lines = [f"# Ablations: {setup}", "", EXPLAINED, ""]
+    results = [r for own in done.values() for r in own.get("seeds", {}).values()]
+    where = sorted({f"{r['device']}, jax {r['versions']['jax']}" for r in results})
+    made_by = f"By `python -m experiments.ablate`, on {'; '.join(where)}."
+    lines = [f"# Ablations: {setup}", "", made_by, "", EXPLAINED, ""]
     for name, made in tables.items():
         lines += [f"## {heading(STUDIES[name])}", "", *_markdown(made), ""]
         lines += [f"- {sentence}" for sentence in made["order"]] + [""]

@@ -66,7 +66,7 @@ class Store:
 
     def rows(self, task: str) -> dict[str, Done]:
         """What is done of a task, by row."""
-        return folder.read(self.path)["rows"].get(task, {})
+        return self.tasks().get(task, {})
 
     def tasks(self) -> dict[str, dict[str, Done]]:
         """What is done, by task and row."""

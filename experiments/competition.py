@@ -30,10 +30,10 @@ class Competition:
         most half of one: scores are compared within an epoch.
       exponent: of the scores: 1 in the paper, 0.5 for their square root.
       floor: share of the total that is divided evenly, see `snella.allocate`.
-      final: the epoch, from 0, at which the schedule ends; None for the last of all.
       floor_every: epochs from one with the floor to the next: 1 for always. Where it is
         more, matrices without a budget get a chance to show a gradient that often,
         but not once the schedule has ended.
+      final: the epoch, from 0, at which the schedule ends; None for the last of all.
     """
 
     schedule: Callable[[float], int]

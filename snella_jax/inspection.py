@@ -62,7 +62,6 @@ def sparsity(model: nnx.Module) -> tuple[Matrix, ...]:
     Raises:
       ValueError: the model has no adapters.
 
-    >>> import jax.numpy as jnp
     >>> import snella_jax as snella
     >>> class Net(nnx.Module):
     ...     def __init__(self, rngs):
@@ -110,23 +109,12 @@ def describe(model: nnx.Module, file: TextIO | None = None) -> None:
     budget, moved = (
         sum(getattr(m, name) for m in matrices) for name in ("budget", "moved")
     )
-    rows.append(
-        (
-            f"all {len(matrices)}",
-            "",
-            "",
-            f"{budget:,}",
-            f"{moved / weights:.2%}",
-            "",
-            "",
-        )
-    )
+    whole = f"{budget:,}", f"{moved / weights:.2%}"
+    rows.append((f"all {len(matrices)}", "", "", *whole, "", ""))
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
-        first, *rest = (
-            cell.rjust(width) for cell, width in zip(row, widths, strict=True)
-        )
-        print(row[0].ljust(len(first)), *rest, sep="  ", file=file)
+        cells = [cell.rjust(n) for cell, n in zip(row, widths, strict=True)]
+        print(row[0].ljust(widths[0]), *cells[1:], sep="  ", file=file)
     trainable, total = parameters(model)
     share = trainable / total
     print(

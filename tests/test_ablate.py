@@ -139,7 +139,7 @@ def test_updates_are_measured_by_hand():
     kernel[...] = jnp.asarray(before + moved)
     run = RunConfig(targets="blocks/attn/query")
     setting = Setting(run, None, base, None, None, None)
-    found = ablate._updates(setting, None, merged)
+    found = ablate._updates(setting, merged)
     assert found["density"] == pytest.approx(65 / 192)
     assert found["dead"] == found["full"] == pytest.approx(1 / 3)
     assert found["rank"] == 1.0

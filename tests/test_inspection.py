@@ -138,6 +138,21 @@ def test_a_weight_is_taken_apart_as_it_was_put_together(layout):
     np.testing.assert_array_equal(layout.matrices(weight), expected)
 
 
+def test_what_measures_is_compiled_once():
+    """Scores that are taken in every step must not be."""
+    calls = []
+
+    def measure(delta):
+        calls.append(delta.shape)
+        return delta.sum()
+
+    adapter = mixed().heads.adapter
+    first = adapter.per_matrix(measure)
+    traced = len(calls)
+    adapter.budget[...] = adapter.budget[...] // 2
+    assert adapter.per_matrix(measure) != first and len(calls) == traced > 0
+
+
 def test_there_has_to_be_an_adapter():
     for function in (snella.sparsity, snella.describe):
         with pytest.raises(ValueError, match="has no adapters"):

@@ -157,6 +157,22 @@ def split(model: Any, targets: str) -> tuple[nnx.GraphDef, nnx.State, nnx.State]
     return graphdef, kernels, rest
 
 
+def top(scores: Scores, share: float) -> dict[str, np.ndarray]:
+    """Masks, bool, of the largest of all scores, by layer.
+
+    >>> found = top({"a": np.array([[1, 9]]), "b": np.array([[8, 2]])}, 0.5)
+    >>> {path: mask.tolist() for path, mask in found.items()}
+    {'a': [[False, True]], 'b': [[True, False]]}
+    """
+    every = np.concatenate([own.ravel() for own in scores.values()])
+    count = max(1, round(share * every.size))
+    largest = np.zeros(every.size, bool)
+    largest[np.argpartition(every, -count)[-count:]] = True
+    ends = np.cumsum([own.size for own in scores.values()])[:-1]
+    parts = np.split(largest, ends)
+    return {p: m.reshape(scores[p].shape) for p, m in zip(scores, parts, strict=True)}
+
+
 def headed(base: Any, key: PRNGKeyArray) -> Any:
     """A copy of a classifier with a random head (deviation 0.02, as timm's)."""
     model = nnx.clone(base)

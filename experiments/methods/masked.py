@@ -16,7 +16,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from experiments.methods.locate import Scores
 from experiments.methods.sparse import linear_layers
 from experiments.methods.stage import Places
 from snella_jax.contraction import matmul
@@ -87,7 +86,7 @@ def adapt(
 
     Args:
       model: not adapted.
-      masks: of `largest`.
+      masks: of `locate.top`.
       trainable: regex of what trains besides.
       kernel: makes the update.
       rank: columns of its factors.
@@ -121,22 +120,6 @@ def merge(model: Any) -> Any:
         become(layer, plain_class(type(layer)))
     thaw(model)
     return model
-
-
-def largest(scores: Scores, share: float) -> Places:
-    """A mask for each layer, of the largest of all scores.
-
-    >>> found = largest({"a": np.array([[1, 9]]), "b": np.array([[8, 2]])}, 0.5)
-    >>> {path: mask.tolist() for path, mask in found.items()}
-    {'a': [[False, True]], 'b': [[True, False]]}
-    """
-    every = np.concatenate([own.ravel() for own in scores.values()])
-    count = max(1, round(share * every.size))
-    top = np.zeros(every.size, bool)
-    top[np.argpartition(every, -count)[-count:]] = True
-    ends = np.cumsum([own.size for own in scores.values()])[:-1]
-    parts = np.split(top, ends)
-    return {p: m.reshape(scores[p].shape) for p, m in zip(scores, parts, strict=True)}
 
 
 def _delta(kernel: Kernel, factors: Factors, mask: Array) -> Float[Array, "n m"]:

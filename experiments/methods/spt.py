@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.methods import adapter, lora, sparse
-from experiments.methods.locate import Scores
+from experiments.methods.locate import Scores, top
 from experiments.methods.sparse import linear_layers
 from experiments.methods.stage import Places
 from snella_jax.layers import become, mixed_class
@@ -74,14 +74,8 @@ def sensitive(scores: Scores, share: float) -> Places:
     >>> {path: places.tolist() for path, places in found.items()}
     {'a': [1], 'b': [0]}
     """
-    scores = by_block(scores)
-    every = np.concatenate([own.ravel() for own in scores.values()])
-    count = max(1, round(share * every.size))
-    top = np.sort(np.argpartition(every, -count)[-count:])
-    ends = np.cumsum([own.size for own in scores.values()])
-    parts = np.split(top, np.searchsorted(top, ends[:-1]))
-    starts = ends - [own.size for own in scores.values()]
-    return {p: part - s for p, part, s in zip(scores, parts, starts, strict=True)}
+    masks = top(by_block(scores), share)
+    return {path: np.flatnonzero(mask) for path, mask in masks.items()}
 
 
 def _structure(layer: Any, module: str, rank: int, key: Any) -> None:

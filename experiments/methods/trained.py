@@ -26,7 +26,7 @@ from experiments.methods import (
     ssf,
     vqt,
 )
-from experiments.methods.locate import Scores, Scoring
+from experiments.methods.locate import Scores, Scoring, top
 from experiments.methods.stage import Places, Stage
 from experiments.settings import Trained
 from snella_jax.models import vit
@@ -179,7 +179,7 @@ def _noah(config: RunConfig, base: Any, places: Places) -> Any:
 
 
 def _mask_choice(config: RunConfig, scores: Scores) -> Places:
-    return masked.largest(scores, config.snella_masked.target_density)
+    return top(scores, config.snella_masked.target_density)
 
 
 def _masked(config: RunConfig, base: Any, places: Places) -> Any:
