@@ -10,7 +10,6 @@ pieces, `L` adapted matrices. *Density* is the fraction of weights that may move
 
 from snella_jax import kernels
 from snella_jax.adapt import (
-    BudgetsNeverMoved,
     adapt,
     adapted_weights,
     merge,
@@ -19,12 +18,14 @@ from snella_jax.adapt import (
     seed,
 )
 from snella_jax.budget import allocate, budget_schedule
+from snella_jax.checkpoint import load, save, unload
 from snella_jax.config import Rule, SnellaConfig
 from snella_jax.dense import adapted, adapted_dense, sparse_delta
 from snella_jax.importance import ImportanceState, importance, track_importance
 from snella_jax.inspection import Matrix, describe, parameters, sparsity
 from snella_jax.layers import Budget, Factor, Frozen
 from snella_jax.layout import Layout
+from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.optimizer import (
     Reallocation,
     decay_mask,
@@ -33,12 +34,14 @@ from snella_jax.optimizer import (
 )
 from snella_jax.rules import labels, stop_gradients
 from snella_jax.sparsify import sparsify, threshold
+from snella_jax.weight import BudgetsNeverMoved
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
     "BudgetsNeverMoved",
+    "CheckpointError",
     "Factor",
     "Frozen",
     "ImportanceState",
@@ -58,11 +61,13 @@ __all__ = [
     "importance",
     "kernels",
     "labels",
+    "load",
     "merge",
     "merged_magnitude",
     "parameters",
     "partition",
     "reallocate",
+    "save",
     "seed",
     "sparse_delta",
     "sparsify",
@@ -71,4 +76,5 @@ __all__ = [
     "stop_gradients",
     "threshold",
     "track_importance",
+    "unload",
 ]

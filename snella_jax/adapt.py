@@ -24,8 +24,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from snella_jax.budget import allocate
-from snella_jax.config import SnellaConfig
+from snella_jax.config import Rule, SnellaConfig
 from snella_jax.layers import (
     Adapted,
     Adapter,
@@ -44,14 +43,12 @@ from snella_jax.rules import (
     select,
     thaw,
     variables_of,
+    weights_of,
 )
+from snella_jax.weight import Site, Start, start
 
 log = logging.getLogger("snella_jax")
 M = TypeVar("M", bound=nnx.Module)
-
-
-class BudgetsNeverMoved(RuntimeError):
-    """A model that should be adaptively sparse was never reallocated."""
 
 
 def adapt(model: M, config: SnellaConfig, *, rngs: nnx.Rngs) -> M:
@@ -83,25 +80,47 @@ def adapt(model: M, config: SnellaConfig, *, rngs: nnx.Rngs) -> M:
             f"overrides: {', '.join(map(repr, sorted(unused)))} matches none of the "
             f"targets (or an earlier override matches first): {listed(layers)}"
         )
-    _refuse_tied(model, layers)
-    key = rngs.params()
-    for index, (path, layer) in enumerate(layers.items()):
-        rule = config.rule(path)
-        try:
-            layout = layout_of(layer)
-            layout = layout.split(rule.split) if rule.split > 1 else layout
-            check_layer(layer, rule, layout)
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be adapted: {error}") from error
-        shape = layer.kernel.shape
-        stack = shape[: len(shape) - len(layout.shape)]
-        become(layer, mixed_class(Adapted, type(layer)))
-        layer.adapter = Adapter(
-            rule, layout, stack, config, jax.random.fold_in(key, index)
-        )
-    _start_budgets(model, config.starting_density)
+    sites = {
+        path: site(path, layer, config.rule(path), config.must_move)
+        for path, layer in layers.items()
+    }
+    attach(model, layers, sites, start(sites, config, rngs.params()))
     freeze(model, config.trainable, config.frozen_dtype)
     return model
+
+
+def site(path: str, layer: Any, rule: Rule, must_move: bool) -> Site:
+    """Where and how a layer is adapted.
+
+    Raises:
+      ValueError: the rule does not fit the layer.
+    """
+    try:
+        layout = layout_of(layer)
+        layout = layout.split(rule.split) if rule.split > 1 else layout
+        check_layer(layer, rule, layout)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be adapted: {error}") from error
+    shape = layer.kernel.shape
+    stack = shape[: len(shape) - len(layout.shape)]
+    return Site(rule, layout, stack, must_move)
+
+
+def attach(
+    model: nnx.Module,
+    layers: dict[str, Any],
+    sites: dict[str, Site],
+    starts: dict[str, Start],
+) -> None:
+    """Gives each of the layers of `model` its adapter, in place.
+
+    Raises:
+      ValueError: another module uses the weight of one of them, too.
+    """
+    _refuse_tied(model, layers)
+    for path, layer in layers.items():
+        become(layer, mixed_class(Adapted, type(layer)))
+        layer.adapter = Adapter(sites[path], starts[path])
 
 
 def partition(
@@ -120,7 +139,7 @@ def partition(
     Raises:
       ValueError: the model has no adapters.
     """
-    _require_adapters(model)
+    weights_of(model)  # or there are none
     graphdef, trainable, budgets, frozen = nnx.split(model, nnx.Param, Budget, ...)
     changing = (nnx.RngState, nnx.BatchStat)
     if any(True for kind in changing for _ in variables_of(model, kind)):
@@ -147,24 +166,20 @@ def merge(model: M, *, unmoved_budgets: bool = False) -> M:
         never called, so the sparsity is not what the config says.
       ValueError: the model has no adapters.
     """
-    _require_adapters(model)
+    weights = weights_of(model)
     model = nnx.clone(model)
-    for path, layer in adapted_layers(model):
-        adapter = layer.adapter
-        never = adapter.must_move and not bool(jnp.any(adapter.allocated_at[...]))
-        if never and not unmoved_budgets:
-            raise BudgetsNeverMoved(
-                f"The budget of {path} was never reallocated, so the model is not as "
-                "sparse as its config says. Call snella.reallocate(budgets, opt_state, "
-                "total) once an epoch while training. For no competition between "
-                'matrices use SnellaConfig(allocation="fixed"); to merge the model as '
-                "it is, pass unmoved_budgets=True."
-            )
-        layer.kernel[...] = _add(path, layer.kernel[...], adapter.delta())
+    for weight, (_, layer) in zip(weights, adapted_layers(model), strict=True):
+        layer.kernel[...] = weight.merged(unmoved_budgets)
+    remove(model)
+    return model
+
+
+def remove(model: nnx.Module) -> None:
+    """Makes a model plain again, in place: no adapters, nothing frozen."""
+    for _, layer in list(adapted_layers(model)):
         del layer.adapter
         become(layer, plain_class(type(layer)))
     thaw(model)
-    return model
 
 
 def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
@@ -176,29 +191,23 @@ def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
     for index, (_, layer) in enumerate(adapted_layers(model)):
         adapter = layer.adapter
         if adapter.rule.dropout or adapter.rule.drop_path:
-            stack = adapter.budget.shape[
-                : adapter.budget.ndim - len(adapter.layout.slices)
-            ]
+            stack = adapter.site.stack
             own = jax.random.fold_in(key, index)
             adapter.key = DropKey(jax.random.split(own, stack) if stack else own)
 
 
 def adapted_weights(model: nnx.Module) -> int:
     """How many weights of the base the adapters reach: the budget of density 1."""
-    _require_adapters(model)
-    return sum(
-        layer.adapter.capacity * layer.adapter.budget.size
-        for _, layer in adapted_layers(model)
-    )
+    return sum(w.site.capacity * w.budget.size for w in weights_of(model))
 
 
 def merged_magnitude(model: nnx.Module) -> dict[str, np.ndarray]:
     """Mean `|delta|` of every matrix: `scores` for `reallocate` (Table X)."""
     return {
-        f"{path}/adapter".lstrip("/"): np.asarray(
-            layer.adapter.per_matrix(_mean_magnitude)
+        f"{weight.path}/adapter".lstrip("/"): np.asarray(
+            weight.per_matrix(_mean_magnitude)
         )
-        for path, layer in adapted_layers(model)
+        for weight in weights_of(model)
     }
 
 
@@ -218,37 +227,4 @@ def _refuse_tied(model: nnx.Module, layers: dict[str, Any]) -> None:
         raise ValueError(
             f"The weights of {', '.join(tied)} are tied to another module's: leave "
             "them out of the targets, or untie them."
-        )
-
-
-def _start_budgets(model: nnx.Module, density: float) -> None:
-    adapters = [layer.adapter for _, layer in adapted_layers(model)]
-    capacities = np.concatenate(
-        [np.full(adapter.budget.size, adapter.capacity) for adapter in adapters]
-    )
-    total = round(density * int(capacities.sum()))
-    counts = allocate(np.zeros(len(capacities)), total, capacities)
-    for adapter in adapters:
-        own, counts = np.split(counts, [adapter.budget.size])
-        adapter.budget[...] = jnp.asarray(own.reshape(adapter.budget.shape), jnp.int32)
-
-
-def _add(path: str, w0: jax.Array, delta: jax.Array) -> jax.Array:
-    merged = (w0 + delta).astype(w0.dtype)
-    moved = jnp.count_nonzero(delta)
-    lost = jnp.count_nonzero((delta != 0) & (merged == w0)) / jnp.maximum(moved, 1)
-    if w0.dtype.itemsize < delta.dtype.itemsize and lost > 0:
-        log.warning(
-            "merging %s into %s lost %.1f%% of its moved weights to rounding",
-            path,
-            w0.dtype,
-            100 * lost,
-        )
-    return merged
-
-
-def _require_adapters(model: nnx.Module) -> None:
-    if not any(True for _ in adapted_layers(model)):
-        raise ValueError(
-            "The model has no adapters: call snella.adapt(model, ...) first."
         )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, TextIO
+from typing import TextIO
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array
 
 from snella_jax.layers import Budget
-from snella_jax.rules import adapted_layers, variables_of
+from snella_jax.rules import variables_of, weights_of
+from snella_jax.weight import AdaptedWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +74,7 @@ def sparsity(model: nnx.Module) -> tuple[Matrix, ...]:
     >>> [(m.name, m.shape, m.budget, m.density) for m in snella.sparsity(model)]
     [('fc1', (6, 8), 12, 0.25)]
     """
-    layers = list(adapted_layers(model))
-    if not layers:
-        raise ValueError(
-            "The model has no adapters: call snella.adapt(model, ...) first."
-        )
-    return tuple(matrix for path, layer in layers for matrix in _matrices(path, layer))
+    return tuple(m for weight in weights_of(model) for m in matrices_of(weight))
 
 
 def describe(model: nnx.Module, file: TextIO | None = None) -> None:
@@ -139,29 +135,27 @@ def parameters(model: nnx.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _matrices(path: str, layer: Any) -> list[Matrix]:
-    adapter, layout = layer.adapter, layer.adapter.layout
-    budgets = np.asarray(adapter.budget[...])
-    moved, norms = map(np.asarray, adapter.per_matrix(_measured))
-    base = layer.kernel[...]
-    whole = base.reshape(-1, *layout.shape)
-    parts = jnp.stack([layout.matrices(weight) for weight in whole])
-    norm = jnp.sqrt(jnp.square(parts.astype(jnp.float32)).sum((-2, -1)))
-    base_norms = np.asarray(norm).reshape(budgets.shape)
+def matrices_of(weight: AdaptedWeight) -> list[Matrix]:
+    """Every matrix of one adapted weight."""
+    site, rule = weight.site, weight.site.rule
+    budgets = np.asarray(weight.budget)
+    moved, norms = map(np.asarray, weight.per_matrix(_measured))
+    parts = weight.matrices().astype(jnp.float32)
+    base_norms = np.asarray(jnp.sqrt(jnp.square(parts).sum((-2, -1))))
     return [
         Matrix(
-            name=path + "".join(f"[{i}]" for i in index),
-            shape=(layout.n, layout.m),
-            rank=adapter.rule.rank,
-            kernel=type(adapter.kernel).__name__,
-            gate=adapter.rule.gate,
-            path=adapter.rule.path,
+            name=name,
+            shape=(site.layout.n, site.layout.m),
+            rank=rule.rank,
+            kernel=type(rule.kernel).__name__,
+            gate=rule.gate,
+            path=rule.path,
             budget=int(budgets[index]),
             moved=int(moved[index]),
             norm=float(norms[index]),
             base_norm=float(base_norms[index]),
         )
-        for index in np.ndindex(budgets.shape)
+        for name, index in zip(weight.names, np.ndindex(site.lead), strict=True)
     ]
 
 

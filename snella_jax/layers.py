@@ -6,20 +6,20 @@ does not train are `Frozen`, its factors are `Factor`, its budgets `Budget`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from snella_jax.budget import FIXED
-from snella_jax.config import Rule, SnellaConfig
+from snella_jax.config import Rule
 from snella_jax.contraction import dot_general
-from snella_jax.dense import adapted, sparse_delta
-from snella_jax.kernels import Factors, Kernel
+from snella_jax.dense import adapted
+from snella_jax.kernels import Factors
 from snella_jax.layout import Layout
+from snella_jax.weight import AdaptedWeight, Site, Start
 
 ADAPTABLE = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv)
 
@@ -43,10 +43,8 @@ class DropKey(nnx.Variable):
 class Adapter(nnx.Module):
     """Factors and budgets of one weight, for `[*lead]` matrices of `[n, m]`.
 
-    `lead` is the stack of blocks (as many axes as the weight has in front of those of
-    its layer), then the layout's slices.
-
     Attributes:
+      site: its rule and its axes, of which `lead`.
       a, b, alpha, ...: `Factor` of shape `[*lead, *shape of the factor]`.
       budget: `Budget`, int32 `[*lead]`.
       allocated_at: `Budget`, int32 `[*lead]`: the optimizer step of the last
@@ -55,63 +53,32 @@ class Adapter(nnx.Module):
       deterministic: switched by `model.train()` and `model.eval()`.
     """
 
-    def __init__(
-        self,
-        rule: Rule,
-        layout: Layout,
-        stack: tuple[int, ...],
-        config: SnellaConfig,
-        key: PRNGKeyArray,
-    ):
-        self.rule = rule
-        self.layout = layout
-        self.must_move = config.must_move
+    def __init__(self, site: Site, start: Start):
+        self.site = site
         self.deterministic = False
         self.key = nnx.data(None)
-        lead = stack + layout.slices
-        init = functools.partial(
-            self.kernel.init, shape=(layout.n, layout.m), rank=rule.rank
-        )
-        for _ in lead:
-            init = jax.vmap(init)
-        fixed = not getattr(self.kernel, "learn_piece_coeff", True)
-        factors = init(jax.random.split(key, lead) if lead else key)
+        factors, budget, allocated_at = start
+        fixed = not getattr(site.kernel, "learn_piece_coeff", True)
         for name, value in factors.items():
             kind = Frozen if fixed and name == "piece_coeff" else Factor
-            setattr(self, name, kind(value))
+            setattr(self, name, kind(jnp.asarray(value)))
         self.names = tuple(factors)
-        self.budget = Budget(jnp.full(lead, layout.n * layout.m, jnp.int32))
-        start = FIXED if config.allocation == "fixed" else 0
-        self.allocated_at = Budget(jnp.full(lead, start, jnp.int32))
+        self.budget = Budget(jnp.asarray(budget))
+        self.allocated_at = Budget(jnp.asarray(allocated_at))
 
     @property
-    def kernel(self) -> Any:
-        """The kernel that makes the update."""
-        return self.rule.kernel
-
-    @property
-    def capacity(self) -> int:
-        """Weights of one matrix."""
-        return self.layout.n * self.layout.m
+    def rule(self) -> Rule:
+        """How it works."""
+        return self.site.rule
 
     def factors(self) -> Factors:
         """The factors as arrays, with their leading axes."""
         return {name: getattr(self, name)[...] for name in self.names}
 
-    def delta(self) -> Float[Array, "..."]:
-        """The sparse update of the whole weight, stack included, at least float32."""
-
-        stack = self.budget.ndim - len(self.layout.slices)
-        how = self.kernel, self.rule.gate, self.layout, _itself
-        return _for_each(self.factors(), self.budget[...], stack, *how)
-
-    def per_matrix(self, measure: Callable[[Float[Array, "n m"]], Any]) -> Any:
-        """What `measure` says of the update of each matrix, with the axes `lead`.
-
-        Compiled once for a function `measure`, so that should be no lambda.
-        """
-        how = self.kernel, self.rule.gate, None, measure
-        return _for_each(self.factors(), self.budget[...], self.budget.ndim, *how)
+    def on(self, path: str, w0: Array) -> AdaptedWeight:
+        """The weight at this path, with these factors and budgets."""
+        counts = self.budget[...], self.allocated_at[...]
+        return AdaptedWeight(path, self.site, w0, self.factors(), *counts)
 
     def training_key(self) -> PRNGKeyArray | None:
         """This step's key where the rule drops something and the model is training.
@@ -159,45 +126,20 @@ class Adapted(nnx.Module):
         dtype = self.dtype or jnp.result_type(*operands)
         return adapted(
             op,
-            self.adapter.layout,
+            self.adapter.site.layout,
             update_op=functools.partial(op, bias=None, use_bias=False),
         )(
             inputs.astype(dtype),
             weight,
             self.adapter.factors(),
             self.adapter.budget[...],
-            kernel=self.adapter.kernel,
+            kernel=self.adapter.site.kernel,
             gate=rule.gate,
             path=rule.path,
             dropout=rule.dropout,
             drop_path=rule.drop_path,
             key=self.adapter.training_key(),
         )
-
-
-def _itself(delta: Array) -> Array:
-    return delta
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
-def _for_each(
-    factors: Factors,
-    budget: Array,
-    axes: int,
-    kernel: Kernel,
-    gate: str,
-    layout: Layout | None,
-    measure: Callable,
-) -> Any:
-    """What `measure` says of sparse updates, with so many leading axes."""
-
-    def own(layer):
-        return measure(sparse_delta(*layer, kernel=kernel, gate=gate, layout=layout))
-
-    one: Callable = own
-    for _ in range(axes):  # one matrix at a time: a threshold needs room
-        one = functools.partial(jax.lax.map, one)
-    return one((factors, budget))
 
 
 @functools.cache

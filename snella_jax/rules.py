@@ -15,6 +15,7 @@ from jaxtyping import DTypeLike
 
 from snella_jax.importance import factor_paths, path_of
 from snella_jax.layers import ADAPTABLE, Adapted, Factor, Frozen, become
+from snella_jax.weight import AdaptedWeight
 
 
 def select(model: nnx.Module, targets: str) -> dict[str, Any]:
@@ -134,6 +135,21 @@ def adapted_layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     for path, node in nnx.iter_graph(model):
         if isinstance(node, Adapted):
             yield join(path), node
+
+
+def weights_of(model: nnx.Module) -> list[AdaptedWeight]:
+    """Every adapted weight, in the order of `adapted_layers`.
+
+    Raises:
+      ValueError: the model has no adapters.
+    """
+    layers = adapted_layers(model)
+    found = [layer.adapter.on(path, layer.kernel[...]) for path, layer in layers]
+    if not found:
+        raise ValueError(
+            "The model has no adapters: call snella.adapt(model, ...) first."
+        )
+    return found
 
 
 def variables_of(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:

@@ -20,6 +20,7 @@ from experiments.data.transforms import Transform
 from experiments.recipe import Recipe
 from experiments.settings import Kernelized
 from snella_jax.models.vit import ViT, ViTConfig
+from snella_jax.rules import weights_of
 
 TINY = ViTConfig(
     width=8, depth=2, heads=2, patch_size=4, image_size=8, channels=1, num_classes=2
@@ -129,11 +130,9 @@ def test_the_merged_magnitude_is_that_of_the_update():
     _, model, opt_state = trained(epochs=2)
     rules = Competition(lambda t: 1, metric="merged_magnitude", exponent=0.5)
     scores = rules.scores(opt_state, lambda: model)
-    for path, found in scores.items():
-        layer = model
-        for name in path.split("/"):
-            layer = getattr(layer, name)
-        expected = np.abs(np.asarray(layer.delta(), np.float64)).mean((-2, -1))
+    for weight in weights_of(model):
+        expected = np.abs(np.asarray(weight.delta(), np.float64)).mean((-2, -1))
+        found = scores[f"{weight.path}/adapter"]
         np.testing.assert_allclose(found, expected**0.5, rtol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """What is said of an adapted model, against what merging it does."""
 
+import dataclasses
 import io
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 
 import snella_jax as snella
 from snella_jax.models.vit import ViT, ViTConfig
+from snella_jax.rules import weights_of
 
 TINY = ViTConfig(
     width=8, depth=2, heads=2, patch_size=4, image_size=8, channels=1, num_classes=3
@@ -146,11 +148,11 @@ def test_what_measures_is_compiled_once():
         calls.append(delta.shape)
         return delta.sum()
 
-    adapter = mixed().heads.adapter
-    first = adapter.per_matrix(measure)
+    weight = weights_of(mixed())[0]
+    first = weight.per_matrix(measure)
     traced = len(calls)
-    adapter.budget[...] = adapter.budget[...] // 2
-    assert adapter.per_matrix(measure) != first and len(calls) == traced > 0
+    fewer = dataclasses.replace(weight, budget=weight.budget // 2)
+    assert fewer.per_matrix(measure) != first and len(calls) == traced > 0
 
 
 def test_there_has_to_be_an_adapter():

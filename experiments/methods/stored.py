@@ -19,7 +19,7 @@ class Stored(nnx.Module):
     dtype: Any
 
     def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-        weight = self.kernel[...] + self.adapter.delta()
+        weight = self.kernel[...] + self.adapter.on("", self.kernel[...]).delta()
         y = jnp.asarray(x, self.dtype) @ weight.astype(self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 

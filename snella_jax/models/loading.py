@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from safetensors import safe_open
 
 from snella_jax.models import onnx_file, torch_file
 from snella_jax.models.checkpoint_error import CheckpointError
@@ -198,7 +199,7 @@ def _read_folder(folder: Path) -> Checkpoint:
     for name in _shards(first) if first.suffix == ".json" else [first.name]:
         tensors |= _read_file(folder / name)
     config, preprocessor = (
-        _json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
+        read_json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
         for name in ("config", "preprocessor_config")
     )
     return Checkpoint(folder, tensors, config, preprocessor)
@@ -206,7 +207,7 @@ def _read_folder(folder: Path) -> Checkpoint:
 
 def _shards(index: Path) -> list[str]:
     """The files that an index of shards names."""
-    names = _json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(index, "expected file names under weight_map")
     for name in names.values():
@@ -221,7 +222,7 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
         case ".npz":
             return _read_npz(path)
         case ".safetensors":
-            return _read_safetensors(path)
+            return read_safetensors(path)[0]
         case ".pth" | ".pt" | ".tar" | ".bin" | ".ckpt":
             return _read_torch(path)
         case ".onnx":
@@ -245,15 +246,16 @@ def _numbers(array: np.ndarray) -> np.ndarray:
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of a `.safetensors` file.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
     try:
-        from safetensors.numpy import load_file
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'Reading {path} needs safetensors: pip install "snella-jax[checkpoints]"'
-        ) from error
-    try:
-        return load_file(path)
+        with safe_open(path, "np") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except Exception as error:
         raise CheckpointError.damaged(path, error) from error
 
@@ -281,7 +283,12 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     return saved
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      CheckpointError: it is damaged, or holds something else.
+    """
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:

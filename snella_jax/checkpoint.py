@@ -1,0 +1,134 @@
+"""Adapters of NNX models as files: `save`, `load`, and taking an adapter off.
+
+>>> import tempfile
+>>> import jax.numpy as jnp
+>>> import snella_jax as snella
+>>> class Net(nnx.Module):
+...     def __init__(self, rngs):
+...         self.fc1 = nnx.Linear(6, 8, rngs=rngs)
+...     def __call__(self, x):
+...         return self.fc1(x)
+>>> base = Net(nnx.Rngs(0))
+>>> config = snella.SnellaConfig(rank=4, targets="fc1", trainable="")
+>>> model = snella.adapt(base, config, rngs=nnx.Rngs(1))
+>>> with tempfile.TemporaryDirectory() as folder:
+...     save(model, f"{folder}/digits", base="our/net")
+...     again = load(base, f"{folder}/digits")
+>>> x = jnp.ones((1, 6))
+>>> bool((again(x) == model(x)).all()), bool((unload(model)(x) == base(x)).all())
+(True, True)
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from snella_jax import adapter_file
+from snella_jax.adapt import attach, remove, site
+from snella_jax.config import Rule
+from snella_jax.fitting import anyone, fit
+from snella_jax.layers import ADAPTABLE, Factor
+from snella_jax.rules import adapted_layers, freeze, join, variables_of, weights_of
+from snella_jax.weight import Site
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def save(model: nnx.Module, folder: str | Path, *, base: str | None = None) -> None:
+    """Writes the adapters of a model, and what else trained, to a folder.
+
+    `adapter_config.json` and `adapter_model.safetensors`, as PEFT names them. An
+    adapter that is in the folder is replaced; a crash leaves the old one, the new one,
+    or (in an instant between) both, each complete, beside the folder.
+
+    Args:
+      model: with adapters. Its factors and budgets are written, every other `nnx.Param`
+        (the head and whatever `config.trainable` named) and batch statistics.
+      folder: to be made.
+      base: what the base model is called, such as a path or a name on a hub.
+
+    Raises:
+      ValueError: the model has no adapters, or a kernel that is none of ours.
+      FileExistsError: the folder holds something else.
+    """
+    trained = {
+        path: variable[...]
+        for kind in (nnx.Param, nnx.BatchStat)
+        for path, variable in variables_of(model, kind)
+        if not isinstance(variable, Factor)
+    }
+    adapter_file.write(folder, weights_of(model), trained, base)
+
+
+def load(model: M, folder: str | Path, *, rename: Mapping[str, str] | None = None) -> M:
+    """A copy of a model with the adapters that `save` wrote.
+
+    Its outputs are those of the model that was saved, bit for bit, and its training can
+    go on. The arrays of the base are shared with `model`, which is not changed: many
+    adapters can sit on one base.
+
+    Args:
+      model: the base, in the shape that it was adapted in (a new head's classes, too);
+        or an adapted model, whose adapters are replaced by others like them.
+      folder: of an adapter.
+      rename: where the weights have other names in this model: new name by regex, which
+        may take its groups. Rows of stacked blocks have an index:
+        `{r"layers/(\\d+)/fc": r"blocks/fc[\\1]"}`.
+
+    Raises:
+      FileNotFoundError: there is no adapter.
+      CheckpointError: a file is damaged, or the adapter does not fit: another base,
+        shape, rank or place; lists every weight that differs.
+    """
+    file = adapter_file.read(folder)
+    adapted = any(True for _ in adapted_layers(model))
+    present = {w.path: w.site for w in weights_of(model)} if adapted else None
+    model = unload(model) if adapted else nnx.clone(model)
+    layers: dict[str, Any] = {
+        join(path): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, ADAPTABLE)
+    }
+
+    def locate(path: str, rule: Rule, must_move: bool) -> tuple[Site, Array]:
+        if path not in layers:
+            raise ValueError("this model has no such layer that can be adapted")
+        layer = layers[path]
+        return site(path, layer, rule, must_move), layer.kernel[...]
+
+    variables = {
+        path: variable
+        for kind in (nnx.Param, nnx.BatchStat)
+        for path, variable in variables_of(model, kind)
+    }
+    shapes = {path: tuple(variable.shape) for path, variable in variables.items()}
+    weights, trained = fit(file, locate, shapes, rename=rename, present=present)
+    attach(
+        model,
+        {path: layers[path] for path in weights},
+        {path: weight.site for path, weight in weights.items()},
+        {p: (w.factors, w.budget, w.allocated_at) for p, w in weights.items()},
+    )
+    for path, value in trained.items():
+        variables[path].set_value(jnp.asarray(value))
+    freeze(model, anyone(trained))
+    return model
+
+
+def unload(model: M) -> M:
+    """A plain copy of an adapted model without its adapters: the base's weights.
+
+    What `config.trainable` named stays as it was trained, since it took the place of
+    the base's; keep the base itself where you want its head, too.
+
+    Raises:
+      ValueError: the model has no adapters.
+    """
+    weights_of(model)
+    model = nnx.clone(model)
+    remove(model)
+    return model

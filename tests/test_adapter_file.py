@@ -1,0 +1,479 @@
+"""Adapters as files: exact round trips, and no damage that goes unnoticed."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import snella_jax as snella
+from snella_jax.models import vit
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+KINDS = "qkv|heads|conv|experts|blocks/fc"
+SMALL = vit.ViTConfig(
+    width=8, depth=3, heads=2, patch_size=4, image_size=8, channels=1, num_classes=3
+)
+
+
+class Every(nnx.Module):
+    """Every kind of weight: fused, heads, a convolution, experts, stacked, running."""
+
+    def __init__(self, rngs, classes=3):
+        self.conv = nnx.Conv(2, 6, (2, 2), rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.qkv = nnx.Linear(6, 12, rngs=rngs)
+        self.heads = nnx.LinearGeneral(12, (2, 3), rngs=rngs)
+        self.experts = nnx.Einsum("bhd,hdm->bhm", (2, 3, 4), (2, 4), rngs=rngs)
+
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def build(rngs):
+            return Row(rngs)
+
+        self.blocks = build(rngs)
+        self.head = nnx.Linear(8, classes, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.norm(self.conv(x)).mean((1, 2))
+        x = self.experts(self.heads(jnp.tanh(self.qkv(x)))).reshape(len(x), -1)
+        graphdef, state = nnx.split(self.blocks)
+
+        def body(x, row):
+            return x + nnx.merge(graphdef, row)(x), None
+
+        return self.head(jax.lax.scan(body, x, state)[0])
+
+
+class Row(nnx.Module):
+    def __init__(self, rngs):
+        self.fc = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.fc(x))
+
+
+def every(**changes):
+    settings = {
+        "rank": 4,
+        "targets": KINDS,
+        "trainable": "head",
+        "allocation": "fixed",
+        "target_density": 0.4,
+        "overrides": {
+            "qkv": {"split": 3, "rank": 2, "kernel": snella.kernels.mix_k(pieces=1)},
+            "conv": {"kernel": "rbf", "gate": "soft", "path": "parallel"},
+            "heads": {"kernel": snella.kernels.mix_k(learn_piece_coeff=False)},
+        },
+    }
+    config = snella.SnellaConfig(**(settings | changes))
+    return snella.adapt(Every(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+
+
+IMAGES = np.random.default_rng(0).normal(size=(5, 4, 4, 2)).astype(np.float32)
+
+
+def trained(model, steps=3):
+    """A few steps of Adam, batch statistics included."""
+    optimizer = nnx.Optimizer(
+        model, optax.chain(snella.track_importance(), optax.adam(1e-2)), wrt=nnx.Param
+    )
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            labels = jnp.arange(len(IMAGES)) % 3
+            return optax.softmax_cross_entropy_with_integer_labels(
+                model(IMAGES), labels
+            ).mean()
+
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    for _ in range(steps):
+        step(model, optimizer)
+    return model
+
+
+def leaves(model):
+    """Every variable by path, and its kind."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {
+        "/".join(map(str, path)): (type(v).__name__, np.asarray(v[...]))
+        for path, v in flat
+    }
+
+
+def assert_same(one, other):
+    one, other = leaves(one), leaves(other)
+    assert one.keys() == other.keys()
+    for path, (kind, value) in one.items():
+        assert other[path][0] == kind, path
+        assert other[path][1].dtype == value.dtype, path
+        np.testing.assert_array_equal(other[path][1], value, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return trained(every())
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    folder = tmp_path / "adapter"
+    snella.save(model, folder, base="our/base")
+    return folder
+
+
+def test_a_round_trip_is_exact(model, saved):
+    base = Every(nnx.Rngs(0))
+    before = leaves(base)
+    loaded = snella.load(base, saved)
+    assert_same(loaded, model)
+    np.testing.assert_array_equal(loaded(IMAGES), model(IMAGES))
+    assert {m.name: m for m in snella.sparsity(loaded)} == {
+        m.name: m for m in snella.sparsity(model)
+    }
+    merged = snella.merge(loaded)
+    np.testing.assert_array_equal(merged(IMAGES), snella.merge(model)(IMAGES))
+    after = leaves(base)
+    assert all(np.array_equal(before[p][1], after[p][1]) for p in before)
+    shared = loaded.qkv.kernel[...].unsafe_buffer_pointer()
+    assert shared == base.qkv.kernel[...].unsafe_buffer_pointer()
+
+
+def test_training_goes_on_where_it_was(model, saved):
+    loaded = snella.load(Every(nnx.Rngs(0)), saved)
+    assert_same(trained(loaded, 2), trained(nnx.clone(model), 2))
+
+
+def test_a_model_that_is_adapted_alike_takes_the_file(model, saved):
+    other = every()
+    assert_same(snella.load(other, saved), model)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_frozen_weights_of_another_dtype(dtype, tmp_path):
+    model = every(frozen_dtype=dtype)
+    snella.save(model, tmp_path / "a")
+    base = Every(nnx.Rngs(0))
+    for path in ("conv", "qkv", "heads", "experts"):
+        kernel = getattr(base, path).kernel
+        kernel.set_value(kernel[...].astype(dtype))
+    base.blocks.fc.kernel.set_value(base.blocks.fc.kernel[...].astype(dtype))
+    loaded = snella.load(base, tmp_path / "a")
+    for weight, other in zip(
+        *(snella.rules.weights_of(m) for m in (model, loaded)), strict=True
+    ):
+        np.testing.assert_array_equal(weight.delta(), other.delta())
+        assert weight.w0.dtype == other.w0.dtype == dtype
+
+
+def test_a_wider_base_is_known_by_its_rounding(caplog, tmp_path):
+    snella.save(every(frozen_dtype=jnp.bfloat16), tmp_path / "a")
+    snella.load(Every(nnx.Rngs(0)), tmp_path / "a")
+    assert "is float32 and was bfloat16" in caplog.text
+    with pytest.raises(snella.CheckpointError, match="SHA-256 differs"):
+        snella.load(Every(nnx.Rngs(5)), tmp_path / "a")
+
+
+def test_what_the_files_say(model, saved):
+    config = json.loads((saved / CONFIG).read_text())
+    assert config["peft_type"] == "SNELLA"
+    assert config["base_model_name_or_path"] == "our/base"
+    assert config["snella_jax_version"] == snella.__version__
+    assert config["modules_to_save"][:2] == ["head/bias", "head/kernel"]
+    assert config["density"] == pytest.approx(0.4, abs=0.01)
+    tensors = load_file(saved / TENSORS)
+    assert tensors.keys() == config["tensors"].keys()
+    own = "base_model.model.blocks.fc.snella_"
+    assert tensors[own + "a"].shape == (3, 2, 8, 2)
+    assert tensors["base_model.model.head.kernel"].shape == (8, 3)
+    weights = {weight.path: weight for weight in snella.rules.weights_of(model)}
+    for path, said in config["weights"].items():
+        weight = weights[path]
+        np.testing.assert_array_equal(said["budgets"], weight.budget)
+        for index in np.ndindex(weight.site.lead):
+            factors = {k: v[index] for k, v in weight.factors.items()}
+            dense = np.sort(np.abs(weight.site.kernel.apply(factors)), axis=None)[::-1]
+            tau = np.asarray(said["thresholds"], np.float32)[index]
+            assert tau == pytest.approx(dense[int(weight.budget[index])], rel=1e-5)
+
+
+def test_peft_reads_the_names():
+    """Their readers ask for these two files and this key."""
+    assert (snella.adapter_file.CONFIG, snella.adapter_file.TENSORS) == (
+        CONFIG,
+        TENSORS,
+    )
+
+
+def wrong(model, folder, message, **options):
+    before = leaves(model)
+    with pytest.raises(snella.CheckpointError, match=message) as error:
+        snella.load(model, folder, **options)
+    assert str(folder) in str(error.value)
+    after = leaves(model)
+    for path, (_, value) in before.items():
+        np.testing.assert_array_equal(after[path][1], value)
+
+
+def test_another_base_is_refused(saved):
+    base = Every(nnx.Rngs(0))
+    kernel = np.array(base.blocks.fc.kernel[...])
+    kernel[1, 2, 3] = np.nextafter(kernel[1, 2, 3], 2)
+    base.blocks.fc.kernel[...] = jnp.asarray(kernel)
+    wrong(base, saved, r"blocks/fc: the weight \(rows \[1\]\) is not that of the base")
+
+
+def test_another_shape_rank_or_place_is_refused(model, saved):
+    wrong(Every(nnx.Rngs(0), classes=4), saved, r"head/kernel: \[8, 3\] in the file")
+    wrong(every(rank=6), saved, r"blocks/fc: rank is 4 in the file and 6 in the model")
+    wrong(every(gate="hard"), saved, "gate is product in the file and hard in")
+    wrong(every(targets=KINDS + "|head", trainable="norm"), saved, "head: the file has")
+    wrong(
+        vit.ViT(SMALL, rngs=nnx.Rngs(0)),
+        saved,
+        "conv: this model has no such layer(?s:.*)norm/mean: this model has no such",
+    )
+    names = {"qkv": "head"}
+    wrong(
+        Every(nnx.Rngs(0)), saved, "split=3 does not fit|the adapter is", rename=names
+    )
+    names = {"qkv": "conv"}
+    wrong(Every(nnx.Rngs(0)), saved, "two weights are renamed to conv", rename=names)
+
+
+def test_stacked_and_unrolled_models_read_the_same_file(tmp_path):
+    base = vit.ViT(SMALL, rngs=nnx.Rngs(0))
+    base.head.kernel[...] = jax.random.normal(jax.random.key(1), (8, 3))
+    config = snella.SnellaConfig(rank=4, allocation="fixed", trainable="head|cls_token")
+    model = snella.adapt(base, config, rngs=nnx.Rngs(1))
+    x = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
+    snella.save(model, tmp_path / "stacked")
+    unrolled = vit.unstack(base)
+    names = {r"blocks/(.*)\[(\d+)\]": r"blocks/\2/\1"}
+    loaded = snella.load(unrolled, tmp_path / "stacked", rename=names)
+    np.testing.assert_allclose(loaded(x), model(x), atol=1e-6)
+    snella.save(loaded, tmp_path / "unrolled")
+    names = {r"blocks/(\d+)/(.*)": r"blocks/\2[\1]"}
+    again = snella.load(base, tmp_path / "unrolled", rename=names)
+    assert_same(again, model)
+    wrong(base, tmp_path / "unrolled", "blocks/0/attn/query: this model has no such")
+    names = {r"blocks/(\d+)/(.*)": r"blocks/\2[7\1]"}
+    wrong(base, tmp_path / "unrolled", r"the file has rows \[\(70,\)", rename=names)
+
+
+def damaged(folder, other, rng):
+    """Some 240 ways to damage an adapter: a name, and what does it to a copy."""
+    for name in (CONFIG, TENSORS):
+        content = (folder / name).read_bytes()
+        for cut in sorted(rng.sample(range(len(content)), 25)):
+            yield f"{name} cut at {cut}", name, content[:cut]
+        for place in sorted(rng.sample(range(len(content)), 50)):
+            bit = rng.randrange(8)
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            yield f"{name} bit {bit} of byte {place}", name, bytes(flipped)
+        head = rng.sample(range(300), 25)
+        for place in head:
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << rng.randrange(8)
+            yield f"{name} a bit of byte {place}", name, bytes(flipped)
+        for place in rng.sample(range(len(content)), 10):
+            yield (
+                f"{name} without byte {place}",
+                name,
+                (content[:place] + content[place + 1 :]),
+            )
+        for place in rng.sample(range(len(content)), 10):
+            yield (
+                f"{name} with more at {place}",
+                name,
+                (content[:place] + rng.randbytes(3) + content[place:]),
+            )
+        yield f"{name} of another adapter", name, (other / name).read_bytes()
+        yield f"{name} empty", name, b""
+    tensors = load_file(folder / TENSORS)
+    metadata = {"format": "pt", "config_sha256": snella.adapter_file._sha256(
+        (folder / CONFIG).read_bytes())}  # fmt: skip
+    same = [k for k in tensors if k.endswith("snella_alpha") and tensors[k].shape == ()]
+    swapped = tensors | {same[0]: tensors[same[1]] + 1, same[1]: tensors[same[0]]}
+    for label, changed in (
+        ("two tensors swapped", swapped),
+        ("a tensor less", dict(list(tensors.items())[1:])),
+        ("a tensor more", tensors | {"more": np.zeros(2)}),
+        ("a tensor of another dtype", tensors | {same[0]: np.float64(1)}),
+    ):
+        path = folder.parent / "changed.safetensors"
+        save_file({k: np.asarray(v) for k, v in changed.items()}, path, metadata)
+        yield label, TENSORS, path.read_bytes()
+
+
+def test_no_damage_goes_unnoticed(model, saved, tmp_path):
+    other = trained(nnx.clone(model), 1)
+    snella.save(other, tmp_path / "other")
+    base = Every(nnx.Rngs(0))
+    before = leaves(base)
+    broken = tmp_path / "broken"
+    cases = unnoticed = 0
+    for label, name, content in damaged(saved, tmp_path / "other", random.Random(0)):
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(saved, broken)
+        (broken / name).write_bytes(content)
+        assert content != (saved / name).read_bytes()
+        cases += 1
+        try:
+            snella.load(base, broken)
+        except snella.CheckpointError as error:
+            assert str(broken) in str(error), label
+        else:
+            unnoticed += 1
+            print("unnoticed:", label)
+    assert cases >= 240 and not unnoticed
+    after = leaves(base)
+    assert all(np.array_equal(before[p][1], after[p][1]) for p in before)
+    snella.load(base, saved)  # and whole it loads
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        snella.load(Every(nnx.Rngs(0)), saved)
+
+
+def consistent(folder, change):
+    """Changes the config and signs it anew, as another program would write it."""
+    config = json.loads((folder / CONFIG).read_text())
+    change(config)
+    content = json.dumps(config).encode()
+    (folder / CONFIG).write_bytes(content)
+    tensors = load_file(folder / TENSORS)
+    digest = snella.adapter_file._sha256(content)
+    metadata = {"format": "pt", "config_sha256": digest}
+    save_file(tensors, folder / TENSORS, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(peft_type="LORA"), "peft_type is 'LORA'"),
+        (lambda c: c.update(snella_format=2), "snella_format is 2"),
+        (lambda c: c.pop("weights"), "damaged"),
+        (lambda c: c["weights"]["conv"].pop("stack"), "damaged"),
+        (
+            lambda c: c["weights"]["conv"]["rule"].update(rank=3),
+            "not those of its rule",
+        ),
+        (lambda c: c["weights"]["conv"]["rule"].update(gate="hrad"), "No gate"),
+        (lambda c: c["weights"]["conv"]["rule"]["kernel"].update(name="x"), "damaged"),
+        (lambda c: c["weights"]["conv"].update(budgets=[1, 2]), "damaged"),
+        (lambda c: c.update(tensors=[]), "damaged"),
+    ],
+)
+def test_what_another_program_wrote_is_checked(saved, change, message):
+    consistent(saved, change)
+    with pytest.raises(snella.CheckpointError, match=message):
+        snella.load(Every(nnx.Rngs(0)), saved)
+
+
+def test_saving_again_replaces_and_an_error_leaves_the_old(model, saved, monkeypatch):
+    other = trained(nnx.clone(model), 1)
+    snella.save(other, saved)
+    assert_same(snella.load(Every(nnx.Rngs(0)), saved), other)
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(snella.adapter_file, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        snella.save(model, saved)
+    assert_same(snella.load(Every(nnx.Rngs(0)), saved), other)
+    assert [path.name for path in saved.parent.iterdir()] == ["adapter"]
+    with pytest.raises(OSError, match="no space"):
+        snella.save(model, saved.parent / "new")
+    assert [path.name for path in saved.parent.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_killed_save_loses_nothing(model, saved, renames):
+    """Killed at the first rename the old one is there; at the second, both beside."""
+    script = f"""
+        import os, sys
+        from pathlib import Path
+        from snella_jax.models.atomic import whole_folder
+        calls, real = [], os.replace
+        def replace(*paths):
+            calls.append(paths)
+            if len(calls) > {renames}:
+                os._exit(9)
+            real(*paths)
+        os.replace = replace
+        folder = Path(sys.argv[1])
+        with whole_folder(folder) as new:
+            for path in folder.iterdir():
+                (new / path.name).write_bytes(path.read_bytes())
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), saved], env=environment
+    )
+    assert done.returncode == 9
+    if renames == 0:
+        assert_same(snella.load(Every(nnx.Rngs(0)), saved), model)
+        return
+    with pytest.raises(FileNotFoundError, match="cut off left") as error:
+        snella.load(Every(nnx.Rngs(0)), saved)
+    for name in ("old", "new"):
+        (kept,) = saved.parent.glob(f".adapter.*/{name}")
+        assert str(kept) in str(error.value)
+        assert_same(snella.load(Every(nnx.Rngs(0)), kept), model)
+
+
+def test_a_folder_of_something_else_is_left_alone(model, tmp_path):
+    (tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.md"):
+        snella.save(model, tmp_path)
+    with pytest.raises(FileExistsError, match="is no folder"):
+        snella.save(model, tmp_path / "notes.md")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
+
+
+def test_what_cannot_be_saved_is_said(tmp_path):
+    with pytest.raises(ValueError, match="has no adapters"):
+        snella.save(Every(nnx.Rngs(0)), tmp_path / "a")
+
+    class Mine(snella.kernels.rbf):
+        pass
+
+    model = every(overrides={"conv": {"kernel": Mine()}, "qkv": {"split": 3}})
+    with pytest.raises(ValueError, match=r"no kernel of snella\.kernels"):
+        snella.save(model, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unloaded_the_base_speaks_again(model):
+    base = Every(nnx.Rngs(0))
+    adapted = snella.adapt(
+        base, snella.SnellaConfig(rank=4, targets=KINDS, trainable=""), rngs=nnx.Rngs(1)
+    )
+    plain = snella.unload(adapted)
+    assert_same(plain, base)
+    np.testing.assert_array_equal(plain(IMAGES), base(IMAGES))
+    assert type(plain.qkv) is nnx.Linear
+    np.testing.assert_array_equal(
+        snella.unload(model).head.kernel[...], model.head.kernel[...]
+    )
+    with pytest.raises(ValueError, match="has no adapters"):
+        snella.unload(base)
