@@ -20,6 +20,7 @@ from snella_jax.adapt import (
 from snella_jax.budget import allocate, budget_schedule
 from snella_jax.checkpoint import load, save, unload
 from snella_jax.config import Rule, SnellaConfig
+from snella_jax.delta_file import apply_delta, save_delta, unmerge
 from snella_jax.dense import adapted, adapted_dense, sparse_delta
 from snella_jax.importance import ImportanceState, importance, track_importance
 from snella_jax.inspection import Matrix, describe, parameters, sparsity
@@ -33,6 +34,7 @@ from snella_jax.optimizer import (
     steps_since_reallocation,
 )
 from snella_jax.rules import labels, stop_gradients
+from snella_jax.several import combine, per_example
 from snella_jax.sparsify import sparsify, threshold
 from snella_jax.weight import BudgetsNeverMoved
 
@@ -55,7 +57,9 @@ __all__ = [
     "adapted_dense",
     "adapted_weights",
     "allocate",
+    "apply_delta",
     "budget_schedule",
+    "combine",
     "decay_mask",
     "describe",
     "importance",
@@ -66,8 +70,10 @@ __all__ = [
     "merged_magnitude",
     "parameters",
     "partition",
+    "per_example",
     "reallocate",
     "save",
+    "save_delta",
     "seed",
     "sparse_delta",
     "sparsify",
@@ -77,4 +83,5 @@ __all__ = [
     "threshold",
     "track_importance",
     "unload",
+    "unmerge",
 ]

@@ -130,7 +130,7 @@ class AdaptedWeight:
                 'between matrices use SnellaConfig(allocation="fixed"); to merge the '
                 "model as it is, pass unmoved_budgets=True."
             )
-        return _add(self.path, self.w0, self.delta())
+        return add(self.path, self.w0, self.delta())
 
 
 def indexed(path: str, index: Iterable[int]) -> str:
@@ -211,7 +211,8 @@ def _for_each(factors: Factors, budget: Array, axes: int, one: Callable) -> Any:
     return one((factors, budget))
 
 
-def _add(path: str, w0: Array, delta: Array) -> Array:
+def add(path: str, w0: Array, delta: Array) -> Array:
+    """`w0 + delta` in the dtype of `w0`; logs what rounding lost."""
     merged = (w0 + delta).astype(w0.dtype)
     moved = jnp.count_nonzero(delta)
     lost = jnp.count_nonzero((delta != 0) & (merged == w0)) / jnp.maximum(moved, 1)

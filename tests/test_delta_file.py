@@ -1,0 +1,203 @@
+"""Sparse delta files: exact there and back, by the library and by NumPy alone."""
+
+import random
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from every_kind import Every, assert_same, every, leaves, outputs, trained
+from flax import nnx
+
+import snella_jax as snella
+
+DOCS = Path(__file__).parents[1] / "docs" / "adapters.md"
+
+
+@pytest.fixture(scope="module")
+def models():
+    base = Every(nnx.Rngs(0))
+    return base, snella.merge(trained(every()))
+
+
+@pytest.fixture
+def path(models, tmp_path):
+    snella.save_delta(tmp_path / "delta.safetensors", *models)
+    return tmp_path / "delta.safetensors"
+
+
+def by_name(model):
+    return {name: value for name, (_, value) in leaves(model).items()}
+
+
+def test_there_and_back_are_exact(models, path):
+    base, merged = models
+    before = leaves(base)
+    assert_same(snella.apply_delta(base, path), merged)
+    back = snella.unmerge(merged, path)
+    assert_same(back, base)
+    np.testing.assert_array_equal(outputs(back), outputs(base))
+    after = leaves(base)
+    assert all(np.array_equal(before[p][1], after[p][1]) for p in before)
+
+
+def test_every_way_round_is_exact(models, path, tmp_path):
+    """Adapter, merged, delta file, unmerged, adapter again: the same bits."""
+    base, _ = models
+    model = trained(every())
+    snella.save(model, tmp_path / "adapter")
+    merged = snella.apply_delta(base, path)
+    assert_same(merged, snella.merge(model))
+    again = snella.load(snella.unmerge(merged, path), tmp_path / "adapter")
+    assert_same(again, model)
+    np.testing.assert_array_equal(outputs(again), outputs(model))
+    assert_same(snella.merge(again), merged)
+
+
+def test_numpy_alone_applies_it(models, path):
+    """The lines in docs/adapters.md, as they stand there."""
+    base, merged = models
+    (code,) = re.findall(r"```python\n(import json.*?)```", DOCS.read_text(), re.S)
+    names = {}
+    exec(code, names)
+    weights = {name: value.copy() for name, value in by_name(base).items()}
+    names["apply_delta"](weights, path)
+    for name, value in by_name(merged).items():
+        np.testing.assert_array_equal(weights[name], value)
+    names["apply_delta"](weights, path)  # again: back
+    for name, value in by_name(base).items():
+        np.testing.assert_array_equal(weights[name], value)
+
+
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int8]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("moved", [0, 1, 9, 300, 599, 600])
+def test_any_dtype_and_any_density(dtype, moved, tmp_path):
+    rng = np.random.default_rng(moved)
+    before = rng.normal(size=(20, 30), scale=20).astype(dtype)
+    after = before.copy()
+    places = rng.permutation(600)[:moved]
+    after.ravel()[places] = -after.ravel()[places] + np.ones((), dtype)
+    path = tmp_path / "delta.safetensors"
+    snella.save_delta(path, {"w": before}, {"w": after})
+    found = snella.apply_delta({"w": before}, path)["w"]
+    assert found.dtype == after.dtype
+    np.testing.assert_array_equal(found.view(np.uint8), after.view(np.uint8))
+    back = snella.unmerge({"w": after}, path)["w"]
+    np.testing.assert_array_equal(back.view(np.uint8), before.view(np.uint8))
+
+
+def test_places_are_written_in_the_smaller_way(tmp_path):
+    """A bitmap takes n/8 bytes, an index 4: indices below a density of 1/32."""
+    sizes = {}
+    before = np.zeros(64_000, np.float32)
+    for moved in (10, 1_900, 2_100, 20_000, 64_000):
+        after = before.copy()
+        after[np.random.default_rng(0).permutation(64_000)[:moved]] = 1
+        path = tmp_path / f"{moved}.safetensors"
+        snella.save_delta(path, {"w": before}, {"w": after})
+        sizes[moved] = path.stat().st_size
+    for moved, places in (
+        (10, 40),
+        (1_900, 7_600),
+        (2_100, 8_000),
+        (20_000, 8_000),
+        (64_000, 0),
+    ):
+        assert 0 < sizes[moved] - 4 * moved - places < 600
+
+
+def test_a_new_head_is_written_whole(tmp_path):
+    before = {"w": np.zeros((2, 2), np.float32), "head": np.zeros((2, 3), np.float32)}
+    after = {"w": before["w"], "head": np.ones((2, 5), np.float32), "b": np.ones(3)}
+    path = tmp_path / "delta.safetensors"
+    snella.save_delta(path, before, after)
+    found = snella.apply_delta(before, path)
+    assert found.keys() == after.keys()
+    assert all(np.array_equal(found[name], after[name]) for name in after)
+    assert snella.unmerge(after, path).keys() == {"w"}
+
+
+def refused(function, weights, path, message):
+    with pytest.raises(snella.CheckpointError, match=message) as error:
+        function(weights, path)
+    assert str(path) in str(error.value)
+
+
+def test_other_weights_are_refused(models, path):
+    base, merged = models
+    refused(snella.apply_delta, merged, path, "is not the weight that it is for")
+    refused(snella.unmerge, base, path, "is not the weight that it is for")
+    some = by_name(base)
+    some.pop("qkv/kernel")
+    refused(snella.apply_delta, some, path, "these weights have no qkv/kernel")
+    with pytest.raises(FileNotFoundError):
+        snella.apply_delta(base, path.parent / "nothing")
+
+
+def test_what_cannot_be_written_is_said(models, tmp_path):
+    base, _ = models
+    path = tmp_path / "delta.safetensors"
+    with pytest.raises(ValueError, match=r"give snella\.merge"):
+        snella.save_delta(path, base, every())
+    with pytest.raises(ValueError, match="are gone: b"):
+        snella.save_delta(path, {"a": np.ones(2), "b": np.ones(2)}, {"a": np.ones(2)})
+    with pytest.raises(ValueError, match="was float64 and is float32"):
+        snella.save_delta(path, {"a": np.ones(2)}, {"a": np.ones(2, np.float32)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_damage_goes_unnoticed(models, path):
+    base, merged = models
+    arrays, expected = by_name(base), by_name(merged)
+    content = path.read_bytes()
+    rng = random.Random(0)
+    cases = []
+    for place in [*rng.sample(range(len(content)), 100), *range(8)]:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.randrange(8)
+        cases.append(bytes(flipped))
+    cases += [content[:cut] for cut in rng.sample(range(len(content)), 50)]
+    cases += [
+        content[:p] + rng.randbytes(1) + content[p:]
+        for p in rng.sample(range(len(content)), 50)
+    ]
+    for case in cases:
+        if case == content:
+            continue
+        path.write_bytes(case)
+        try:
+            snella.apply_delta(arrays, path)
+        except snella.CheckpointError as error:
+            assert str(path) in str(error)
+        else:
+            raise AssertionError("damage went unnoticed")
+    path.write_bytes(content)
+    found = snella.apply_delta(arrays, path)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_bfloat16_base_is_moved_exactly(tmp_path):
+    config = snella.SnellaConfig(
+        rank=4, targets="fc", trainable="", allocation="fixed", target_density=0.3
+    )
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.fc = nnx.Linear(16, 24, param_dtype=jnp.bfloat16, rngs=rngs)
+
+    base = Net(nnx.Rngs(0))
+    merged = snella.merge(snella.adapt(base, config, rngs=nnx.Rngs(1)))
+    path = tmp_path / "delta.safetensors"
+    snella.save_delta(path, base, merged)
+    assert_same(snella.apply_delta(base, path), merged)
+    assert_same(snella.unmerge(merged, path), base)
+    moved = np.asarray(jnp.count_nonzero(merged.fc.kernel[...] != base.fc.kernel[...]))
+    bits = 2 * int(moved) + 16 * 24 // 8
+    assert bits < path.stat().st_size < bits + 500
+    assert isinstance(base.fc.kernel[...], jax.Array)
