@@ -38,8 +38,8 @@ from snella_jax.layers import (
 )
 from snella_jax.rules import (
     adapted_layers,
+    check_overrides,
     freeze,
-    listed,
     select,
     thaw,
     variables_of,
@@ -74,12 +74,7 @@ def adapt(model: M, config: SnellaConfig, *, rngs: nnx.Rngs) -> M:
     """
     model = nnx.clone(model)
     layers = select(model, config.targets)
-    unused = set(config.overrides) - {config.override(path) for path in layers}
-    if unused:
-        raise ValueError(
-            f"overrides: {', '.join(map(repr, sorted(unused)))} matches none of the "
-            f"targets (or an earlier override matches first): {listed(layers)}"
-        )
+    check_overrides(config, layers)
     sites = {
         path: site(path, layer, config.rule(path), config.must_move)
         for path, layer in layers.items()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TextIO
 
 import jax.numpy as jnp
@@ -55,10 +56,13 @@ class Matrix:
         return self.norm / self.base_norm if self.base_norm else math.inf
 
 
-def sparsity(model: nnx.Module) -> tuple[Matrix, ...]:
+def sparsity(model: nnx.Module | Sequence[AdaptedWeight]) -> tuple[Matrix, ...]:
     """Every adapted matrix of a model, in the order in which `reallocate` has them.
 
     Makes every update once, one matrix at a time.
+
+    Args:
+      model: with adapters; or the adapted weights of a tree (`Adapters.weights`).
 
     Raises:
       ValueError: the model has no adapters.
@@ -74,14 +78,17 @@ def sparsity(model: nnx.Module) -> tuple[Matrix, ...]:
     >>> [(m.name, m.shape, m.budget, m.density) for m in snella.sparsity(model)]
     [('fc1', (6, 8), 12, 0.25)]
     """
-    return tuple(m for weight in weights_of(model) for m in matrices_of(weight))
+    weights = weights_of(model) if isinstance(model, nnx.Module) else model
+    return tuple(m for weight in weights for m in matrices_of(weight))
 
 
-def describe(model: nnx.Module, file: TextIO | None = None) -> None:
+def describe(
+    model: nnx.Module | Sequence[AdaptedWeight], file: TextIO | None = None
+) -> None:
     """Prints a table of the adapted matrices, and how many parameters train.
 
     Args:
-      model: with adapters.
+      model: with adapters; or the adapted weights of a tree, without the count.
       file: where to; None for standard output.
 
     Raises:
@@ -111,6 +118,8 @@ def describe(model: nnx.Module, file: TextIO | None = None) -> None:
     for row in (header, *rows):
         cells = [cell.rjust(n) for cell, n in zip(row, widths, strict=True)]
         print(row[0].ljust(widths[0]), *cells[1:], sep="  ", file=file)
+    if not isinstance(model, nnx.Module):
+        return
     trainable, total = parameters(model)
     share = trainable / total
     print(

@@ -215,11 +215,12 @@ def layout_of(layer: nnx.Module) -> Layout:
                 )
             return Layout(tuple(window), (out,))
         case nnx.Einsum():
-            return _einsum_layout(layer.einsum_str, layer.kernel_shape)
+            return einsum_layout(layer.einsum_str, layer.kernel_shape)
     raise TypeError(f"{type(layer).__name__} has no weight that can be adapted.")
 
 
-def _einsum_layout(equation: str | None, shape: Sequence[int]) -> Layout:
+def einsum_layout(equation: str | None, shape: Sequence[int]) -> Layout:
+    """The axes of an einsum's weight of this shape; errors as of `layout_of`."""
     if equation is None:
         raise ValueError(
             "An einsum is adapted only if its equation is fixed when built."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from snella_jax.importance import (
     importance_state,
     path_of,
 )
+from snella_jax.weight import indexed
 
 log = logging.getLogger("snella_jax")
 
@@ -183,7 +185,7 @@ def _flat(values: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def _names(values: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     return tuple(
-        path.removesuffix("/adapter") + "".join(f"[{i}]" for i in index)
+        indexed(re.sub("[/_]adapter$", "", path), index)
         for path, value in values.items()
         for index in np.ndindex(value.shape)
     )

@@ -5,7 +5,7 @@ for variables may also match a module that holds them.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import DTypeLike
 
+from snella_jax.config import SnellaConfig
 from snella_jax.importance import factor_paths, path_of
 from snella_jax.layers import ADAPTABLE, Adapted, Factor, Frozen, become
 from snella_jax.weight import AdaptedWeight
@@ -31,13 +32,34 @@ def select(model: nnx.Module, targets: str) -> dict[str, Any]:
         for path, node in nnx.iter_graph(model)
         if isinstance(node, ADAPTABLE)
     }
-    chosen = {p: layer for p, layer in layers.items() if re.fullmatch(targets, p)}
-    if not chosen:
+    return {path: layers[path] for path in chosen(layers, targets)}
+
+
+def chosen(paths: Iterable[str], targets: str) -> list[str]:
+    """The paths that the regex matches in full.
+
+    Raises:
+      ValueError: there is none; the message lists them all.
+    """
+    paths = list(paths)
+    found = [path for path in paths if re.fullmatch(targets, path)]
+    if not found:
         raise ValueError(
             f"targets={targets!r} matches no layer that can be adapted. There are: "
-            f"{listed(layers)}"
+            f"{listed(paths)}"
         )
-    return chosen
+    return found
+
+
+def check_overrides(config: SnellaConfig, paths: Iterable[str]) -> None:
+    """Raises a `ValueError` for an override that none of the adapted paths takes."""
+    paths = list(paths)
+    unused = set(config.overrides) - {config.override(path) for path in paths}
+    if unused:
+        raise ValueError(
+            f"overrides: {', '.join(map(repr, sorted(unused)))} matches none of the "
+            f"targets (or an earlier override matches first): {listed(paths)}"
+        )
 
 
 def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) -> None:
@@ -57,7 +79,7 @@ def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) ->
         for path, variable in variables_of(model, nnx.Param)
         if not isinstance(variable, Factor)
     ]
-    frozen = [(p, v) for p, v in variables if not _matches_or_holds(trainable, p)]
+    frozen = [(p, v) for p, v in variables if not matches_or_holds(trainable, p)]
     if trainable and len(frozen) == len(variables):
         raise ValueError(
             f"trainable={trainable!r} matches nothing; pass trainable='' if only the "
@@ -111,7 +133,7 @@ def labels(params: Any, trainable: str) -> Any:
                 jnp.result_type(leaf), jnp.floating
             )
             return "adapter" if trains else "frozen"
-        return "trainable" if _matches_or_holds(trainable, path) else "frozen"
+        return "trainable" if matches_or_holds(trainable, path) else "frozen"
 
     found = jax.tree_util.tree_map_with_path(label, params)
     if not adapters or (trainable and "trainable" not in jax.tree.leaves(found)):
@@ -159,7 +181,8 @@ def variables_of(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
             yield join(path), node
 
 
-def _matches_or_holds(regex: str, path: str) -> bool:
+def matches_or_holds(regex: str, path: str) -> bool:
+    """Whether the regex matches the path, or that of a module above it, in full."""
     names = path.split("/")
     parents = ("/".join(names[: i + 1]) for i in range(len(names)))
     return bool(regex) and any(re.fullmatch(regex, parent) for parent in parents)

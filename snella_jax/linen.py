@@ -1,0 +1,302 @@
+"""The Linen binding: adapts a module that someone else wrote, without touching it.
+
+The adapters sit in `params` beside the kernels they belong to, which other collections
+cannot do inside a `nn.scan`; `Adapters.apply` intercepts the calls of the layers and
+finds them there, scanned, rematerialised or neither.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import snella_jax as snella
+    >>> class Net(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return nn.Dense(2, name="head")(nn.relu(nn.Dense(8, name="fc")(x)))
+    >>> net, x = Net(), jnp.ones((1, 6))
+    >>> variables = net.init(jax.random.key(0), x)
+    >>> config = snella.SnellaConfig(rank=4, targets="fc", trainable="head")
+    >>> adapters, params = adapt(net, variables, config, x, key=jax.random.key(1))
+    >>> trainable, budgets, frozen = adapters.partition(params)
+    >>> def logits(trainable, budgets, frozen, x):
+    ...     return adapters.apply({"params": join(trainable, budgets, frozen)}, x)
+    >>> logits(trainable, budgets, frozen, x).shape
+    (1, 2)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from snella_jax import adapter_file, trees
+from snella_jax.config import Rule, SnellaConfig
+from snella_jax.contraction import dot_general
+from snella_jax.dense import adapted
+from snella_jax.fitting import fit
+from snella_jax.layers import einsum_layout
+from snella_jax.layout import Layout
+from snella_jax.rules import chosen
+from snella_jax.rules import join as joined
+from snella_jax.trees import Tree, flat, join
+from snella_jax.weight import Site
+
+__all__ = ["Adapters", "adapt", "join", "load"]
+
+ADAPTABLE = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)
+STOCK = {cls.__call__ for cls in ADAPTABLE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters(trees.Adapters):
+    """Where a module is adapted, and its call with the adapters in `params`.
+
+    Attributes:
+      module: as it was written.
+    """
+
+    module: nn.Module
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """`module.apply`, with `w0 + delta` as weights; same arguments and results.
+
+        A rule that drops something does so where the layer has an rng `dropout`, which
+        a `nn.scan` has to split.
+        """
+        with nn.intercept_methods(self._intercept):
+            return self.module.apply(variables, *args, **kwargs)
+
+    def _intercept(self, call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
+        layer = context.module
+        if context.method_name != "__call__" or not layer.has_variable(
+            "params", "adapter"
+        ):
+            return call(*args, **kwargs)
+        site = self.sites[_weight(layer.path)]
+        return _called(layer, site, *args, **kwargs)
+
+
+def adapt(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    config: SnellaConfig,
+    *inputs: Any,
+    key: PRNGKeyArray,
+    **kwargs: Any,
+) -> tuple[Adapters, Tree]:
+    """Adapters for a Linen module, and its parameters with them.
+
+    `nn.Dense`, `nn.DenseGeneral` (so Flax's attention), `nn.Einsum`, `nn.Conv` and
+    subclasses of them get an adapter where `config.targets` matches their path, such as
+    `Transformer/encoderblock_0/MlpBlock_0/Dense_0`; layers inside a `nn.scan` one set
+    of factors for each index.
+
+    Args:
+      module: not bound.
+      variables: of `module.init`, or loaded; metadata of `nn.Partitioned` is dropped.
+      config: what to adapt and how.
+      inputs, kwargs: of the module, to find its layers by; nothing is computed.
+      key: draws the factors.
+
+    Returns:
+      What applies, splits, merges and saves; and the parameters, which are `params` in
+      its `apply`.
+
+    Raises:
+      ValueError: as `snella.adapt`.
+    """
+    params = nn.meta.unbox(variables["params"])
+    layers = _layers(module, variables, inputs, kwargs)
+    leaves = flat(params)
+    sites = {}
+    for path in chosen(layers, config.targets):
+        name = _weight(path.split("/") if path else ())
+        shape = leaves[name].shape
+        sites[name] = layers[path].site(shape, config.rule(path), config.must_move)
+    plain, params = trees.place(params, sites, config, key)
+    return Adapters(plain.sites, plain.trainable, module), params
+
+
+def load(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    folder: str | Path,
+    *inputs: Any,
+    rename: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> tuple[Adapters, dict[str, Any]]:
+    """Adapters from a folder, and the variables with them and what else trained.
+
+    Whichever binding wrote them: `rename` says which weights are which.
+
+    Args:
+      module, variables, inputs, kwargs: as of `adapt`.
+      folder: of an adapter.
+      rename: as of `snella.load`.
+
+    Raises:
+      FileNotFoundError, CheckpointError: as `snella.load`.
+    """
+    variables = {**variables, "params": nn.meta.unbox(variables["params"])}
+    layers = _layers(module, variables, inputs, kwargs)
+    collections = {
+        name: flat(variables[name])
+        for name in ("params", "batch_stats")
+        if name in variables
+    }
+
+    def locate(path: str, rule: Rule, must_move: bool) -> tuple[Site, Array]:
+        if path not in layers:
+            raise ValueError("this module has no such layer that can be adapted")
+        kernel = collections["params"][_weight(path.split("/") if path else ())]
+        return layers[path].site(kernel.shape, rule, must_move), kernel
+
+    shapes = {
+        name: jnp.shape(leaf)
+        for leaves in collections.values()
+        for name, leaf in leaves.items()
+    }
+    weights, trained = fit(adapter_file.read(folder), locate, shapes, rename=rename)
+    stats = collections.get("batch_stats", {})
+    own = {name: value for name, value in trained.items() if name not in stats}
+    plain, params = trees.fill(variables["params"], weights, own)
+    stats |= {name: jnp.asarray(trained[name]) for name in trained.keys() - own.keys()}
+    if stats:
+        variables["batch_stats"] = trees.nested(stats)
+    adapters = Adapters(plain.sites, plain.trainable, module)
+    return adapters, {**variables, "params": params}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What tracing saw of a layer: its module, its kernel's shape and an equation."""
+
+    path: str
+    module: nn.Module
+    shape: tuple[int, ...]
+    equation: str | None
+
+    def site(self, whole: tuple[int, ...], rule: Rule, must_move: bool) -> Site:
+        """Of its weight, whose shape in `params` is this.
+
+        Raises:
+          ValueError: the rule does not fit.
+        """
+        try:
+            layout = self._layout()
+            if rule.path == "parallel" and type(self.module).__call__ not in STOCK:
+                raise ValueError(
+                    f"{type(self.module).__name__} has a call of its own, which need "
+                    'not be linear in the weight: expected path="merged".'
+                )
+            if rule.drop_path and not self._starts_with_examples():
+                raise ValueError(
+                    f"drop_path={rule.drop_path} drops along axis 0 of the output, "
+                    "which here belongs to the weight and not to the examples."
+                )
+        except ValueError as error:
+            raise ValueError(f"{self.path} cannot be adapted: {error}") from error
+        return trees.site(self.path, whole, layout, rule, must_move)
+
+    def _layout(self) -> Layout:
+        match self.module:
+            case nn.Dense():
+                return Layout(self.shape[:1], self.shape[1:])
+            case nn.DenseGeneral(axis=axis, batch_dims=batch):
+                slices, axes = len(_sequence(batch)), len(_sequence(axis))
+                ends = slices, slices + axes
+                parts = self.shape[ends[0] : ends[1]], self.shape[ends[1] :]
+                return Layout(*parts, self.shape[: ends[0]])
+            case nn.Conv(mask=mask):
+                if mask is not None:
+                    raise ValueError(
+                        "a convolution with a mask has weights that are not used."
+                    )
+                return Layout(self.shape[:-1], self.shape[-1:])
+        return einsum_layout(self.equation, self.shape)
+
+    def _starts_with_examples(self) -> bool:
+        if isinstance(self.module, nn.DenseGeneral):
+            return not _sequence(self.module.batch_dims)
+        if isinstance(self.module, nn.Einsum):
+            operands, result = (self.equation or "->").split("->")
+            return result[:1] not in operands.split(",")[1].replace(".", "")
+        return True
+
+
+def _layers(
+    module: nn.Module, variables: Mapping[str, Any], inputs: tuple, kwargs: dict
+) -> dict[str, _Layer]:
+    """Every layer that can be adapted, by path, as a call of the module meets it."""
+    found: dict[str, _Layer] = {}
+
+    def see(call: Any, args: tuple, options: dict, context: Any) -> Any:
+        layer = context.module
+        if context.method_name == "__call__" and isinstance(layer, ADAPTABLE):
+            path = joined(layer.path)
+            kernel = nn.meta.unbox(layer.get_variable("params", "kernel"))
+            equation = getattr(layer, "einsum_str", None)
+            if isinstance(layer, nn.Einsum) and equation is None:
+                equation = dict(enumerate(args)).get(1, options.get("einsum_str"))
+            if kernel is not None:
+                plain = layer.clone(parent=None, name=None)
+                equation = equation and equation.replace(" ", "")
+                found[path] = _Layer(path, plain, kernel.shape, equation)
+        return call(*args, **options)
+
+    def run(*inputs: Any) -> Any:
+        with nn.intercept_methods(see):
+            return module.apply(variables, *inputs, **kwargs)
+
+    jax.eval_shape(run, *inputs)
+    return found
+
+
+def _called(layer: Any, site: Site, x: Array, *args: Any, **kwargs: Any) -> Array:
+    """The layer's own call on a copy with another weight, see `layers.Adapted`."""
+    own = {
+        name: nn.meta.unbox(value)
+        for name, value in layer.variables["params"].items()
+        if name != "adapter"
+    }
+    adapter = dict(layer.get_variable("params", "adapter"))
+    budget, _ = (adapter.pop(name) for name in trees.COUNTS)
+    weight = own.pop("kernel")
+    ours = {}
+    if getattr(layer, "dot_general", False) is None and layer.dot_general_cls is None:
+        ours["dot_general"] = dot_general
+
+    def op(x: Array, w: Array, **changes: Any) -> Array:
+        plain = layer.clone(parent=None, name=None, **ours, **changes)
+        params = {"kernel": w} if changes else {"kernel": w, **own}
+        return plain.apply({"params": params}, x, *args, **kwargs)
+
+    rule = site.rule
+    key = None
+    if (rule.dropout or rule.drop_path) and layer.has_rng("dropout"):
+        key = layer.make_rng("dropout")
+    dtype = layer.dtype or jnp.result_type(x, weight, *own.values())
+    return adapted(op, site.layout, functools.partial(op, use_bias=False))(
+        jnp.asarray(x, dtype),
+        weight,
+        adapter,
+        budget,
+        kernel=site.kernel,
+        gate=rule.gate,
+        path=rule.path,
+        dropout=rule.dropout,
+        drop_path=rule.drop_path,
+        key=key,
+    )
+
+
+def _weight(path: Any) -> str:
+    return joined((*path, "kernel"))
+
+
+def _sequence(value: Any) -> tuple:
+    return (value,) if isinstance(value, int) else tuple(value)

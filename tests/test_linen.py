@@ -1,0 +1,481 @@
+"""The Linen binding, on a ViT as big_vision writes it, and against the NNX binding."""
+
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import snella_jax as snella
+from snella_jax import linen, pytree
+from snella_jax.models import vit
+
+DEPTH, WIDTH = 3, 8
+TARGETS = r"Transformer/encoderblock.*/(query|key|value|out|Dense_\d)"
+IMAGES = jax.random.normal(jax.random.key(7), (4, 8, 8, 3))
+LABELS = jnp.array([0, 1, 2, 1])
+
+
+class MlpBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.gelu(nn.Dense(4 * WIDTH)(x), approximate=False)
+        return nn.Dense(WIDTH)(y)
+
+
+class Encoder1DBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, deterministic=True):
+        y = nn.LayerNorm()(x)
+        y = nn.MultiHeadDotProductAttention(num_heads=2)(y, y)
+        x = x + nn.Dropout(0.2)(y, deterministic)
+        return x + MlpBlock()(nn.LayerNorm()(x)), None
+
+
+class Encoder(nn.Module):
+    scan: bool
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        block = Encoder1DBlock
+        if self.remat:
+            block = nn.remat(block, prevent_cse=not self.scan, static_argnums=(2,))
+        if self.scan:
+            x, _ = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=DEPTH,
+            )(name="encoderblock")(x, deterministic)
+        else:
+            for index in range(DEPTH):
+                x, _ = block(name=f"encoderblock_{index}")(x, deterministic)
+        return nn.LayerNorm(name="encoder_norm")(x)
+
+
+class LinenViT(nn.Module):
+    scan: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Conv(WIDTH, (4, 4), strides=(4, 4), padding="VALID", name="embedding")(
+            images
+        )
+        x = x.reshape(len(x), -1, WIDTH)
+        cls = self.param("cls", nn.initializers.zeros, (1, 1, WIDTH))
+        x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], 1)
+        x = x + self.param("pos", nn.initializers.normal(0.02), (1, 5, WIDTH))
+        x = Encoder(self.scan, self.remat, name="Transformer")(x, not train)
+        return nn.Dense(3, name="head")(x[:, 0])
+
+
+def config(**changes):
+    settings = {
+        "rank": 4,
+        "targets": TARGETS,
+        "trainable": "head|cls",
+        "allocation": "fixed",
+    }
+    return snella.SnellaConfig(**(settings | changes))
+
+
+@functools.cache
+def variables(scan=False):
+    """The same numbers, stacked or not, with every bias and norm drawn."""
+    plain = LinenViT().init(jax.random.key(0), IMAGES)["params"]
+    flat = flatten_dict(plain, sep="/")
+    keys = jax.random.split(jax.random.key(1), len(flat))
+    flat = {
+        name: leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for key, (name, leaf) in zip(keys, flat.items(), strict=True)
+    }
+    if scan:
+        flat = stacked(flat)
+    return {"params": unflatten_dict(flat, sep="/")}
+
+
+def stacked(flat):
+    first = "Transformer/encoderblock_0/"
+    rest = {k: v for k, v in flat.items() if "/encoderblock_" not in k}
+    for name in [name for name in flat if name.startswith(first)]:
+        rows = [flat[name.replace("_0/", f"_{i}/", 1)] for i in range(DEPTH)]
+        rest[name.replace("encoderblock_0", "encoderblock")] = jnp.stack(rows)
+    return rest
+
+
+def original(flat):
+    """The parameters in the names of the original `.npz` files."""
+    names = {
+        "MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1",
+        "LayerNorm_1": "LayerNorm_2",
+        "MlpBlock_0": "MlpBlock_3",
+        "pos": "Transformer/posembed_input/pos_embedding",
+    }
+    found = {}
+    for name, leaf in flat.items():
+        parts = [names.get(part, part) for part in name.split("/")]
+        found["/".join(parts)] = np.asarray(leaf)
+    return found
+
+
+def loss_of(apply):
+    def loss(trainable, budgets, frozen, **options):
+        params = linen.join(trainable, budgets, frozen)
+        logits = apply({"params": params}, IMAGES, **options)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, LABELS).mean()
+
+    return loss
+
+
+@pytest.fixture(scope="module", params=["unrolled", "scan and remat"])
+def adapted(request):
+    scan = request.param != "unrolled"
+    module = LinenViT(scan=scan, remat="remat" in request.param)
+    adapters, params = linen.adapt(
+        module, variables(scan), config(), IMAGES, key=jax.random.key(2)
+    )
+    return module, adapters, params
+
+
+def test_what_is_adapted(adapted):
+    module, adapters, params = adapted
+    weights = adapters.weights(params)
+    assert sum(int(np.prod(w.site.lead)) for w in weights) == 6 * DEPTH
+    by_end = {w.path.split("/")[-1]: w.site for w in weights}
+    assert by_end["query"].layout == snella.Layout((8,), (2, 4))
+    assert by_end["out"].layout == snella.Layout((2, 4), (8,))
+    assert by_end["Dense_0"].layout == snella.Layout((8,), (32,))
+    assert by_end["query"].stack == ((DEPTH,) if module.scan else ())
+    trainable, budgets, frozen = map(flatten_dict, adapters.partition(params))
+    names = {"/".join(path) for path in trainable}
+    assert {"cls", "head/kernel", "head/bias"} < names
+    assert all("adapter" in name for name in names if name[:1] == "T")
+    assert all(leaf.dtype == jnp.int32 for leaf in budgets.values())
+    assert ("Transformer", "encoder_norm", "scale") in frozen
+    assert trainable.keys() | budgets.keys() | frozen.keys() == (
+        flatten_dict(params).keys()
+    )
+    chex.assert_trees_all_equal(linen.join(*adapters.partition(params)), params)
+
+
+def test_outputs_and_gradients_are_those_of_summed_weights(adapted):
+    """The oracle: plain parameters with the update added, through the plain module."""
+    module, adapters, params = adapted
+    parts = adapters.partition(params)
+    found = jax.value_and_grad(loss_of(adapters.apply))(*parts)
+
+    def plain(variables, *args):
+        return module.apply({"params": adapters.summed(variables["params"])}, *args)
+
+    expected = jax.value_and_grad(loss_of(plain))(*parts)
+    base = loss_of(module.apply)(variables(module.scan)["params"], {}, {})
+    assert abs(found[0] - base) > 1e-3
+    chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-6)
+    grads = flatten_dict(found[1])
+    moved = [path for path, leaf in grads.items() if np.abs(leaf).max() > 0]
+    assert len(moved) == len(grads)
+
+
+def test_scanned_and_unrolled_adapters_compute_the_same(adapted):
+    """The same numbers, in a scan without remat."""
+    _, adapters, params = adapted
+    flat = flatten_dict(params, sep="/")
+    if "Transformer/encoderblock/MlpBlock_0/Dense_0/kernel" not in flat:
+        flat = stacked(flat)
+    module = LinenViT(scan=True)
+    other, fresh = linen.adapt(
+        module, variables(True), config(), IMAGES, key=jax.random.key(5)
+    )
+    tree = unflatten_dict(flat, sep="/")
+    chex.assert_trees_all_equal_shapes_and_dtypes(tree, fresh)
+    np.testing.assert_allclose(
+        other.apply({"params": tree}, IMAGES),
+        adapters.apply({"params": params}, IMAGES),
+        atol=1e-5,
+    )
+
+
+def test_merged_and_unloaded(adapted):
+    module, adapters, params = adapted
+    merged = adapters.merge(params)
+    chex.assert_trees_all_equal_shapes(merged, variables(module.scan)["params"])
+    np.testing.assert_allclose(
+        module.apply({"params": merged}, IMAGES),
+        adapters.apply({"params": params}, IMAGES),
+        atol=1e-5,
+    )
+    chex.assert_trees_all_equal(
+        adapters.unload(params), variables(module.scan)["params"]
+    )
+    never, unmoved = linen.adapt(
+        module,
+        variables(module.scan),
+        config(allocation="adaptive"),
+        IMAGES,
+        key=jax.random.key(2),
+    )
+    with pytest.raises(snella.BudgetsNeverMoved):
+        never.merge(unmoved)
+    never.merge(unmoved, unmoved_budgets=True)
+
+
+def train(adapters, params, steps=10):
+    """A whole training, with budgets that move and no step compiled twice."""
+    trainable, budgets, frozen = adapters.partition(params)
+    tx = optax.chain(
+        snella.track_importance(), optax.adamw(1e-2, mask=snella.decay_mask)
+    )
+    state = tx.init(trainable)
+    loss = loss_of(adapters.apply)
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(trainable, state, budgets, key):
+        value, grads = jax.value_and_grad(loss)(
+            trainable, budgets, frozen, train=True, rngs={"dropout": key}
+        )
+        updates, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    before = float(loss(trainable, budgets, frozen))
+    for index in range(steps):
+        if index == steps // 2:
+            budgets, report = snella.reallocate(budgets, state, 500)
+            assert report.budgets.sum() == 500
+        trainable, state, _ = step(trainable, state, budgets, jax.random.key(index))
+    assert float(loss(trainable, budgets, frozen)) < 0.9 * before
+    return linen.join(trainable, budgets, frozen)
+
+
+@pytest.fixture(scope="module")
+def trained(adapted):
+    module, _, _ = adapted
+    adapters, params = linen.adapt(
+        module,
+        variables(module.scan),
+        config(allocation="adaptive"),
+        IMAGES,
+        key=jax.random.key(2),
+    )
+    return module, adapters, train(adapters, params)
+
+
+NAMES = {
+    r"Transformer/encoderblock_(\d+)/MultiHeadDotProductAttention_0/(.*)":
+        r"blocks/attn/\2[\1]",
+    r"Transformer/encoderblock_(\d+)/MlpBlock_0/Dense_0": r"blocks/mlp/fc1[\1]",
+    r"Transformer/encoderblock_(\d+)/MlpBlock_0/Dense_1": r"blocks/mlp/fc2[\1]",
+    r"Transformer/encoderblock/MultiHeadDotProductAttention_0/(.*)(\[\d+\])":
+        r"blocks/attn/\1\2",
+    r"Transformer/encoderblock/MlpBlock_0/Dense_0(.*)": r"blocks/mlp/fc1\1",
+    r"Transformer/encoderblock/MlpBlock_0/Dense_1(.*)": r"blocks/mlp/fc2\1",
+    "cls": "cls_token",
+}  # fmt: skip
+
+
+def test_an_adapter_trained_in_linen_goes_to_nnx_and_back(trained, tmp_path):
+    module, adapters, params = trained
+    adapters.save(params, tmp_path / "linen", base="big_vision")
+    np.savez(
+        tmp_path / "base.npz", **original(flatten_dict(variables()["params"], sep="/"))
+    )
+    base = vit.load(tmp_path / "base.npz", heads=2)
+    expected = adapters.apply({"params": params}, IMAGES)
+    model = snella.load(base, tmp_path / "linen", rename=NAMES)
+    np.testing.assert_allclose(model(IMAGES), expected, atol=1e-5)
+    assert np.abs(np.asarray(base(IMAGES) - expected)).max() > 1e-2
+    np.testing.assert_allclose(
+        snella.merge(model)(IMAGES),
+        module.apply({"params": adapters.merge(params)}, IMAGES),
+        atol=1e-5,
+    )
+    snella.save(model, tmp_path / "nnx")
+    where = (
+        r"Transformer/encoderblock\2" if module.scan else r"Transformer/encoderblock_\2"
+    )
+    back = {
+        r"blocks/attn/(.*)\[(\d+)\]": where + r"/MultiHeadDotProductAttention_0/\1",
+        r"blocks/mlp/fc1()\[(\d+)\]": where + r"/MlpBlock_0/Dense_0",
+        r"blocks/mlp/fc2()\[(\d+)\]": where + r"/MlpBlock_0/Dense_1",
+        "cls_token": "cls",
+    }
+    if module.scan:
+        back = {k: v.replace(r"block\2", "block") + r"[\2]" if "blocks" in k else v
+                for k, v in back.items()}  # fmt: skip
+    again, loaded = linen.load(
+        module, variables(module.scan), tmp_path / "nnx", IMAGES, rename=back
+    )
+    chex.assert_trees_all_equal(loaded["params"], params)
+    found = again.apply(loaded, IMAGES)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_files_of_linen_are_read_by_linen_and_by_no_framework(trained, tmp_path):
+    module, adapters, params = trained
+    adapters.save(params, tmp_path / "a")
+    own = variables(module.scan)
+    again, loaded = linen.load(module, own, tmp_path / "a", IMAGES)
+    chex.assert_trees_all_equal(loaded["params"], params)
+    for one, other in zip(
+        again.partition(params), adapters.partition(params), strict=True
+    ):
+        chex.assert_trees_all_equal(one, other)
+    layouts = {
+        ".*/(query|key|value)": snella.Layout((8,), (2, 4)),
+        ".*/out": snella.Layout((2, 4), (8,)),
+        r".*/Dense_0": snella.Layout((8,), (32,)),
+        r".*/Dense_1": snella.Layout((32,), (8,)),
+    }
+    plain, tree = pytree.load(own["params"], tmp_path / "a", layouts=layouts)
+    chex.assert_trees_all_equal(tree, params)
+    np.testing.assert_allclose(
+        module.apply({"params": plain.summed(tree)}, IMAGES),
+        adapters.apply({"params": params}, IMAGES),
+        atol=1e-5,
+    )
+    path = tmp_path / "delta.safetensors"
+    flat = [flatten_dict(t, sep="/") for t in (own["params"], adapters.merge(params))]
+    snella.save_delta(path, *flat)
+    found = snella.apply_delta(flat[0], path)
+    for name, leaf in flat[1].items():
+        np.testing.assert_array_equal(found[name], leaf)
+    for name, leaf in snella.unmerge(found, path).items():
+        np.testing.assert_array_equal(leaf, flat[0][name])
+
+
+def test_another_module_is_refused(trained, tmp_path):
+    module, adapters, params = trained
+    adapters.save(params, tmp_path / "a")
+    other = LinenViT(scan=not module.scan)
+    with pytest.raises(snella.CheckpointError, match="no such layer that can be"):
+        linen.load(other, variables(other.scan), tmp_path / "a", IMAGES)
+    changed = jax.tree.map(lambda x: x + 1e-3, variables(module.scan))
+    with pytest.raises(snella.CheckpointError, match="SHA-256 differs"):
+        linen.load(module, changed, tmp_path / "a", IMAGES)
+
+
+class Kinds(nn.Module):
+    """Experts, a convolution, a fused weight, running statistics, half precision."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(6, (2, 2), name="conv")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x).mean((1, 2))
+        x = nn.Dense(12, name="qkv", dtype=jnp.bfloat16)(x)
+        x = nn.DenseGeneral((2, 3), name="heads", use_bias=False)(x)
+        x = x.transpose(1, 0, 2)
+        x = nn.DenseGeneral(4, axis=-1, batch_dims=(0,), name="batched")(x)
+        x = nn.Einsum((2, 4, 5), "hbd,hdm->bhm", name="experts")(x)
+        return nn.Dense(2, name="head", param_dtype=jnp.bfloat16)(x.reshape(len(x), -1))
+
+
+def kinds(**changes):
+    images = IMAGES[..., :2]
+    own = Kinds().init(jax.random.key(0), images)
+    settings = {
+        "gate": "hard",
+        "targets": "conv|qkv|heads|batched|experts",
+        "trainable": "head",
+        "overrides": {
+            "qkv": {"split": 3, "rank": 2},
+            "conv": {"path": "parallel", "gate": "soft"},
+        },
+    }
+    adapters, params = linen.adapt(
+        Kinds(), own, config(**(settings | changes)), images, key=jax.random.key(1)
+    )
+    return images, own, adapters, params
+
+
+def test_every_kind_of_layer():
+    images, own, adapters, params = kinds()
+    sites = {w.path: w.site for w in adapters.weights(params)}
+    assert sites["qkv"].layout.slices == (3,) and sites["experts"].lead == (2,)
+    assert sites["batched"].layout == snella.Layout((3,), (4,), (2,))
+    merged = adapters.merge(params)
+    found = adapters.apply({**own, "params": params}, images)
+    expected = Kinds().apply({**own, "params": merged}, images)
+    plain = Kinds().apply(own, images)
+    error, moved = (np.abs(np.asarray(found - y)).max() for y in (expected, plain))
+    assert error < 0.05 * moved  # one layer is in bfloat16
+    assert found.dtype == expected.dtype
+
+
+def test_running_statistics_travel_along(tmp_path):
+    images, own, adapters, params = kinds()
+    _, changed = adapters.apply(
+        {**own, "params": params}, images, train=True, mutable=["batch_stats"]
+    )
+    stats = changed["batch_stats"]
+    adapters.save(params, tmp_path / "a", batch_stats=stats)
+    again, loaded = linen.load(Kinds(), own, tmp_path / "a", images)
+    chex.assert_trees_all_equal(loaded, {"params": params, "batch_stats": stats})
+    np.testing.assert_array_equal(
+        again.apply(loaded, images),
+        adapters.apply({"params": params, "batch_stats": stats}, images),
+    )
+
+
+def test_what_drops_does_so_with_a_dropout_rng():
+    images, own, adapters, params = kinds(
+        overrides={"heads": {"path": "parallel", "dropout": 0.5, "drop_path": 0.5}}
+    )
+    tree = {**own, "params": params}
+    still = [adapters.apply(tree, images) for _ in range(2)]
+    np.testing.assert_array_equal(*still)
+    moving = [
+        adapters.apply(tree, images, rngs={"dropout": jax.random.key(i)})
+        for i in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(moving[0], moving[1])
+    assert not np.array_equal(moving[0], moving[2])
+    assert not np.array_equal(moving[0], still[0])
+
+
+def test_what_does_not_fit_is_said():
+    for changes, message in (
+        ({"targets": "nothing"}, r"matches no layer(.|\n)*conv\n  qkv"),
+        ({"trainable": "nothing"}, "trainable='nothing' matches nothing"),
+        ({"overrides": {"nope": {"rank": 2}}}, "'nope' matches none of the targets"),
+        ({"overrides": {"conv": {"split": 4}}}, "split=4 does not fit"),
+        (
+            {"overrides": {"batched": {"path": "parallel", "drop_path": 0.1}}},
+            "batched cannot be adapted: drop_path=0.1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kinds(**changes)
+
+
+def test_partitioned_parameters_are_taken_without_their_names():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.with_partitioning(nn.initializers.normal(), ("in", "out"))
+            return nn.Dense(4, kernel_init=init, name="fc")(x)
+
+    x = jnp.ones((1, 6))
+    own = Net().init(jax.random.key(0), x)
+    adapters, params = linen.adapt(
+        Net(), own, config(targets="fc", trainable=""), x, key=jax.random.key(1)
+    )
+    assert isinstance(own["params"]["fc"]["kernel"], nn.Partitioned)
+    assert isinstance(params["fc"]["kernel"], jax.Array)
+    found = adapters.apply({"params": params}, x)
+    expected = Net().apply({"params": adapters.merge(params)}, x)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_frozen_weights_in_bfloat16():
+    _, _, _, params = kinds(frozen_dtype=jnp.bfloat16)
+    assert params["qkv"]["kernel"].dtype == jnp.bfloat16
+    assert params["qkv"]["adapter"]["a"].dtype == jnp.float32

@@ -1,0 +1,114 @@
+"""Adapters in plain dicts of parameters, for any function that takes them."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import snella_jax as snella
+from snella_jax import pytree
+
+X = jax.random.normal(jax.random.key(0), (32, 6))
+Y = jnp.argmax(X[:, :3] * X[:, 3:], -1)
+
+
+def parameters():
+    keys = jax.random.split(jax.random.key(1), 4)
+    return {
+        "layers": {
+            "w": jax.random.normal(keys[0], (3, 6, 6)) / 3,
+            "fc": {"kernel": jax.random.normal(keys[1], (6, 8)) / 3},
+        },
+        "out": jax.random.normal(keys[2], (8, 3)),
+        "scale": jnp.ones(6),
+    }
+
+
+def forward(params, x):
+    for w in params["layers"]["w"]:
+        x = x + jnp.tanh(x @ w)
+    return (x * params["scale"]) @ params["layers"]["fc"]["kernel"] @ params["out"]
+
+
+LAYOUTS = {"layers/w": snella.Layout((6,), (6,))}
+
+
+def adapted(**changes):
+    config = snella.SnellaConfig(
+        **({"rank": 4, "targets": "layers/.*", "trainable": "out"} | changes)
+    )
+    return pytree.adapt(parameters(), config, key=jax.random.key(2), layouts=LAYOUTS)
+
+
+def test_it_trains_reallocates_merges_and_is_read_again(tmp_path):
+    adapters, params = adapted()
+    trainable, budgets, frozen = adapters.partition(params)
+    assert set(trainable) == {"layers", "out"} and set(frozen) == {"layers", "scale"}
+    assert set(trainable["layers"]) == {"w_adapter", "fc"}
+    tx = optax.chain(
+        snella.track_importance(), optax.adamw(3e-2, mask=snella.decay_mask)
+    )
+    state = tx.init(trainable)
+
+    @jax.jit
+    def step(trainable, state, budgets):
+        def loss(trainable):
+            plain = adapters.summed(pytree.join(trainable, budgets, frozen))
+            logits = forward(plain, X)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
+
+        value, grads = jax.value_and_grad(loss)(trainable)
+        updates, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    losses = []
+    for index in range(30):
+        if index == 15:
+            budgets, report = snella.reallocate(budgets, state, 60)
+            assert set(report.names) == {
+                "layers/fc", *(f"layers/w[{i}]" for i in range(3)),
+            }  # fmt: skip
+        trainable, state, value = step(trainable, state, budgets)
+        losses.append(float(value))
+    assert losses[-1] < 0.5 * losses[0]
+    params = pytree.join(trainable, budgets, frozen)
+    moved = [m.moved for m in snella.sparsity(adapters.weights(params))]
+    assert sum(moved) == 60
+    merged = adapters.merge(params)
+    assert jax.tree.structure(merged) == jax.tree.structure(parameters())
+    summed = forward(adapters.summed(params), X)
+    np.testing.assert_array_equal(forward(merged, X), summed)
+    adapters.save(params, tmp_path / "a")
+    again, loaded = pytree.load(parameters(), tmp_path / "a", layouts=LAYOUTS)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    np.testing.assert_array_equal(forward(again.summed(loaded), X), summed)
+    table = io.StringIO()
+    snella.describe(again.weights(loaded), table)
+    assert "layers/w[2]" in table.getvalue() and "60" in table.getvalue()
+
+
+def test_fixed_coefficients_do_not_train():
+    adapters, params = adapted(kernel=snella.kernels.mix_k(learn_piece_coeff=False))
+    trainable, _, frozen = adapters.partition(params)
+    assert "piece_coeff" not in trainable["layers"]["fc"]["adapter"]
+    assert set(frozen["layers"]["fc"]["adapter"]) == {"piece_coeff"}
+
+
+def test_what_does_not_fit_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"matches no layer(.|\n)*layers/fc\n  out"):
+        adapted(targets="nothing")
+    with pytest.raises(ValueError, match="needs a layer"):
+        adapted(path="parallel")
+    with pytest.raises(ValueError, match="'no' matches none of the targets"):
+        adapted(overrides={"no": {"rank": 2}})
+    config = snella.SnellaConfig(rank=4, targets="layers/w", trainable="")
+    wide = {"layers/w": snella.Layout((5,), (6,))}
+    with pytest.raises(ValueError, match=r"expected \(5, 6\) behind the axes"):
+        pytree.adapt(parameters(), config, key=jax.random.key(0), layouts=wide)
+    adapters, params = adapted()
+    adapters.save(params, tmp_path / "a")
+    with pytest.raises(snella.CheckpointError, match="layers/w: there is no such"):
+        pytree.load(parameters(), tmp_path / "a")
