@@ -22,6 +22,7 @@ from snella_jax.checkpoint import load, save, unload
 from snella_jax.config import Rule, SnellaConfig
 from snella_jax.delta_file import apply_delta, save_delta, unmerge
 from snella_jax.dense import adapted, adapted_dense, sparse_delta
+from snella_jax.export import export
 from snella_jax.importance import ImportanceState, importance, track_importance
 from snella_jax.inspection import Matrix, describe, parameters, sparsity
 from snella_jax.layers import Budget, Factor, Frozen
@@ -62,6 +63,7 @@ __all__ = [
     "combine",
     "decay_mask",
     "describe",
+    "export",
     "importance",
     "kernels",
     "labels",

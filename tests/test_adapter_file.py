@@ -380,3 +380,21 @@ def test_unloaded_the_base_speaks_again(model):
     )
     with pytest.raises(ValueError, match="has no adapters"):
         snella.unload(base)
+
+
+def test_adapters_of_earlier_versions_are_read():
+    """Format 1, written by version 0.1.0: `tests/data/adapters/make.py`."""
+    data = Path(__file__).parent / "data" / "adapters" / "format1"
+    base = Every(nnx.Rngs(3))
+    arrays = np.load(data / "base.npz")
+    for path, variable in snella.rules.variables_of(base, nnx.Variable):
+        variable.set_value(jnp.asarray(arrays[path]))
+    expected = np.load(data / "expected.npz")
+    model = snella.load(base, data / "adapter")
+    model.eval()
+    found = model(expected["images"])
+    np.testing.assert_allclose(found, expected["outputs"], atol=1e-5)
+    merged = snella.apply_delta(base, data / "delta.safetensors")
+    merged.eval()
+    found = merged(expected["images"])
+    np.testing.assert_allclose(found, expected["outputs"], atol=1e-5)

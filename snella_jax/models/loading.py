@@ -132,13 +132,13 @@ def fill(
         part, and part that does not fit; then the model is as it was.
     """
     variables = dict(variables_of(model, nnx.Param))
-    places = _places(variables, stacked)
+    rooms = places(variables, stacked)
     found = [
         f"{name} {list(part.shape)}: this model has no such parameter"
         for name, part in parts.items()
-        if name not in places
+        if name not in rooms
     ]
-    for name, (_, _, shape) in places.items():
+    for name, (_, _, shape) in rooms.items():
         if name not in parts:
             found.append(f"{name} {list(shape)}: there is no tensor for it")
         elif parts[name].shape != shape:
@@ -148,7 +148,7 @@ def fill(
         lines = "\n  ".join([*problems, *sorted(found)])
         raise CheckpointError(path, f"it does not fit the model:\n  {lines}")
     rows: dict[str, list[np.ndarray]] = {}
-    for name, (variable, row, _) in places.items():
+    for name, (variable, row, _) in rooms.items():
         if row is None:
             _set(variables[variable], parts[name])
         else:
@@ -160,29 +160,39 @@ def fill(
 Place = tuple[str, int | None, tuple[int, ...]]  # variable, row of it, shape
 
 
-def _places(variables: Mapping[str, Any], stacked: str) -> dict[str, Place]:
-    places: dict[str, Place] = {}
+def places(variables: Mapping[str, Any], stacked: str) -> dict[str, Place]:
+    """Where every part goes, by its path; `stacked` as of `fill`."""
+    found: dict[str, Place] = {}
     for path, variable in variables.items():
         module, _, rest = path.partition("/")
         if not re.fullmatch(stacked, module):
-            places[path] = path, None, tuple(variable.shape)
+            found[path] = path, None, tuple(variable.shape)
             continue
         for row in range(variable.shape[0]):
-            places[f"{module}/{row}/{rest}"] = path, row, tuple(variable.shape[1:])
-    return places
+            found[f"{module}/{row}/{rest}"] = path, row, tuple(variable.shape[1:])
+    return found
 
 
 def _parts(
     name: str, tensor: np.ndarray, rules: Sequence[Rule]
 ) -> list[tuple[str, np.ndarray]]:
+    rule, paths = place_of(name, rules)
+    if not paths:
+        return []
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise ValueError(f"expected floating-point numbers, not {tensor.dtype}")
+    return list(zip(paths, rule.make(tensor), strict=True))
+
+
+def place_of(name: str, rules: Sequence[Rule]) -> tuple[Rule, tuple[str, ...]]:
+    """The first rule that knows a tensor's name, and the paths of its places.
+
+    Raises:
+      ValueError: none does.
+    """
     for rule in rules:
         if match := re.fullmatch(rule.pattern, name):
-            if not rule.places:
-                return []
-            if not jnp.issubdtype(tensor.dtype, jnp.floating):
-                raise ValueError(f"expected floating-point numbers, not {tensor.dtype}")
-            paths = [path.format(*match.groups()) for path in rule.places]
-            return list(zip(paths, rule.make(tensor), strict=True))
+            return rule, tuple(path.format(*match.groups()) for path in rule.places)
     raise ValueError("there is no place for it")
 
 

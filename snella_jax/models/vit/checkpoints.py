@@ -196,7 +196,7 @@ def load(
       ValueError, TypeError: an option that cannot be, such as an `image_size` that is
         no multiple of the patch.
     """
-    checkpoint, rules, config = _recognised(read(path), num_classes)
+    checkpoint, rules, config = recognised(read(path), num_classes)
     parts, problems = arrange(checkpoint, rules)
     parts = _positions_joined(checkpoint.path, parts)
     overrides |= {"dtype": dtype, "param_dtype": param_dtype}
@@ -216,10 +216,14 @@ def load(
     return model
 
 
-def _recognised(
+def recognised(
     checkpoint: Checkpoint, num_classes: int | None
 ) -> tuple[Checkpoint, list[Rule], dict[str, Any]]:
-    """The tensors, the rules for them, and what the format says of the config."""
+    """The tensors, the rules for them, and what the format says of the config.
+
+    Raises:
+      CheckpointError: no known format.
+    """
     original = "opt/target/"
     if any(name.startswith(original) for name in checkpoint.tensors):
         checkpoint = checkpoint.without_prefix(original)
