@@ -1,4 +1,4 @@
-"""The README's first program, on a checkpoint of the format that it names."""
+"""The programs of the README and of the pages in docs, as they stand there."""
 
 import re
 import shutil
@@ -62,3 +62,17 @@ def test_the_program_of_the_data_guide_runs():
     space["batches"].set_state(space["state"])
     again = next(space["batches"])
     np.testing.assert_array_equal(again["image"], following["image"])
+
+
+def test_the_page_on_adapters_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/adapters.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    space = {}
+    for block in blocks:
+        exec(block, space)
+    assert len(blocks) >= 9 and float(space["loss"]) < 1.2
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"pets", "pets.safetensors", "digits"}
+    assert "fc1" in capsys.readouterr().out
+    assert space["grads"].keys() == {"fc1", "out"}
