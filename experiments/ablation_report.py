@@ -181,7 +181,7 @@ def picture(path: Path, study: Study, made: dict[str, Any], setup: str) -> None:
         epochs = range(1, len(row["gradient_norms"]) + 1)
         right.plot(epochs, row["gradient_norms"], color=color, label=row["title"])
     left.set_yticks(range(len(rows)), [row["title"] for row in rows])
-    left.invert_yaxis()
+    left.set_ylim(len(rows) - 0.5, -0.5)
     left.grid(axis="x", color="lightgrey", linewidth=0.6)
     left.set_axisbelow(True)
     left.set(xlabel="test accuracy, %", title="accuracy of each seed, and their mean")
