@@ -24,7 +24,7 @@ from snella_jax.config import Rule
 from snella_jax.models.atomic import leftovers, whole_folder
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import read_json, read_safetensors
-from snella_jax.weight import AdaptedWeight, indexed
+from snella_jax.weight import AdaptedWeight, indexed, to_host
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
@@ -192,15 +192,6 @@ def read(folder: str | Path) -> AdapterFile:
         raise CheckpointError.damaged(path, error) from error
 
 
-def to_host(value: Any) -> np.ndarray:
-    """An array as NumPy's, gathered where it is spread over several processes."""
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
-    return np.asarray(value)
-
-
 def sha256(array: np.ndarray) -> str:
     """Of dtype, shape and numbers."""
     head = f"{array.dtype}{list(array.shape)}".encode()
@@ -227,8 +218,7 @@ def _put(tensors: dict[str, np.ndarray], key: str, value: np.ndarray) -> None:
 def _described(weight: AdaptedWeight) -> dict[str, Any]:
     site = weight.site
     layout, rows = site.layout, math.prod(site.stack)
-    matrices = to_host(weight.matrices())
-    matrices = matrices.reshape(rows, *layout.slices, layout.n, layout.m)
+    matrices = weight.matrices().reshape(rows, *layout.slices, layout.n, layout.m)
     digests = [Digest.of(row) for row in matrices]
     return {
         "rule": _rule_as_json(site.rule),

@@ -26,12 +26,13 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from snella_jax.adapter_file import sha256, to_host
+from snella_jax.adapter_file import sha256
 from snella_jax.layers import Factor
 from snella_jax.models.atomic import whole_file
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import read_safetensors
 from snella_jax.rules import variables_of
+from snella_jax.weight import to_host
 
 # Tensors of a weight, by how its places are written.
 PARTS = {

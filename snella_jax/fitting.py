@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from snella_jax.adapter_file import AdapterFile, Unit, to_host
+from snella_jax.adapter_file import AdapterFile, Unit
 from snella_jax.config import Rule
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.weight import AdaptedWeight, Site
@@ -120,7 +120,7 @@ def _fitted(
     budget = stacked([unit.budget for unit in ordered])
     since = stacked([unit.allocated_at for unit in ordered])
     weight = AdaptedWeight(path, site, w0, factors, budget, since)
-    matrices = to_host(weight.matrices()).reshape(len(ordered), *shape)
+    matrices = weight.matrices().reshape(len(ordered), *shape)
     wrong = [i for i, unit in enumerate(ordered) if not unit.base.matches(matrices[i])]
     if wrong:
         which = f" (rows {wrong})" if site.stack else ""

@@ -149,8 +149,8 @@ def matrices_of(weight: AdaptedWeight) -> list[Matrix]:
     site, rule = weight.site, weight.site.rule
     budgets = np.asarray(weight.budget)
     moved, norms = map(np.asarray, weight.per_matrix(_measured))
-    parts = weight.matrices().astype(jnp.float32)
-    base_norms = np.asarray(jnp.sqrt(jnp.square(parts).sum((-2, -1))))
+    parts = weight.matrices().astype(np.float32)
+    base_norms = np.linalg.norm(parts, axis=(-2, -1))
     return [
         Matrix(
             name=name,

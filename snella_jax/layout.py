@@ -13,11 +13,15 @@ weight, its parts side by side in one axis: sharded along it, its update is gath
 
 import dataclasses
 import math
+from typing import TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from snella_jax.kernels import Factors
+
+A = TypeVar("A", Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +99,18 @@ class Layout:
             "b": b.reshape(b.shape[0], *self.outputs, b.shape[-1]),
         }
 
-    def matrices(self, weight: Float[Array, " *weight"]) -> Float[Array, "*slices n m"]:
-        """A weight as its matrices: what `place` puts together, taken apart."""
+    def matrices(self, weight: Float[A, " *weight"]) -> Float[A, "*slices n m"]:
+        """A weight as its matrices: what `place` puts together, taken apart.
+
+        On the host where it is a NumPy array.
+        """
         if self.order is not None:
             back = sorted(range(len(self.order)), key=self.order.__getitem__)
-            weight = jnp.transpose(weight, back)
+            weight = weight.transpose(back)
         if self.fused:
             weight = weight.reshape(*self.inputs, *self.slices, *self.outputs)
-            weight = jnp.moveaxis(weight, len(self.inputs), 0)
+            axes = list(range(weight.ndim))
+            weight = weight.transpose([axes.pop(len(self.inputs)), *axes])
         return weight.reshape(*self.slices, self.n, self.m)
 
     def place(self, delta: Float[Array, "..."]) -> Float[Array, " *weight"]:

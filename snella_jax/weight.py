@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax.budget import FIXED, allocate
@@ -88,11 +89,11 @@ class AdaptedWeight:
         """Of its matrices: the path, with the index where there are several."""
         return tuple(indexed(self.path, i) for i in np.ndindex(self.site.lead))
 
-    def matrices(self) -> Float[Array, "*lead n m"]:
-        """The weight of the base as its matrices."""
+    def matrices(self) -> Float[np.ndarray, "*lead n m"]:
+        """The weight of the base as its matrices, on the host."""
         layout = self.site.layout
-        whole = self.w0.reshape(-1, *layout.shape)
-        parts = jnp.stack([layout.matrices(weight) for weight in whole])
+        whole = to_host(self.w0).reshape(-1, *layout.shape)
+        parts = np.stack([layout.matrices(weight) for weight in whole])
         return parts.reshape(*self.site.lead, layout.n, layout.m)
 
     def delta(self) -> Float[Array, " *weight"]:
@@ -131,6 +132,13 @@ class AdaptedWeight:
                 "model as it is, pass unmoved_budgets=True."
             )
         return add(self.path, self.w0, self.delta())
+
+
+def to_host(value: Any) -> np.ndarray:
+    """An array as NumPy's, gathered where it is spread over several processes."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    return np.asarray(value)
 
 
 def indexed(path: str, index: Iterable[int]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from every_kind import KINDS, Every, assert_same, every, leaves, outputs, trained
 from flax import nnx
+from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 
 import snella_jax as snella
@@ -398,3 +399,30 @@ def test_adapters_of_earlier_versions_are_read():
     merged.eval()
     found = merged(expected["images"])
     np.testing.assert_allclose(found, expected["outputs"], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_sharded_model_writes_and_takes_the_same_file(kind, model, saved, tmp_path):
+    """Weights by outputs, factors whole, on four fake devices."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
+
+    def place(path, leaf):
+        halves = leaf.ndim and leaf.shape[-1] % 2 == 0 and "adapter" not in str(path)
+        axes = [None] * (leaf.ndim - 1) + ["model"] if halves else []
+        spec = jax.sharding.PartitionSpec(*axes)
+        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+
+    def spread(model):
+        graphdef, state = nnx.split(model)
+        return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(place, state))
+
+    other = spread(model)
+    assert len(other.qkv.kernel[...].sharding.device_set) == 4
+    snella.save(other, tmp_path / "sharded")
+    one, two = (load_file(p / TENSORS) for p in (saved, tmp_path / "sharded"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(two[name], value)
+    loaded = snella.load(spread(Every(nnx.Rngs(0))), saved)
+    assert_same(loaded, model)
+    assert len(loaded.qkv.kernel[...].sharding.device_set) == 4
