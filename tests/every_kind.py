@@ -1,5 +1,7 @@
 """A model with every kind of weight that can be adapted, for tests of adapters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +95,12 @@ def outputs(model):
     """Of the images, with the running statistics, which stay."""
     model = nnx.clone(model)
     model.eval()
-    return model(IMAGES)
+    return _run(*nnx.split(model))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graphdef, state):
+    return nnx.merge(graphdef, state)(IMAGES)
 
 
 def leaves(model):
