@@ -39,6 +39,7 @@ from snella_jax.layers import (
 from snella_jax.rules import (
     adapted_layers,
     check_overrides,
+    check_trainable,
     freeze,
     select,
     thaw,
@@ -69,12 +70,14 @@ def adapt(model: M, config: SnellaConfig, *, rngs: nnx.Rngs) -> M:
 
     Raises:
       ValueError: a rule that matches nothing (the message lists what it could have
-        meant), a model that is adapted already, a weight that another module uses too,
-        or a `split`, path or `drop_path` that does not fit a layer.
+        meant), a weight that both rules match, a model that is adapted already, a
+        weight that another module uses too, or a `split`, path or `drop_path` that does
+        not fit a layer.
     """
     model = nnx.clone(model)
     layers = select(model, config.targets)
     check_overrides(config, layers)
+    check_trainable(config.trainable, (f"{p}/kernel".lstrip("/") for p in layers))
     sites = {
         path: site(path, layer, config.rule(path), config.must_move)
         for path, layer in layers.items()

@@ -21,39 +21,48 @@ from safetensors.numpy import save_file
 
 from snella_jax import kernels
 from snella_jax.config import Rule
+from snella_jax.hosts import once, to_host
 from snella_jax.models.atomic import leftovers, whole_folder
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import read_json, read_safetensors
-from snella_jax.weight import AdaptedWeight, indexed, to_host
+from snella_jax.weight import AdaptedWeight, indexed
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
 PREFIX = "base_model.model."
-NARROW = np.dtype(ml_dtypes.bfloat16)
+NARROWER = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Digest:
-    """SHA-256 of a weight of the base: as it is, and rounded to bfloat16.
+    """SHA-256 of a weight of the base: as it is, and rounded to narrower dtypes.
 
-    The second tells whether two weights of different dtypes are the same.
+    Attributes:
+      dtype: of the weight.
+      sha256: by dtype: of the weight in it. `dtype`, and those of `NARROWER` that are.
     """
 
     dtype: str
-    exact: str
-    rounded: str
+    sha256: Mapping[str, str]
 
     @classmethod
     def of(cls, matrices: np.ndarray) -> "Digest":
         """Of matrices `[*slices, n, m]`."""
-        exact, rounded = (sha256(x) for x in (matrices, matrices.astype(NARROW)))
-        return cls(str(matrices.dtype), exact, rounded)
+        own = matrices.dtype
+        narrower = [d for d in NARROWER if d.itemsize < own.itemsize]
+        found = {str(d): sha256(_rounded(matrices, d)) for d in (own, *narrower)}
+        return cls(str(own), found)
 
     def matches(self, matrices: np.ndarray) -> bool:
-        """Whether it is of these."""
-        if str(matrices.dtype) == self.dtype:
-            return sha256(matrices) == self.exact
-        return sha256(matrices.astype(NARROW)) == self.rounded
+        """Whether it is of these, or of what they are rounded versions of or round to.
+
+        Float16 and bfloat16 cannot be told to be of one weight: then it is not.
+        """
+        known = self.sha256.get(str(matrices.dtype))
+        if known is None:
+            known = self.sha256[self.dtype]
+            matrices = _rounded(matrices, np.dtype(self.dtype))
+        return sha256(matrices) == known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +96,14 @@ class AdapterFile:
       folder: where it was read.
       units: by name: the path of the layer, with the row where blocks are stacked.
       trained: what else trained, by path.
+      stats: running statistics, by path.
       base: what the base model was called when it was written, or None.
     """
 
     folder: Path
     units: dict[str, Unit]
     trained: dict[str, np.ndarray]
+    stats: dict[str, np.ndarray]
     base: str | None
 
 
@@ -100,6 +111,7 @@ def write(
     folder: str | Path,
     weights: Iterable[AdaptedWeight],
     trained: Mapping[str, Any],
+    stats: Mapping[str, Any],
     base: str | None = None,
 ) -> None:
     """Writes an adapter; the folder is whole, or as it was before.
@@ -111,6 +123,7 @@ def write(
       folder: to be made; its parents, too.
       weights: adapted.
       trained: other variables that trained, by path.
+      stats: running statistics, by path.
       base: what the base model is called, for readers.
 
     Raises:
@@ -119,14 +132,13 @@ def write(
         have one key.
     """
     folder = Path(folder)
-    _check_free(folder)
     tensors: dict[str, np.ndarray] = {}
     described = {}
     for weight in weights:
         described[weight.path] = _described(weight)
         for name, value in weight.factors.items():
             _put(tensors, _key(weight.path, f"snella_{name}"), to_host(value))
-    for path, value in trained.items():
+    for path, value in (*trained.items(), *stats.items()):
         _put(tensors, _key(path), to_host(value))
     from snella_jax import __version__
 
@@ -137,16 +149,21 @@ def write(
         "base_model_name_or_path": base,
         "target_modules": list(described),
         "modules_to_save": list(trained),
+        "batch_stats": list(stats),
         "density": _density(described.values()),
         "weights": described,
         "tensors": {key: sha256(value) for key, value in tensors.items()},
     }
-    if jax.process_index() == 0:
-        content = json.dumps(config, indent=1).encode() + b"\n"
-        metadata = {"format": "pt", "config_sha256": _sha256(content)}
+    content = json.dumps(config, indent=1).encode() + b"\n"
+    metadata = {"format": "pt", "config_sha256": _sha256(content)}
+
+    def save() -> None:
+        _check_free(folder)
         with whole_folder(folder) as new:
             (new / CONFIG).write_bytes(content)
             save_file(tensors, new / TENSORS, metadata)
+
+    once(save)
 
 
 def read(folder: str | Path) -> AdapterFile:
@@ -159,9 +176,11 @@ def read(folder: str | Path) -> AdapterFile:
     folder = Path(folder)
     for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
+            whole = [p for p in leftovers(folder) if (p / CONFIG).is_file()]
             beside = "".join(
                 f" A save that was cut off left {other}: move it to {folder}."
-                for other in leftovers(folder)
+                for other in whole
+                if (other / TENSORS).is_file()
             )
             raise FileNotFoundError(f"There is no {folder / name}.{beside}")
     path = folder / CONFIG
@@ -198,6 +217,11 @@ def sha256(array: np.ndarray) -> str:
     return _sha256(head, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
+def _rounded(matrices: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is infinite in float16 is no other weight
+        return matrices.astype(dtype)
+
+
 def _sha256(*parts: Any) -> str:
     found = hashlib.sha256()
     for part in parts:
@@ -230,8 +254,7 @@ def _described(weight: AdaptedWeight) -> dict[str, Any]:
         "allocated_at": to_host(weight.allocated_at).tolist(),
         "thresholds": to_host(weight.thresholds()).tolist(),
         "base_dtype": digests[0].dtype,
-        "base_sha256": [digest.exact for digest in digests],
-        "base_sha256_in_bfloat16": [digest.rounded for digest in digests],
+        "base_sha256": [digest.sha256 for digest in digests],
     }
 
 
@@ -281,9 +304,12 @@ def _parsed(
     units: dict[str, Unit] = {}
     for path, own in config["weights"].items():
         units |= _units(path, own, tensors)
-    trained = {path: tensors[_key(path)] for path in config["modules_to_save"]}
+    trained, stats = (
+        {path: tensors[_key(path)] for path in config[name]}
+        for name in ("modules_to_save", "batch_stats")
+    )
     base = config["base_model_name_or_path"]
-    return AdapterFile(folder, units, trained, base)
+    return AdapterFile(folder, units, trained, stats, base)
 
 
 def _units(
@@ -308,7 +334,6 @@ def _units(
         np.asarray(own[name], np.int32).reshape(stack + slices)
         for name in ("budgets", "allocated_at")
     )
-    digests = zip(own["base_sha256"], own["base_sha256_in_bfloat16"], strict=True)
     return {
         indexed(path, row): Unit(
             rule,
@@ -317,9 +342,9 @@ def _units(
             {name: np.asarray(value[row]) for name, value in factors.items()},
             budget[row],
             since[row],
-            Digest(own["base_dtype"], *digest),
+            Digest(own["base_dtype"], dict(digest)),
         )
-        for row, digest in zip(np.ndindex(stack), digests, strict=True)
+        for row, digest in zip(np.ndindex(stack), own["base_sha256"], strict=True)
     }
 
 

@@ -32,6 +32,7 @@ from snella_jax.adapt import attach, remove, site
 from snella_jax.config import Rule
 from snella_jax.fitting import anyone, fit
 from snella_jax.layers import ADAPTABLE, Factor
+from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.rules import adapted_layers, freeze, join, variables_of, weights_of
 from snella_jax.weight import Site
 
@@ -55,13 +56,9 @@ def save(model: nnx.Module, folder: str | Path, *, base: str | None = None) -> N
       ValueError: the model has no adapters, or a kernel that is none of ours.
       FileExistsError: the folder holds something else.
     """
-    trained = {
-        path: variable[...]
-        for kind in (nnx.Param, nnx.BatchStat)
-        for path, variable in variables_of(model, kind)
-        if not isinstance(variable, Factor)
-    }
-    adapter_file.write(folder, weights_of(model), trained, base)
+    kinds = (_trained(model), _variables(model, nnx.BatchStat))
+    trained, stats = ({p: v[...] for p, v in kind.items()} for kind in kinds)
+    adapter_file.write(folder, weights_of(model), trained, stats, base)
 
 
 def load(model: M, folder: str | Path, *, rename: Mapping[str, str] | None = None) -> M:
@@ -87,6 +84,7 @@ def load(model: M, folder: str | Path, *, rename: Mapping[str, str] | None = Non
     file = adapter_file.read(folder)
     adapted = any(True for _ in adapted_layers(model))
     present = {w.path: w.site for w in weights_of(model)} if adapted else None
+    trains = _trained(model).keys()
     model = unload(model) if adapted else nnx.clone(model)
     layers: dict[str, Any] = {
         join(path): node
@@ -100,21 +98,29 @@ def load(model: M, folder: str | Path, *, rename: Mapping[str, str] | None = Non
         layer = layers[path]
         return site(path, layer, rule, must_move), layer.kernel[...]
 
-    variables = {
-        path: variable
-        for kind in (nnx.Param, nnx.BatchStat)
-        for path, variable in variables_of(model, kind)
-    }
-    shapes = {path: tuple(variable.shape) for path, variable in variables.items()}
-    weights, trained = fit(file, locate, shapes, rename=rename, present=present)
-    attach(
-        model,
-        {path: layers[path] for path in weights},
-        {path: weight.site for path, weight in weights.items()},
-        {p: (w.factors, w.budget, w.allocated_at) for p, w in weights.items()},
+    params, statistics = (_variables(model, k) for k in (nnx.Param, nnx.BatchStat))
+    shapes = (
+        {path: tuple(variable.shape) for path, variable in kind.items()}
+        for kind in (params, statistics)
     )
-    for path, value in trained.items():
-        variables[path].set_value(jnp.asarray(value))
+    fitted = fit(file, locate, *shapes, rename=rename, present=present)
+    weights, trained, stats = fitted
+    if adapted and trains != trained.keys():
+        differ = ", ".join(sorted(trains ^ trained.keys()))
+        raise CheckpointError(
+            file.folder, f"in the file and in the model other variables train: {differ}"
+        )
+    try:
+        attach(
+            model,
+            {path: layers[path] for path in weights},
+            {path: weight.site for path, weight in weights.items()},
+            {p: (w.factors, w.budget, w.allocated_at) for p, w in weights.items()},
+        )
+    except ValueError as error:
+        raise CheckpointError(file.folder, str(error).rstrip(".")) from error
+    for path, value in (*trained.items(), *stats.items()):
+        (params | statistics)[path].set_value(jnp.asarray(value))
     freeze(model, anyone(trained))
     return model
 
@@ -132,3 +138,13 @@ def unload(model: M) -> M:
     model = nnx.clone(model)
     remove(model)
     return model
+
+
+def _variables(model: nnx.Module, kind: type) -> dict[str, Any]:
+    return dict(variables_of(model, kind))
+
+
+def _trained(model: nnx.Module) -> dict[str, Any]:
+    """What trains besides the factors."""
+    params = _variables(model, nnx.Param)
+    return {path: v for path, v in params.items() if not isinstance(v, Factor)}

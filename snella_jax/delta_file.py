@@ -27,12 +27,12 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from snella_jax.adapter_file import sha256
+from snella_jax.hosts import once, to_host
 from snella_jax.layers import Factor
 from snella_jax.models.atomic import whole_file
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import read_safetensors
 from snella_jax.rules import variables_of
-from snella_jax.weight import to_host
 
 # Tensors of a weight, by how its places are written.
 PARTS = {
@@ -84,8 +84,13 @@ def save_delta(
             tensors[f"{name}:bits"] = bits
             if where is not None:
                 tensors[f"{name}:where"] = where
-    with whole_file(Path(path)) as made:
-        save_file(tensors, made, {"snella_delta": json.dumps(described)})
+    metadata = {"snella_delta": json.dumps(described)}
+
+    def write() -> None:
+        with whole_file(Path(path)) as made:
+            save_file(tensors, made, metadata)
+
+    once(write)
 
 
 def apply_delta(weights: W, path: str | Path) -> W:

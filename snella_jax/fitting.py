@@ -24,17 +24,19 @@ def fit(
     file: AdapterFile,
     locate: Locate,
     variables: Mapping[str, tuple[int, ...]],
+    stats: Mapping[str, tuple[int, ...]],
     *,
     rename: Mapping[str, str] | None = None,
     present: Mapping[str, Site] | None = None,
-) -> tuple[dict[str, AdaptedWeight], dict[str, np.ndarray]]:
-    """The adapted weights of a model by path, and what else trained.
+) -> tuple[dict[str, AdaptedWeight], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The adapted weights of a model by path, what else trained, and statistics.
 
     Args:
       file: read from a folder.
       locate: the site and the weight of the base at a path, for a rule and `must_move`;
         raises a `ValueError` where there is none that the rule fits.
       variables: shapes of those that a model has, by path.
+      stats: shapes of its running statistics, by path.
       rename: for a regex of names in the file, their name in the model, which may take
         the regex's groups (`re.Match.expand`); the first that matches a name in full
         holds. Rows of stacked weights are names with an index, `blocks/mlp/fc1[3]`.
@@ -44,7 +46,7 @@ def fit(
       CheckpointError: it does not fit; lists every weight that differs, and how.
     """
     units = _renamed(file, file.units, rename)
-    trained = _renamed(file, file.trained, rename)
+    trained, moved = (_renamed(file, f, rename) for f in (file.trained, file.stats))
     rows: dict[str, dict[tuple[int, ...], Unit]] = {}
     for name, unit in units.items():
         path, index = _split(name)
@@ -60,17 +62,18 @@ def fit(
             problems.append(f"{path}: {error}")
     for path in (present or {}).keys() - rows.keys():
         problems.append(f"{path}: the file has no adapter for it")
-    for path, value in trained.items():
-        if path not in variables:
-            problems.append(f"{path}: this model has no such variable")
-        elif tuple(value.shape) != variables[path]:
-            found, expected = list(value.shape), list(variables[path])
-            problems.append(f"{path}: {found} in the file, {expected} in the model")
+    for values, shapes in ((trained, variables), (moved, stats)):
+        for path, value in values.items():
+            if path not in shapes:
+                problems.append(f"{path}: this model has no such variable")
+            elif tuple(value.shape) != shapes[path]:
+                found, expected = list(value.shape), list(shapes[path])
+                problems.append(f"{path}: {found} in the file, {expected} in the model")
     if problems:
         raise CheckpointError(
             file.folder, "\n  ".join(["the adapter does not fit the model:", *problems])
         )
-    return fitted, trained
+    return fitted, trained, moved
 
 
 def _renamed(
@@ -125,8 +128,8 @@ def _fitted(
     if wrong:
         which = f" (rows {wrong})" if site.stack else ""
         raise ValueError(
-            f"the weight{which} is not that of the base it was trained on: its SHA-256 "
-            "differs"
+            f"the weight{which}, {matrices.dtype}, is not that of the base it was "
+            f"trained on, {first.base.dtype}: its SHA-256 differs"
         )
     if first.base.dtype != str(matrices.dtype):
         log.warning(

@@ -62,7 +62,7 @@ class Adapter(nnx.Module):
         for name, value in factors.items():
             kind = Frozen if fixed and name == "piece_coeff" else Factor
             setattr(self, name, kind(jnp.asarray(value)))
-        self.names = tuple(factors)
+        self.names = tuple(sorted(factors))
         self.budget = Budget(jnp.asarray(budget))
         self.allocated_at = Budget(jnp.asarray(allocated_at))
 

@@ -41,8 +41,7 @@ from snella_jax.fitting import fit
 from snella_jax.layers import einsum_layout
 from snella_jax.layout import Layout
 from snella_jax.rules import chosen
-from snella_jax.rules import join as joined
-from snella_jax.trees import Tree, flat, join
+from snella_jax.trees import Key, Tree, by_name, flat, join, layer_path, name_of
 from snella_jax.weight import Site
 
 __all__ = ["Adapters", "adapt", "join", "load"]
@@ -72,12 +71,12 @@ class Adapters(trees.Adapters):
 
     def _intercept(self, call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
         layer = context.module
-        if context.method_name != "__call__" or not layer.has_variable(
-            "params", "adapter"
-        ):
-            return call(*args, **kwargs)
-        site = self.sites[_weight(layer.path)]
-        return _called(layer, site, *args, **kwargs)
+        site = self.sites.get((*layer.path, "kernel"))
+        ours = isinstance(layer, ADAPTABLE) and context.method_name == "__call__"
+        # The copy that computes has none: a layer that is the root has its path.
+        if site and ours and layer.has_variable("params", "adapter"):
+            return _called(layer, site, *args, **kwargs)
+        return call(*args, **kwargs)
 
 
 def adapt(
@@ -93,7 +92,8 @@ def adapt(
     `nn.Dense`, `nn.DenseGeneral` (so Flax's attention), `nn.Einsum`, `nn.Conv` and
     subclasses of them get an adapter where `config.targets` matches their path, such as
     `Transformer/encoderblock_0/MlpBlock_0/Dense_0`; layers inside a `nn.scan` one set
-    of factors for each index.
+    of factors for each index. (Parameters that `nn.map_variables` changes on their way
+    to a layer are not known here: leave such layers out.)
 
     Args:
       module: not bound.
@@ -114,9 +114,9 @@ def adapt(
     leaves = flat(params)
     sites = {}
     for path in chosen(layers, config.targets):
-        name = _weight(path.split("/") if path else ())
-        shape = leaves[name].shape
-        sites[name] = layers[path].site(shape, config.rule(path), config.must_move)
+        layer = layers[path]
+        shape, rule = leaves[layer.key].shape, config.rule(path)
+        sites[layer.key] = layer.site(shape, rule, config.must_move)
     plain, params = trees.place(params, sites, config, key)
     return Adapters(plain.sites, plain.trainable, module), params
 
@@ -143,39 +143,33 @@ def load(
     """
     variables = {**variables, "params": nn.meta.unbox(variables["params"])}
     layers = _layers(module, variables, inputs, kwargs)
-    collections = {
-        name: flat(variables[name])
-        for name in ("params", "batch_stats")
-        if name in variables
-    }
+    params, stats = (flat(variables.get(c, {})) for c in ("params", "batch_stats"))
 
     def locate(path: str, rule: Rule, must_move: bool) -> tuple[Site, Array]:
         if path not in layers:
             raise ValueError("this module has no such layer that can be adapted")
-        kernel = collections["params"][_weight(path.split("/") if path else ())]
+        kernel = params[layers[path].key]
         return layers[path].site(kernel.shape, rule, must_move), kernel
 
-    shapes = {
-        name: jnp.shape(leaf)
-        for leaves in collections.values()
-        for name, leaf in leaves.items()
-    }
-    weights, trained = fit(adapter_file.read(folder), locate, shapes, rename=rename)
-    stats = collections.get("batch_stats", {})
-    own = {name: value for name, value in trained.items() if name not in stats}
-    plain, params = trees.fill(variables["params"], weights, own)
-    stats |= {name: jnp.asarray(trained[name]) for name in trained.keys() - own.keys()}
-    if stats:
-        variables["batch_stats"] = trees.nested(stats)
-    adapters = Adapters(plain.sites, plain.trainable, module)
-    return adapters, {**variables, "params": params}
+    shapes = (
+        {name: jnp.shape(leaf) for name, leaf in by_name(leaves).items()}
+        for leaves in (params, stats)
+    )
+    file = adapter_file.read(folder)
+    weights, trained, moved = fit(file, locate, *shapes, rename=rename)
+    plain, tree = trees.fill(variables["params"], weights, trained)
+    loaded = {**variables, "params": tree}
+    if moved:
+        values = {k: jnp.asarray(moved.get(name_of(k), x)) for k, x in stats.items()}
+        loaded["batch_stats"] = trees.nested(values)
+    return Adapters(plain.sites, plain.trainable, module), loaded
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
     """What tracing saw of a layer: its module, its kernel's shape and an equation."""
 
-    path: str
+    key: Key
     module: nn.Module
     shape: tuple[int, ...]
     equation: str | None
@@ -199,8 +193,9 @@ class _Layer:
                     "which here belongs to the weight and not to the examples."
                 )
         except ValueError as error:
-            raise ValueError(f"{self.path} cannot be adapted: {error}") from error
-        return trees.site(self.path, whole, layout, rule, must_move)
+            path = layer_path(self.key)
+            raise ValueError(f"{path} cannot be adapted: {error}") from error
+        return trees.site(layer_path(self.key), whole, layout, rule, must_move)
 
     def _layout(self) -> Layout:
         match self.module:
@@ -237,7 +232,7 @@ def _layers(
     def see(call: Any, args: tuple, options: dict, context: Any) -> Any:
         layer = context.module
         if context.method_name == "__call__" and isinstance(layer, ADAPTABLE):
-            path = joined(layer.path)
+            key = (*layer.path, "kernel")
             kernel = nn.meta.unbox(layer.get_variable("params", "kernel"))
             equation = getattr(layer, "einsum_str", None)
             if isinstance(layer, nn.Einsum) and equation is None:
@@ -245,14 +240,19 @@ def _layers(
             if kernel is not None:
                 plain = layer.clone(parent=None, name=None)
                 equation = equation and equation.replace(" ", "")
-                found[path] = _Layer(path, plain, kernel.shape, equation)
+                found[layer_path(key)] = _Layer(key, plain, kernel.shape, equation)
         return call(*args, **options)
 
-    def run(*inputs: Any) -> Any:
+    leaves, tree = jax.tree.flatten((variables, inputs, kwargs))
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")}
+
+    def run(arrays: dict[int, Array]) -> Any:  # flags stay what they are
+        own = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        variables, inputs, kwargs = jax.tree.unflatten(tree, own)
         with nn.intercept_methods(see):
             return module.apply(variables, *inputs, **kwargs)
 
-    jax.eval_shape(run, *inputs)
+    jax.eval_shape(run, arrays)
     return found
 
 
@@ -292,10 +292,6 @@ def _called(layer: Any, site: Site, x: Array, *args: Any, **kwargs: Any) -> Arra
         drop_path=rule.drop_path,
         key=key,
     )
-
-
-def _weight(path: Any) -> str:
-    return joined((*path, "kernel"))
 
 
 def _sequence(value: Any) -> tuple:

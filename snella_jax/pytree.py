@@ -17,7 +17,6 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
@@ -27,7 +26,19 @@ from snella_jax.config import Rule, SnellaConfig
 from snella_jax.fitting import fit
 from snella_jax.layout import Layout
 from snella_jax.rules import chosen
-from snella_jax.trees import Adapters, Tree, fill, flat, join, layer_path, place, site
+from snella_jax.trees import (
+    Adapters,
+    Key,
+    Tree,
+    by_name,
+    fill,
+    flat,
+    join,
+    layer_path,
+    name_of,
+    place,
+    site,
+)
 from snella_jax.weight import Site
 
 __all__ = ["Adapters", "adapt", "join", "load"]
@@ -51,18 +62,14 @@ def adapt(
         axes in front of a layout's are a stack.
 
     Raises:
-      ValueError: a rule that matches nothing, a weight whose axes are not known, or a
-        rule that needs a layer.
+      ValueError: a rule that matches nothing or needs a layer, a weight whose axes are
+        not known, or something where an adapter goes.
+      TypeError: lists among the parameters.
     """
-    leaves = flat(params)
-    known = {
-        layer_path(name): name for name in leaves if _layout(name, leaves, layouts)
-    }
+    matrices = _Matrices(params, layouts)
     sites = {
-        known[path]: _site(
-            known[path], leaves, layouts, config.rule(path), config.must_move
-        )
-        for path in chosen(known, config.targets)
+        matrices.keys[path]: matrices.site(path, config.rule(path), config.must_move)
+        for path in chosen(matrices.keys, config.targets)
     }
     return place(params, sites, config, key)
 
@@ -85,41 +92,45 @@ def load(
     Raises:
       FileNotFoundError, CheckpointError: as `snella.load`.
     """
-    leaves = flat(params)
-    names = {layer_path(name): name for name in leaves}
+    matrices = _Matrices(params, layouts)
 
     def locate(path: str, rule: Rule, must_move: bool) -> tuple[Site, Array]:
-        name = names.get(path, "")
-        if not _layout(name, leaves, layouts):
+        if path not in matrices.keys:
             raise ValueError("there is no such matrix")
-        return _site(name, leaves, layouts, rule, must_move), leaves[name]
+        found = matrices.site(path, rule, must_move)
+        return found, matrices.leaves[matrices.keys[path]]
 
-    shapes = {name: jnp.shape(leaf) for name, leaf in leaves.items()}
-    weights, trained = fit(adapter_file.read(folder), locate, shapes, rename=rename)
-    return fill(params, weights, trained)
-
-
-def _layout(
-    name: str, leaves: Mapping[str, Any], layouts: Mapping[str, Layout] | None
-) -> Layout | None:
-    """The axes of a leaf, if it is a matrix or `layouts` knows it."""
-    path = layer_path(name)
-    for regex, layout in (layouts or {}).items():
-        if re.fullmatch(regex, path):
-            return layout
-    shape = jnp.shape(leaves.get(name, 0))
-    return Layout(shape[:1], shape[1:]) if len(shape) == 2 else None
+    shapes = {name: jnp.shape(leaf) for name, leaf in by_name(flat(params)).items()}
+    file = adapter_file.read(folder)
+    weights, trained, stats = fit(file, locate, shapes, shapes, rename=rename)
+    return fill(params, weights, trained | stats)
 
 
-def _site(
-    name: str,
-    leaves: Mapping[str, Any],
-    layouts: Mapping[str, Layout] | None,
-    rule: Rule,
-    must_move: bool,
-) -> Site:
-    if rule.path == "parallel":
-        raise ValueError(f"{name}: path='parallel' needs a layer, see snella.linen.")
-    layout = _layout(name, leaves, layouts)
-    assert layout is not None
-    return site(layer_path(name), jnp.shape(leaves[name]), layout, rule, must_move)
+class _Matrices:
+    """The leaves of a tree that can be adapted, by path of their layer."""
+
+    def __init__(self, params: Tree, layouts: Mapping[str, Layout] | None):
+        self.layouts = layouts or {}
+        self.leaves = flat(params)
+        names = by_name(self.leaves).keys()
+        keys = [key for key in self.leaves if name_of(key) in names]
+        self.keys = {layer_path(key): key for key in keys if self._layout(key)}
+
+    def site(self, path: str, rule: Rule, must_move: bool) -> Site:
+        """Of the weight of a layer; errors as of `adapt`."""
+        if rule.path == "parallel":
+            raise ValueError(
+                f"{path}: path='parallel' needs a layer: see snella.linen."
+            )
+        key = self.keys[path]
+        layout = self._layout(key)
+        assert layout is not None
+        return site(path, jnp.shape(self.leaves[key]), layout, rule, must_move)
+
+    def _layout(self, key: Key) -> Layout | None:
+        """The axes of a leaf, if it is a matrix or `layouts` knows it."""
+        path, shape = layer_path(key), jnp.shape(self.leaves[key])
+        for regex, layout in self.layouts.items():
+            if re.fullmatch(regex, path):
+                return layout
+        return Layout(shape[:1], shape[1:]) if len(shape) == 2 else None

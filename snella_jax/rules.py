@@ -62,6 +62,16 @@ def check_overrides(config: SnellaConfig, paths: Iterable[str]) -> None:
         )
 
 
+def check_trainable(trainable: str, kernels: Iterable[str]) -> None:
+    """Raises a `ValueError` where an adapted kernel would train itself, too."""
+    both = [name for name in kernels if matches_or_holds(trainable, name)]
+    if both:
+        raise ValueError(
+            f"trainable={trainable!r} matches adapted weights: {listed(both)}\n"
+            "A weight trains or has an adapter: take them out of one of the two."
+        )
+
+
 def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) -> None:
     """Makes every parameter `Frozen`, in place, but factors and what the regex matches.
 

@@ -17,8 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from snella_jax.checkpoint import unload
-from snella_jax.rules import variables_of, weights_of
-from snella_jax.weight import AdaptedWeight, add
+from snella_jax.rules import adapted_layers, variables_of, weights_of
+from snella_jax.weight import add
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -31,10 +31,12 @@ def combine(models: Mapping[str, M], weights: Mapping[str, float], rest: str) ->
     Args:
       models: adapted, on one base.
       weights: factors of their updates, by name; those that are left out count 0.
-      rest: the model whose other trained variables (its head) are taken.
+      rest: the model whose other trained variables (its head) are taken; the base is
+        one, too.
 
     Raises:
       ValueError: a name that `models` has not, or models on different bases.
+      BudgetsNeverMoved: as `merge`.
 
     >>> import snella_jax as snella
     >>> base = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
@@ -53,19 +55,22 @@ def combine(models: Mapping[str, M], weights: Mapping[str, float], rest: str) ->
     """
     if unknown := sorted({*weights, rest} - models.keys()):
         raise ValueError(f"No model is called {unknown}: there are {sorted(models)}.")
+    adapted = any(True for _ in adapted_layers(models[rest]))
+    plain = unload(models[rest]) if adapted else nnx.clone(models[rest])
+    variables = dict(variables_of(plain, nnx.Param))
     sums: dict[str, Array] = {}
-    bases: dict[str, AdaptedWeight] = {}
     for name, factor in weights.items():
         for weight in weights_of(models[name]):
-            first = bases.setdefault(weight.path, weight)
-            _check_base(first, weight, name)
-            update = factor * weight.delta()
-            sums[weight.path] = sums.get(weight.path, 0) + update
-    plain = unload(models[rest])
-    variables = dict(variables_of(plain, nnx.Param))
-    for path, update in sums.items():
-        kernel = variables[f"{path}/kernel".lstrip("/")]
-        kernel[...] = add(path, bases[path].w0, update)
+            weight.check_moved()
+            kernel = f"{weight.path}/kernel".lstrip("/")
+            base = variables[kernel][...] if kernel in variables else None
+            if base is None or not bool(jnp.array_equal(weight.w0, base)):
+                raise ValueError(
+                    f"{weight.path} of {name!r} has another base than {rest!r}."
+                )
+            sums[kernel] = sums.get(kernel, 0) + factor * weight.delta()
+    for kernel, update in sums.items():
+        variables[kernel][...] = add(kernel, variables[kernel][...], update)
     return plain
 
 
@@ -118,11 +123,3 @@ def _where(own: Array, outputs: Any, others: Any) -> Any:
         return jnp.where(own.reshape(-1, *(1,) * (output.ndim - 1)), output, other)
 
     return jax.tree.map(select, outputs, others)
-
-
-def _check_base(first: AdaptedWeight, weight: AdaptedWeight, name: str) -> None:
-    same = weight.w0 is first.w0 or (
-        weight.w0.shape == first.w0.shape and bool(jnp.array_equal(weight.w0, first.w0))
-    )
-    if not same:
-        raise ValueError(f"{weight.path} of {name!r} has another base than the others.")

@@ -12,17 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jaxtyping import Array, PRNGKeyArray
 
 from snella_jax import adapter_file
 from snella_jax.config import Rule, SnellaConfig
 from snella_jax.fitting import anyone
+from snella_jax.importance import factor_paths
 from snella_jax.layout import Layout
-from snella_jax.rules import check_overrides, listed, matches_or_holds
+from snella_jax.rules import (
+    check_overrides,
+    check_trainable,
+    listed,
+    matches_or_holds,
+)
 from snella_jax.weight import AdaptedWeight, Site, start
 
 Tree = dict[str, Any]
+Key = tuple[str, ...]
 COUNTS = ("budget", "allocated_at")
 
 
@@ -31,11 +38,11 @@ class Adapters:
     """Which weights of a tree are adapted, and what trains: static.
 
     Attributes:
-      sites: by name of the weight, `fc/kernel`.
+      sites: by key of the weight, `("fc", "kernel")`.
       trainable: regex of what trains besides the factors.
     """
 
-    sites: Mapping[str, Site] = dataclasses.field(hash=False)
+    sites: Mapping[Key, Site] = dataclasses.field(hash=False)
     trainable: str
 
     def partition(self, params: Tree) -> tuple[Tree, Tree, Tree]:
@@ -45,37 +52,32 @@ class Adapters:
         `reallocate`; `join` puts them together again.
         """
         trainable, budgets, frozen = {}, {}, {}
-        fixed = {
-            f"{_adapter(name)}/piece_coeff"
-            for name, site in self.sites.items()
-            if not getattr(site.kernel, "learn_piece_coeff", True)
-        }
-        adapters = tuple(f"{_adapter(name)}/" for name in self.sites)
-        for name, leaf in flat(params).items():
-            if not name.startswith(adapters):
-                trains = matches_or_holds(self.trainable, name)
-                (trainable if trains else frozen)[name] = leaf
-            elif name.endswith(COUNTS):
-                budgets[name] = leaf
+        adapters = {_adapter(key): site for key, site in self.sites.items()}
+        for key, leaf in flat(params).items():
+            site = adapters.get(key[:-1])
+            if site is None:
+                trains = matches_or_holds(self.trainable, name_of(key))
+                (trainable if trains else frozen)[key] = leaf
+            elif key[-1] in COUNTS:
+                budgets[key] = leaf
             else:
-                (frozen if name in fixed else trainable)[name] = leaf
+                learnt = getattr(site.kernel, "learn_piece_coeff", True)
+                fixed = key[-1] == "piece_coeff" and not learnt
+                (frozen if fixed else trainable)[key] = leaf
         return nested(trainable), nested(budgets), nested(frozen)
 
     def weights(self, params: Tree) -> list[AdaptedWeight]:
         """Every adapted weight: for `snella.sparsity` and `snella.describe`."""
         leaves = flat(params)
+        own: dict[Key, dict[str, Any]] = {}
+        for key, leaf in leaves.items():
+            own.setdefault(key[:-1], {})[key[-1]] = leaf
         found = []
-        for name, site in self.sites.items():
-            prefix = f"{_adapter(name)}/"
-            own = {
-                k.removeprefix(prefix): v
-                for k, v in leaves.items()
-                if k.startswith(prefix)
-            }
-            counts = [own.pop(count) for count in COUNTS]
-            found.append(
-                AdaptedWeight(layer_path(name), site, leaves[name], own, *counts)
-            )
+        for key, site in self.sites.items():
+            factors = dict(own[_adapter(key)])
+            counts = [factors.pop(count) for count in COUNTS]
+            weight = layer_path(key), site, leaves[key], factors, *counts
+            found.append(AdaptedWeight(*weight))
         return found
 
     def summed(self, params: Tree) -> Tree:
@@ -118,20 +120,20 @@ class Adapters:
         Raises:
           ValueError, FileExistsError: as `snella.save`.
         """
+        leaves = by_name(flat(self.unload(params)))
         trained = {
             name: leaf
-            for name, leaf in flat(self.unload(params)).items()
+            for name, leaf in leaves.items()
             if matches_or_holds(self.trainable, name)
         }
-        trained |= flat(batch_stats or {})
-        adapter_file.write(folder, self.weights(params), trained, base)
+        stats = by_name(flat(batch_stats or {}))
+        adapter_file.write(folder, self.weights(params), trained, stats, base)
 
     def _with(self, params: Tree, value: Callable[[AdaptedWeight], Array]) -> Tree:
-        prefixes = tuple(f"{_adapter(name)}/" for name in self.sites)
-        leaves = flat(params)
-        new = {k: leaf for k, leaf in leaves.items() if not k.startswith(prefixes)}
+        adapters = set(map(_adapter, self.sites))
+        new = {k: x for k, x in flat(params).items() if k[:-1] not in adapters}
         weights = zip(self.sites, self.weights(params), strict=True)
-        return nested(new | {name: value(weight) for name, weight in weights})
+        return nested(new | {key: value(weight) for key, weight in weights})
 
 
 def join(*parts: Tree) -> Tree:
@@ -158,68 +160,125 @@ def site(
 
 
 def place(
-    params: Tree, sites: Mapping[str, Site], config: SnellaConfig, key: PRNGKeyArray
+    params: Tree, sites: Mapping[Key, Site], config: SnellaConfig, key: PRNGKeyArray
 ) -> tuple[Adapters, Tree]:
     """Fresh adapters for these weights, and the frozen ones in `config.frozen_dtype`.
 
     Raises:
-      ValueError: an override or `config.trainable` matches nothing.
+      ValueError: an override or `config.trainable` matches nothing, or an adapted
+        weight; there is an adapter, or something in its place.
     """
+    leaves = _plain(params)
+    names = by_name(leaves)
     check_overrides(config, map(layer_path, sites))
-    leaves = flat(params)
-    trainable = {name for name in leaves if matches_or_holds(config.trainable, name)}
+    check_trainable(config.trainable, map(name_of, sites))
+    trainable = {name for name in names if matches_or_holds(config.trainable, name)}
     if config.trainable and not trainable:
         raise ValueError(
             f"trainable={config.trainable!r} matches nothing; pass trainable='' if "
-            f"only the adapters train. There are: {listed(leaves)}"
+            f"only the adapters train. There are: {listed(names)}"
         )
     dtype = config.frozen_dtype
-    for name, leaf in leaves.items():
-        floats = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        if dtype is not None and floats and name not in trainable:
-            leaves[name] = jnp.asarray(leaf, dtype)
-    by_path = {layer_path(name): site for name, site in sites.items()}
-    starts = start(by_path, config, key)
-    for name in sites:
-        factors, *counts = starts[layer_path(name)]
-        leaves |= _leaves(name, factors | dict(zip(COUNTS, counts, strict=True)))
+    for name, leaf in names.items() if dtype is not None else ():
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and (
+            name not in trainable
+        ):
+            leaves[_key(name, leaves)] = jnp.asarray(leaf, dtype)
+    by_path = {layer_path(key): site for key, site in sites.items()}
+    for own, (factors, *counts) in zip(
+        sites, start(by_path, config, key).values(), strict=True
+    ):
+        _put(leaves, own, factors | dict(zip(COUNTS, counts, strict=True)))
     return Adapters(dict(sites), config.trainable), nested(leaves)
 
 
 def fill(
     params: Tree, weights: Mapping[str, AdaptedWeight], trained: Mapping[str, Any]
 ) -> tuple[Adapters, Tree]:
-    """Adapters from a file, and parameters with them and what else trained."""
-    leaves = flat(params)
-    names = {layer_path(name): name for name in leaves}
-    leaves |= {name: jnp.asarray(value) for name, value in trained.items()}
+    """Adapters from a file, and parameters with them and what else trained.
+
+    Raises:
+      ValueError: there is an adapter, or something in its place.
+    """
+    leaves = _plain(params)
+    keys = {layer_path(key): key for key in leaves}
+    sites = {keys[path]: weight.site for path, weight in weights.items()}
+    for name, value in trained.items():
+        leaves[_key(name, leaves)] = jnp.asarray(value)
     for path, weight in weights.items():
         counts = zip(COUNTS, (weight.budget, weight.allocated_at), strict=True)
-        leaves |= _leaves(names[path], weight.factors | dict(counts))
-    sites = {names[path]: weight.site for path, weight in weights.items()}
+        _put(leaves, keys[path], weight.factors | dict(counts))
     return Adapters(sites, anyone(trained)), nested(leaves)
 
 
-def flat(params: Tree) -> dict[str, Any]:
-    """Leaves by "/"-joined name."""
-    return flatten_dict(params, sep="/")
+def _plain(params: Tree) -> dict[Key, Any]:
+    if adapters := factor_paths(params):
+        raise ValueError(
+            f"The parameters have adapters already: {listed(sorted(adapters))}\n"
+            "Merge them first."
+        )
+    return flat(params)
 
 
-def nested(leaves: Mapping[str, Any]) -> Tree:
+def flat(params: Tree) -> dict[Key, Any]:
+    """Leaves by key; empty dicts are leaves, too.
+
+    Raises:
+      TypeError: a list or a tuple, which adapters cannot sit in.
+    """
+    leaves = flatten_dict(params, keep_empty_nodes=True)
+    for key, leaf in leaves.items():
+        if isinstance(leaf, list | tuple):
+            raise TypeError(
+                f"{name_of(key)} is a {type(leaf).__name__}: expected nested dicts of "
+                "arrays; make it one with dict(enumerate(...)), its keys as str."
+            )
+    return leaves
+
+
+def nested(leaves: Mapping[Key, Any]) -> Tree:
     """What `flat` took apart."""
-    return unflatten_dict(leaves, sep="/")
+    return unflatten_dict(dict(leaves))
 
 
-def layer_path(name: str) -> str:
+def by_name(leaves: Mapping[Key, Any]) -> dict[str, Any]:
+    """Arrays by "/"-joined name.
+
+    Raises:
+      ValueError: two have one name.
+    """
+    arrays = {key: leaf for key, leaf in leaves.items() if leaf is not empty_node}
+    found = {name_of(key): leaf for key, leaf in arrays.items()}
+    if len(found) < len(arrays):
+        raise ValueError(f"Two parameters have one name: {listed(map(str, arrays))}")
+    return found
+
+
+def name_of(key: Key) -> str:
+    """As regexes and files have it."""
+    return "/".join(map(str, key))
+
+
+def layer_path(key: Key) -> str:
     """Of the layer that holds a weight."""
-    return "/".join(name.split("/")[:-1]) if name.split("/")[-1] == "kernel" else name
+    return name_of(key[:-1] if key[-1] == "kernel" else key)
 
 
-def _adapter(name: str) -> str:
+def _key(name: str, leaves: Mapping[Key, Any]) -> Key:
+    return next(key for key in leaves if name_of(key) == name)
+
+
+def _adapter(key: Key) -> Key:
     """Where the adapter of a weight sits."""
-    path = layer_path(name)
-    return f"{name}_adapter" if path == name else f"{path}/adapter".lstrip("/")
+    *parent, name = key
+    return (*parent, "adapter" if name == "kernel" else f"{name}_adapter")
 
 
-def _leaves(name: str, values: Mapping[str, Any]) -> dict[str, Array]:
-    return {f"{_adapter(name)}/{key}": jnp.asarray(v) for key, v in values.items()}
+def _put(leaves: dict[Key, Any], key: Key, values: Mapping[str, Any]) -> None:
+    place = _adapter(key)
+    if any(other[: len(place)] == place for other in leaves):
+        raise ValueError(
+            f"There is something at {name_of(place)}, where the adapter of "
+            f"{name_of(key)} goes: an adapter (merge it first), or a layer to rename."
+        )
+    leaves |= {(*place, name): jnp.asarray(value) for name, value in values.items()}

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax.budget import FIXED, allocate
 from snella_jax.config import Rule, SnellaConfig
 from snella_jax.dense import sparse_delta
+from snella_jax.hosts import to_host
 from snella_jax.kernels import Factors, Kernel
 from snella_jax.layout import Layout
 from snella_jax.sparsify import threshold
@@ -122,8 +122,13 @@ class AdaptedWeight:
           BudgetsNeverMoved: its budget should have moved and never did, unless
             `unmoved_budgets`.
         """
-        never = self.site.must_move and not bool(jnp.any(self.allocated_at))
-        if never and not unmoved_budgets:
+        if not unmoved_budgets:
+            self.check_moved()
+        return add(self.path, self.w0, self.delta())
+
+    def check_moved(self) -> None:
+        """Raises `BudgetsNeverMoved` if its budget should have moved and never did."""
+        if self.site.must_move and not bool(jnp.any(self.allocated_at)):
             raise BudgetsNeverMoved(
                 f"The budget of {self.path} was never reallocated, so the model is not "
                 "as sparse as its config says. Call snella.reallocate(budgets, "
@@ -131,14 +136,6 @@ class AdaptedWeight:
                 'between matrices use SnellaConfig(allocation="fixed"); to merge the '
                 "model as it is, pass unmoved_budgets=True."
             )
-        return add(self.path, self.w0, self.delta())
-
-
-def to_host(value: Any) -> np.ndarray:
-    """An array as NumPy's, gathered where it is spread over several processes."""
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
-    return np.asarray(value)
 
 
 def indexed(path: str, index: Iterable[int]) -> str:

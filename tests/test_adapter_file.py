@@ -1,5 +1,7 @@
 """Adapters as files: exact round trips, and no damage that goes unnoticed."""
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -59,6 +61,13 @@ def test_a_round_trip_is_exact(model, saved):
 def test_training_goes_on_where_it_was(model, saved):
     loaded = snella.load(Every(nnx.Rngs(0)), saved)
     assert_same(trained(loaded, 2), trained(nnx.clone(model), 2))
+
+
+def test_running_statistics_may_be_all_that_changed(tmp_path):
+    model = every(trainable="")
+    outputs(trained(model, 1))
+    snella.save(model, tmp_path / "a")
+    assert_same(snella.load(Every(nnx.Rngs(0)), tmp_path / "a"), model)
 
 
 def test_a_model_that_is_adapted_alike_takes_the_file(model, saved):
@@ -137,7 +146,11 @@ def test_another_base_is_refused(saved):
     kernel = np.array(base.blocks.fc.kernel[...])
     kernel[1, 2, 3] = np.nextafter(kernel[1, 2, 3], 2)
     base.blocks.fc.kernel[...] = jnp.asarray(kernel)
-    wrong(base, saved, r"blocks/fc: the weight \(rows \[1\]\) is not that of the base")
+    wrong(
+        base,
+        saved,
+        r"blocks/fc: the weight \(rows \[1\]\), float32, is not that of the base",
+    )
 
 
 def test_another_shape_rank_or_place_is_refused(model, saved):
@@ -343,6 +356,68 @@ def test_a_killed_save_loses_nothing(model, saved, renames):
         (kept,) = saved.parent.glob(f".adapter.*/{name}")
         assert str(kept) in str(error.value)
         assert_same(snella.load(Every(nnx.Rngs(0)), kept), model)
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_signal_between_the_renames_loses_nothing(model, saved, renames, monkeypatch):
+    """Python delivers it when `os.replace` is done."""
+    calls, real = [], os.replace
+
+    def replace(*paths):
+        real(*paths)
+        calls.append(paths)
+        if len(calls) == renames:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace)
+    other = trained(nnx.clone(model), 1)
+    with pytest.raises(KeyboardInterrupt):
+        snella.save(other, saved)
+    monkeypatch.undo()
+    assert_same(snella.load(Every(nnx.Rngs(0)), saved), other if renames > 1 else model)
+    assert [path.name for path in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_what_is_left_of_another_adapter_is_not_offered(tmp_path):
+    for name, files in ((".pets.v2.abcdefgh/old", 2), (".pets.abcdefgh/new", 1)):
+        (tmp_path / name).mkdir(parents=True)
+        for file in (CONFIG, TENSORS)[:files]:
+            (tmp_path / name / file).touch()
+    with pytest.raises(FileNotFoundError) as error:
+        snella.load(Every(nnx.Rngs(0)), tmp_path / "pets")
+    assert "cut off" not in str(error.value)
+    (tmp_path / ".pets.abcdefgh/new" / TENSORS).touch()
+    with pytest.raises(FileNotFoundError, match=r"pets\.abcdefgh/new: move it"):
+        snella.load(Every(nnx.Rngs(0)), tmp_path / "pets")
+
+
+def test_a_weight_trains_or_has_an_adapter():
+    with pytest.raises(ValueError, match=r"matches adapted weights: \n  qkv/kernel"):
+        every(trainable="qkv")
+
+
+def test_a_model_that_trains_other_variables_is_refused(saved, tmp_path):
+    wrong(every(trainable="norm"), saved, "other variables train: head/bias, head/k")
+
+
+def test_a_base_in_half_precision_is_known_in_single(tmp_path):
+    class Net(nnx.Module):
+        def __init__(self, dtype, seed=0):
+            self.fc = nnx.Linear(16, 24, rngs=nnx.Rngs(seed))
+            self.fc.kernel.set_value(self.fc.kernel[...].astype(dtype))
+
+    config = snella.SnellaConfig(rank=4, targets="fc", trainable="")
+    dtypes = jnp.float32, jnp.float16, jnp.bfloat16
+    for own, other in itertools.product(dtypes, repeat=2):
+        snella.save(snella.adapt(Net(own), config, rngs=nnx.Rngs(1)), tmp_path / "a")
+        half = {own, other} == {jnp.float16, jnp.bfloat16}
+        with (
+            pytest.raises(snella.CheckpointError, match="bfloat16")
+            if half
+            else contextlib.nullcontext()
+        ):
+            snella.load(Net(other), tmp_path / "a")
+        wrong(Net(other, seed=5), tmp_path / "a", "SHA-256 differs")
 
 
 def test_a_folder_of_something_else_is_left_alone(model, tmp_path):

@@ -461,6 +461,99 @@ def test_what_does_not_fit_is_said():
             kinds(**changes)
 
 
+def test_a_layer_that_is_the_whole_module():
+    x = jax.random.normal(jax.random.key(3), (2, 6))
+    module = nn.Dense(4)
+    own = module.init(jax.random.key(0), x)
+    adapters, params = linen.adapt(
+        module, own, config(targets="", trainable=""), x, key=jax.random.key(1)
+    )
+    found = run(adapters, params, x)
+    expected = run(module, adapters.merge(params), x)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not np.allclose(found, module.apply(own, x), atol=1e-3)
+
+
+class Odd(nn.Module):
+    """A bottleneck called adapter, a shared scope, a layer called twice, a flag."""
+
+    def setup(self):
+        self.fc = nn.Dense(6)
+        self.inner = Sharing(6)
+        self.block = Bottleneck()
+
+    def __call__(self, x, train):
+        x = self.inner(self.fc(self.fc(x)))
+        return self.block(x) if train else x
+
+
+class Sharing(nn.Module):
+    features: int
+
+    def setup(self):
+        self.dense = nn.Dense(self.features)
+        nn.share_scope(self, self.dense)
+
+    def __call__(self, x):
+        return jnp.tanh(self.dense(x))
+
+
+class Bottleneck(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(6, name="kernel_of")(nn.Dense(2, name="adapter")(x))
+
+
+def test_modules_of_other_shapes_and_names():
+    x = jax.random.normal(jax.random.key(3), (2, 6))
+    own = Odd().init(jax.random.key(0), x, True)
+    adapters, params = linen.adapt(
+        Odd(),
+        own,
+        config(targets="fc|inner|block/.*", trainable="", gate="hard"),
+        x,
+        True,
+        key=jax.random.key(1),
+    )
+    assert len(adapters.sites) == 4
+    found = jax.jit(adapters.apply, static_argnums=2)({"params": params}, x, True)
+    expected = Odd().apply({"params": adapters.merge(params)}, x, True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="have adapters already"):
+        linen.adapt(
+            Odd(),
+            {"params": params},
+            config(targets="fc", trainable=""),
+            x,
+            True,
+            key=jax.random.key(1),
+        )
+
+
+def test_names_with_slashes_and_statistics_of_the_same_name(tmp_path):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            ema = self.param("ema", nn.initializers.ones, ())
+            kept = self.variable("batch_stats", "mean", lambda: jnp.zeros(()))
+            kept.value = kept.value + train
+            x = nn.WeightNorm(nn.Dense(6, name="d"))(x)
+            return nn.Dense(4, name="fc")(x) * ema
+
+    x = jnp.ones((2, 6))
+    own = Net().init(jax.random.key(0), x)
+    adapters, params = linen.adapt(
+        Net(), own, config(targets="fc", trainable="ema"), x, key=jax.random.key(1)
+    )
+    params["ema"] = jnp.float32(7)
+    tree = {**own, "params": params}
+    _, moved = adapters.apply(tree, x, True, mutable=["batch_stats"])
+    adapters.save(params, tmp_path / "a", batch_stats=moved["batch_stats"])
+    again, loaded = linen.load(Net(), own, tmp_path / "a", x)
+    chex.assert_trees_all_equal(loaded, {"params": params, **moved})
+    assert again.trainable == "ema" and loaded["batch_stats"]["mean"] == 1
+
+
 def test_partitioned_parameters_are_taken_without_their_names():
     class Net(nn.Module):
         @nn.compact

@@ -112,3 +112,40 @@ def test_what_does_not_fit_is_said(tmp_path):
     adapters.save(params, tmp_path / "a")
     with pytest.raises(snella.CheckpointError, match="layers/w: there is no such"):
         pytree.load(parameters(), tmp_path / "a")
+
+
+def test_keys_stay_as_they_are():
+    """Haiku's have slashes; empty dicts are part of the tree."""
+    params = {
+        "mlp/~/linear": {"w": jnp.ones((6, 4)), "b": jnp.ones(4)},
+        "state": {},
+        "out": jnp.ones((4, 2)),
+    }
+    config = snella.SnellaConfig(
+        rank=4, targets=".*/linear/w", trainable="out", frozen_dtype=jnp.bfloat16
+    )
+    adapters, adapted = pytree.adapt(params, config, key=jax.random.key(0))
+    assert set(adapted["mlp/~/linear"]) == {"w", "b", "w_adapter"}
+    parts = adapters.partition(adapted)
+    assert jax.tree.structure(pytree.join(*parts)) == jax.tree.structure(adapted)
+    merged = adapters.merge(adapted, unmoved_budgets=True)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    assert merged["mlp/~/linear"]["b"].dtype == jnp.bfloat16
+
+
+def test_nothing_of_the_user_s_is_taken_for_an_adapter():
+    config = snella.SnellaConfig(rank=4, targets="fc", trainable="")
+    params = {"fc": {"kernel": jnp.ones((6, 4)), "adapter": {"down": jnp.ones(3)}}}
+    with pytest.raises(ValueError, match="There is something at fc/adapter"):
+        pytree.adapt(params, config, key=jax.random.key(0))
+    _, once = adapted()
+    with pytest.raises(ValueError, match="have adapters already"):
+        own = snella.SnellaConfig(rank=4, targets="layers/fc", trainable="")
+        pytree.adapt(once, own, key=jax.random.key(0))
+    with pytest.raises(TypeError, match="layers is a list: expected nested dicts"):
+        pytree.adapt({"layers": [params]}, config, key=jax.random.key(0))
+    twice = {"a": {"b": jnp.ones((2, 2))}, "a/b": jnp.ones((2, 2))}
+    with pytest.raises(ValueError, match="Two parameters have one name"):
+        pytree.adapt(twice, config, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="matches adapted weights"):
+        adapted(trainable="layers/w")

@@ -43,6 +43,15 @@ def test_a_batch_with_an_adapter_for_each_example(models):
     assert len({tuple(row) for row in np.asarray(found).round(4).tolist()}) == 5
 
 
+def test_adapted_and_loaded_models_share_a_program(models, tmp_path):
+    snella.save(models["pets"], tmp_path / "a")
+    loaded = snella.load(models["none"], tmp_path / "a")
+    loaded.eval()
+    models["pets"].eval()
+    assert nnx.split(loaded)[0] == nnx.split(models["pets"])[0]
+    assert hash(nnx.split(loaded)[0]) == hash(nnx.split(models["pets"])[0])
+
+
 def test_adapters_of_equal_shapes_share_a_program(models):
     chex.clear_trace_counter()
 
@@ -100,5 +109,18 @@ def test_what_does_not_go_together_is_refused(models):
     with pytest.raises(ValueError, match="one for each example"):
         snella.per_example(models, ["pets"] * 4, IMAGES)
     other = snella.adapt(Every(nnx.Rngs(8)), settings(), rngs=nnx.Rngs(1))
-    with pytest.raises(ValueError, match="has another base"):
-        snella.combine(models | {"o": other}, {"pets": 1, "o": 1}, rest="pets")
+    for weights, rest in (({"pets": 1, "o": 1}, "pets"), ({"pets": 1}, "o")):
+        with pytest.raises(ValueError, match="has another base"):
+            snella.combine(models | {"o": other}, weights, rest=rest)
+    never = snella.adapt(
+        models["none"], settings(allocation="adaptive"), rngs=nnx.Rngs(1)
+    )
+    with pytest.raises(snella.BudgetsNeverMoved):
+        snella.combine(models | {"never": never}, {"never": 1}, rest="pets")
+
+
+def test_the_rest_may_be_the_base(models):
+    found = snella.combine(models, {"pets": 1.0}, rest="none")
+    base, pets = models["none"], snella.merge(models["pets"])
+    np.testing.assert_array_equal(found.head.kernel[...], base.head.kernel[...])
+    np.testing.assert_array_equal(found.qkv.kernel[...], pets.qkv.kernel[...])

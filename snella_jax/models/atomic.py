@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -32,13 +33,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             _to_disk(path)
         if folder.exists():
             os.replace(folder, old)
-        try:
-            os.replace(new, folder)
-        except BaseException:
-            if old.exists():
-                os.replace(old, folder)
-            raise
+        os.replace(new, folder)
     finally:
+        if old.exists() and not folder.exists():  # stopped between the two
+            os.replace(old, folder)
         shutil.rmtree(made)
 
 
@@ -54,8 +52,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What `whole_folder` left when a process was killed, while `folder` is missing."""
-    return sorted(folder.parent.glob(f".{folder.name}.*/*")) if folder.name else []
+    """What `whole_folder` left beside `folder` when its process was killed."""
+    name = rf"\.{re.escape(folder.name)}\.[a-z0-9_]{{8}}"
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    made = sorted(path for path in beside if re.fullmatch(name, path.name))
+    return [path / kind for path in made for kind in ("old", "new")]
 
 
 def _to_disk(path: Path) -> None:

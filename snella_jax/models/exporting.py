@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from snella_jax.hosts import to_host
 from snella_jax.models.atomic import whole_file, whole_folder
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import Checkpoint, Rule, place_of, places
@@ -30,7 +31,7 @@ def parts_of(model: nnx.Module, stacked: str) -> dict[str, np.ndarray]:
       stacked: regex as of `fill`.
     """
     variables = dict(variables_of(model, nnx.Param))
-    arrays = {path: np.asarray(variable[...]) for path, variable in variables.items()}
+    arrays = {path: to_host(variable[...]) for path, variable in variables.items()}
     return {
         name: arrays[path] if row is None else arrays[path][row]
         for name, (path, row, _) in places(variables, stacked).items()
@@ -105,7 +106,13 @@ def unmade(
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes `.npz` or `.safetensors`, whole or not at all."""
+    """Writes `.npz` or `.safetensors`, whole or not at all.
+
+    Raises:
+      FileExistsError: there is something at `path`.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} is there: expected a new file.")
     with whole_file(path) as made:
         if path.suffix == ".npz":
             with made.open("wb") as file:

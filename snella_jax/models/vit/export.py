@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from snella_jax.hosts import once
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.exporting import (
     parts_of,
@@ -45,7 +46,7 @@ def export(
       FileNotFoundError: there is nothing at `like`.
       CheckpointError: `like` does not fit the model, or is an ONNX file.
       ValueError: a `path` that this format cannot be, or a head that it does not have.
-      FileExistsError: the folder is there.
+      FileExistsError: there is something at `path`.
     """
     path, source = Path(path), read(like)
     as_file = path.suffix in (".npz", ".safetensors")
@@ -69,9 +70,10 @@ def export(
         tensors = _classifier(tensors, model, _family(checkpoint))
     tensors = _named(tensors, source, checkpoint, rules)
     if as_file:
-        write_file(path, tensors)
+        once(lambda: write_file(path, tensors))
     else:
-        write_folder(path, tensors, _files(source, model), max_shard_bytes)
+        files = _files(source, model)
+        once(lambda: write_folder(path, tensors, files, max_shard_bytes))
 
 
 def _head(parts: dict[str, np.ndarray], rules: Sequence[Rule]) -> dict[str, np.ndarray]:
