@@ -536,7 +536,8 @@ def test_names_with_slashes_and_statistics_of_the_same_name(tmp_path):
         def __call__(self, x, train=False):
             ema = self.param("ema", nn.initializers.ones, ())
             kept = self.variable("batch_stats", "mean", lambda: jnp.zeros(()))
-            kept.value = kept.value + train
+            if train:
+                kept.value = kept.value + 1
             x = nn.WeightNorm(nn.Dense(6, name="d"))(x)
             return nn.Dense(4, name="fc")(x) * ema
 
