@@ -16,6 +16,7 @@
 """
 
 import logging
+import math
 from typing import Any, TypeVar
 
 import jax
@@ -41,6 +42,7 @@ from snella_jax.rules import (
     check_overrides,
     check_trainable,
     freeze,
+    require_adapters,
     select,
     thaw,
     variables_of,
@@ -137,7 +139,7 @@ def partition(
     Raises:
       ValueError: the model has no adapters.
     """
-    weights_of(model)  # or there are none
+    require_adapters(model)
     graphdef, trainable, budgets, frozen = nnx.split(model, nnx.Param, Budget, ...)
     changing = (nnx.RngState, nnx.BatchStat)
     if any(True for kind in changing for _ in variables_of(model, kind)):
@@ -196,7 +198,9 @@ def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
 
 def adapted_weights(model: nnx.Module) -> int:
     """How many weights of the base the adapters reach: the budget of density 1."""
-    return sum(w.site.capacity * w.budget.size for w in weights_of(model))
+    require_adapters(model)
+    sites = (layer.adapter.site for _, layer in adapted_layers(model))
+    return sum(site.capacity * math.prod(site.lead) for site in sites)
 
 
 def merged_magnitude(model: nnx.Module) -> dict[str, np.ndarray]:

@@ -33,7 +33,14 @@ from snella_jax.config import Rule
 from snella_jax.fitting import anyone, fit
 from snella_jax.layers import ADAPTABLE, Factor
 from snella_jax.models.checkpoint_error import CheckpointError
-from snella_jax.rules import adapted_layers, freeze, join, variables_of, weights_of
+from snella_jax.rules import (
+    adapted_layers,
+    freeze,
+    join,
+    require_adapters,
+    variables_of,
+    weights_of,
+)
 from snella_jax.weight import Site
 
 M = TypeVar("M", bound=nnx.Module)
@@ -134,7 +141,7 @@ def unload(model: M) -> M:
     Raises:
       ValueError: the model has no adapters.
     """
-    weights_of(model)
+    require_adapters(model)
     model = nnx.clone(model)
     remove(model)
     return model

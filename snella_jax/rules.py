@@ -175,13 +175,17 @@ def weights_of(model: nnx.Module) -> list[AdaptedWeight]:
     Raises:
       ValueError: the model has no adapters.
     """
+    require_adapters(model)
     layers = adapted_layers(model)
-    found = [layer.adapter.on(path, layer.kernel[...]) for path, layer in layers]
-    if not found:
+    return [layer.adapter.on(path, layer.kernel[...]) for path, layer in layers]
+
+
+def require_adapters(model: nnx.Module) -> None:
+    """Raises a `ValueError` if the model has no adapters; it may be abstract."""
+    if not any(True for _ in adapted_layers(model)):
         raise ValueError(
             "The model has no adapters: call snella.adapt(model, ...) first."
         )
-    return found
 
 
 def variables_of(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:

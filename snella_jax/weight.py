@@ -100,7 +100,9 @@ class AdaptedWeight:
         """The sparse update of the whole weight, stack included, at least float32."""
         site = self.site
         one = _Update(site.kernel, site.rule.gate, _itself, site.layout)
-        return _for_each(self.factors, self.budget, len(self.site.stack), one)
+        # Not the site's: inside a scan over blocks there is no stack.
+        stack = self.budget.ndim - len(site.layout.slices)
+        return _for_each(self.factors, self.budget, stack, one)
 
     def per_matrix(self, measure: Callable[[Float[Array, "n m"]], Any]) -> Any:
         """What `measure` says of the update of each matrix, with the axes `lead`.
@@ -108,12 +110,12 @@ class AdaptedWeight:
         Compiled once for a function `measure`, so that should be no lambda.
         """
         one = _Update(self.site.kernel, self.site.rule.gate, measure)
-        return _for_each(self.factors, self.budget, len(self.site.lead), one)
+        return _for_each(self.factors, self.budget, self.budget.ndim, one)
 
     def thresholds(self) -> Float[Array, " *lead"]:
         """`tau` of each matrix: what `|delta|` has to exceed before the gate."""
         one = _Threshold(self.site.kernel)
-        return _for_each(self.factors, self.budget, len(self.site.lead), one)
+        return _for_each(self.factors, self.budget, self.budget.ndim, one)
 
     def merged(self, unmoved_budgets: bool = False) -> Float[Array, " *weight"]:
         """`w0 + delta`, summed in at least float32, in the dtype of `w0`.
