@@ -30,7 +30,7 @@ from jaxtyping import Array
 from snella_jax import adapter_file
 from snella_jax.adapt import attach, remove, site
 from snella_jax.config import Rule
-from snella_jax.fitting import anyone, fit
+from snella_jax.fitting import any_of, fit
 from snella_jax.layers import ADAPTABLE, Factor
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.rules import (
@@ -128,7 +128,7 @@ def load(model: M, folder: str | Path, *, rename: Mapping[str, str] | None = Non
         raise CheckpointError(file.folder, str(error).rstrip(".")) from error
     for path, value in (*trained.items(), *stats.items()):
         (params | statistics)[path].set_value(jnp.asarray(value))
-    freeze(model, anyone(trained))
+    freeze(model, any_of(trained))
     return model
 
 

@@ -155,6 +155,6 @@ def _check_same(weight: AdaptedWeight, site: Site | None) -> None:
         raise ValueError("; ".join(differ))
 
 
-def anyone(paths: Any) -> str:
+def any_of(paths: Any) -> str:
     """A regex of these paths and no other."""
     return "|".join(map(re.escape, paths))

@@ -71,11 +71,11 @@ class Adapters(trees.Adapters):
 
     def _intercept(self, call: Any, args: tuple, kwargs: dict, context: Any) -> Any:
         layer = context.module
-        site = self.sites.get((*layer.path, "kernel"))
-        ours = isinstance(layer, ADAPTABLE) and context.method_name == "__call__"
-        # The copy that computes has none: a layer that is the root has its path.
-        if site and ours and layer.has_variable("params", "adapter"):
-            return _called(layer, site, *args, **kwargs)
+        if context.method_name == "__call__" and isinstance(layer, ADAPTABLE):
+            site = self.sites.get((*layer.path, "kernel"))
+            # The copy that computes has none: a layer that is the root has its path.
+            if site and layer.has_variable("params", "adapter"):
+                return _called(layer, site, *args, **kwargs)
         return call(*args, **kwargs)
 
 

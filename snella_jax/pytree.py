@@ -14,6 +14,7 @@
 ((6, 8), ['kernel'])
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,19 +24,19 @@ from jaxtyping import Array, PRNGKeyArray
 
 from snella_jax import adapter_file
 from snella_jax.config import Rule, SnellaConfig
-from snella_jax.fitting import fit
+from snella_jax.fitting import any_of, fit
 from snella_jax.layout import Layout
 from snella_jax.rules import chosen
 from snella_jax.trees import (
     Adapters,
     Key,
     Tree,
+    arrays_of,
     by_name,
     fill,
     flat,
     join,
     layer_path,
-    name_of,
     place,
     site,
 )
@@ -103,7 +104,9 @@ def load(
     shapes = {name: jnp.shape(leaf) for name, leaf in by_name(flat(params)).items()}
     file = adapter_file.read(folder)
     weights, trained, stats = fit(file, locate, shapes, shapes, rename=rename)
-    return fill(params, weights, trained | stats)
+    adapters, tree = fill(params, weights, trained | stats)
+    # Statistics are leaves like others here, but do not train.
+    return dataclasses.replace(adapters, trainable=any_of(trained)), tree
 
 
 class _Matrices:
@@ -111,10 +114,9 @@ class _Matrices:
 
     def __init__(self, params: Tree, layouts: Mapping[str, Layout] | None):
         self.layouts = layouts or {}
-        self.leaves = flat(params)
-        names = by_name(self.leaves).keys()
-        keys = [key for key in self.leaves if name_of(key) in names]
-        self.keys = {layer_path(key): key for key in keys if self._layout(key)}
+        self.leaves = arrays_of(flat(params))
+        by_name(self.leaves)  # or two layers would be one
+        self.keys = {layer_path(key): key for key in self.leaves if self._layout(key)}
 
     def site(self, path: str, rule: Rule, must_move: bool) -> Site:
         """Of the weight of a layer; errors as of `adapt`."""

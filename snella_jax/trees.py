@@ -17,7 +17,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from snella_jax import adapter_file
 from snella_jax.config import Rule, SnellaConfig
-from snella_jax.fitting import anyone
+from snella_jax.fitting import any_of
 from snella_jax.importance import factor_paths
 from snella_jax.layout import Layout
 from snella_jax.rules import (
@@ -178,12 +178,11 @@ def place(
             f"trainable={config.trainable!r} matches nothing; pass trainable='' if "
             f"only the adapters train. There are: {listed(names)}"
         )
-    dtype = config.frozen_dtype
-    for name, leaf in names.items() if dtype is not None else ():
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and (
-            name not in trainable
-        ):
-            leaves[_key(name, leaves)] = jnp.asarray(leaf, dtype)
+    if config.frozen_dtype is not None:
+        for name, leaf in arrays_of(leaves).items():
+            floats = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+            if floats and name_of(name) not in trainable:
+                leaves[name] = jnp.asarray(leaf, config.frozen_dtype)
     by_path = {layer_path(key): site for key, site in sites.items()}
     for own, (factors, *counts) in zip(
         sites, start(by_path, config, key).values(), strict=True
@@ -203,12 +202,13 @@ def fill(
     leaves = _plain(params)
     keys = {layer_path(key): key for key in leaves}
     sites = {keys[path]: weight.site for path, weight in weights.items()}
-    for name, value in trained.items():
-        leaves[_key(name, leaves)] = jnp.asarray(value)
+    for key in leaves:
+        if name_of(key) in trained:
+            leaves[key] = jnp.asarray(trained[name_of(key)])
     for path, weight in weights.items():
         counts = zip(COUNTS, (weight.budget, weight.allocated_at), strict=True)
         _put(leaves, keys[path], weight.factors | dict(counts))
-    return Adapters(sites, anyone(trained)), nested(leaves)
+    return Adapters(sites, any_of(trained)), nested(leaves)
 
 
 def _plain(params: Tree) -> dict[Key, Any]:
@@ -241,13 +241,18 @@ def nested(leaves: Mapping[Key, Any]) -> Tree:
     return unflatten_dict(dict(leaves))
 
 
+def arrays_of(leaves: Mapping[Key, Any]) -> dict[Key, Any]:
+    """Without the empty dicts."""
+    return {key: leaf for key, leaf in leaves.items() if leaf is not empty_node}
+
+
 def by_name(leaves: Mapping[Key, Any]) -> dict[str, Any]:
     """Arrays by "/"-joined name.
 
     Raises:
       ValueError: two have one name.
     """
-    arrays = {key: leaf for key, leaf in leaves.items() if leaf is not empty_node}
+    arrays = arrays_of(leaves)
     found = {name_of(key): leaf for key, leaf in arrays.items()}
     if len(found) < len(arrays):
         raise ValueError(f"Two parameters have one name: {listed(map(str, arrays))}")
@@ -262,10 +267,6 @@ def name_of(key: Key) -> str:
 def layer_path(key: Key) -> str:
     """Of the layer that holds a weight."""
     return name_of(key[:-1] if key[-1] == "kernel" else key)
-
-
-def _key(name: str, leaves: Mapping[Key, Any]) -> Key:
-    return next(key for key in leaves if name_of(key) == name)
 
 
 def _adapter(key: Key) -> Key:

@@ -123,14 +123,6 @@ def test_what_the_files_say(model, saved):
             assert tau == pytest.approx(dense[int(weight.budget[index])], rel=1e-5)
 
 
-def test_peft_reads_the_names():
-    """Their readers ask for these two files and this key."""
-    assert (snella.adapter_file.CONFIG, snella.adapter_file.TENSORS) == (
-        CONFIG,
-        TENSORS,
-    )
-
-
 def wrong(model, folder, message, **options):
     before = leaves(model)
     with pytest.raises(snella.CheckpointError, match=message) as error:

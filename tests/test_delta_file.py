@@ -182,9 +182,9 @@ def test_no_damage_goes_unnoticed(models, path):
         content[:p] + rng.randbytes(1) + content[p:]
         for p in rng.sample(range(len(content)), 50)
     ]
+    cases = [case for case in cases if case != content]
+    assert len(cases) >= 200
     for case in cases:
-        if case == content:
-            continue
         path.write_bytes(case)
         try:
             snella.apply_delta(arrays, path)

@@ -149,3 +149,12 @@ def test_nothing_of_the_user_s_is_taken_for_an_adapter():
         pytree.adapt(twice, config, key=jax.random.key(0))
     with pytest.raises(ValueError, match="matches adapted weights"):
         adapted(trainable="layers/w")
+
+
+def test_statistics_of_another_binding_do_not_train(tmp_path):
+    adapters, params = adapted()
+    adapters.save(params, tmp_path / "a", batch_stats={"scale": jnp.full(6, 2.0)})
+    again, loaded = pytree.load(parameters(), tmp_path / "a", layouts=LAYOUTS)
+    np.testing.assert_array_equal(loaded["scale"], 2)
+    trainable, _, frozen = again.partition(loaded)
+    assert "scale" in frozen and set(trainable) == {"layers", "out"}

@@ -116,9 +116,9 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     with whole_file(path) as made:
         if path.suffix == ".npz":
             with made.open("wb") as file:
-                np.savez(file, **tensors)  # type: ignore[arg-type]
+                np.savez(file, allow_pickle=False, **tensors)
         else:
-            save_file(_contiguous(tensors), made, {"format": "pt"})
+            save_file(_in_order(tensors), made, {"format": "pt"})
 
 
 def write_folder(
@@ -158,7 +158,7 @@ def _shards(
 ) -> Iterator[dict[str, np.ndarray]]:
     """In order, each as full as it gets; a larger tensor has one of its own."""
     shard: dict[str, np.ndarray] = {}
-    for name, tensor in _contiguous(tensors).items():
+    for name, tensor in _in_order(tensors).items():
         size = sum(other.nbytes for other in shard.values())
         if shard and size + tensor.nbytes > most:
             yield shard
@@ -167,5 +167,6 @@ def _shards(
     yield shard
 
 
-def _contiguous(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+def _in_order(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """In C order, which safetensors takes for granted."""
+    return {name: to_host(tensor) for name, tensor in tensors.items()}
