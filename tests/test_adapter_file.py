@@ -21,6 +21,7 @@ from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 
 import snella_jax as snella
+from snella_jax import models
 from snella_jax.models import vit
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -170,7 +171,7 @@ def test_stacked_and_unrolled_models_read_the_same_file(tmp_path):
     model = snella.adapt(base, config, rngs=nnx.Rngs(1))
     x = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
     snella.save(model, tmp_path / "stacked")
-    unrolled = vit.unstack(base)
+    unrolled = models.unstack(base)
     names = {r"blocks/(.*)\[(\d+)\]": r"blocks/\2/\1"}
     loaded = snella.load(unrolled, tmp_path / "stacked", rename=names)
     np.testing.assert_allclose(loaded(x), model(x), atol=1e-6)

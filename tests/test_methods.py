@@ -22,7 +22,7 @@ from experiments.methods import gps, locate, mosa, sparse, spt
 from experiments.methods.trained import METHODS
 from experiments.recipe import Recipe
 from experiments.settings import Located, Prompted
-from snella_jax.models import vit
+from snella_jax import models
 from snella_jax.models.vit import ViT, ViTConfig
 
 TINY = ViTConfig(
@@ -161,7 +161,7 @@ def test_what_trains_moves_and_all_else_is_bit_identical(name):
             assert not same or re.fullmatch(UNMOVED, path), path
         elif not (counts and METHODS[name].competition(CONFIG, before)):
             assert same, path
-    plain = base() if before.config.stacked else vit.unstack(base())
+    plain = base() if before.config.stacked else models.unstack(base())
     kept = leaves(plain).keys() & every.keys() - trains
     assert kept or name == "full"
     for path in kept:  # the base's, not others
@@ -386,7 +386,7 @@ def test_prompts_take_no_part_but_in_attention():
 
 def test_deep_prompts_replace_those_of_the_block_before():
     """By hand: each block on its own tokens, with its own prompts behind them."""
-    model, plain = adapted("vpt_deep"), vit.unstack(base())
+    model, plain = adapted("vpt_deep"), models.unstack(base())
     images = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
     tokens = plain._embed(images)
     for index, block in enumerate(plain.blocks):
@@ -397,7 +397,7 @@ def test_deep_prompts_replace_those_of_the_block_before():
 
 def test_queries_read_and_leave_the_tokens_alone():
     """By hand, and the head sees what each block's query found, in order."""
-    model, plain = adapted("vqt"), vit.unstack(base())
+    model, plain = adapted("vqt"), models.unstack(base())
     images = jax.random.normal(jax.random.key(2), (2, 8, 8, 1))
     tokens, found = plain._embed(images), []
     for index, block in enumerate(plain.blocks):
@@ -413,7 +413,7 @@ def test_queries_read_and_leave_the_tokens_alone():
 
 
 def test_attention_to_itself_is_attention_to_what_is_seen():
-    attn = vit.unstack(base()).blocks[0].attn
+    attn = models.unstack(base()).blocks[0].attn
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
     np.testing.assert_array_equal(attn(x), attn(x, x))
     np.testing.assert_allclose(attn(x[:, :2], x), attn(x)[:, :2], atol=1e-6)
@@ -482,7 +482,7 @@ def test_scores_that_say_nothing_are_refused():
 
 def test_queries_read_one_block_too():
     one = ViT(dataclasses.replace(TINY, depth=1), rngs=nnx.Rngs(0))
-    for model in (one, vit.unstack(one)):
+    for model in (one, models.unstack(one)):
         read = METHODS["vqt"].adapt(CONFIG, model)
         assert read.features(jnp.zeros((2, 8, 8, 1))).shape == (2, 6, 8)
         assert read(jnp.zeros((2, 8, 8, 1))).shape == (2, 3)

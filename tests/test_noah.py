@@ -20,8 +20,8 @@ from experiments.methods import noah, spt
 from experiments.methods.evolution import Space, evolve
 from experiments.methods.trained import METHODS
 from experiments.settings import Searched
+from snella_jax import models
 from snella_jax.layers import Factor
-from snella_jax.models import vit
 from snella_jax.models.vit import ViT, ViTConfig
 
 TINY = ViTConfig(
@@ -61,7 +61,7 @@ def subnet(net, sizes, model=None):
     places = {k: np.array(row) for k, row in zip(noah.KINDS, sizes, strict=True)}
     model = noah.adapt(model or base(), places, "head", nnx.Rngs(1))
     for index, block in enumerate(model.blocks):
-        whole = vit.unstack(net).blocks[index]
+        whole = models.unstack(net).blocks[index]
         tokens, rank, units = (row[index] for row in sizes)
         if tokens:
             block.prompts[...] = whole.prompts[...][:tokens]
@@ -100,8 +100,8 @@ def test_what_trains_besides_is_named_as_in_the_base():
 
 def test_blocks_in_a_list_have_sizes_of_their_own():
     stacked = supernet()
-    listed = noah.supernet(vit.unstack(base()), OWN, "head", nnx.Rngs(0))
-    for index, block in enumerate(vit.unstack(stacked).blocks):
+    listed = noah.supernet(models.unstack(base()), OWN, "head", nnx.Rngs(0))
+    for index, block in enumerate(models.unstack(stacked).blocks):
         nnx.update(listed.blocks[index], nnx.state(block))
     for sizes in SUBNETS:
         for net in (stacked, listed):

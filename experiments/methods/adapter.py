@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from snella_jax.contraction import matmul
 from snella_jax.layers import Factor, become, mixed_class
-from snella_jax.models.vit.model import MLP
+from snella_jax.models.parts import MLP
 from snella_jax.rules import freeze
 
 SCALE = 0.1

@@ -33,7 +33,8 @@ from experiments.methods.stage import Places
 from experiments.settings import Searched
 from snella_jax.contraction import matmul
 from snella_jax.layers import become, mixed_class
-from snella_jax.models.vit import ViT, ViTConfig, unstack
+from snella_jax.models import unstack
+from snella_jax.models.vit import ViT, ViTConfig
 from snella_jax.rules import freeze
 
 KINDS = ("prompts", "lora", "adapter")

@@ -9,6 +9,7 @@ inference once merged, SPT-Adapter two thin matmuls behind every matrix that got
 locating costs the gradient of every targeted kernel once.
 """
 
+import re
 from typing import Any, Literal
 
 import jax
@@ -20,12 +21,12 @@ from experiments.methods.locate import Scores, top
 from experiments.methods.sparse import linear_layers
 from experiments.methods.stage import Places
 from snella_jax.layers import become, mixed_class
-from snella_jax.models.vit import ViT, unstack
+from snella_jax.models import Model, unstack
 from snella_jax.rules import freeze
 
 
 def adapt(
-    model: ViT,
+    model: Model,
     places: Places,
     module: Literal["lora", "adapter"],
     trainable: str,
@@ -33,10 +34,10 @@ def adapt(
     ease: float,
     rngs: nnx.Rngs,
 ) -> Any:
-    """A copy of a ViT, as a list of blocks, with what was located in it.
+    """A copy of a model, as lists of blocks, with what was located in it.
 
     Args:
-      model: a ViT, not adapted.
+      model: not adapted.
       places: of `sensitive`.
       module: what sensitive matrices get.
       trainable: regex of what trains besides.
@@ -90,9 +91,12 @@ def by_block(scores: Scores) -> Scores:
     """Of stacked blocks, those of each, by the paths that `unstack` gives them."""
     found = {}
     for path, own in scores.items():
-        if own.ndim == 2 or "/" not in path:
+        stacked = (
+            re.fullmatch(r"(blocks(?:/\d+)?)/(.*)", path) if own.ndim > 2 else None
+        )
+        if stacked is None:
             found[path] = own
         else:
-            first, rest = path.split("/", 1)
-            found |= {f"{first}/{i}/{rest}": row for i, row in enumerate(own)}
+            blocks, rest = stacked.groups()
+            found |= {f"{blocks}/{i}/{rest}": row for i, row in enumerate(own)}
     return found

@@ -29,7 +29,8 @@ from experiments.methods import (
 from experiments.methods.locate import Scores, Scoring, top
 from experiments.methods.stage import Places, Stage
 from experiments.settings import Trained
-from snella_jax.models import vit
+from snella_jax import models
+from snella_jax.models import swin
 from snella_jax.rules import freeze, select
 
 Name = Trained
@@ -94,9 +95,17 @@ def _bias(config: RunConfig, base: Any) -> Any:
 
 
 def _partial(config: RunConfig, base: Any) -> Any:
-    model = vit.unstack(base)
-    freeze(model, f"head|norm|blocks/{model.config.depth - 1}")
+    model = models.unstack(base)
+    freeze(model, f"head|norm|{_last_block(model)}")
     return model
+
+
+def _last_block(model: Any) -> str:
+    """The path of the block before the head, where blocks are lists."""
+    blocks, path = model.blocks, "blocks"
+    while isinstance(blocks, nnx.List):
+        path, blocks = f"{path}/{len(blocks) - 1}", blocks[-1]
+    return f"{path}/shifted" if isinstance(blocks, swin.Pair) else path
 
 
 def _mlp(config: RunConfig, base: Any) -> Any:

@@ -1,1 +1,6 @@
 """Plain Flax NNX models; none of them knows of SNELLA."""
+
+from snella_jax.models.families import PRESETS, Model, create, load, of
+from snella_jax.models.stack import unstack
+
+__all__ = ["PRESETS", "Model", "create", "load", "of", "unstack"]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 Implementation = Literal["auto", "xla", "cudnn"]
 
@@ -25,23 +25,30 @@ def attend(
     v: Float[Array, "B S H d"],
     implementation: Implementation = "auto",
     length: Int[Array, ""] | None = None,
+    *,
+    bias: Float[Array, "#B #H T S"] | None = None,
+    mask: Bool[Array, "#B #H T S"] | None = None,
 ) -> Float[Array, "B T H d"]:
-    """`softmax(q k^T / sqrt(d)) v` for each head.
+    """`softmax(q k^T / sqrt(d) + bias) v` for each head.
 
     Args:
       implementation: "xla", "cudnn" (flash attention on NVIDIA GPUs, 16-bit numbers,
         no `T x S` array at all), or "auto" for what `best` says of the first device.
       length: of the `S` tokens only so many, the first ones, are seen; None for all.
+      bias: added to what the softmax is taken of, in XLA's implementation alone.
+      mask: which tokens are seen, in XLA's implementation alone; None for all.
 
     Raises:
       RuntimeError, NotImplementedError: "cudnn" where cuDNN cannot do it.
-      ValueError: an implementation of another name.
+      ValueError: an implementation of another name, or one without bias and mask.
     """
     if implementation == "auto":
         implementation = best(jax.local_devices()[0], q.dtype, q.shape[-1])
     seen = None if length is None else jnp.full(len(q), length, jnp.int32)
     if implementation == "xla":
-        return _recomputed(q, k, v, seen)
+        return _recomputed(q, k, v, seen, bias, mask)
+    if bias is not None or mask is not None:
+        raise ValueError(f'{implementation}: bias and mask need "xla".')
     if length is not None:  # cuDNN does not say what the others' gradient is
         mask = (jnp.arange(k.shape[1]) < length)[:, None, None]
         k, v = jnp.where(mask, k, 0), jnp.where(mask, v, 0)
@@ -77,7 +84,14 @@ def best(device: Any, dtype: DTypeLike, head_dim: int) -> Literal["xla", "cudnn"
 # over a third of a ViT's step. Flash attention does so by itself.
 @jax.checkpoint
 @jax.named_scope("attention")
-def _recomputed(q: Array, k: Array, v: Array, seen: Array | None) -> Array:
+def _recomputed(
+    q: Array,
+    k: Array,
+    v: Array,
+    seen: Array | None,
+    bias: Array | None,
+    mask: Array | None,
+) -> Array:
     return jax.nn.dot_product_attention(
-        q, k, v, key_value_seq_lengths=seen, implementation="xla"
+        q, k, v, bias, mask, key_value_seq_lengths=seen, implementation="xla"
     )

@@ -4,6 +4,7 @@ A table of `Rule`s says where the tensors of a format go. Loading is strict both
 tensor without a place and a place without a tensor are errors, all of them listed.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -48,8 +49,12 @@ class Checkpoint:
             raise CheckpointError(
                 self.path, f"names that differ by the prefix {prefix!r} alone"
             )
-        tensors = {new: self.tensors[old] for new, old in names.items()}
-        return Checkpoint(self.path, tensors, self.config, self.preprocessor)
+        return self.renamed(lambda name: name.removeprefix(prefix))
+
+    def renamed(self, new: Callable[[str], str]) -> "Checkpoint":
+        """The same tensors under other names, no two of them equal."""
+        tensors = {new(name): tensor for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors)
 
 
 @dataclass(frozen=True)
@@ -68,17 +73,19 @@ class Rule:
     make: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda tensor: (tensor,)
 
 
-def read(path: str | Path) -> Checkpoint:
+def read(path: str | Path | Checkpoint) -> Checkpoint:
     """Reads `.npz`, `.safetensors`, `.onnx`, PyTorch's `.pth` and so on, or a folder.
 
     A folder is one that Hugging Face's `save_pretrained` wrote: `config.json` and
-    `model.safetensors` or its shards.
+    `model.safetensors` or its shards. A `Checkpoint` comes back as it is.
 
     Raises:
       FileNotFoundError: there is nothing at `path`, or no weights in the folder.
       CheckpointError: the file is damaged or of no known format.
       ModuleNotFoundError: reading it needs a package; says which.
     """
+    if isinstance(path, Checkpoint):
+        return path
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
@@ -164,12 +171,13 @@ def places(variables: Mapping[str, Any], stacked: str) -> dict[str, Place]:
     """Where every part goes, by its path; `stacked` as of `fill`."""
     found: dict[str, Place] = {}
     for path, variable in variables.items():
-        module, _, rest = path.partition("/")
-        if not re.fullmatch(stacked, module):
+        match = re.fullmatch(rf"({stacked})/(.*)", path)
+        if not match:
             found[path] = path, None, tuple(variable.shape)
             continue
         for row in range(variable.shape[0]):
-            found[f"{module}/{row}/{rest}"] = path, row, tuple(variable.shape[1:])
+            name = f"{match[1]}/{row}/{match[match.re.groups]}"
+            found[name] = path, row, tuple(variable.shape[1:])
     return found
 
 

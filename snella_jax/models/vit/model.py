@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from snella_jax.models import images as pictures
+from snella_jax.models import parts, stack
 from snella_jax.models.attention import Implementation, attend, attention_weights
 from snella_jax.models.vit.config import PRESETS, ViTConfig
-from snella_jax.stochastic import drop_path
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "ViT":
@@ -43,20 +44,10 @@ class ViT(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        dtypes = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         small = nnx.initializers.truncated_normal(0.02)
         tokens = c.grid[0] * c.grid[1] + c.class_token
 
-        self.patch_embed = nnx.Conv(
-            c.channels,
-            c.width,
-            kernel_size=c.patch_hw,
-            strides=c.patch_hw,
-            padding="VALID",
-            kernel_init=nnx.initializers.lecun_normal(),
-            rngs=rngs,
-            **dtypes,
-        )
+        self.patch_embed = parts.convolution(c.channels, c.width, c.patch_hw, c, rngs)
         if c.class_token:
             self.cls_token = nnx.Param(
                 small(rngs.params(), (1, 1, c.width), c.param_dtype)
@@ -64,17 +55,12 @@ class ViT(nnx.Module):
         self.pos_embed = nnx.Param(
             small(rngs.params(), (1, tokens, c.width), c.param_dtype)
         )
-        self.blocks: Any = (
-            _stacked_blocks(c, rngs)
-            if c.stacked
-            else nnx.List(Block(c, rngs=rngs) for _ in range(c.depth))
+        self.blocks = stack.build(
+            lambda rngs: Block(c, rngs=rngs), c.depth, c.stacked, rngs
         )
         self.norm = _norm(c, rngs)
         if c.num_classes:
-            zeros = nnx.initializers.zeros_init()
-            self.head = nnx.Linear(
-                c.width, c.num_classes, kernel_init=zeros, rngs=rngs, **dtypes
-            )
+            self.head = parts.head(c.width, c, rngs)
 
     def __call__(
         self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
@@ -111,13 +97,7 @@ class ViT(nnx.Module):
         Raises:
           TypeError: integers, which would be 0 to 255.
         """
-        if not jnp.issubdtype(jnp.result_type(pixels), jnp.floating):
-            raise TypeError(
-                f"pixels are {jnp.result_type(pixels)}: expected floats in [0, 1]; "
-                "divide by 255."
-            )
-        mean, std = jnp.array(self.config.pixel_mean), jnp.array(self.config.pixel_std)
-        return (pixels - mean) / std
+        return pictures.normalise(pixels, self.config)
 
     def features(
         self,
@@ -157,7 +137,9 @@ class ViT(nnx.Module):
         before = tuple(layer - 1 for layer in maps if layer)
         tokens = dict(zip(before, self.features(images, layers=before), strict=True))
         tokens[-1] = self._embed(images)
-        return tuple(_row(self.blocks, i).attention_map(tokens[i - 1]) for i in maps)
+        return tuple(
+            stack.row(self.blocks, i).attention_map(tokens[i - 1]) for i in maps
+        )
 
     def _checked(self, layers: Iterable[int]) -> tuple[int, ...]:
         indices = tuple(operator.index(layer) for layer in layers)
@@ -168,32 +150,13 @@ class ViT(nnx.Module):
 
     def _embed(self, images: Array) -> Array:
         c = self.config
-        expected = (*c.image_hw, c.channels)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise ValueError(
-                f"images have shape {images.shape}; this model takes "
-                f"[B, {', '.join(map(str, expected))}]."
-            )
+        pictures.check_batch(images, c)
         x = self.patch_embed(images)
         x = x.reshape(x.shape[0], -1, c.width)  # [B, grid_h * grid_w, D]
         if c.class_token:
             cls = self.cls_token[...].astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, c.width)), x], 1)
         return x + self.pos_embed[...].astype(x.dtype)
-
-
-def unstack(model: ViT) -> ViT:
-    """A copy whose blocks are a list, so that each may differ from the others.
-
-    >>> model = create("vit_ti16", image_size=32, rngs=nnx.Rngs(0))
-    >>> model.blocks.mlp.fc1.kernel.shape, unstack(model).blocks[0].mlp.fc1.kernel.shape
-    ((12, 192, 768), (192, 768))
-    """
-    model = nnx.clone(model)
-    blocks = [_row(model.blocks, index) for index in range(model.config.depth)]
-    model.blocks = nnx.List(blocks)
-    model.config = dataclasses.replace(model.config, stacked=False)
-    return model
 
 
 class Block(nnx.Module):
@@ -203,7 +166,8 @@ class Block(nnx.Module):
         self.norm1 = _norm(config, rngs)
         self.attn = Attention(config, rngs=rngs)
         self.norm2 = _norm(config, rngs)
-        self.mlp = MLP(config, rngs=rngs)
+        hidden = config.mlp_dim or 4 * config.width
+        self.mlp = parts.MLP(config.width, hidden, config, rngs=rngs)
         if config.layer_scale is not None:
             scale = jnp.full(config.width, config.layer_scale, config.param_dtype)
             self.scale1, self.scale2 = nnx.Param(scale), nnx.Param(scale)
@@ -223,10 +187,7 @@ class Block(nnx.Module):
     def _branch(self, y: Array, scale: str, drop: Any, salt: int) -> Array:
         if self.layer_scale:
             y = y * getattr(self, scale)[...].astype(y.dtype)
-        if drop is not None:
-            key, rate = drop
-            y = drop_path(jax.random.fold_in(key, salt), y, rate)
-        return y
+        return stack.dropped(y, drop, salt)
 
 
 class Attention(nnx.Module):
@@ -237,7 +198,7 @@ class Attention(nnx.Module):
         self.implementation: Implementation = config.attention
         width = config.width
         self.query, self.key, self.value, self.out = (
-            _linear(width, width, config, rngs) for _ in range(4)
+            parts.linear(width, width, config, rngs) for _ in range(4)
         )
 
     def __call__(
@@ -264,24 +225,6 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:2], self.heads, -1)  # [B, T, H, d]
 
 
-class MLP(nnx.Module):
-    """Two linear layers around an exact GELU."""
-
-    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
-        hidden = config.mlp_dim or 4 * config.width
-        self.fc1 = _linear(config.width, hidden, config, rngs)
-        self.fc2 = _linear(hidden, config.width, config, rngs)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.fc2(_gelu(self.fc1(x)))
-
-
-# Made again in the backward pass: else three arrays as wide as the MLP are kept.
-@jax.checkpoint
-def _gelu(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
-
-
 Kept = dict[int, Array]  # tokens by the index of the block that they come after
 
 
@@ -294,6 +237,7 @@ def _scan(
 ) -> tuple[Array, Kept]:
     """The tokens after the last block, and those after each of `keep`."""
     graphdef, state = nnx.split(blocks)
+    one = stack.call(graphdef, config.remat, scanned=True)
     wanted = sorted(set(keep))
     # The place of each block's tokens among those kept; past the end for the others.
     place = jnp.array([wanted.index(i) if i in wanted else len(wanted)
@@ -301,12 +245,12 @@ def _scan(
 
     def body(carry, layer):
         (x, kept), (state, drop, place) = carry, layer
-        x = _block(config, graphdef)(state, x, drop)
+        x = one(state, x, drop)
         return (x, kept.at[place].set(x, mode="drop") if wanted else kept), None
 
     kept: Any = jnp.zeros((len(wanted), *x.shape), x.dtype) if wanted else None
-    rows = (state, _drops(config, key), place)
-    (x, kept), _ = jax.lax.scan(body, (x, kept), rows, length=config.depth)
+    [drops] = stack.drops(key, config.drop_path, [(config.depth,)])
+    (x, kept), _ = jax.lax.scan(body, (x, kept), (state, drops, place))
     return x, dict(zip(wanted, kept, strict=True)) if wanted else {}
 
 
@@ -317,68 +261,15 @@ def _unroll(
     key: PRNGKeyArray | None,
     keep: tuple[int, ...],
 ) -> tuple[Array, Kept]:
-    drops, kept = _drops(config, key), {}
+    [drops], kept = stack.drops(key, config.drop_path, [(config.depth,)]), {}
     for index, block in enumerate(blocks):
         graphdef, state = nnx.split(block)
         drop = jax.tree.map(lambda leaf, i=index: leaf[i], drops)
-        x = _block(config, graphdef)(state, x, drop)
+        x = stack.call(graphdef, config.remat, scanned=False)(state, x, drop)
         if index in keep:
             kept[index] = x
     return x, kept
 
 
-def _row(blocks: Any, index: int) -> Block:
-    """One block, of a list or of stacked ones."""
-    if isinstance(blocks, nnx.List):
-        return blocks[index]
-    graphdef, state = nnx.split(blocks)
-    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
-
-
-def _block(config: ViTConfig, graphdef: nnx.GraphDef):
-    def run(state, x, drop):
-        return nnx.merge(graphdef, state)(x, drop)
-
-    if config.remat == "none":
-        return run
-    keep = jax.checkpoint_policies.save_only_these_names("snella_tau")
-    return jax.checkpoint(run, policy=keep, prevent_cse=not config.stacked)
-
-
-def _drops(config: ViTConfig, key: PRNGKeyArray | None) -> tuple[Array, Array] | None:
-    """Key and rate of stochastic depth for each block: a stream inside would repeat."""
-    if key is None or not config.drop_path:
-        return None
-    rates = jnp.linspace(0, config.drop_path, config.depth)
-    return jax.random.split(key, config.depth), rates
-
-
-def _stacked_blocks(config: ViTConfig, rngs: nnx.Rngs) -> Block:
-    @nnx.split_rngs(splits=config.depth)
-    @nnx.vmap
-    def build(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=rngs)
-
-    return build(rngs)
-
-
-def _linear(n: int, m: int, config: ViTConfig, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        n,
-        m,
-        kernel_init=nnx.initializers.xavier_uniform(),
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        rngs=rngs,
-    )
-
-
 def _norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.width,
-        epsilon=config.norm_eps,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        rngs=rngs,
-    )
+    return parts.norm(config.width, config.norm_eps, config, rngs)

@@ -1,0 +1,61 @@
+"""All families of models: presets by name, and weights whatever they are of."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from snella_jax.models import convnext, swin, vit
+from snella_jax.models.loading import read
+
+Model = vit.ViT | swin.Swin | convnext.ConvNeXt
+PRESETS = {**vit.PRESETS, **swin.PRESETS, **convnext.PRESETS}
+
+
+def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Model:
+    """A randomly initialised preset, any field of its config overridden.
+
+    >>> import jax
+    >>> from snella_jax import models
+    >>> model = models.create("convnext_b", image_size=32, rngs=nnx.Rngs(0))
+    >>> [x.shape for x in model.features(jax.numpy.zeros((2, 32, 32, 3)))][::3]
+    [(2, 8, 8, 128), (2, 1, 1, 1024)]
+
+    Raises:
+      ValueError: `name` is not a preset; the message lists them.
+    """
+    if name not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise ValueError(f"No model is called {name!r}; there are {known}.")
+    return of(dataclasses.replace(PRESETS[name], **overrides), rngs)
+
+
+def of(config: Any, rngs: nnx.Rngs) -> Model:
+    """The randomly initialised model of a config."""
+    match config:
+        case vit.ViTConfig():
+            return vit.ViT(config, rngs=rngs)
+        case swin.SwinConfig():
+            return swin.Swin(config, rngs=rngs)
+        case convnext.ConvNeXtConfig():
+            return convnext.ConvNeXt(config, rngs=rngs)
+    raise TypeError(f"{type(config).__name__} is the config of no model.")
+
+
+def load(path: str | Path, **options: Any) -> Model:
+    """A model with published weights: a ViT, a Swin or a ConvNeXt.
+
+    Args:
+      path: a file or a Hugging Face folder.
+      options: of `vit.load`, `swin.load` and `convnext.load`.
+
+    Raises:
+      As `vit.load`.
+    """
+    checkpoint = read(path)
+    for family in (swin, convnext):
+        if any(re.fullmatch(family.MARK, name) for name in checkpoint.tensors):
+            return family.load(checkpoint, **options)
+    return vit.load(checkpoint, **options)

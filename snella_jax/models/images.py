@@ -1,0 +1,69 @@
+"""What the configs of all models say of images, and what it means for them."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width.
+
+    >>> pair(224), pair((192, 256))
+    ((224, 224), (192, 256))
+    """
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    return operator.index(height), operator.index(width)
+
+
+def check(config: Any) -> None:
+    """Raises a `ValueError` for a field that every config has and that cannot be."""
+    if config.channels < 1:
+        raise ValueError(f"channels={config.channels}: expected at least 1.")
+    if config.num_classes < 0:
+        raise ValueError(f"num_classes={config.num_classes}: expected at least 0.")
+    if min(*config.image_hw, *config.patch_hw) < 1:
+        raise ValueError(
+            f"image_size={config.image_size}, patch_size={config.patch_size}: expected "
+            "positive numbers of pixels."
+        )
+    for name in ("pixel_mean", "pixel_std"):
+        numbers = getattr(config, name)
+        if len(numbers) not in (1, config.channels):
+            raise ValueError(f"{name}={numbers}: expected {config.channels} numbers.")
+    if config.remat not in ("none", "blocks"):
+        raise ValueError(f'remat={config.remat!r}: expected "none" or "blocks".')
+    if not 0 <= config.drop_path < 1:
+        raise ValueError(f"drop_path={config.drop_path}: expected 0 <= rate < 1.")
+
+
+def check_batch(images: Array, config: Any) -> None:
+    """Raises a `ValueError` for images that do not have the config's shape."""
+    expected = (*config.image_hw, config.channels)
+    if images.ndim != 4 or images.shape[1:] != expected:
+        raise ValueError(
+            f"images have shape {images.shape}; this model takes "
+            f"[B, {', '.join(map(str, expected))}]."
+        )
+
+
+def normalise(
+    pixels: Float[Array, "B height width C"], config: Any
+) -> Float[Array, "B height width C"]:
+    """Images as a model's weights expect them, from pixels in [0, 1].
+
+    Raises:
+      TypeError: integers, which would be 0 to 255.
+    """
+    if not jnp.issubdtype(jnp.result_type(pixels), jnp.floating):
+        raise TypeError(
+            f"pixels are {jnp.result_type(pixels)}: expected floats in [0, 1]; "
+            "divide by 255."
+        )
+    mean, std = jnp.array(config.pixel_mean), jnp.array(config.pixel_std)
+    return (pixels - mean) / std

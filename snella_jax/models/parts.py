@@ -1,0 +1,80 @@
+"""Layers that the models share: linear ones, norms and the MLP."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def linear(
+    n: int, m: int, config: Any, rngs: nnx.Rngs, *, use_bias: bool = True
+) -> nnx.Linear:
+    """`[n, m]` in the dtypes of a model's config."""
+    return nnx.Linear(
+        n,
+        m,
+        use_bias=use_bias,
+        kernel_init=nnx.initializers.xavier_uniform(),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
+
+
+def norm(width: int, eps: float, config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Over the last axis, in the dtypes of a model's config."""
+    return nnx.LayerNorm(
+        width,
+        epsilon=eps,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
+
+
+def convolution(
+    n: int, m: int, size: tuple[int, int], config: Any, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """Of patches of this size that neither overlap nor leave gaps."""
+    return nnx.Conv(
+        n,
+        m,
+        kernel_size=size,
+        strides=size,
+        padding="VALID",
+        kernel_init=nnx.initializers.lecun_normal(),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
+
+
+def head(width: int, config: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    """A classifier of `config.num_classes` that starts at 0."""
+    return nnx.Linear(
+        width,
+        config.num_classes,
+        kernel_init=nnx.initializers.zeros_init(),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
+
+
+class MLP(nnx.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, width: int, hidden: int, config: Any, *, rngs: nnx.Rngs):
+        self.fc1 = linear(width, hidden, config, rngs)
+        self.fc2 = linear(hidden, width, config, rngs)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return self.fc2(_gelu(self.fc1(x)))
+
+
+# Made again in the backward pass: else three arrays as wide as the MLP are kept.
+@jax.checkpoint
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)

@@ -1,0 +1,121 @@
+"""What the tables of formats are made of: rules for the layers of PyTorch's models."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from snella_jax.models.checkpoint_error import CheckpointError
+from snella_jax.models.loading import Checkpoint, Rule
+
+QKV = ("query", "key", "value")
+
+
+def transposed(tensor: np.ndarray) -> Sequence[np.ndarray]:
+    """PyTorch's `[out, in]` as Flax's `[in, out]`."""
+    return (tensor.T,)
+
+
+def window(tensor: np.ndarray) -> Sequence[np.ndarray]:
+    """PyTorch's `[out, in, height, width]` as Flax's `[height, width, in, out]`."""
+    return (tensor.transpose(2, 3, 1, 0),)
+
+
+def thirds(tensor: np.ndarray) -> Sequence[np.ndarray]:
+    """Query, key and value of a fused `[3 * D]` or `[3 * D, D]`."""
+    return [part.T for part in np.split(tensor, 3)]
+
+
+def linear(pattern: str, path: str) -> list[Rule]:
+    """A linear layer's weight, and its bias if it has one."""
+    return [
+        Rule(rf"(?:{pattern})\.weight", (f"{path}/kernel",), transposed),
+        Rule(rf"(?:{pattern})\.bias", (f"{path}/bias",)),
+    ]
+
+
+def affine(pattern: str, path: str) -> list[Rule]:
+    """A norm's weight and bias."""
+    return [
+        Rule(rf"(?:{pattern})\.weight", (f"{path}/scale",)),
+        Rule(rf"(?:{pattern})\.bias", (f"{path}/bias",)),
+    ]
+
+
+def convolution(pattern: str, path: str) -> list[Rule]:
+    """A convolution's weight and bias."""
+    return [
+        Rule(rf"(?:{pattern})\.weight", (f"{path}/kernel",), window),
+        Rule(rf"(?:{pattern})\.bias", (f"{path}/bias",)),
+    ]
+
+
+def fused(pattern: str, path: str) -> list[Rule]:
+    """Query, key and value in one linear layer."""
+    return [
+        Rule(
+            rf"{pattern}\.{theirs}",
+            tuple(f"{path}/{name}/{ours}" for name in QKV),
+            thirds,
+        )
+        for theirs, ours in (("weight", "kernel"), ("bias", "bias"))
+    ]
+
+
+def require(checkpoint: Checkpoint, mark: str, kind: str) -> None:
+    """Raises a `CheckpointError` where no tensor has a name of a kind of model."""
+    names = sorted(checkpoint.tensors)
+    if not any(re.fullmatch(mark, name) for name in names):
+        raise CheckpointError(
+            checkpoint.path,
+            f"no {kind} of a known format: expected the names of the original or of "
+            f"Hugging Face, found {', '.join(names[:5])} ({len(names)} in all)",
+        )
+
+
+def constants(given: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
+    """The pixels' mean and deviation, where a config file says them."""
+    names = {"pixel_mean": mean, "pixel_std": std}
+    return {ours: given[name] for ours, name in names.items() if name in given}
+
+
+def preprocessing(images: Mapping[str, Any]) -> dict[str, Any]:
+    """What `preprocessor_config.json` says of the pixels' mean and deviation."""
+    if images.get("do_normalize") is False:
+        return {"pixel_mean": (0.0,) * 3, "pixel_std": (1.0,) * 3}
+    return constants(images, "image_mean", "image_std")
+
+
+def hugging_face(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a folder's two configs say of images; the MLP's GELU has to be exact.
+
+    Raises:
+      CheckpointError: another activation.
+    """
+    given = checkpoint.config
+    if given.get("hidden_act", "gelu") != "gelu":
+        raise CheckpointError(checkpoint.path, "expected an MLP with an exact GELU")
+    known = preprocessing(checkpoint.preprocessor)
+    if "image_size" in given:
+        size = given["image_size"]
+        known["image_size"] = tuple(size) if isinstance(size, list) else size
+    return known
+
+
+def check_numbers(config: Mapping[str, Any], *names: str) -> None:
+    """Raises a `ValueError` where a config file says something else than numbers."""
+    for name in names:
+        value = config.get(name, 0)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ValueError(f"{name}={value!r}: expected numbers")
+
+
+def root(count: int) -> int:
+    """The side of a square of so many; a `ValueError` where there is none."""
+    side = math.isqrt(count)
+    if side * side != count:
+        raise ValueError(f"{count} is no square")
+    return side
