@@ -25,7 +25,7 @@ from experiments.fit import Setting
 from experiments.methods.trained import METHODS
 from experiments.presets import Preset
 from experiments.settings import Trained
-from snella_jax.models.vit import ViT
+from snella_jax.models import Model
 
 Presets = Mapping[str, Preset]
 
@@ -142,7 +142,7 @@ def _sampled(task: Task, count: int | None) -> Task:
     return dataclasses.replace(task, test=sample)
 
 
-def _adapted(method: Trained, config: RunConfig, base: ViT) -> Any:
+def _adapted(method: Trained, config: RunConfig, base: Model) -> Any:
     """Adapted, as if a first stage had found something, where there is one."""
     table = METHODS[method]
     located = [table.stage.typical(config, base)] if table.stage else []

@@ -28,7 +28,7 @@ from experiments.data.task import Task
 from experiments.data.transforms import Transform
 from experiments.metrics import Tracker
 from experiments.recipe import Recipe
-from snella_jax.models.vit import ViT
+from snella_jax.models import Model
 
 VAL, TEST = "val_accuracy", "test_accuracy"  # of rows, by what is followed
 
@@ -45,7 +45,7 @@ class Setting:
 
     config: RunConfig
     task: Task
-    base: ViT
+    base: Model
     mesh: Mesh
     console: Console
     out: Path

@@ -25,7 +25,7 @@ from experiments import step, targets, throughput
 from experiments.data import catalogue, pipeline
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
-from snella_jax.models import vit
+from snella_jax import models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RateConfig:
     data_dir: Path = catalogue.DATA_DIR
     """Where TFDS keeps prepared sets, and archives are unpacked."""
     model: str = "dinov2_s14"
-    """A preset of snella_jax.models.vit; its image size is the stream's."""
+    """A preset of snella_jax.models; its image size is the stream's."""
     batch: int = 8
     """Images in a step."""
     dtype: step.Dtype = "float32"
@@ -97,7 +97,7 @@ CROPS = ("resize", "random")
 
 def _stream(crop: Any, task: Task, config: RateConfig) -> Callable[[], int]:
     """Takes some batches from a stream without end; gives the number of images."""
-    transform = Transform(vit.PRESETS[config.model].image_hw, crop)
+    transform = Transform(models.PRESETS[config.model].image_hw, crop)
     batches = iter(
         pipeline.training(
             task.train,

@@ -38,7 +38,7 @@ class MemoryConfig(step.Options):
     """What the step is compiled for. On the CPU XLA's scheduler does not spare memory:
     its figures rank methods badly."""
     model: tuple[str, ...] = ("vit_b16",)
-    """Presets of snella_jax.models.vit."""
+    """Presets of snella_jax.models."""
     out: Path = Path("runs/memory")
     """Folder for memory.json and memory.png."""
 

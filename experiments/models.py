@@ -10,44 +10,68 @@ from flax import nnx
 from experiments import dinov2_saliency, small_vit
 from experiments.config import RunConfig
 from experiments.data.transforms import Transform
-from snella_jax.models import vit
+from snella_jax import models
 
-VIT_B16 = "ViT-B_16.npz"  # ImageNet-21k, what the presets of VTAB and FGVC start from
-VIT_B16_URL = f"https://storage.googleapis.com/vit_models/imagenet21k/{VIT_B16}"
+URL = "https://storage.googleapis.com/vit_models/imagenet21k"
+GITHUB = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0"
+# Of the presets with published ImageNet-21k weights: file, where it is, its licence.
+PUBLISHED = {
+    "vit_b16": ("ViT-B_16.npz", URL, "Apache-2.0"),
+    "vit_l16": ("ViT-L_16.npz", URL, "Apache-2.0"),
+    "vit_h14": ("ViT-H_14.npz", URL, "Apache-2.0"),
+    "swin_b": ("swin_base_patch4_window7_224_22k.pth", GITHUB, "MIT"),
+    "convnext_b": (
+        "convnext_base_22k_224.pth",
+        "https://dl.fbaipublicfiles.com/convnext",
+        "MIT",
+    ),
+}
 
 
-def load(config: RunConfig, classes: int) -> vit.ViT:
+def load(config: RunConfig, classes: int) -> models.Model:
     """The model that `config.model` names, with a new head that starts at 0.
 
     Raises:
       ModuleNotFoundError, FileNotFoundError, ValueError: it is not there, or does not
         fit; says what to do.
     """
-    model = _pretrained(config, classes)
-    if config.random_weights:
-        return vit.ViT(model.config, rngs=nnx.Rngs(config.seed))
-    return model
-
-
-def _pretrained(config: RunConfig, classes: int) -> vit.ViT:
     options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype)}
-    options["drop_path"] = config.drop_path
+    options |= {"drop_path": config.drop_path, "num_classes": classes}
     if config.model == small_vit.NAME:
         if config.image_size is not None:
             raise ValueError(f"image_size: {small_vit.NAME} takes 28 x 28 alone.")
-        return small_vit.load(config.seed, num_classes=classes, **options)
-    options |= {"num_classes": classes, "image_size": config.image_size}
-    if config.model == "dinov2_saliency":
+        model = small_vit.load(config.seed, **options)
+    elif config.random_weights and config.model in models.PRESETS:
+        size = config.image_size
+        options |= {} if size is None else {"image_size": size}
+        return models.create(config.model, rngs=nnx.Rngs(config.seed), **options)
+    else:
+        model = _pretrained(config.model, options | {"image_size": config.image_size})
+    rngs = nnx.Rngs(config.seed)
+    return models.of(model.config, rngs) if config.random_weights else model
+
+
+def _pretrained(name: str, options: dict[str, Any]) -> models.Model:
+    if name == "dinov2_saliency":
         return dinov2_saliency.load(**options)
-    if config.model == VIT_B16 and not Path(VIT_B16).exists():
-        raise FileNotFoundError(
-            f"There is no {VIT_B16} here: get it from {VIT_B16_URL} (Apache-2.0),"
-            " or give other weights with --model."
+    if name in models.PRESETS and name not in PUBLISHED:
+        known = ", ".join(PUBLISHED)
+        raise ValueError(
+            f"--model {name}: published weights are known of {known}; give a path, or "
+            "--random_weights."
         )
-    return vit.load(config.model, **options)
+    named = PUBLISHED.get(name)
+    file = named[0] if named else name
+    for expected, folder, licence in PUBLISHED.values():
+        if file == expected and not Path(file).exists():
+            raise FileNotFoundError(
+                f"There is no {file} here: get it from {folder}/{file} ({licence}), or "
+                "give other weights with --model."
+            )
+    return models.load(file, **options)
 
 
-def transforms(config: RunConfig, model: vit.ViT) -> tuple[Transform, Transform]:
+def transforms(config: RunConfig, model: models.Model) -> tuple[Transform, Transform]:
     """Of training images, and of all others, with the constants of the weights."""
     given = model.config
     if config.model == small_vit.NAME:

@@ -54,7 +54,7 @@ class ProfileConfig(step.Options):
     frozen_dtype: step.Dtype = "float32"
     """Of the weights that do not train."""
     model: str = "vit_b16"
-    """A preset of snella_jax.models.vit."""
+    """A preset of snella_jax.models."""
     steps: int = 7
     """How many steps of each method are profiled."""
     out: Path = Path("runs/profile")

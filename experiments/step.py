@@ -1,4 +1,4 @@
-"""One training step of every method on a ViT: what memory and time are measured of.
+"""One training step of every method on a model: what memory and time are measured of.
 
 The step is the trainer's own (`update.training_step`), with AdamW, on images of noise.
 """
@@ -19,8 +19,9 @@ from experiments.config import RunConfig
 from experiments.methods import locate, noah, stored
 from experiments.methods.trained import METHODS
 from experiments.settings import Kernelized, Trained
+from snella_jax import models
 from snella_jax.layers import Frozen
-from snella_jax.models import attention, vit
+from snella_jax.models import attention, swin, vit
 from snella_jax.rules import freeze, variables_of
 
 CLASSES = 100  # VTAB-1k's largest common head (CIFAR-100)
@@ -48,13 +49,13 @@ class Setting:
 
     Attributes:
       method: how the model is fine-tuned.
-      model: a preset of `snella_jax.models.vit`.
+      model: a preset of `snella_jax.models`.
       batch: images in a step.
       rank: of factors and bottlenecks.
       dtype: in which the step computes.
       frozen_dtype: in which the weights that do not train are kept.
       stacked: whether the blocks are scanned or a list.
-      remat: what is recomputed besides delta, see `ViTConfig`.
+      remat: what is recomputed besides delta, see `vit.ViTConfig`.
     """
 
     method: Method
@@ -95,9 +96,11 @@ class Setting:
         return own.path if isinstance(own, Kernelized) else None
 
     @property
-    def attention(self) -> str:
-        """Which implementation of attention the first device gets."""
-        config = vit.PRESETS[self.model]
+    def attention(self) -> str | None:
+        """Which implementation of attention the first device gets; None for none."""
+        config = models.PRESETS[self.model]
+        if not isinstance(config, vit.ViTConfig):
+            return "xla" if isinstance(config, swin.SwinConfig) else None
         head_dim = config.width // config.heads
         return attention.best(jax.local_devices()[0], self.dtype, head_dim)
 
@@ -200,9 +203,9 @@ def _scoring(setting: Setting, stage: locate.Scoring) -> Step:
 
 def checked(setting: Setting) -> Setting:
     """The setting, or a `ValueError` that says what is wrong with it."""
-    if setting.model not in vit.PRESETS:
-        presets = ", ".join(vit.PRESETS)
-        raise ValueError(f"No ViT is called {setting.model!r}; there are {presets}.")
+    if setting.model not in models.PRESETS:
+        known = ", ".join(models.PRESETS)
+        raise ValueError(f"No model is called {setting.model!r}; there are {known}.")
     for name in ("batch", "rank"):
         if getattr(setting, name) < 1:
             raise ValueError(f"{name}={getattr(setting, name)}: expected at least 1.")
@@ -216,7 +219,7 @@ def checked(setting: Setting) -> Setting:
 def parameters(model: str) -> int:
     """How many parameters a preset has, with a head of `CLASSES`."""
     shapes = nnx.eval_shape(
-        lambda: vit.create(model, num_classes=CLASSES, rngs=nnx.Rngs(0))
+        lambda: models.create(model, num_classes=CLASSES, rngs=nnx.Rngs(0))
     )
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
 
@@ -232,14 +235,14 @@ def locating(setting: Setting) -> Step | None:
 
 
 def _batch(setting: Setting) -> tuple[Array, Array]:
-    config = vit.PRESETS[setting.model]
+    config = models.PRESETS[setting.model]
     shape = (setting.batch, *config.image_hw, config.channels)
     labels = jnp.arange(setting.batch) % CLASSES
     return jax.random.normal(jax.random.key(0), shape), labels
 
 
-def _base(setting: Setting) -> vit.ViT:
-    return vit.create(
+def _base(setting: Setting) -> models.Model:
+    return models.create(
         setting.model,
         num_classes=CLASSES,
         dtype=jnp.dtype(setting.dtype),
@@ -249,7 +252,7 @@ def _base(setting: Setting) -> vit.ViT:
     )
 
 
-def _model(setting: Setting) -> vit.ViT:
+def _model(setting: Setting) -> Any:
     model: Any = _base(setting)
     if setting.method == "linear":
         freeze(model, "head")

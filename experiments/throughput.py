@@ -35,7 +35,7 @@ class ThroughputConfig(step.Options):
     frozen_dtype: step.Dtype = "float32"
     """Of the weights that do not train."""
     model: str = "vit_b16"
-    """A preset of snella_jax.models.vit."""
+    """A preset of snella_jax.models."""
     repetitions: int = 10
     """How often each step is timed."""
     peer: Literal["none", "torch"] = "none"

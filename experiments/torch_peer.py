@@ -35,9 +35,11 @@ def lora(setting: Setting) -> tuple[dict[str, Any], Callable[[], None]]:
         raise ValueError(
             "--peer torch cannot mix float32 with bfloat16 frozen weights."
         )
-    c = vit.PRESETS[setting.model]
-    if c.layer_scale is not None:
-        raise ValueError(f"--peer torch has no LayerScale, so no {setting.model}.")
+    c = vit.PRESETS.get(setting.model)
+    if c is None or c.layer_scale is not None:
+        raise ValueError(
+            f"--peer torch has ViTs without LayerScale: no {setting.model}."
+        )
     import peft
     import torch
     import transformers

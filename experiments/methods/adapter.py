@@ -1,4 +1,4 @@
-"""Bottlenecks after or beside every MLP of a ViT; they stay at inference.
+"""Bottlenecks after or beside every MLP; they stay at inference.
 
 Adapter-r (Houlsby et al., arXiv 1902.00751, placed as by Pfeiffer et al., arXiv
 2005.00247): `y + up(gelu(down(y)))` of the MLP's output `y`. AdaptFormer-r (Chen et
@@ -44,7 +44,7 @@ class Bottleneck(nnx.Module):
         down = jax.random.uniform(key, (*stack, width, rank), None, -bound, bound)
         self.down, self.up = Dense(down), Dense(jnp.zeros((*stack, rank, width)))
 
-    def __call__(self, x: Float[Array, "B T D"], act: Any) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*B D"], act: Any) -> Float[Array, "*B D"]:
         return self.up(act(self.down(x)))
 
 
@@ -53,7 +53,7 @@ class Sequential(nnx.Module):
 
     bottleneck: Bottleneck
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         y: Array = super().__call__(x)  # pyright: ignore[reportAttributeAccessIssue]
         return y + self.bottleneck(y, jax.nn.gelu)
 
@@ -63,7 +63,7 @@ class Parallel(nnx.Module):
 
     bottleneck: Bottleneck
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         y: Array = super().__call__(x)  # pyright: ignore[reportAttributeAccessIssue]
         return y + SCALE * self.bottleneck(x, jax.nn.relu)
 
@@ -75,11 +75,11 @@ def adapt(
     rank: int,
     rngs: nnx.Rngs,
 ) -> Any:
-    """A copy of a ViT with a bottleneck at every MLP.
+    """A copy of a model with a bottleneck at every MLP.
 
     Raises:
-      ValueError: a rank below 1, a model without a ViT's MLPs, or a `trainable` that
-        matches nothing.
+      ValueError: a rank below 1, a model without MLPs, or a `trainable` that matches
+        nothing.
     """
     if rank < 1:
         raise ValueError(f"rank={rank}: expected at least 1.")
@@ -89,7 +89,7 @@ def adapt(
         node for _, node in nnx.iter_graph(model) if isinstance(node, MLP)
     ]
     if not mlps:
-        raise ValueError("The model has no MLP of a ViT.")
+        raise ValueError("The model has no MLP of snella_jax.models.")
     for index, mlp in enumerate(mlps):
         join(mlp, where, rank, jax.random.fold_in(key, index))
     freeze(model, trainable)

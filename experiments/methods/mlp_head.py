@@ -34,9 +34,10 @@ class Head(nnx.Module):
 
 
 def adapt(model: Any, rngs: nnx.Rngs) -> Any:
-    """A copy of a ViT with such a head, of which nothing else trains."""
+    """A copy of a model with such a head, of which nothing else trains."""
     model = nnx.clone(model)
     c = model.config
-    model.head = Head(c.width, c.num_classes, c.dtype, rngs)
+    width = model.head.in_features
+    model.head = Head(width, c.num_classes, c.dtype, rngs)
     freeze(model, "head")
     return model

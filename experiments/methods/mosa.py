@@ -38,7 +38,7 @@ class Divided(nnx.Module):
     down: adapter.Dense
     up: adapter.Dense
 
-    def __call__(self, x: Float[Array, "B T D"], act: Any) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*B D"], act: Any) -> Float[Array, "*B D"]:
         active, kernel = self.active[...], self.up.kernel[...]
         alone = jnp.where(self.part[...] == active, self.parts * kernel, 0)
         kernel = jnp.where(active == WHOLE, kernel, alone).astype(x.dtype)
@@ -47,7 +47,7 @@ class Divided(nnx.Module):
 
 
 class Drawing(nnx.Module):
-    """Mixed into a ViT: draws the active parts where a key says that it trains."""
+    """Mixed into a model: draws the active parts where a key says that it trains."""
 
     def __call__(self, images: Array, key: PRNGKeyArray | None = None) -> Array:
         base: Any = super()
@@ -66,7 +66,7 @@ class Drawing(nnx.Module):
 def adapt(
     model: nnx.Module, trainable: str, rank: int, parts: int, rngs: nnx.Rngs
 ) -> Any:
-    """A copy of a ViT with a divided bottleneck beside every MLP.
+    """A copy of a model with a divided bottleneck beside every MLP.
 
     Raises:
       ValueError: as `adapter.adapt`, or fewer than two parts.

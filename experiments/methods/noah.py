@@ -27,14 +27,14 @@ from experiments import evaluation
 from experiments import mesh as meshes
 from experiments.config import RunConfig
 from experiments.fit import Setting, fit
-from experiments.methods import adapter, lora, prompts
+from experiments.methods import adapter, lora, plain_vit, prompts
 from experiments.methods.evolution import Space, Subnet, evolve
 from experiments.methods.stage import Places
 from experiments.settings import Searched
 from snella_jax.contraction import matmul
 from snella_jax.layers import become, mixed_class
-from snella_jax.models import unstack
-from snella_jax.models.vit import ViT, ViTConfig
+from snella_jax.models import Model, unstack
+from snella_jax.models.vit import ViTConfig
 from snella_jax.rules import freeze
 
 KINDS = ("prompts", "lora", "adapter")
@@ -98,12 +98,13 @@ class Drawing(nnx.Module):
 MIXINS = SomePrompts, SomeColumns, SomeUnits  # in the order of KINDS
 
 
-def supernet(model: ViT, own: Searched, trainable: str, rngs: nnx.Rngs) -> Any:
+def supernet(model: Model, own: Searched, trainable: str, rngs: nnx.Rngs) -> Any:
     """A copy of a ViT with all modules at their largest.
 
     Raises:
-      ValueError: as `space`, or `trainable` matches nothing.
+      ValueError: as `space`, `trainable` matches nothing, or the model is no ViT.
     """
+    plain_vit.require(model, "NOAH")
     net: Any = nnx.clone(model)
     room = max(own.sizes)
     for block in [net.blocks] if net.config.stacked else net.blocks:
@@ -120,7 +121,7 @@ def supernet(model: ViT, own: Searched, trainable: str, rngs: nnx.Rngs) -> Any:
     return net
 
 
-def adapt(model: ViT, places: Places, trainable: str, rngs: nnx.Rngs) -> Any:
+def adapt(model: Model, places: Places, trainable: str, rngs: nnx.Rngs) -> Any:
     """A copy of a ViT, as a list of blocks, with modules of given sizes.
 
     Args:
@@ -200,7 +201,7 @@ class Search:
         best = _searched(fitted.model, own, setting)
         return {kind: np.array(row) for kind, row in zip(KINDS, best, strict=True)}
 
-    def typical(self, config: RunConfig, base: ViT) -> Places:
+    def typical(self, config: RunConfig, base: Model) -> Places:
         """The middle one of the sizes, everywhere, whatever the limit.
 
         Raises:
@@ -210,7 +211,7 @@ class Search:
         middle = sorted(config.noah.sizes)[len(config.noah.sizes) // 2]
         return {kind: np.full(base.config.depth, middle) for kind in KINDS}
 
-    def supernet(self, config: RunConfig, base: ViT) -> Any:
+    def supernet(self, config: RunConfig, base: Model) -> Any:
         """What trains in this stage."""
         rngs = nnx.Rngs(config.seed + 1)
         return supernet(base, config.noah, config.trainable, rngs)

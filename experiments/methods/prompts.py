@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from experiments.methods import plain_vit
 from snella_jax.layers import Factor, become, mixed_class
 from snella_jax.models.vit import ViT, ViTConfig
 from snella_jax.rules import freeze
@@ -66,8 +67,9 @@ def adapt(
     """A copy of a ViT with `count` prompts, at its first block or at each.
 
     Raises:
-      ValueError: `trainable` matches nothing.
+      ValueError: `trainable` matches nothing, or the model is no ViT.
     """
+    plain_vit.require(model, "VPT")
     prompted: Any = nnx.clone(model)
     c = prompted.config
     if where == "shallow":

@@ -1,8 +1,8 @@
 """SSF (Lian et al., arXiv 2210.08823): a scale and a shift of every layer's output.
 
-One scale and one shift for each output of every linear layer, norm and patch embedding
-behind which features are passed on, the head apart. The scales start around 1 and the
-shifts around 0 (deviation 0.02). Merged, they cost nothing at inference.
+One scale and one shift for each output of every linear layer, norm and convolution with
+a bias (which takes the shift up when merged), the head apart. The scales start around 1
+and the shifts around 0 (deviation 0.02). Merged, they cost nothing at inference.
 """
 
 from typing import Any
@@ -74,4 +74,7 @@ def merge(model: Any) -> Any:
 
 def _layers(model: nnx.Module) -> list[tuple[str, Any]]:
     found = ((join(path), node) for path, node in nnx.iter_graph(model))
-    return [(p, x) for p, x in found if isinstance(x, LAYERS) and p != "head"]
+    with_bias = (
+        (p, x) for p, x in found if isinstance(x, LAYERS) and x.bias is not None
+    )
+    return [(path, layer) for path, layer in with_bias if path != "head"]

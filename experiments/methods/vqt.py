@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from experiments.methods import plain_vit
 from experiments.methods.prompts import behind, drawn
 from snella_jax.layers import Factor, become, mixed_class
 from snella_jax.models.vit.model import ViT
@@ -68,7 +69,12 @@ class Read(nnx.Module):
 
 
 def adapt(model: ViT, count: int, rngs: nnx.Rngs) -> Any:
-    """A copy of a ViT with `count` queries in each block; they and the head train."""
+    """A copy of a ViT with `count` queries in each block; they and the head train.
+
+    Raises:
+      ValueError: the model is no ViT.
+    """
+    plain_vit.require(model, "VQT")
     read: Any = nnx.clone(model)
     c = read.config
     read.room = c.depth * count

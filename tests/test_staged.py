@@ -1,0 +1,458 @@
+"""Swin and ConvNeXt: parity with transformers, stacks against lists, adapters.
+
+`tests/data/staged/make.py` made the files and says what is in them.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import snella_jax as snella
+from snella_jax import models
+from snella_jax.models import convnext, stack, swin, vit
+from snella_jax.models.checkpoint_error import CheckpointError
+
+DATA = Path(__file__).parent / "data" / "staged"
+ORIGINAL = {"image_size": (50, 38)}  # which these files do not say
+FILES = {
+    "swin": {},
+    "swin.pth": ORIGINAL,
+    "swin/model.safetensors": ORIGINAL,
+    "convnext": {},
+    "convnext.pth": ORIGINAL,
+    "convnext/model.safetensors": ORIGINAL,
+}
+BOTH = ("swin", "convnext")
+
+
+@pytest.fixture(
+    scope="module",
+    params=["committed", pytest.param("fresh", marks=pytest.mark.reference)],
+)
+def folder(request, tmp_path_factory):
+    """The files and numbers beside this test, or others that transformers makes now."""
+    if request.param == "committed":
+        return DATA
+    spec = importlib.util.spec_from_file_location("make_staged", DATA / "make.py")
+    assert spec is not None and spec.loader is not None
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    folder = tmp_path_factory.mktemp("staged")
+    with warnings.catch_warnings():  # of torch and transformers, not ours
+        warnings.simplefilter("ignore")
+        make.main(folder, seed=1)
+    return folder
+
+
+def close(got, expected, atol=1e-5):
+    np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
+
+
+def load(name, **options):
+    return models.load(DATA / name, **options)
+
+
+IMAGES = jax.random.normal(jax.random.key(5), (2, 50, 38, 3))
+
+
+def run(model, pixels=IMAGES, key=None):
+    """The grids of the stages, what the head sees, and what it says."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def compiled(state, pixels, key):
+        model = nnx.merge(graphdef, state)
+        return (
+            model.features(pixels, key),
+            model.pooled(pixels, key),
+            model(pixels, key),
+        )
+
+    return compiled(state, pixels, key)
+
+
+def logits(model, key=None):
+    return run(model, key=key)[-1]
+
+
+# Against transformers
+
+
+@pytest.mark.parametrize(
+    ("name", "stacked"),
+    [*((name, True) for name in FILES), *((n, False) for n in BOTH)],
+)
+def test_every_stage_is_that_of_transformers(name, stacked, folder):
+    """On images that patches, windows and merging do not divide."""
+    model = models.load(folder / name, stacked=stacked, **FILES[name])
+    family, expected = (
+        name.split("/")[0].split(".")[0],
+        np.load(folder / "expected.npz"),
+    )
+    stages, pooled, logits = run(model, expected["images"])
+    assert len(stages) == 3
+    for index, grid in enumerate(stages):
+        close(grid, expected[f"{family}/stage_{index}"])
+    close(pooled, expected[f"{family}/pooled"])
+    close(logits, expected[f"{family}/logits"])
+
+
+def test_what_the_files_say_of_the_config():
+    model = load("swin")
+    expected = swin.SwinConfig(
+        width=4,
+        depths=(2, 4, 2),
+        heads=(1, 2, 4),
+        window=3,
+        patch_size=(4, 4),
+        image_size=(50, 38),
+        num_classes=3,
+    )
+    assert model.config == expected
+    # As large as the last stage's one window, where the file does not say.
+    assert load("swin.pth").config.image_hw == (3 * 4 * 4, 3 * 4 * 4)
+    model = load("convnext")
+    assert model.config == convnext.ConvNeXtConfig(
+        widths=(4, 6, 8),
+        depths=(1, 3, 2),
+        patch_size=(4, 4),
+        image_size=(50, 38),
+        layer_scale=1.0,
+        norm_eps=1e-12,
+        num_classes=3,
+    )
+    assert load("convnext.pth").config.image_hw == (224, 224)
+    assert load("convnext.pth").config.norm_eps == 1e-6
+
+
+def test_a_model_without_head_and_one_with_a_new_head(tmp_path):
+    for name in BOTH:
+        tensors = load_file(DATA / name / "model.safetensors")
+        bare = {
+            path.removeprefix(f"{name}."): tensor
+            for path, tensor in tensors.items()
+            if not path.startswith("classifier")
+        }
+        shutil.copytree(DATA / name, tmp_path / name)
+        save_file(bare, tmp_path / name / "model.safetensors")
+        model = models.load(tmp_path / name)
+        assert model.config.num_classes == 0 and not hasattr(model, "head")
+        close(logits(model), run(load(name))[1])
+        new = load(name, num_classes=7, param_dtype=jnp.bfloat16)
+        assert new.head.kernel.shape == (model.config.widths[-1], 7)
+        assert not np.any(logits(new))
+        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(nnx.state(new)))
+
+
+def test_other_sizes_change_no_weight():
+    for name in BOTH:
+        model, other = load(name), load(name, image_size=(36, 64))
+        pixels = jax.random.normal(jax.random.key(1), (1, 36, 64, 3))
+        (first, *_, last), _, _ = run(other, pixels)
+        assert first.shape == (1, 9, 16, 4)
+        assert last.shape[1:3] == ((3, 4) if name == "swin" else (2, 4))
+        same = nnx.state(model), nnx.state(other)
+        jax.tree.map(np.testing.assert_array_equal, *same)
+        with pytest.raises(ValueError, match=r"this model takes \[B, 36, 64, 3\]"):
+            other(IMAGES)
+
+
+def test_normalisation_is_that_of_imagenet_or_of_the_folder(tmp_path):
+    half = jnp.full((1, 1, 1, 3), 0.5)
+    for name in BOTH:
+        expected = (0.5 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
+        close(load(name).normalise(half)[0, 0, 0], expected)
+        own = shutil.copytree(DATA / name, tmp_path / name)
+        said = {"image_mean": [0.5, 0.25, 0.0], "image_std": [1.0, 2.0, 0.5]}
+        (own / "preprocessor_config.json").write_text(json.dumps(said))
+        close(models.load(own).normalise(half)[0, 0, 0], [0, 0.125, 1])
+
+
+def test_what_does_not_fit_is_said(tmp_path):
+    def wrong(name, message, change=None, config=None, **options):
+        tensors = load_file(DATA / name / "model.safetensors")
+        new = shutil.copytree(DATA / name, tmp_path / "new", dirs_exist_ok=True)
+        save_file((change or (lambda t: t))(tensors), new / "model.safetensors")
+        said = json.loads((new / "config.json").read_text()) | (config or {})
+        (new / "config.json").write_text(json.dumps(said))
+        with pytest.raises(CheckpointError, match=message):
+            models.load(new, **options)
+
+    def without(name):
+        return lambda tensors: {n: t for n, t in tensors.items() if n != name}
+
+    merging = "swin.encoder.layers.0.downsample.norm.weight"
+    wrong("swin", "down/0/norm/scale .*no tensor for it", without(merging))
+    last = "swin.encoder.layers.2.blocks.1.layernorm_before.weight"
+    wrong("swin", "blocks/2/0/shifted/norm1/scale .*no tensor", without(last))
+    extra = {"swin.embeddings.position_embeddings": np.zeros((1, 9, 4), np.float32)}
+    wrong("swin", "position_embeddings .*there is no place", lambda t: t | extra)
+    wrong("swin", "expected layer_norm_eps=1e-05", config={"layer_norm_eps": 1e-6})
+    wrong("swin", "exact GELU", config={"hidden_act": "relu"})
+    first = "swin.embeddings.patch_embeddings.projection.weight"
+    wrong("swin", "there is no tensor for patch_embed/kernel", without(first))
+    wrong("convnext", "image_size=2: expected at least", image_size=2)
+    gamma = "convnext.encoder.stages.1.layers.2.layer_scale_parameter"
+    wrong("convnext", "blocks/1/2/scale .*no tensor", without(gamma))
+    with pytest.raises(CheckpointError, match="no Swin of a known format"):
+        swin.load(DATA / "convnext")
+    with pytest.raises(CheckpointError, match="no ConvNeXt of a known format"):
+        convnext.load(DATA / "swin.pth")
+    with pytest.raises(CheckpointError, match="no ViT of a known format"):
+        models.load(DATA / "expected.npz")
+
+
+def test_a_vit_is_loaded_by_the_same_function():
+    path = DATA.parent / "vit" / "classifier"
+    assert isinstance(models.load(path), vit.ViT)
+
+
+# Windows
+
+
+def numpy_attention(attn, x, window):
+    """Full attention over the grid, token by token, in float64."""
+    p = jax.tree.map(
+        lambda v: np.asarray(v, np.float64), nnx.to_pure_dict(nnx.state(attn))
+    )
+    batch, height, width, features = x.shape
+    places = [(r, c) for r in range(height) for c in range(width)]
+    tokens = np.asarray(x, np.float64).reshape(batch, -1, features)
+    q, k, v = (
+        (tokens @ p[n]["kernel"] + p[n]["bias"]).reshape(
+            batch, len(places), attn.heads, -1
+        )
+        for n in ("query", "key", "value")
+    )
+    logits = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
+    side = 2 * window - 1
+    for t, (row, column) in enumerate(places):
+        for s, (other_row, other_column) in enumerate(places):
+            down, right = (
+                row - other_row + window - 1,
+                column - other_column + window - 1,
+            )
+            logits[:, :, t, s] += p["bias_table"][down * side + right]
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    y = np.einsum("bhts,bshd->bthd", weights, v).reshape(tokens.shape)
+    return (y @ p["out"]["kernel"] + p["out"]["bias"]).reshape(x.shape)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("side", [3, 5])
+def test_a_small_grid_is_one_window_with_the_biases_of_its_offsets(side, shifted):
+    config = swin.SwinConfig(6, (2,), (2,), window=5)
+    attn = swin.WindowAttention(6, 2, config, shifted, rngs=nnx.Rngs(0))
+    attn.bias_table[...] += jax.random.normal(jax.random.key(1), (81, 2))
+    x = jax.random.normal(jax.random.key(2), (2, side, side, 6))
+    close(attn(x), numpy_attention(attn, x, window=5))
+
+
+def test_another_window_has_resized_tables():
+    """A table that is a plane stays one; in the middle it is what it was."""
+    model = load("swin", window=5, image_size=80)
+    assert model.config.window == 5 and model.blocks[0].plain.attn.window == 5
+    assert model.blocks[1].plain.attn.bias_table.shape == (2, 81, 2)
+    old = load("swin").blocks[1].plain.attn.bias_table[...].reshape(2, 5, 5, 2)
+    new = model.blocks[1].plain.attn.bias_table[...].reshape(2, 9, 9, 2)
+    close(new[:, 4, 4], old[:, 2, 2])
+    assert np.isfinite(run(model, jnp.ones((1, 80, 80, 3)))[-1]).all()
+    same = load("swin", window=3)
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.state(same), nnx.state(load("swin"))
+    )
+
+
+# Stacked or not, recomputed or not
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_list_of_blocks_computes_what_the_stack_does(name):
+    """Deterministic, and with stochastic depth from the same key."""
+    model = load(name, drop_path=0.5)
+    twin = models.unstack(model)
+    listed = load(name, drop_path=0.5, stacked=False)
+    assert twin.config == listed.config and not twin.config.stacked
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(twin), nnx.state(listed))
+    for key in (None, jax.random.key(3)):
+        close(logits(twin, key), logits(model, key))
+    assert not np.allclose(logits(model), logits(model, jax.random.key(3)))
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("stacked", [True, False])
+def test_recomputed_blocks_give_the_same_gradients(name, stacked):
+    def gradients(remat):
+        graphdef, state = nnx.split(load(name, remat=remat, stacked=stacked))
+
+        def loss(state):
+            return jnp.sum(nnx.merge(graphdef, state)(IMAGES) ** 2)
+
+        return jax.jit(jax.grad(loss))(state)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        gradients("none"),
+        gradients("blocks"),
+    )
+
+
+def test_rates_rise_over_all_stages():
+    """From 0 in the first block to the rate in the last, by pairs in a Swin."""
+    drops = stack.drops(jax.random.key(0), 0.7, [(1, 2), (3, 2)])
+    rates = np.concatenate([rates.ravel() for _, rates in drops])
+    close(rates, np.linspace(0, 0.7, 8))
+    keys = np.concatenate([jax.random.key_data(k).reshape(-1, 2) for k, _ in drops])
+    assert len(np.unique(keys, axis=0)) == 8
+    assert stack.drops(None, 0.7, [(1, 2)]) == [None]
+    assert stack.drops(jax.random.key(0), 0.0, [(2,), (3,)]) == [None, None]
+
+
+# Presets and configs
+
+
+def test_presets_have_the_published_sizes():
+    """Backbones of 86.7 and 87.6 million, as the papers' tables say; and the head."""
+    for name, count in (("swin_b", 86_743_224), ("convnext_b", 87_566_464)):
+        shapes = nnx.eval_shape(
+            lambda n=name: models.create(n, num_classes=100, rngs=nnx.Rngs(0))
+        )
+        size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes)))
+        assert size == count + 1024 * 100 + 100
+    with pytest.raises(ValueError, match=r"'swin_x'; there are vit_ti16.*convnext_b"):
+        models.create("swin_x", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="No Swin is called 'x'; there are swin_b"):
+        swin.create("x", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="No ConvNeXt is called 'x'; there are conv"):
+        convnext.create("x", rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="int is the config of no model"):
+        models.of(3, nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("swin_b", {"depths": (2, 3, 2, 2)}, "expected even numbers"),
+        ("swin_b", {"heads": (4, 8)}, "expected a positive number for each stage"),
+        ("swin_b", {"heads": (3, 8, 16, 32)}, "do not divide"),
+        ("swin_b", {"window": 0}, "window=0.*expected positive"),
+        ("swin_b", {"remat": "all"}, 'expected "none" or "blocks"'),
+        ("swin_b", {"drop_path": 1.0}, "expected 0 <= rate < 1"),
+        ("convnext_b", {"widths": (1, 2)}, "expected a positive number for each stage"),
+        ("convnext_b", {"depths": ()}, "expected a positive number for each stage"),
+        ("convnext_b", {"image_size": 28}, "expected at least \\(32, 32\\)"),
+        ("convnext_b", {"num_classes": -1}, "expected at least 0"),
+        ("convnext_b", {"pixel_mean": (0.5, 0.5)}, "expected 3 numbers"),
+    ],
+)
+def test_a_bad_config_says_what_was_expected(name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(models.PRESETS[name], **changes)
+
+
+# Adapted
+
+
+WIDTHS = (128, 256, 512, 1024)
+COUNTS = {  # of each stage: matrices (blocks x what each has) by shape over the width
+    "swin_b": ({(1, 1): 4, (1, 4): 1, (4, 1): 1}, (2, 2, 18, 2)),
+    "convnext_b": ({(1, 4): 1, (4, 1): 1}, (3, 3, 27, 3)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_default_targets_are_the_papers_matrices(name):
+    """Counted by hand: q, k, v, proj, fc1 and fc2 of Swin, fc1 and fc2 of ConvNeXt."""
+    adapted = nnx.eval_shape(
+        lambda: snella.adapt(
+            models.create(name, num_classes=10, rngs=nnx.Rngs(0)),
+            snella.SnellaConfig(rank=8, trainable="head"),
+            rngs=nnx.Rngs(1),
+        )
+    )
+    found: dict[tuple[int, int], int] = {}
+    for _, node in nnx.iter_graph(adapted):
+        if isinstance(node, snella.layers.Adapted):
+            layout = node.adapter.site.layout
+            count = int(np.prod(node.adapter.site.lead))
+            found[layout.n, layout.m] = found.get((layout.n, layout.m), 0) + count
+    kinds, depths = COUNTS[name]
+    expected = {(n * width, m * width): 0 for width in WIDTHS for n, m in kinds}
+    for width, depth in zip(WIDTHS, depths, strict=True):
+        for (n, m), count in kinds.items():
+            expected[n * width, m * width] += depth * count
+    assert found == expected
+    assert snella.adapted_weights(adapted) == 83_755_008  # of both, as it happens
+    trained = nnx.state(adapted, nnx.Param)
+    factors = sum(8 * (n + m) + 4 for (n, m), k in expected.items() for _ in range(k))
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    assert size == factors + 1024 * 10 + 10
+
+
+def adapted(name, **options):
+    model = load(name, num_classes=3)
+    config = snella.SnellaConfig(rank=4, trainable="head", **options)
+    return model, snella.adapt(model, config, rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_adapted_merged_saved_and_unstacked(name, tmp_path):
+    base, model = adapted(name)
+    for factors in (nnx.state(model, snella.Factor), nnx.state(model.head)):
+        for leaf in jax.tree.leaves(
+            factors, is_leaf=lambda n: isinstance(n, nnx.Param)
+        ):
+            noise = jax.random.normal(jax.random.key(leaf.size), leaf.shape)
+            leaf[...] = leaf[...] + 0.3 * noise
+    moved = logits(model)
+    assert not np.allclose(moved, logits(base), atol=1e-2)
+    close(logits(snella.merge(model, unmoved_budgets=True)), moved)
+    close(logits(models.unstack(model)), moved)
+    snella.save(model, tmp_path / "adapter")
+    loaded = snella.load(load(name, num_classes=3), tmp_path / "adapter")
+    np.testing.assert_array_equal(logits(loaded), moved)
+    # Of stacked blocks, rows become blocks of a list.
+    names = {r"blocks/(\d+)/(.*)\[(\d+)\]": r"blocks/\1/\3/\2"}
+    listed = load(name, num_classes=3, stacked=False)
+    close(logits(snella.load(listed, tmp_path / "adapter", rename=names)), moved)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_frozen_weights_get_no_gradient_and_budgets_compete(name):
+    _, model = adapted(name, target_density=0.5)
+    graphdef, trainable, budgets, frozen = snella.partition(model)
+    tx = optax.chain(snella.track_importance(), optax.adam(1e-2))
+    opt_state, labels = tx.init(trainable), jnp.array([0, 2])
+
+    @jax.jit
+    def step(trainable, opt_state):
+        def loss(trainable):
+            model = nnx.merge(graphdef, trainable, budgets, frozen)
+            return optax.softmax_cross_entropy_with_integer_labels(
+                model(IMAGES), labels
+            ).mean()
+
+        value, gradient = jax.value_and_grad(loss)(trainable)
+        updates, opt_state_ = tx.update(gradient, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state_, value
+
+    losses = []
+    for _ in range(20):
+        trainable, opt_state, value = step(trainable, opt_state)
+        losses.append(float(value))
+    assert losses[-1] < losses[0] / 2
+    total = snella.adapted_weights(model) // 2
+    moved, _ = snella.reallocate(budgets, opt_state, total)
+    assert sum(int(b.sum()) for b in jax.tree.leaves(moved) if b.ndim) >= total
