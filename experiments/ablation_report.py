@@ -175,11 +175,12 @@ def picture(path: Path, study: Study, made: dict[str, Any], setup: str) -> None:
     )
     for index, row in enumerate(rows):
         values = list(row["seeds"].values())
-        color = f"C{index % 10}"
+        color, style = f"C{index % 10}", "-" if index < 10 else "--"
         left.plot(values, [index] * len(values), "o", color=color, alpha=0.5)
         left.plot([row["mean"]], [index], "|", color=color, markersize=18)
         epochs = range(1, len(row["gradient_norms"]) + 1)
-        right.plot(epochs, row["gradient_norms"], color=color, label=row["title"])
+        right.plot(epochs, row["gradient_norms"], style, color=color,
+                   label=row["title"])  # fmt: skip
     left.set_yticks(range(len(rows)), [row["title"] for row in rows])
     left.set_ylim(len(rows) - 0.5, -0.5)
     left.grid(axis="x", color="lightgrey", linewidth=0.6)

@@ -58,7 +58,7 @@ class RunConfig:
     """Leave out images that cannot be decoded, and count them."""
     model: str = "vit_fashion_mnist"
     """vit_fashion_mnist (the quickstart's), dinov2_saliency (extra `demo`), the path
-    of published weights, or the name of those that are expected in this folder: vit_b16,
+    of published weights, or the name of those that this folder should hold: vit_b16,
     vit_l16, vit_h14, swin_b, convnext_b. With --random_weights any preset."""
     random_weights: bool = False
     """Start from random weights of the model's shape instead: a control."""

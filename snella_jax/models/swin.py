@@ -219,15 +219,17 @@ class WindowAttention(nnx.Module):
         x = jnp.roll(_padded(x, (side, side)), (-shift, -shift), (1, 2))
         rows, columns = x.shape[1] // side, x.shape[2] // side
         split = (batch, rows, side, columns, side, -1)
-        windows = x.reshape(split).swapaxes(2, 3).reshape(-1, side * side, x.shape[-1])
+        windows = x.reshape(split).swapaxes(2, 3)
+        windows = windows.reshape(batch, rows * columns, side * side, -1)
 
         q, k, v = (self._split(f(windows)) for f in (self.query, self.key, self.value))
         bias = self.bias_table[...][_offsets(side, self.window)].transpose(2, 0, 1)
-        mask = None
-        if shift:
-            seen = _together(rows, columns, side, shift)
-            mask = jnp.tile(seen, (batch, 1, 1))[:, None]
-        y = attend(q, k, v, "xla", bias=bias[None], mask=mask)
+        mask = _together(rows, columns, side, shift)[:, None, None] if shift else None
+
+        def one(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+            return attend(q, k, v, "xla", bias=bias[None], mask=mask)
+
+        y = jax.vmap(one, (1, 1, 1, 0), 1)(q, k, v, mask)  # over the windows
         y = self.out(y.reshape(windows.shape))
 
         whole = (batch, rows, columns, side, side, -1)
@@ -235,7 +237,7 @@ class WindowAttention(nnx.Module):
         return jnp.roll(y, (shift, shift), (1, 2))[:, :height, :width]
 
     def _split(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:2], self.heads, -1)  # [B * windows, T, H, d]
+        return x.reshape(*x.shape[:3], self.heads, -1)  # [B, windows, T, H, d]
 
 
 def _padded(x: Array, size: tuple[int, int]) -> Array:
