@@ -149,7 +149,8 @@ class SnellaConfig(Rule):
         Mix-K with a learnt temperature and fixed piece coefficients, rank 32, the
         `released` gate on the parallel path, dropout and drop-path of 0.1. Before
         the attention's output projection it has no dropout: that is an override for the
-        default targets, which other targets need to set themselves.
+        default targets, which other targets need to set themselves. A model without
+        attention takes `overrides={}`.
         """
         settings = {
             "rank": 32,

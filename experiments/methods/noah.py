@@ -205,8 +205,9 @@ class Search:
         """The middle one of the sizes, everywhere, whatever the limit.
 
         Raises:
-          ValueError: as `space`.
+          ValueError: as `space`, or the model is no ViT.
         """
+        plain_vit.require(base, "NOAH")
         space(config.noah, base.config)
         middle = sorted(config.noah.sizes)[len(config.noah.sizes) // 2]
         return {kind: np.full(base.config.depth, middle) for kind in KINDS}

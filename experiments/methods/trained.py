@@ -122,6 +122,12 @@ def _kernelized(name: Name, title: str) -> Method:
 
     def adapt(config: RunConfig, base: Any) -> Any:
         adapter = getattr(config, name).adapter(config.targets, config.trainable)
+        layers = select(base, config.targets)
+        own = {adapter.override(path) for path in layers}  # a ConvNeXt has no `out`
+        kept = {
+            regex: rule for regex, rule in adapter.overrides.items() if regex in own
+        }
+        adapter = dataclasses.replace(adapter, overrides=kept)
         return snella.adapt(base, adapter, rngs=nnx.Rngs(config.seed + 1))
 
     def watch(config: RunConfig) -> tuple[optax.GradientTransformation, ...]:
