@@ -95,8 +95,9 @@ def sparsity(path: Path, row: dict[str, Any], task: str) -> None:
     """
     budget, capacity = row["budget"], row["capacity"]
     found = {name: block_of(name) for name in budget}
-    depth = {name: block for name, block in found.items() if block is not None}
-    named, blocks = list(depth), sorted(set(depth.values()))
+    every = sorted({block for block in found.values() if block is not None})
+    depth = {n: every.index(block) for n, block in found.items() if block is not None}
+    named, blocks = list(depth), range(len(every))
     shares = []
     for block in blocks:
         own = [name for name in named if depth[name] == block]
@@ -117,19 +118,27 @@ def sparsity(path: Path, row: dict[str, Any], task: str) -> None:
         axes.plot(blocks, line, color="black", label=f"fit, {slope:+.3f} a block")
     axes.set(xlabel="block", ylabel="share that may not move", ylim=(-0.03, 1.03))
     axes.set_title(f"{task}: sparsity in epoch {row['epoch']}")
-    axes.set_xticks(blocks)
+    labels = [".".join(map(str, block)) for block in every]
+    axes.set_xticks(blocks, labels, rotation=90 * any("." in text for text in labels))
     figure.legend(loc="outside right upper", fontsize=8)
     save(figure, path)
 
 
-def block_of(name: str) -> int | None:
-    """The block of a matrix, by its first number; None where it has none.
+def block_of(name: str) -> tuple[int, ...] | None:
+    """The block of a matrix, behind its stage if it has one; None where it has none.
 
     >>> block_of("blocks/attn/query[3]"), block_of("blocks/11/mlp/fc1")
-    (3, 11)
+    ((3,), (11,))
+    >>> block_of("blocks/2/mlp/fc1[5]"), block_of("blocks/2/shifted/attn/query[3]")
+    ((2, 5), (2, 7))
     """
-    number = re.search(r"(?<![a-zA-Z])\d+", name)
-    return int(number[0]) if number else None
+    numbers = [int(number) for number in re.findall(r"(?<![a-zA-Z])\d+", name)]
+    if not numbers:
+        return None
+    pair = re.search(r"/(plain|shifted)/", name)
+    if pair:  # the number is that of two blocks
+        numbers[-1] = 2 * numbers[-1] + (pair[1] == "shifted")
+    return tuple(numbers)
 
 
 def kind_of(name: str) -> str:

@@ -146,7 +146,7 @@ def test_what_cannot_be_written_is_said(tmp_path):
     (tmp_path / "there.npz").touch()
     with pytest.raises(FileExistsError, match="expected a new file"):
         vit.export(model, tmp_path / "there.npz", like=DATA / "classifier")
-    with pytest.raises(TypeError, match="is no model of snella_jax"):
+    with pytest.raises(TypeError, match="is no ViT of snella_jax"):
         snella.export(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path / "a", like=DATA)
     assert {path.name for path in tmp_path.iterdir()} == {"full", "there.npz"}
 

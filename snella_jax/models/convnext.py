@@ -4,9 +4,10 @@ The blocks of a stage are stacked and scanned. Axes: `B` images, `h`, `w` the gr
 stage, `D` its width.
 
     >>> from snella_jax.models import convnext
-    >>> model = convnext.create("convnext_b", image_size=32, rngs=nnx.Rngs(0))
-    >>> model(jax.numpy.zeros((2, 32, 32, 3))).shape
-    (2, 1000)
+    >>> config = convnext.ConvNeXtConfig((8, 16), depths=(1, 3), image_size=24)
+    >>> model = convnext.ConvNeXt(config, rngs=nnx.Rngs(0))
+    >>> [grid.shape for grid in model.features(jnp.zeros((2, 24, 24, 3)))]
+    [(2, 6, 6, 8), (2, 3, 3, 16)]
 """
 
 import dataclasses

@@ -5,9 +5,10 @@ shifted one; the pairs of a stage are stacked and scanned. Axes: `B` images, `h`
 the grid of a stage, `D` its width, `H` heads, `T = window * window` tokens.
 
     >>> from snella_jax.models import swin
-    >>> model = swin.create("swin_b", num_classes=10, image_size=32, rngs=nnx.Rngs(0))
-    >>> model(jax.numpy.zeros((2, 32, 32, 3))).shape
-    (2, 10)
+    >>> config = swin.SwinConfig(8, depths=(2, 4), heads=(1, 2), image_size=28)
+    >>> model = swin.Swin(config, rngs=nnx.Rngs(0))
+    >>> [grid.shape for grid in model.features(jax.numpy.zeros((2, 28, 28, 3)))]
+    [(2, 7, 7, 8), (2, 4, 4, 16)]
 """
 
 import dataclasses
@@ -226,7 +227,7 @@ class WindowAttention(nnx.Module):
         bias = self.bias_table[...][_offsets(side, self.window)].transpose(2, 0, 1)
         mask = _together(rows, columns, side, shift)[:, None, None] if shift else None
 
-        def one(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+        def one(q: Array, k: Array, v: Array, mask: Any) -> Array:
             return attend(q, k, v, "xla", bias=bias[None], mask=mask)
 
         y = jax.vmap(one, (1, 1, 1, 0), 1)(q, k, v, mask)  # over the windows
