@@ -16,7 +16,7 @@ from jaxtyping import Array
 import snella_jax as snella
 from experiments import update
 from experiments.config import RunConfig
-from experiments.methods import locate, noah, stored
+from experiments.methods import locate, noah, plain_vit, stored
 from experiments.methods.trained import METHODS
 from experiments.settings import Kernelized, Trained
 from snella_jax import models
@@ -206,6 +206,11 @@ def checked(setting: Setting) -> Setting:
     if setting.model not in models.PRESETS:
         known = ", ".join(models.PRESETS)
         raise ValueError(f"No model is called {setting.model!r}; there are {known}.")
+    plain = isinstance(models.PRESETS[setting.model], vit.ViTConfig)
+    if setting.method in plain_vit.ALONE and not plain:
+        raise ValueError(
+            f"method={setting.method}: expected a ViT, not a {setting.model}."
+        )
     for name in ("batch", "rank"):
         if getattr(setting, name) < 1:
             raise ValueError(f"{name}={getattr(setting, name)}: expected at least 1.")

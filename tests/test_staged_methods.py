@@ -15,7 +15,7 @@ from experiments import command, models, overfit, step
 from experiments.config import RunConfig
 from experiments.data.source import Arrays
 from experiments.data.task import Task
-from experiments.methods import spt
+from experiments.methods import plain_vit, spt
 from experiments.methods.trained import METHODS
 from experiments.settings import Located
 from snella_jax.models import convnext, of, swin
@@ -76,6 +76,7 @@ def test_every_method_adapts_or_says_that_it_needs_a_vit(family):
                 rest = trained - head - {"norm/scale", "norm/bias"}
                 assert rest and all(re.fullmatch(LAST[family], path) for path in rest)
             case "mlp3":
+                assert trained
                 assert all(path.startswith("head/layers/") for path in trained)
             case "bias":
                 assert trained == head | {p for p in paths(own) if p.endswith("/bias")}
@@ -137,6 +138,10 @@ def test_a_step_of_a_preset_is_built_and_unknown_ones_are_listed():
         assert one.arguments[4].shape == (2, 224, 224, 3)
     with pytest.raises(ValueError, match="No model is called 'x'; there are vit_ti16"):
         step.checked(step.Setting("snella", "x"))
+    for method in VIT_ALONE:
+        with pytest.raises(ValueError, match=f"method={method}: expected a ViT, not a"):
+            step.checked(step.Setting(method, "swin_b"))
+    assert set(plain_vit.ALONE) == set(VIT_ALONE)
 
 
 # Runs

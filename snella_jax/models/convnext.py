@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from snella_jax.models import images, parts, stack, staged, tables
-from snella_jax.models.loading import Checkpoint, Rule, read
+from snella_jax.models.loading import Checkpoint, Rule, arrange, read
 from snella_jax.models.staged import Staged
 
 EPS = 1e-6  # of every norm but the last
@@ -175,7 +175,7 @@ def _down(stage: int) -> list[Rule]:
 
 
 # The original's names, or Hugging Face's.
-MARK = r"downsample_layers\..*|(convnext\.)?encoder\.stages\..*"
+MARK = r"((convnext\.)?encoder\.)?stages\.0\.(layers\.)?0\.dwconv\.weight"
 _BLOCK = r"(?:encoder\.)?stages\.(\d+)\.(?:layers\.)?(\d+)\."
 _PLACE = "blocks/{0}/{1}/"
 _STEM = r"downsample_layers\.0\."
@@ -216,11 +216,15 @@ def load(
     Raises:
       As `vit.load`.
     """
+    checkpoint, rules, known = recognised(read(path))
+    arrays, problems = arrange(checkpoint, rules)
     given = {"image_size": image_size, "dtype": dtype, "param_dtype": param_dtype}
     return staged.load(
         (ConvNeXt, ConvNeXtConfig),
-        recognised(read(path)),
-        _shape,
+        checkpoint,
+        arrays,
+        problems,
+        lambda: _shape(arrays) | known,
         num_classes,
         given | overrides,
         lambda arrays, config: arrays,

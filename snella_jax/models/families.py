@@ -8,7 +8,9 @@ from typing import Any
 from flax import nnx
 
 from snella_jax.models import convnext, swin, vit
+from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import read
+from snella_jax.models.vit import checkpoints
 
 Model = vit.ViT | swin.Swin | convnext.ConvNeXt
 PRESETS = {**vit.PRESETS, **swin.PRESETS, **convnext.PRESETS}
@@ -54,7 +56,13 @@ def load(path: str | Path, **options: Any) -> Model:
       As `vit.load`.
     """
     checkpoint = read(path)
-    for family in (swin, convnext):
+    for family in (swin, convnext, checkpoints):  # a Swin has a ViT's patches, too
         if any(re.fullmatch(family.MARK, name) for name in checkpoint.tensors):
             return family.load(checkpoint, **options)
-    return vit.load(checkpoint, **options)
+    some = ", ".join(sorted(checkpoint.tensors)[:5])
+    raise CheckpointError(
+        checkpoint.path,
+        f"no ViT, Swin or ConvNeXt of a known format: expected the names of the "
+        f"original, of timm (ViT) or of Hugging Face, found {some} "
+        f"({len(checkpoint.tensors)} in all)",
+    )

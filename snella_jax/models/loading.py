@@ -49,11 +49,7 @@ class Checkpoint:
             raise CheckpointError(
                 self.path, f"names that differ by the prefix {prefix!r} alone"
             )
-        return self.renamed(lambda name: name.removeprefix(prefix))
-
-    def renamed(self, new: Callable[[str], str]) -> "Checkpoint":
-        """The same tensors under other names, no two of them equal."""
-        tensors = {new(name): tensor for name, tensor in self.tensors.items()}
+        tensors = {new: self.tensors[old] for new, old in names.items()}
         return dataclasses.replace(self, tensors=tensors)
 
 

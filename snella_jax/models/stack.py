@@ -47,11 +47,12 @@ def drops(
     counts = [math.prod(shape) for shape in shapes]
     # Keys, as a stream inside a scanned block would repeat.
     keys, rates = jax.random.split(key, sum(counts)), jnp.linspace(0, rate, sum(counts))
-    ends = np.cumsum(counts)
-    return [
-        (keys[end - n : end].reshape(shape), rates[end - n : end].reshape(shape))
-        for n, end, shape in zip(counts, ends, shapes, strict=True)
-    ]
+    found, ends = [], np.cumsum(counts)
+    for count, end, shape in zip(counts, ends, shapes, strict=True):
+        own = slice(end - count, end)
+        of_key = keys.shape[1:]  # () but of those that `PRNGKey` makes
+        found.append((keys[own].reshape(*shape, *of_key), rates[own].reshape(shape)))
+    return found
 
 
 def dropped(y: Array, drop: Drop | None, salt: int) -> Array:
@@ -118,9 +119,14 @@ def unstack(model: M) -> M:
     ((12, 192, 768), (192, 768))
 
     Args:
-      model: of `snella_jax.models`, adapted or not.
+      model: of `snella_jax.models`.
+
+    Raises:
+      ValueError: it has adapters, which belong to the stacks.
     """
     whole: Any = nnx.clone(model)
+    if any(hasattr(node, "adapter") for _, node in nnx.iter_graph(whole)):
+        raise ValueError("The model has adapters: expected one without, or merged.")
     if whole.config.stacked:
         staged = isinstance(whole.blocks, nnx.List)
         listed = nnx.List(map(_rows, whole.blocks)) if staged else _rows(whole.blocks)

@@ -3,9 +3,10 @@
 Axes: `B` images, `h`, `w` the grid of a stage, `D` its width.
 """
 
+import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from snella_jax.models import images, parts, stack
 from snella_jax.models.building import configured, filled
-from snella_jax.models.loading import Checkpoint, Rule, arrange
+from snella_jax.models.loading import Checkpoint
+from snella_jax.models.tables import check_numbers
 
 
 class Staged(nnx.Module):
@@ -136,13 +138,12 @@ def check(config: Any, *names: str) -> None:
             )
 
 
-Shape = Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
-
-
 def load(
     kinds: tuple[Callable[..., Any], Callable[..., Any]],
-    recognised: tuple[Checkpoint, list[Rule], dict[str, Any]],
-    shape: Shape,
+    checkpoint: Checkpoint,
+    arrays: Mapping[str, np.ndarray],
+    problems: Sequence[str],
+    fields: Callable[[], dict[str, Any]],
     num_classes: int | None,
     options: Mapping[str, Any],
     prepare: Callable[[Mapping[str, np.ndarray], Any], Mapping[str, np.ndarray]],
@@ -151,27 +152,30 @@ def load(
 
     Args:
       kinds: of the model and its config.
-      recognised: the tensors, the rules for them, and what the format says.
-      shape: what arrays by path say of the config.
+      checkpoint: for errors.
+      arrays: by path, as `arrange` gave them, and the `problems` that it found.
+      fields: of the config, what shapes and config files say.
       num_classes: as of `filled`.
-      options: fields of the config that are given; None leaves what the file says.
+      options: fields that the caller gives; None leaves what the file says.
       prepare: the arrays as the config needs them.
 
     Raises:
       CheckpointError: as `configured` and `filled`.
+      ValueError, TypeError: an option that cannot be.
     """
-    checkpoint, rules, known = recognised
     kind, config_kind = kinds
-    arrays, problems = arrange(checkpoint, rules)
-    given = {name: value for name, value in options.items() if value is not None}
 
-    def fields() -> dict[str, Any]:
+    def of_the_file() -> dict[str, Any]:
         height, width, channels, _ = arrays["patch_embed/kernel"].shape
         classes = arrays["head/bias"].size if "head/bias" in arrays else 0
-        found = {"patch_size": (height, width), "channels": channels}
-        return found | {"num_classes": classes} | shape(arrays) | known | given
+        patches = {"patch_size": (height, width), "channels": channels}
+        found = patches | {"num_classes": classes} | fields()
+        check_numbers(found, "pixel_mean", "pixel_std", "norm_eps", "image_size")
+        return found
 
-    config = configured(config_kind, checkpoint, fields, problems)
+    config = configured(config_kind, checkpoint, of_the_file, problems)
+    given = {name: value for name, value in options.items() if value is not None}
+    config = dataclasses.replace(config, **given)
     return filled(
         kind,
         config,

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from snella_jax.models import grid, images, parts, stack, staged, tables
 from snella_jax.models.attention import attend
 from snella_jax.models.checkpoint_error import CheckpointError
-from snella_jax.models.loading import Checkpoint, Rule, read
+from snella_jax.models.loading import Checkpoint, Rule, arrange, read
 from snella_jax.models.staged import Staged
 
 EPS = 1e-5  # of every norm
@@ -73,7 +73,7 @@ class SwinConfig:
         staged.check(self, "heads")
         if any(depth % 2 for depth in self.depths):
             raise ValueError(f"depths={self.depths}: expected even numbers.")
-        if min(self.width, self.window, int(self.width * self.mlp_ratio)) < 1:
+        if min(self.width, self.window, round(self.width * self.mlp_ratio)) < 1:
             raise ValueError(
                 f"width={self.width}, window={self.window}, mlp_ratio={self.mlp_ratio}:"
                 " expected positive numbers."
@@ -182,7 +182,7 @@ class Block(nnx.Module):
         self.norm1 = parts.norm(width, EPS, config, rngs)
         self.attn = WindowAttention(width, heads, config, shifted, rngs=rngs)
         self.norm2 = parts.norm(width, EPS, config, rngs)
-        hidden = int(config.mlp_ratio * width)
+        hidden = round(config.mlp_ratio * width)
         self.mlp = parts.MLP(width, hidden, config, rngs=rngs)
 
     def __call__(
@@ -270,11 +270,11 @@ def _together(
     return region[:, None] == region[:, :, None]
 
 
-# The original's names, or Hugging Face's, with blocks in pairs.
+# The original's names, or Hugging Face's; `_paired` then makes pairs of the blocks.
 MARK = r"(swin\.)?(encoder\.)?layers\.0\.blocks\..*"
 _STAGE = r"(?:encoder\.)?layers\.(\d+)\."
-_BLOCK = _STAGE + r"blocks\.(\d+)\.(plain|shifted)\."
-_PLACE = "blocks/{0}/{1}/{2}/"
+_BLOCK = _STAGE + r"blocks\.(\d+)\."
+_PLACE = "blocks/{0}/{1}/"
 _BIASES = r"(?:attn|attention\.self)\.relative_position_"
 RULES = [
     *tables.convolution(
@@ -284,7 +284,7 @@ RULES = [
     *tables.affine(_BLOCK + "(?:norm1|layernorm_before)", _PLACE + "norm1"),
     *tables.affine(_BLOCK + "(?:norm2|layernorm_after)", _PLACE + "norm2"),
     *tables.fused(_BLOCK + r"attn\.qkv", _PLACE + "attn"),
-    *tables.linear(_BLOCK + r"attention\.self\.(query|key|value)", _PLACE + "attn/{3}"),
+    *tables.linear(_BLOCK + r"attention\.self\.(query|key|value)", _PLACE + "attn/{2}"),
     *tables.linear(
         _BLOCK + r"(?:attn\.proj|attention\.output\.dense)", _PLACE + "attn/out"
     ),
@@ -317,7 +317,8 @@ def load(
       num_classes: None keeps the file's head, if it has one; a number makes a new head
         that starts at 0, and 0 none.
       image_size: of the images, of any size. None is the file's own; the original does
-        not say, and there it is the one whose last grid is one window.
+        not say, and there it is the one whose last grid is one window. As in a model of
+        transformers that is built for that size, which windows shift follows from it.
       dtype: of the computation.
       param_dtype: of the weights.
       overrides: other fields of `SwinConfig`, such as `remat`; with another `window`
@@ -326,11 +327,16 @@ def load(
     Raises:
       As `vit.load`.
     """
+    checkpoint, rules, known = recognised(read(path))
+    blocks, problems = arrange(checkpoint, rules)
+    arrays = {_paired(place): array for place, array in blocks.items()}
     given = {"image_size": image_size, "dtype": dtype, "param_dtype": param_dtype}
     return staged.load(
         (Swin, SwinConfig),
-        recognised(read(path)),
-        _shape,
+        checkpoint,
+        arrays,
+        problems,
+        lambda: _shape(arrays) | known,
         num_classes,
         given | overrides,
         _fitted,
@@ -346,18 +352,16 @@ def recognised(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Rule], dict[str
     tables.require(checkpoint, MARK, "Swin")
     if checkpoint.config.get("layer_norm_eps", EPS) != EPS:
         raise CheckpointError(checkpoint.path, f"expected layer_norm_eps={EPS}")
-    plain = checkpoint.without_prefix("swin.").renamed(_paired)
-    return plain, RULES, tables.hugging_face(checkpoint)
+    return checkpoint.without_prefix("swin."), RULES, tables.hugging_face(checkpoint)
 
 
-def _paired(name: str) -> str:
-    """`blocks.5.` as `blocks.2.shifted.`."""
-
-    def pair(match: re.Match) -> str:
-        index, second = divmod(int(match[1]), 2)
-        return f".blocks.{index}.{'shifted' if second else 'plain'}."
-
-    return re.sub(r"\.blocks\.(\d+)\.", pair, name, count=1)
+def _paired(path: str) -> str:
+    """`blocks/2/5/norm1/scale` as `blocks/2/2/shifted/norm1/scale`."""
+    match = re.fullmatch(r"(blocks/\d+)/(\d+)/(.*)", path)
+    if not match:
+        return path
+    pair, second = divmod(int(match[2]), 2)
+    return f"{match[1]}/{pair}/{'shifted' if second else 'plain'}/{match[3]}"
 
 
 def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

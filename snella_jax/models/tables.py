@@ -78,7 +78,8 @@ def require(checkpoint: Checkpoint, mark: str, kind: str) -> None:
 def constants(given: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
     """The pixels' mean and deviation, where a config file says them."""
     names = {"pixel_mean": mean, "pixel_std": std}
-    return {ours: given[name] for ours, name in names.items() if name in given}
+    found = {ours: given[name] for ours, name in names.items() if name in given}
+    return {ours: tuple(v) if isinstance(v, list) else v for ours, v in found.items()}
 
 
 def preprocessing(images: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,6 +128,11 @@ NPZ = [
     Rule("Transformer/encoder_norm/(scale|bias)", ("norm/{0}",)),
     Rule("head/(kernel|bias)", ("head/{0}",)),
 ]
+# What every format has a tensor of: the patch embedding.
+MARK = (
+    r"(opt/target/)?embedding/kernel|(module\.)?patch_embed\.proj\.weight|"
+    r"((vit|dinov2|backbone)\.)?embeddings\.patch_embeddings\.projection\.weight"
+)
 PRE_LOGITS = r"pre_logits/(kernel|bias)"
 
 
