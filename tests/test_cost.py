@@ -191,7 +191,7 @@ def test_a_tpu_needs_as_much_memory_for_snella_as_for_lora():
 def test_memory_draws_one_model_or_several(tmp_path):
     """Of figures that are in the repository; SPT's first stage is part of its bar."""
     results = Path(__file__).parents[1] / "experiments/results/memory"
-    for name in ("h100_vit_b16_batch64", "h100_batch8"):
+    for name in ("h100_vit_b16_batch64", "h100_swin_b_convnext_b_batch32"):
         rows = json.loads((results / name / "memory.json").read_text())
         cost_figures.memory(tmp_path / f"{name}.png", rows)
         assert (tmp_path / f"{name}.png").stat().st_size > 20_000
@@ -200,3 +200,9 @@ def test_memory_draws_one_model_or_several(tmp_path):
     assert by_method.keys() == set(get_args(step.Method))
     assert by_method["gps"]["total_bytes"] == by_method["gps"]["locating_bytes"]
     assert by_method["snella"]["total_bytes"] < 1.05 * by_method["lora"]["total_bytes"]
+    for name in ("h100", "v5e"):
+        folder = results / f"{name}_swin_b_convnext_b_batch32"
+        rows = json.loads((folder / "memory.json").read_text())
+        total = {(row["model"], row["method"]): row["total_bytes"] for row in rows}
+        for model in ("swin_b", "convnext_b"):
+            assert total[model, "snella"] <= 1.08 * total[model, "lora"]
