@@ -403,6 +403,18 @@ def test_a_bad_config_says_what_was_expected(name, changes, message):
         dataclasses.replace(models.PRESETS[name], **changes)
 
 
+def test_one_stage_is_enough():
+    for config in (
+        swin.SwinConfig(8, (2,), (2,), 2, image_size=8, num_classes=3),
+        convnext.ConvNeXtConfig((8,), (1,), image_size=8, num_classes=3),
+    ):
+        model = nnx.eval_shape(lambda c=config: models.of(c, nnx.Rngs(0)))
+        graphdef, state = nnx.split(model)
+        pixels = jnp.zeros((2, 8, 8, 3))
+        logits = jax.eval_shape(lambda s, g=graphdef: nnx.merge(g, s)(pixels), state)
+        assert logits.shape == (2, 3) and not model.down
+
+
 # Adapted
 
 

@@ -53,7 +53,7 @@ class Staged(nnx.Module):
           rngs: its `params` stream draws.
         """
         c = self.config
-        first, *_, last = c.widths
+        first, last = c.widths[0], c.widths[-1]
         self.patch_embed = parts.convolution(c.channels, first, c.patch_hw, c, rngs)
         self.embed_norm = parts.norm(first, eps[0], c, rngs)
         self.blocks = nnx.List(
