@@ -410,8 +410,9 @@ def test_one_stage_is_enough():
     ):
         model = nnx.eval_shape(lambda c=config: models.of(c, nnx.Rngs(0)))
         graphdef, state = nnx.split(model)
-        pixels = jnp.zeros((2, 8, 8, 3))
-        logits = jax.eval_shape(lambda s, g=graphdef: nnx.merge(g, s)(pixels), state)
+        logits = jax.eval_shape(
+            lambda s, g=graphdef: nnx.merge(g, s)(jnp.zeros((2, 8, 8, 3))), state
+        )
         assert logits.shape == (2, 3) and not model.down
 
 

@@ -146,7 +146,7 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         self.norm = parts.norm(width, EPS, config, rngs)
-        self.mlp = parts.MLP(width, 4 * width, config, rngs=rngs)
+        self.mlp = parts.MLP(width, 4 * width, config, rngs=rngs, init=parts.SMALL)
         self.layer_scale = config.layer_scale is not None
         if config.layer_scale is not None:
             scale = jnp.full(width, config.layer_scale, config.param_dtype)

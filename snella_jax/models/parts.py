@@ -7,15 +7,25 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 
+XAVIER = nnx.initializers.xavier_uniform()  # the ViT's
+SMALL = nnx.initializers.truncated_normal(0.02)  # Swin's and ConvNeXt's
+
+
 def linear(
-    n: int, m: int, config: Any, rngs: nnx.Rngs, *, use_bias: bool = True
+    n: int,
+    m: int,
+    config: Any,
+    rngs: nnx.Rngs,
+    *,
+    use_bias: bool = True,
+    init: nnx.Initializer = XAVIER,
 ) -> nnx.Linear:
     """`[n, m]` in the dtypes of a model's config."""
     return nnx.Linear(
         n,
         m,
         use_bias=use_bias,
-        kernel_init=nnx.initializers.xavier_uniform(),
+        kernel_init=init,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         rngs=rngs,
@@ -66,9 +76,17 @@ def head(width: int, config: Any, rngs: nnx.Rngs) -> nnx.Linear:
 class MLP(nnx.Module):
     """Two linear layers around an exact GELU."""
 
-    def __init__(self, width: int, hidden: int, config: Any, *, rngs: nnx.Rngs):
-        self.fc1 = linear(width, hidden, config, rngs)
-        self.fc2 = linear(hidden, width, config, rngs)
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        config: Any,
+        *,
+        rngs: nnx.Rngs,
+        init: nnx.Initializer = XAVIER,
+    ):
+        self.fc1 = linear(width, hidden, config, rngs, init=init)
+        self.fc2 = linear(hidden, width, config, rngs, init=init)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return self.fc2(_gelu(self.fc1(x)))

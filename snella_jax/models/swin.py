@@ -146,8 +146,9 @@ class Merging(nnx.Module):
 
     def __init__(self, width: int, config: SwinConfig, *, rngs: nnx.Rngs):
         self.norm = parts.norm(4 * width, EPS, config, rngs)
+        sizes = 4 * width, 2 * width
         self.reduction = parts.linear(
-            4 * width, 2 * width, config, rngs, use_bias=False
+            *sizes, config, rngs, use_bias=False, init=parts.SMALL
         )
 
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h/2 w/2 2*D"]:
@@ -183,7 +184,7 @@ class Block(nnx.Module):
         self.attn = WindowAttention(width, heads, config, shifted, rngs=rngs)
         self.norm2 = parts.norm(width, EPS, config, rngs)
         hidden = round(config.mlp_ratio * width)
-        self.mlp = parts.MLP(width, hidden, config, rngs=rngs)
+        self.mlp = parts.MLP(width, hidden, config, rngs=rngs, init=parts.SMALL)
 
     def __call__(
         self, x: Float[Array, "B h w D"], drop: stack.Drop | None = None
@@ -207,11 +208,11 @@ class WindowAttention(nnx.Module):
     ):
         self.heads, self.window, self.shifted = heads, config.window, shifted
         self.query, self.key, self.value, self.out = (
-            parts.linear(width, width, config, rngs) for _ in range(4)
+            parts.linear(width, width, config, rngs, init=parts.SMALL) for _ in range(4)
         )
         shape = (2 * config.window - 1) ** 2, heads
-        small = nnx.initializers.truncated_normal(0.02)
-        self.bias_table = nnx.Param(small(rngs.params(), shape, config.param_dtype))
+        drawn = parts.SMALL(rngs.params(), shape, config.param_dtype)
+        self.bias_table = nnx.Param(drawn)
 
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
         batch, height, width, _ = x.shape
