@@ -6,7 +6,6 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-
 XAVIER = nnx.initializers.xavier_uniform()  # the ViT's
 SMALL = nnx.initializers.truncated_normal(0.02)  # Swin's and ConvNeXt's
 
