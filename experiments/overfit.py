@@ -1,7 +1,7 @@
 """Whether a model and a method can learn at all: a few images by heart.
 
-    python -m experiments.overfit --config elpv --model swin_b --random_weights \
-        --image_size 64 --methods full --epochs 20
+    python -m experiments.overfit --config elpv_mono --model swin_b --random_weights \
+        --image_size 32 --methods full --epochs 40 --batch 16 --full.lr 1e-4 --clip 1
 
 takes some training images of a task (`--images`, 64 by default), trains each method on
 them and evaluates it on the same ones after every epoch. Anything that works comes to
