@@ -196,12 +196,12 @@ def learn(out, *words):
     return overfit.main([*same, *words])
 
 
-LEARNERS = ("swin", {"width": 16}), ("convnext", {"widths": (16, 24)})
+LEARNERS = ("swin", {"width": 32}), ("convnext", {"widths": (16, 24)})
 
 
 @pytest.mark.parametrize("learner", LEARNERS, indirect=True)
 def test_few_images_are_learnt_by_heart(learner, tmp_path, capsys):
-    found = learn(tmp_path / "all", "--epochs", "20", "--full.lr", "1e-2")
+    found = learn(tmp_path / "all", "--epochs", "60", "--full.lr", "1e-2")
     assert found["accuracy"]["full"][-1] == 1 and found["images"] == 64
     assert json.loads((tmp_path / "all" / "overfit.json").read_text()) == found
     assert (tmp_path / "all" / "overfit.png").stat().st_size > 10_000
