@@ -1,7 +1,8 @@
 """Whether a model and a method can learn at all: a few images by heart.
 
     python -m experiments.overfit --config elpv_mono --model swin_b --random_weights \
-        --image_size 32 --methods full --epochs 40 --batch 16 --full.lr 1e-4 --clip 1
+        --image_size 32 --methods full --batch 16 --warmup_epochs 2 --epochs 40 \
+        --full.lr 1e-4 --full.weight_decay 0 --clip 1
 
 takes some training images of a task (`--images`, 64 by default), trains each method on
 them and evaluates it on the same ones after every epoch. Anything that works comes to

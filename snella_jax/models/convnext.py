@@ -89,18 +89,6 @@ class ConvNeXtConfig:
 PRESETS = {"convnext_b": ConvNeXtConfig((128, 256, 512, 1024), (3, 3, 27, 3))}
 
 
-def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "ConvNeXt":
-    """A randomly initialised preset, any field of its `ConvNeXtConfig` overridden.
-
-    Raises:
-      ValueError: `name` is not a preset; the message lists them.
-    """
-    if name not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise ValueError(f"No ConvNeXt is called {name!r}; there are {known}.")
-    return ConvNeXt(dataclasses.replace(PRESETS[name], **overrides), rngs=rngs)
-
-
 class ConvNeXt(Staged):
     """Patch embedding, stages of blocks, a norm of the mean, and a head."""
 
@@ -227,7 +215,6 @@ def load(
         lambda: _shape(arrays) | known,
         num_classes,
         given | overrides,
-        lambda arrays, config: arrays,
     )
 
 

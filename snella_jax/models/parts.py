@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 XAVIER = nnx.initializers.xavier_uniform()  # the ViT's
-SMALL = nnx.initializers.truncated_normal(0.02)  # Swin's and ConvNeXt's
+SMALL = nnx.initializers.truncated_normal(0.02)  # Swin's and ConvNeXt's linear layers'
 
 
 def linear(

@@ -138,6 +138,10 @@ def check(config: Any, *names: str) -> None:
             )
 
 
+Arrays = Mapping[str, np.ndarray]
+Prepare = Callable[[Arrays, Any], Arrays]
+
+
 def load(
     kinds: tuple[Callable[..., Any], Callable[..., Any]],
     checkpoint: Checkpoint,
@@ -146,7 +150,7 @@ def load(
     fields: Callable[[], dict[str, Any]],
     num_classes: int | None,
     options: Mapping[str, Any],
-    prepare: Callable[[Mapping[str, np.ndarray], Any], Mapping[str, np.ndarray]],
+    prepare: Prepare = lambda arrays, config: arrays,
 ) -> Any:
     """A model with published weights.
 

@@ -105,17 +105,6 @@ class SwinConfig:
 PRESETS = {"swin_b": SwinConfig(128, (2, 2, 18, 2), (4, 8, 16, 32))}
 
 
-def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "Swin":
-    """A randomly initialised preset, any field of its `SwinConfig` overridden.
-
-    Raises:
-      ValueError: `name` is not a preset; the message lists them.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"No Swin is called {name!r}; there are {', '.join(PRESETS)}.")
-    return Swin(dataclasses.replace(PRESETS[name], **overrides), rngs=rngs)
-
-
 class Swin(Staged):
     """Patch embedding, stages of block pairs with merging between, norm and head."""
 

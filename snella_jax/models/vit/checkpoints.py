@@ -35,8 +35,8 @@ from snella_jax.models.tables import (
     constants,
     convolution,
     fused,
+    hugging_face,
     linear,
-    preprocessing,
     transposed,
 )
 from snella_jax.models.vit.config import ViTConfig
@@ -243,8 +243,8 @@ def _timm(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _hugging_face(checkpoint: Checkpoint, dinov2: bool) -> dict[str, Any]:
-    given, images = checkpoint.config, checkpoint.preprocessor
-    if given.get("hidden_act", "gelu") != "gelu" or given.get("use_swiglu_ffn"):
+    given = checkpoint.config
+    if given.get("use_swiglu_ffn"):
         raise CheckpointError(checkpoint.path, "expected an MLP with an exact GELU")
     imagenet = dinov2 or given.get("model_type") in ("vit_mae", "vit_msn", "ijepa")
     config: dict[str, Any] = dict(IMAGENET if imagenet else INCEPTION)
@@ -252,10 +252,7 @@ def _hugging_face(checkpoint: Checkpoint, dinov2: bool) -> dict[str, Any]:
     config["norm_eps"] = given.get("layer_norm_eps", 1e-6 if dinov2 else 1e-12)
     if "num_attention_heads" in given:
         config["heads"] = given["num_attention_heads"]
-    if "image_size" in given:
-        size = given["image_size"]
-        config["image_size"] = tuple(size) if isinstance(size, list) else size
-    return config | preprocessing(images)
+    return config | hugging_face(checkpoint)
 
 
 def _shaped(
