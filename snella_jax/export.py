@@ -5,30 +5,31 @@ from typing import Any
 
 from flax import nnx
 
+from snella_jax import models
 from snella_jax.adapt import merge
-from snella_jax.models import vit
 from snella_jax.rules import adapted_layers
 
 
 def export(
     model: nnx.Module, path: str | Path, *, like: str | Path, **options: Any
 ) -> None:
-    """Merges a ViT of `snella_jax.models` and writes it as its base was published.
+    """Merges a model of `snella_jax.models` and writes it as its base was published.
 
     Args:
       model: with adapters, or merged.
-      path, like, options: of the model's own `export`, such as `vit.export`.
+      path, like, options: of `models.export`.
 
     Raises:
       TypeError: another model: merge it and write it with what it comes from.
       BudgetsNeverMoved: as `merge`.
-      ValueError, CheckpointError, FileNotFoundError, FileExistsError: as `vit.export`.
+      ValueError, CheckpointError, FileNotFoundError, FileExistsError: as
+        `models.export`.
     """
-    if not isinstance(model, vit.ViT):
+    if not isinstance(model, models.Model):
         raise TypeError(
-            f"{type(model).__name__} is no ViT of snella_jax.models: write "
+            f"{type(model).__name__} is no model of snella_jax.models: write "
             "snella.merge(model) with the library that it comes from, or its adapters "
             "with snella.save."
         )
     plain = merge(model) if any(True for _ in adapted_layers(model)) else model
-    vit.export(plain, path, like=like, **options)
+    models.export(plain, path, like=like, **options)

@@ -4,28 +4,37 @@ import itertools
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
 import snella_jax as snella
+from snella_jax import models
 from snella_jax.models import vit
 from snella_jax.models.loading import read
 
-DATA = Path(__file__).parent / "data" / "vit"
-IMAGES = np.load(DATA / "expected.npz")["images"]
+DATA = Path(__file__).parent / "data"
+VIT = DATA / "vit"
 HEADS = {"heads": 2}
+SIZE = {"image_size": (50, 38)}
 SOURCES = {
-    "original.npz": ("out.npz", {}),
-    "classifier": ("out", {}),
-    "pooled": ("out", {}),
-    "dinov2": ("out", HEADS),
-    "mae.pth": ("out.safetensors", HEADS),
-    "moco.pth.tar": ("out.safetensors", HEADS),
+    "vit/original.npz": ("out.npz", {}),
+    "vit/classifier": ("out", {}),
+    "vit/pooled": ("out", {}),
+    "vit/dinov2": ("out", HEADS),
+    "vit/mae.pth": ("out.safetensors", HEADS),
+    "vit/moco.pth.tar": ("out.safetensors", HEADS),
+    "staged/swin": ("out", {}),
+    "staged/swin.pth": ("out.safetensors", SIZE),
+    "staged/convnext": ("out", {}),
+    "staged/convnext.pth": ("out.safetensors", SIZE),
 }
+BUFFERS = ("relative_position_index", "attn_mask")  # which a Swin's config determines
 
 
 def adapted(base, **changes):
@@ -33,6 +42,22 @@ def adapted(base, **changes):
         **({"rank": 4, "allocation": "fixed", "trainable": ""} | changes)
     )
     return snella.adapt(base, config, rngs=nnx.Rngs(1))
+
+
+def images(name):
+    return np.load((DATA / name).parent / "expected.npz")["images"]
+
+
+def run(model, images):
+    graphdef, state = nnx.split(model)
+    return jax.jit(lambda state: nnx.merge(graphdef, state)(images))(state)
+
+
+def kind_of(model):
+    """The class in transformers."""
+    name = {"Swin": "Swin", "ConvNeXt": "ConvNext"}[type(model).__name__]
+    end = "ForImageClassification" if model.config.num_classes else "Model"
+    return name + end
 
 
 def same(one, other):
@@ -43,35 +68,48 @@ def same(one, other):
         assert variable.dtype == other[path].dtype
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    ("name", "stacked"),
+    [
+        *((name, True) for name in SOURCES if not name.startswith("staged/swin")),
+        *((name, False) for name in SOURCES if "convnext" not in name),
+    ],
+)
 def test_what_is_written_is_what_was_merged(name, stacked, tmp_path):
     out, options = SOURCES[name]
     options = options | {"stacked": stacked}
-    model = adapted(vit.load(DATA / name, **options))
+    model = adapted(models.load(DATA / name, **options))
     snella.export(model, tmp_path / out, like=DATA / name)
-    again = vit.load(tmp_path / out, **options)
+    again = models.load(tmp_path / out, **options)
     same(again, snella.merge(model))
-    np.testing.assert_allclose(again(IMAGES), model(IMAGES), rtol=0, atol=1e-5)
-    base = vit.load(DATA / name, **options)
-    assert np.abs(np.asarray(again(IMAGES) - base(IMAGES))).max() > 1e-3
+    logits, plain, before = (
+        run(m, images(name))
+        for m in (model, again, models.load(DATA / name, **options))
+    )
+    np.testing.assert_allclose(plain, logits, rtol=0, atol=1e-5)
+    assert np.abs(np.asarray(plain - before)).max() > 1e-4
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_model_that_did_not_change_is_the_file_that_it_was(name, tmp_path):
     out, options = SOURCES[name]
-    vit.export(vit.load(DATA / name, **options), tmp_path / out, like=DATA / name)
+    model = models.load(DATA / name, **options)
+    models.export(model, tmp_path / out, like=DATA / name)
     found, expected = (dict(read(p).tensors) for p in (tmp_path / out, DATA / name))
     for tensors in (found, expected):
         for dropped in ("pooler", "vit.pooler"):
             for end in ("weight", "bias"):
                 tensors.pop(f"{dropped}.dense.{end}", None)
+    for tensor in [name for name in expected if name.endswith(BUFFERS)]:
+        assert expected.pop(tensor).size
     assert found.keys() == expected.keys()
     for tensor, value in expected.items():
         np.testing.assert_array_equal(found[tensor], value, tensor)
 
 
-@pytest.mark.parametrize("name", [n for n in SOURCES if n != "dinov2"])
+@pytest.mark.parametrize(
+    "name", [n for n in SOURCES if n.startswith("vit") and n != "vit/dinov2"]
+)
 @pytest.mark.parametrize("size", [(16, 12), (24, 24)])
 def test_a_new_head_and_another_size(name, size, tmp_path):
     out, options = SOURCES[name]
@@ -91,9 +129,53 @@ def test_a_new_head_and_another_size(name, size, tmp_path):
     assert again.config.num_classes == 12 and again.config.image_hw == image
 
 
+@pytest.mark.parametrize("name", [name for name in SOURCES if "staged" in name])
+def test_a_new_head_size_and_window_of_models_with_stages(name, tmp_path):
+    out, _ = SOURCES[name]
+    window = {"window": 5} if "swin" in name else {}
+    base = models.load(DATA / name, num_classes=8, image_size=(60, 44), **window)
+    features = base.config.widths[-1]
+    base.head.kernel[...] = jax.random.normal(jax.random.key(0), (features, 8))
+    base.head.bias[...] = jnp.arange(8.0)
+    models.export(base, tmp_path / out, like=DATA / name)
+    again = models.load(tmp_path / out)
+    same(again, base)
+    if (tmp_path / out).is_dir():
+        assert again.config == base.config
+        said = json.loads((tmp_path / out / "config.json").read_text())
+        assert said["image_size"] == [60, 44] and len(said["id2label"]) == 8
+        assert said.get("window_size", 5) == 5
+    none = models.load(DATA / name, num_classes=0)
+    models.export(none, tmp_path / "no_head" / out, like=DATA / name)
+    again = models.load(tmp_path / "no_head" / out)
+    same(again, none)
+    assert again.config.num_classes == 0
+
+
+def test_what_only_pretraining_has_goes_with_a_new_head(tmp_path):
+    """A Swin of SimMIM: its mask and its decoder."""
+    tensors = dict(read(DATA / "staged/swin").tensors)
+    tensors |= {
+        "swin.embeddings.mask_token": np.ones((1, 1, 4), np.float32),
+        "decoder.0.weight": np.ones((4, 16, 1, 1), np.float32),
+    }
+    del tensors["classifier.weight"], tensors["classifier.bias"]
+    source = tmp_path / "simmim.safetensors"
+    save_file(tensors, source)
+    none = models.load(source)
+    models.export(none, tmp_path / "none.safetensors", like=source)
+    assert read(tmp_path / "none.safetensors").tensors.keys() == tensors.keys()
+    model = models.load(source, num_classes=3)
+    models.export(model, tmp_path / "head.safetensors", like=source)
+    expected = read(DATA / "staged/swin").tensors.keys()
+    assert read(tmp_path / "head.safetensors").tensors.keys() == expected
+
+
 def test_large_models_are_written_in_shards(tmp_path):
-    model = vit.load(DATA / "classifier")
-    vit.export(model, tmp_path / "out", like=DATA / "classifier", max_shard_bytes=4000)
+    model = vit.load(VIT / "classifier")
+    models.export(
+        model, tmp_path / "out", like=VIT / "classifier", max_shard_bytes=4000
+    )
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 2
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
@@ -106,7 +188,7 @@ def test_large_models_are_written_in_shards(tmp_path):
     same(vit.load(tmp_path / "out"), model)
 
 
-@pytest.mark.parametrize("name", ["original.npz", "classifier"])
+@pytest.mark.parametrize("name", ["vit/original.npz", "vit/classifier"])
 def test_bfloat16_is_written_as_it_is(name, tmp_path, caplog):
     out, _ = SOURCES[name]
     model = adapted(vit.load(DATA / name, param_dtype=jnp.bfloat16))
@@ -119,35 +201,45 @@ def test_bfloat16_is_written_as_it_is(name, tmp_path, caplog):
 
 
 def test_what_cannot_be_written_is_said(tmp_path):
-    model = vit.load(DATA / "classifier")
+    model = vit.load(VIT / "classifier")
     with pytest.raises(snella.CheckpointError, match="cannot be written as ONNX"):
-        vit.export(model, tmp_path / "a", like=DATA / "dinov2.onnx")
+        models.export(model, tmp_path / "a", like=VIT / "dinov2.onnx")
     with pytest.raises(ValueError, match=r"expected \.npz or \.safetensors"):
-        vit.export(model, tmp_path / "a.pth", like=DATA / "original.npz")
+        models.export(model, tmp_path / "a.pth", like=VIT / "original.npz")
     with pytest.raises(FileNotFoundError):
-        vit.export(model, tmp_path / "a", like=tmp_path / "nothing")
+        models.export(model, tmp_path / "a", like=tmp_path / "nothing")
     for config, message in (
         (vit.ViTConfig(8, 3, 2, image_size=32), r"the model has \[\(1, 1, 8\)\], the"),
         (vit.ViTConfig(12, 1, 2, mlp_dim=24, patch_size=4), "has no blocks/1"),
     ):
         other = vit.ViT(config, rngs=nnx.Rngs(0))
         with pytest.raises(snella.CheckpointError, match=message):
-            vit.export(other, tmp_path / "a", like=DATA / "classifier")
-    deep = vit.load(DATA / "dinov2", heads=2)
+            models.export(other, tmp_path / "a", like=VIT / "classifier")
+    deep = vit.load(VIT / "dinov2", heads=2)
     with pytest.raises(snella.CheckpointError, match="it has no place for blocks/0/sc"):
-        vit.export(deep, tmp_path / "a.npz", like=DATA / "original.npz")
-    mean = vit.load(DATA / "classifier", pool="mean", num_classes=2)
+        models.export(deep, tmp_path / "a.npz", like=VIT / "original.npz")
+    mean = vit.load(VIT / "classifier", pool="mean", num_classes=2)
     with pytest.raises(ValueError, match="no ViT with a head on the mean"):
-        vit.export(mean, tmp_path / "a", like=DATA / "classifier")
+        models.export(mean, tmp_path / "a", like=VIT / "classifier")
+    staged = models.load(DATA / "staged/swin", stacked=False)
+    with pytest.raises(snella.CheckpointError, match="no ConvNeXt of a known format"):
+        abstract = nnx.eval_shape(lambda: models.create("convnext_b", rngs=nnx.Rngs(0)))
+        models.export(abstract, tmp_path / "a", like=DATA / "staged/swin")
+    staged.blocks[1] = nnx.List(staged.blocks[1][:1])
+    with pytest.raises(snella.CheckpointError, match="has no blocks/1/2/attn/out"):
+        models.export(staged, tmp_path / "a", like=DATA / "staged/swin")
+    with pytest.raises(TypeError, match="Linear is no model of snella_jax"):
+        linear: Any = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+        models.export(linear, tmp_path / "a", like=VIT / "classifier")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(FileExistsError, match="expected a new folder"):
-        vit.export(model, tmp_path / "full", like=DATA / "classifier")
+        models.export(model, tmp_path / "full", like=VIT / "classifier")
     (tmp_path / "there.npz").touch()
     with pytest.raises(FileExistsError, match="expected a new file"):
-        vit.export(model, tmp_path / "there.npz", like=DATA / "classifier")
-    with pytest.raises(TypeError, match="is no ViT of snella_jax"):
-        snella.export(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path / "a", like=DATA)
+        models.export(model, tmp_path / "there.npz", like=VIT / "classifier")
+    with pytest.raises(TypeError, match="is no model of snella_jax"):
+        snella.export(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), tmp_path / "a", like=VIT)
     assert {path.name for path in tmp_path.iterdir()} == {"full", "there.npz"}
 
 
@@ -155,8 +247,9 @@ def test_what_cannot_be_written_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("name", "classes", "pool"),
     [
-        *itertools.product(["classifier", "pooled", "dinov2"], [0, 12], ["cls"]),
-        ("dinov2", 12, "mean"),
+        *itertools.product(["vit/classifier", "vit/pooled"], [0, 12], ["cls"]),
+        *itertools.product(["vit/dinov2"], [0, 12], ["cls"]),
+        ("vit/dinov2", 12, "mean"),
     ],
 )
 def test_transformers_loads_it(name, classes, pool, tmp_path):
@@ -176,12 +269,40 @@ def test_transformers_loads_it(name, classes, pool, tmp_path):
         theirs, said = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     missing = [key for key in said["missing_keys"] if "pooler" not in key]
     assert not missing and not said["unexpected_keys"] and not said["mismatched_keys"]
-    images = torch.tensor(IMAGES).permute(0, 3, 1, 2)
+    pixels = images(name)
     with torch.no_grad():
-        outputs = theirs.eval()(images)
+        outputs = theirs.eval()(torch.tensor(pixels).permute(0, 3, 1, 2))
     if classes:
-        found, expected = outputs.logits, model(IMAGES)
+        found, expected = outputs.logits, model(pixels)
         assert theirs.config.num_labels == classes
     else:
-        found, expected = outputs.last_hidden_state, model.features(IMAGES)
+        found, expected = outputs.last_hidden_state, model.features(pixels)
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("window", [3, 5])
+@pytest.mark.parametrize("classes", [0, 7])
+@pytest.mark.parametrize("name", ["staged/swin", "staged/convnext"])
+def test_transformers_loads_models_with_stages(name, classes, window, tmp_path):
+    """With an image size of which the last grid is a window at least."""
+    import torch
+    from transformers import AutoModel, AutoModelForImageClassification
+
+    options = {"window": window} if "swin" in name else {}
+    size = (90, 84)
+    base = models.load(DATA / name, num_classes=classes, image_size=size, **options)
+    if classes:
+        key = jax.random.key(0)
+        base.head.kernel[...] = jax.random.normal(key, base.head.kernel.shape)
+    model = adapted(base)
+    snella.export(model, tmp_path / "out", like=DATA / name)
+    kind = AutoModelForImageClassification if classes else AutoModel
+    theirs, said = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(said[f"{what}_keys"] for what in ("missing", "unexpected"))
+    assert not said["mismatched_keys"] and type(theirs).__name__ == kind_of(base)
+    pixels = np.asarray(jax.random.normal(jax.random.key(1), (2, *size, 3)))
+    with torch.no_grad():
+        outputs = theirs.eval()(torch.tensor(pixels).permute(0, 3, 1, 2))
+    found = outputs.logits if classes else outputs.pooler_output
+    np.testing.assert_allclose(found.numpy(), run(model, pixels), rtol=0, atol=1e-5)

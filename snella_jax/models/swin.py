@@ -354,6 +354,15 @@ def _paired(path: str) -> str:
     return f"{match[1]}/{pair}/{'shifted' if second else 'plain'}/{match[3]}"
 
 
+def unpaired(path: str) -> str:
+    """`_paired` backwards."""
+    match = re.fullmatch(r"(blocks/\d+)/(\d+)/(plain|shifted)/(.*)", path)
+    if not match:
+        return path
+    stage, pair, which, rest = match.groups()
+    return f"{stage}/{2 * int(pair) + (which == 'shifted')}/{rest}"
+
+
 def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What the shapes say of the config."""
     pairs = staged.counts(arrays)

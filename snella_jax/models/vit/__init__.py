@@ -2,7 +2,6 @@
 
 from snella_jax.models.vit.checkpoints import load
 from snella_jax.models.vit.config import PRESETS, ViTConfig
-from snella_jax.models.vit.export import export
 from snella_jax.models.vit.model import ViT, create
 
-__all__ = ["PRESETS", "ViT", "ViTConfig", "create", "export", "load"]
+__all__ = ["PRESETS", "ViT", "ViTConfig", "create", "load"]

@@ -1,23 +1,18 @@
-"""Weights written back in the format they were published in.
+"""A checkpoint's tensors with a model's numbers: the tables of the loader backwards.
 
-A `Rule` of the loader only moves numbers: run on their places, it says where each came
-from, and so the same table writes what it reads.
+A `Rule` only moves numbers: run on their places, it says where each came from, and so
+the same table writes what it reads.
 """
 
 import itertools
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from snella_jax.hosts import to_host
-from snella_jax.models.atomic import whole_file, whole_folder
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import Checkpoint, Rule, place_of, places
 from snella_jax.rules import variables_of
@@ -103,70 +98,3 @@ def unmade(
                 tensor[where.ravel()] = part.ravel()
             return tensor.reshape(candidate)
     raise ValueError(f"the model has {shapes}, the file {shape}")
-
-
-def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes `.npz` or `.safetensors`, whole or not at all.
-
-    Raises:
-      FileExistsError: there is something at `path`.
-    """
-    if path.exists():
-        raise FileExistsError(f"{path} is there: expected a new file.")
-    with whole_file(path) as made:
-        if path.suffix == ".npz":
-            with made.open("wb") as file:
-                np.savez(file, allow_pickle=False, **tensors)
-        else:
-            save_file(_in_order(tensors), made, {"format": "pt"})
-
-
-def write_folder(
-    folder: Path,
-    tensors: Mapping[str, np.ndarray],
-    files: Mapping[str, bytes],
-    max_shard_bytes: int,
-) -> None:
-    """Writes `model.safetensors`, or its shards and their index, and other files.
-
-    Raises:
-      FileExistsError: the folder is there and is not empty.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there: expected a new folder.")
-    shards = list(_shards(tensors, max_shard_bytes))
-    with whole_folder(folder) as new:
-        for name, content in files.items():
-            (new / name).write_bytes(content)
-        if len(shards) == 1:
-            save_file(shards[0], new / "model.safetensors", {"format": "pt"})
-            return
-        index: dict[str, Any] = {
-            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-            "weight_map": {},
-        }
-        for i, shard in enumerate(shards, 1):
-            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            save_file(shard, new / name, {"format": "pt"})
-            index["weight_map"] |= dict.fromkeys(shard, name)
-        text = json.dumps(index, indent=2)
-        (new / "model.safetensors.index.json").write_text(text + "\n")
-
-
-def _shards(
-    tensors: Mapping[str, np.ndarray], most: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """In order, each as full as it gets; a larger tensor has one of its own."""
-    shard: dict[str, np.ndarray] = {}
-    for name, tensor in _in_order(tensors).items():
-        size = sum(other.nbytes for other in shard.values())
-        if shard and size + tensor.nbytes > most:
-            yield shard
-            shard = {}
-        shard[name] = tensor
-    yield shard
-
-
-def _in_order(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """In C order, which safetensors takes for granted."""
-    return {name: to_host(tensor) for name, tensor in tensors.items()}
