@@ -16,9 +16,6 @@ from snella_jax.models.loading import Checkpoint, place_of, read
 from snella_jax.models.rewriting import rewritten, unmade
 from snella_jax.models.writing import write_file, write_folder
 
-PREFIXES = ("opt/target/", "module.", "vit.", "dinov2.", "backbone.", "swin.")
-PREFIXES += ("convnext.", "")
-
 
 def export(
     model: Model,
@@ -29,8 +26,8 @@ def export(
 ) -> None:
     """Writes a model in the format of the file or folder that it was loaded from.
 
-    Swin's buffers (`relative_position_index`, `attn_mask`), which follow from its
-    config, are not written.
+    A Swin's `attn_mask`, a buffer of the original, is not written: the image size
+    determines it, and the authors' own loader leaves it out, too.
 
     Args:
       model: plain. Its head, its image size, a Swin's window and the dtype may differ
@@ -43,7 +40,8 @@ def export(
     Raises:
       FileNotFoundError: there is nothing at `like`.
       CheckpointError: `like` does not fit the model, or is an ONNX file.
-      ValueError: a `path` that this format cannot be, or a head that it does not have.
+      ValueError: a `path` that this format cannot be, a head that it does not have, or
+        a Swin whose last grid is smaller than its window.
       FileExistsError: there is something at `path`.
       TypeError: no model of `snella_jax.models`.
     """
@@ -72,13 +70,13 @@ def _tensors(own: Layout) -> dict[str, np.ndarray]:
         raise CheckpointError(
             checkpoint.path, f"it has no place for {', '.join(other)}"
         )
-    for path in left:  # a head that the checkpoint does not have
+    for path in sorted(left):  # a head that the checkpoint does not have
         name = own.head[path]
         tensors[name] = unmade(place_of(name, rules)[0], [own.parts[path]])
     for name, tensor in checkpoint.tensors.items():
         placed = place_of(name, rules)[1]
         if not placed and not re.fullmatch(own.left_out, name):
-            tensors[name] = tensor
+            tensors[name] = own.buffers.get(name, tensor)
     return tensors
 
 
@@ -86,10 +84,8 @@ def _named(
     tensors: dict[str, np.ndarray], source: Checkpoint, own: Layout
 ) -> dict[str, np.ndarray]:
     """Names with the prefix they had, or which a model with a head gives them."""
-    known = own.checkpoint.tensors
-    prefix = next(
-        p for p in PREFIXES if any(p + name in source.tensors for name in known)
-    )
+    pairs = zip(source.tensors, own.checkpoint.tensors, strict=True)
+    prefix = next((old.removesuffix(new) for old, new in pairs if old != new), "")
     if not prefix and "classifier.weight" in tensors:
         prefix = f"{own.family}."
     bare = ("classifier.", "decoder.") if own.hugging_face else ()
@@ -107,11 +103,11 @@ def _files(source: Checkpoint, own: Layout, c: Any) -> dict[str, bytes]:
         if not path.name.endswith(".index.json")
     }
     config = dict(source.config)
-    if "architectures" in config:
-        end = "ForImageClassification" if c.num_classes else "Model"
-        config["architectures"] = [own.kind + end]
-        if c.num_classes:
-            config["model_type"] = own.family
+    with_head = [f"{own.kind}ForImageClassification"]
+    if "architectures" in config and c.num_classes:
+        config |= {"architectures": with_head, "model_type": own.family}
+    elif config.get("architectures") == with_head:
+        config["architectures"] = [f"{own.kind}Model"]
     labels = config.get("id2label")
     if c.num_classes and (labels is None or len(labels) != c.num_classes):
         names = {str(i): f"LABEL_{i}" for i in range(c.num_classes)}
@@ -125,5 +121,7 @@ def _files(source: Checkpoint, own: Layout, c: Any) -> dict[str, bytes]:
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    config |= {name: v for name, v in {**new, **own.config}.items() if name in config}
+    config |= {name: value for name, value in new.items() if name in config}
+    if own.hugging_face:
+        config |= {"image_size": new["image_size"], **own.config}
     return files | {"config.json": json.dumps(config, indent=2).encode() + b"\n"}

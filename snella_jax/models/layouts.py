@@ -1,5 +1,7 @@
 """How the numbers of each family lie in the formats that it was published in."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +27,8 @@ class Layout:
       parts: the model's arrays by the rules' paths.
       free: regex of the paths, beside the head's, whose shape may have changed.
       left_out: regex of the tensors without a place that are not written.
-      config: what `config.json` says of this family alone.
+      buffers: what others of these are now, by name.
+      config: what `config.json` of transformers says of this family alone.
     """
 
     family: str
@@ -35,12 +38,13 @@ class Layout:
     parts: Mapping[str, np.ndarray]
     free: str = "(?!)"
     left_out: str = "(?!)"
+    buffers: Mapping[str, np.ndarray] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def hugging_face(self) -> bool:
         """Whether the names are those of transformers."""
-        return any(name.startswith("embeddings.") for name in self.checkpoint.tensors)
+        return _hugging_face(self.checkpoint)
 
     @property
     def head(self) -> dict[str, str]:
@@ -60,7 +64,7 @@ def layout(model: nnx.Module, source: Checkpoint) -> Layout:
 
     Raises:
       CheckpointError: it is of another family, or of no known format.
-      ValueError: a head that transformers' model does not have.
+      ValueError: other programs could not run it.
       TypeError: no model of `snella_jax.models`.
     """
     match model:
@@ -73,12 +77,16 @@ def layout(model: nnx.Module, source: Checkpoint) -> Layout:
     raise TypeError(f"{type(model).__name__} is no model of snella_jax.models.")
 
 
+def _hugging_face(checkpoint: Checkpoint) -> bool:
+    return any(name.startswith("embeddings.") for name in checkpoint.tensors)
+
+
 def _vit(model: ViT, source: Checkpoint) -> Layout:
     c = model.config
     checkpoint, rules, _ = checkpoints.recognised(source, c.num_classes)
     dinov2 = any(name.endswith("lambda1") for name in checkpoint.tensors)
     parts = parts_of(model, _stacked(model, "blocks"))
-    if rules is checkpoints.HUGGING_FACE and c.num_classes:
+    if _hugging_face(checkpoint) and c.num_classes:
         parts["head/kernel"] = _seen(parts["head/kernel"], c.pool, dinov2)
     with_head = r"(pooler|decoder)\..*|" if c.num_classes else ""
     return Layout(
@@ -89,6 +97,7 @@ def _vit(model: ViT, source: Checkpoint) -> Layout:
         parts,
         free="pos_embed",
         left_out=with_head + checkpoints.PRE_LOGITS,
+        config={"num_attention_heads": c.heads, "layer_norm_eps": c.norm_eps},
     )
 
 
@@ -109,27 +118,54 @@ def _seen(kernel: np.ndarray, pool: str, dinov2: bool) -> np.ndarray:
 
 
 def _swin(model: swin.Swin, source: Checkpoint) -> Layout:
+    """`ValueError`: the last grid is smaller than a window, which others cannot run."""
+    c = model.config
+    coarse = 2 ** (len(c.depths) - 1)
+    last = [
+        math.ceil(pixels / (patch * coarse))
+        for pixels, patch in zip(c.image_hw, c.patch_hw, strict=True)
+    ]
+    if min(last) < c.window:
+        raise ValueError(
+            f"image_size={c.image_size}: the last grid is {last[0]} x {last[1]}, and "
+            f"other programs expect at least a window, {c.window} x {c.window}."
+        )
     checkpoint, rules, _ = swin.recognised(source)
     parts = parts_of(model, _stacked(model, r"blocks/\d+"))
-    with_head = r"|embeddings\.mask_token|decoder\..*"
+    index = swin.offsets(c.window, c.window)
+    buffers = {
+        name: index.astype(tensor.dtype)
+        for name, tensor in checkpoint.tensors.items()
+        if name.endswith("relative_position_index")
+    }
+    with_head = r"|embeddings\.mask_token|decoder\..*" if c.num_classes else ""
     return Layout(
         "swin",
         "Swin",
         checkpoint,
         rules,
-        {swin.unpaired(path): part for path, part in parts.items()},
+        {_unpaired(path): part for path, part in parts.items()},
         free=r"blocks/.*/bias_table",
-        # Buffers, which the window and the image size determine.
-        left_out=r".*\.(relative_position_index|attn_mask)"
-        + (with_head if model.config.num_classes else ""),
-        config={"window_size": model.config.window},
+        left_out=r".*\.attn_mask" + with_head,  # a buffer, by the image size
+        buffers=buffers,
+        config={"window_size": c.window, "num_heads": list(c.heads)},
     )
+
+
+def _unpaired(path: str) -> str:
+    """`blocks/2/2/shifted/norm1/scale` as `blocks/2/5/norm1/scale`."""
+    match = re.fullmatch(r"(blocks/\d+)/(\d+)/(plain|shifted)/(.*)", path)
+    if not match:
+        return path
+    stage, pair, which, rest = match.groups()
+    return f"{stage}/{2 * int(pair) + (which == 'shifted')}/{rest}"
 
 
 def _convnext(model: convnext.ConvNeXt, source: Checkpoint) -> Layout:
     checkpoint, rules, _ = convnext.recognised(source)
     parts = parts_of(model, _stacked(model, r"blocks/\d+"))
-    return Layout("convnext", "ConvNext", checkpoint, rules, parts)
+    config = {"layer_norm_eps": model.config.norm_eps}
+    return Layout("convnext", "ConvNext", checkpoint, rules, parts, config=config)
 
 
 def _stacked(model: Any, blocks: str) -> str:

@@ -52,24 +52,23 @@ def rewritten(
       place; and the paths of the parts that went nowhere.
 
     Raises:
-      CheckpointError: a part is missing or has another shape than what was read.
+      CheckpointError: no rule knows a tensor, or a part is missing or has another shape
+        than what was read.
     """
     tensors: dict[str, np.ndarray] = {}
     left = set(parts)
     for name, tensor in checkpoint.tensors.items():
-        rule, paths = place_of(name, rules)
-        fixed = [path for path in paths if not re.fullmatch(free, path)]
-        if missing := [path for path in fixed if path not in parts]:
-            raise CheckpointError(
-                checkpoint.path, f"{name}: the model has no {', '.join(missing)}"
-            )
-        if paths and set(paths) <= parts.keys():
-            own = [parts[path] for path in paths]
-            left -= set(paths)
-            try:
+        try:
+            rule, paths = place_of(name, rules)
+            fixed = [path for path in paths if not re.fullmatch(free, path)]
+            if missing := [path for path in fixed if path not in parts]:
+                raise ValueError(f"the model has no {', '.join(missing)}")
+            if paths and set(paths) <= parts.keys():
+                own = [parts[path] for path in paths]
+                left -= set(paths)
                 tensors[name] = unmade(rule, own, tensor.shape if fixed else None)
-            except ValueError as error:
-                raise CheckpointError(checkpoint.path, f"{name}: {error}") from error
+        except ValueError as error:
+            raise CheckpointError(checkpoint.path, f"{name}: {error}") from error
     return tensors, left
 
 

@@ -214,7 +214,7 @@ class WindowAttention(nnx.Module):
         windows = windows.reshape(batch, rows * columns, side * side, -1)
 
         q, k, v = (self._split(f(windows)) for f in (self.query, self.key, self.value))
-        bias = self.bias_table[...][_offsets(side, self.window)].transpose(2, 0, 1)
+        bias = self.bias_table[...][offsets(side, self.window)].transpose(2, 0, 1)
         mask = _together(rows, columns, side, shift)[:, None, None] if shift else None
 
         def one(q: Array, k: Array, v: Array, mask: Any) -> Array:
@@ -239,7 +239,7 @@ def _padded(x: Array, size: tuple[int, int]) -> Array:
     return jnp.pad(x, ((0, 0), *ends, (0, 0)))
 
 
-def _offsets(side: int, window: int) -> Int[np.ndarray, "T T"]:
+def offsets(side: int, window: int) -> Int[np.ndarray, "T T"]:
     """Row of the table of a `window` for every two tokens of a window of this side."""
     tokens = np.stack(np.divmod(np.arange(side * side), side), -1)
     rows, columns = np.moveaxis(tokens[:, None] - tokens + window - 1, -1, 0)
@@ -354,15 +354,6 @@ def _paired(path: str) -> str:
     return f"{match[1]}/{pair}/{'shifted' if second else 'plain'}/{match[3]}"
 
 
-def unpaired(path: str) -> str:
-    """`_paired` backwards."""
-    match = re.fullmatch(r"(blocks/\d+)/(\d+)/(plain|shifted)/(.*)", path)
-    if not match:
-        return path
-    stage, pair, which, rest = match.groups()
-    return f"{stage}/{2 * int(pair) + (which == 'shifted')}/{rest}"
-
-
 def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What the shapes say of the config."""
     pairs = staged.counts(arrays)
@@ -370,6 +361,8 @@ def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     rows, heads = zip(
         *(arrays[f"{f}/attn/bias_table"].shape for f in firsts), strict=True
     )
+    if len(set(rows)) > 1:
+        raise ValueError(f"tables of {rows} biases: expected one window for all stages")
     height, width, _, features = arrays["patch_embed/kernel"].shape
     window = (tables.root(rows[0]) + 1) // 2
     last = window * 2 ** (len(pairs) - 1)  # in patches
