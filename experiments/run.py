@@ -7,13 +7,14 @@ import jax
 from flax import nnx
 from rich.table import Table
 
+import snella_jax as snella
 from experiments import config as configs
 from experiments import evaluation, figures, folder, metrics, search
 from experiments.fit import TEST, VAL, Fitted, Setting
 from experiments.methods import linear_probe
 from experiments.methods.trained import METHODS, Name
 from experiments.tune import tune
-from snella_jax.rules import select
+from snella_jax.rules import adapted_layers, select
 
 TITLES = {"linear": "linear probe"} | {n: m.title for n, m in METHODS.items()}
 
@@ -152,6 +153,9 @@ def _by_steps(method: Name, setting: Setting) -> Result:
         config = search.chosen(method, setting)
         setting = dataclasses.replace(setting, config=config)
     fitted, table = tune(method, setting), METHODS[method]
+    if any(True for _ in adapted_layers(fitted.model)):
+        name, place = setting.config.model, setting.out / "adapters" / method
+        snella.save(fitted.model, place, base=name)
     merged = table.merged(fitted.model)
     moved = table.moved(setting.config, setting.base, fitted.model, merged)
     own, last = getattr(setting.config, method), fitted.rows[-1]

@@ -12,8 +12,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Tests compile more than they compute: LLVM's optimisations take longer than they save.
-FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
-os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1 "
+    + os.environ.get("XLA_FLAGS", "")
+)
 
 import jax
 import pytest

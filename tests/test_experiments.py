@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from safetensors.numpy import load_file
 
 import snella_jax as snella
-from experiments import command, mesh, presets, small_vit, vtab, weights
+from experiments import command, evaluation, mesh, presets, small_vit, vtab, weights
 from experiments import config as configs
 from experiments.data import digits, fashion_mnist
 from experiments.methods import linear_probe, lora
 from experiments.pretrain import augment
+from snella_jax import models
 from snella_jax.models.vit import ViT, ViTConfig
 
 
@@ -323,6 +325,16 @@ def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
     assert 0.999 * budget < result["weights_moved"] <= budget
     assert result["test_accuracy"] == again["methods"]["snella"]["test_accuracy"] > 0.5
     assert (tmp_path / "a/figures/allocation.png").stat().st_size > 10_000
+    one, other = (
+        load_file(tmp_path / run / "adapters/snella/adapter_model.safetensors")
+        for run in "ab"
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    base = small_vit.load(0)
+    model = snella.load(base, tmp_path / "a/adapters/snella")
+    test, alone = digits.load().test, mesh.make("data=1")
+    accuracy = evaluation.evaluate(model, test, small_vit.TRANSFORM, alone)
+    assert accuracy == result["test_accuracy"]
     assert json.loads((tmp_path / "a/config.json").read_text())["epochs"] == 2
     with pytest.raises(SystemExit, match="is not empty: name another folder"):
         run(tmp_path / "a", *short)
@@ -347,4 +359,8 @@ def test_ones_own_images_and_checkpoint(tmp_path):
     )
     assert summary["task"] == "colours"
     assert summary["methods"]["linear"]["test_accuracy"] == 1
+    made = tmp_path / "run" / "adapters"
+    assert [path.name for path in made.iterdir()] == ["snella"]
+    base = models.load(checkpoint, num_classes=3, image_size=24)
+    assert snella.load(base, made / "snella").head.bias.any()
     assert summary["methods"]["snella"]["test_accuracy"] > 0.6
