@@ -14,7 +14,7 @@ from experiments.fit import TEST, VAL, Fitted, Setting
 from experiments.methods import linear_probe
 from experiments.methods.trained import METHODS, Name
 from experiments.tune import tune
-from snella_jax.rules import adapted_layers, select
+from snella_jax.rules import has_adapters, select
 
 TITLES = {"linear": "linear probe"} | {n: m.title for n, m in METHODS.items()}
 
@@ -153,7 +153,7 @@ def _by_steps(method: Name, setting: Setting) -> Result:
         config = search.chosen(method, setting)
         setting = dataclasses.replace(setting, config=config)
     fitted, table = tune(method, setting), METHODS[method]
-    if any(True for _ in adapted_layers(fitted.model)):
+    if has_adapters(fitted.model):
         name, place = setting.config.model, setting.out / "adapters" / method
         snella.save(fitted.model, place, base=name)
     merged = table.merged(fitted.model)

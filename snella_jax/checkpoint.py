@@ -34,8 +34,8 @@ from snella_jax.fitting import any_of, fit
 from snella_jax.layers import ADAPTABLE, Factor
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.rules import (
-    adapted_layers,
     freeze,
+    has_adapters,
     join,
     require_adapters,
     variables_of,
@@ -89,7 +89,7 @@ def load(model: M, folder: str | Path, *, rename: Mapping[str, str] | None = Non
         shape, rank or place; lists every weight that differs.
     """
     file = adapter_file.read(folder)
-    adapted = any(True for _ in adapted_layers(model))
+    adapted = has_adapters(model)
     present = {w.path: w.site for w in weights_of(model)} if adapted else None
     trains = _trained(model).keys()
     model = unload(model) if adapted else nnx.clone(model)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from snella_jax import models
 from snella_jax.adapt import merge
-from snella_jax.rules import adapted_layers
+from snella_jax.rules import has_adapters
 
 
 def export(
@@ -31,5 +31,5 @@ def export(
             "snella.merge(model) with the library that it comes from, or its adapters "
             "with snella.save."
         )
-    plain = merge(model) if any(True for _ in adapted_layers(model)) else model
+    plain = merge(model) if has_adapters(model) else model
     models.export(plain, path, like=like, **options)

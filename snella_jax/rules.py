@@ -25,7 +25,7 @@ def select(model: nnx.Module, targets: str) -> dict[str, Any]:
     Raises:
       ValueError: it matches none (the message lists them), or the model has adapters.
     """
-    if any(True for _ in adapted_layers(model)):
+    if has_adapters(model):
         raise ValueError("The model has adapters already: merge() it first.")
     layers = {
         join(path): node
@@ -180,9 +180,14 @@ def weights_of(model: nnx.Module) -> list[AdaptedWeight]:
     return [layer.adapter.on(path, layer.kernel[...]) for path, layer in layers]
 
 
+def has_adapters(model: nnx.Module) -> bool:
+    """Whether any layer is adapted; the model may be abstract."""
+    return any(True for _ in adapted_layers(model))
+
+
 def require_adapters(model: nnx.Module) -> None:
     """Raises a `ValueError` if the model has no adapters; it may be abstract."""
-    if not any(True for _ in adapted_layers(model)):
+    if not has_adapters(model):
         raise ValueError(
             "The model has no adapters: call snella.adapt(model, ...) first."
         )

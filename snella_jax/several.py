@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from snella_jax.checkpoint import unload
-from snella_jax.rules import adapted_layers, variables_of, weights_of
+from snella_jax.rules import has_adapters, variables_of, weights_of
 from snella_jax.weight import add
 
 M = TypeVar("M", bound=nnx.Module)
@@ -55,7 +55,7 @@ def combine(models: Mapping[str, M], weights: Mapping[str, float], rest: str) ->
     """
     if unknown := sorted({*weights, rest} - models.keys()):
         raise ValueError(f"No model is called {unknown}: there are {sorted(models)}.")
-    adapted = any(True for _ in adapted_layers(models[rest]))
+    adapted = has_adapters(models[rest])
     plain = unload(models[rest]) if adapted else nnx.clone(models[rest])
     variables = dict(variables_of(plain, nnx.Param))
     sums: dict[str, Array] = {}

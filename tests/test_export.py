@@ -35,6 +35,7 @@ SOURCES = {
     "staged/convnext": ("out", {}),
     "staged/convnext.pth": ("out.safetensors", SIZE),
 }
+VIT_FOLDERS = ["vit/classifier", "vit/pooled", "vit/dinov2"]
 # Row of the table of biases for every two tokens of a window of 3 x 3.
 INDEX = [
     [5 * (a // 3 - b // 3 + 2) + a % 3 - b % 3 + 2 for b in range(9)] for a in range(9)
@@ -285,8 +286,7 @@ def test_what_cannot_be_written_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("name", "classes", "pool"),
     [
-        *itertools.product(["vit/classifier", "vit/pooled"], [0, 12], ["cls"]),
-        *itertools.product(["vit/dinov2"], [0, 12], ["cls"]),
+        *itertools.product(VIT_FOLDERS, [0, 12], ["cls"]),
         ("vit/dinov2", 12, "mean"),
     ],
 )
@@ -319,15 +319,20 @@ def test_transformers_loads_it(name, classes, pool, tmp_path):
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("window", [3, 5])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("staged/swin", {}),
+        ("staged/swin", {"window": 5}),
+        ("staged/convnext", {}),
+    ],
+)
 @pytest.mark.parametrize("classes", [0, 7])
-@pytest.mark.parametrize("name", ["staged/swin", "staged/convnext"])
-def test_transformers_loads_models_with_stages(name, classes, window, tmp_path):
+def test_transformers_loads_models_with_stages(name, options, classes, tmp_path):
     """With an image size of which the last grid is a window at least."""
     import torch
     from transformers import AutoModel, AutoModelForImageClassification
 
-    options = {"window": window} if "swin" in name else {}
     size = (90, 84)
     base = models.load(DATA / name, num_classes=classes, image_size=size, **options)
     if classes:
