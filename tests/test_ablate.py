@@ -18,6 +18,7 @@ from snella_jax.models.vit import ViT, ViTConfig
 SHORT = ["--run.epochs", "2", "--run.warmup_epochs", "0", "--search_epochs", "2"]
 GRID = ["--run.grid.lr_factors", "0.1", "--run.grid.lr_extensions", "0"]
 SMALL = [*SHORT, *GRID, "--run.task", "digits", "--run.test_images", "50"]
+SMALL += ["--run.batch", "100"]
 
 
 def read(path):
