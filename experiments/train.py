@@ -1,8 +1,6 @@
 """The training loop: steps that update importance, epochs that move the budgets."""
 
 import dataclasses
-import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +20,7 @@ from experiments.data import pipeline
 from experiments.data.mix import Mix
 from experiments.data.source import Source
 from experiments.data.transforms import Transform
+from experiments.readings import NotFinite, Readings
 from experiments.recipe import Recipe
 from experiments.update import training_step
 from snella_jax.importance import factors
@@ -214,13 +213,14 @@ class Trainer:
             trainable, opt_state, loss = update(
                 state["trainable"], state["opt_state"], *arguments
             )
+            norm = optax.tree.get(opt_state, NORM)
             new = {"trainable": trainable, "opt_state": opt_state}
             if "ema" in state:
                 mean = optax.incremental_update(trainable, state["ema"], share)
                 new["ema"] = mean
-            return new, loss
+            return new, loss, norm
 
-        return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+        return jax.jit(step, donate_argnums=0, out_shardings=(where, None, None))
 
     def _batches(self) -> Any:
         stream = pipeline.training(
@@ -236,44 +236,48 @@ class Trainer:
 
     def _train(self, epoch: int, on_step: Callable[[float], None]) -> dict[str, Any]:
         """Takes an epoch's steps; gives what `Epoch` has of them."""
-        key, losses, norms, seconds = jax.random.key(self.recipe.seed), [], [], []
-        rules = self.competition
+        readings, rules = Readings(on_step), self.competition
         total = self.recipe.total_epochs
         turn = rules.begin(epoch, total, self.steps) if rules else None
-        for index in range(self.steps):
-            start = time.perf_counter()
-            batch = next(self.stream)
-            noise = jax.random.fold_in(key, epoch * self.steps + index)
-            state = dict(self.state)
-            budgets = state.pop("budgets")
-            if turn is not None:
-                budgets = self._moved(turn, index, budgets, state["opt_state"])
-            state, loss = self.step(state, budgets, self.frozen, batch, noise)
-            self.state = {**state, "budgets": budgets}
-            losses.append(float(loss))
-            norms.append(float(optax.tree.get(state["opt_state"], NORM)))
-            seconds.append(time.perf_counter() - start)
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(
-                    f"the loss or its gradient is not finite at step {index + 1} of "
-                    f"epoch {epoch + 1}, on the training images "
-                    f"{_here(batch['index'])}; {self._last_good()}"
-                )
-            on_step(losses[-1])
+        try:
+            for index in range(self.steps):
+                self._take(epoch, index, turn, readings)
+            readings.read()
+        except NotFinite as error:
+            raise FloatingPointError(
+                f"the loss or its gradient is not finite at step {error.step} of "
+                f"epoch {epoch + 1}, on the training images {_here(error.images)}; "
+                f"{self._last_good()}"
+            ) from error
+        seconds = readings.seconds
         return {
-            "train_loss": float(np.mean(losses)),
-            "gradient_norm": float(np.mean(norms)),
+            "train_loss": float(np.mean(readings.losses)),
+            "gradient_norm": float(np.mean(readings.norms)),
             "seconds_per_step": float(np.median(seconds[1:] or seconds)),
             "moves": turn.moves if turn else 0,
             "moved": turn.moved if turn else None,
         }
 
-    def _moved(self, turn: Round, index: int, budgets: Any, opt_state: Any) -> Any:
-        """The budgets for a step of an epoch."""
-        try:
-            return turn.before(index, budgets, opt_state, lambda: self.model)
-        except ValueError as error:  # scores that are not finite
-            raise FloatingPointError(f"{error} {self._last_good()}") from error
+    def _take(
+        self, epoch: int, index: int, turn: Round | None, readings: Readings
+    ) -> None:
+        """Begins a step; waits for the one before it."""
+        batch = next(self.stream)
+        key = jax.random.key(self.recipe.seed)
+        noise = jax.random.fold_in(key, epoch * self.steps + index)
+        state = dict(self.state)
+        budgets = state.pop("budgets")
+        if turn is not None:
+            try:
+                budgets = turn.before(
+                    index, budgets, state["opt_state"], lambda: self.model
+                )
+            except ValueError as error:  # scores that are not finite
+                readings.read()  # which may know the step
+                raise FloatingPointError(f"{error} {self._last_good()}") from error
+        state, loss, norm = self.step(state, budgets, self.frozen, batch, noise)
+        self.state = {**state, "budgets": budgets}
+        readings.add(loss, norm, batch["index"])
 
     def _states(self, which: str = "trainable") -> tuple[Any, Any, Any]:
         return self.state[which], self.state["budgets"], self.frozen

@@ -193,9 +193,9 @@ def test_the_running_mean_is_that_of_the_weights_after_every_step():
         inner = trainer.step
 
         def spy(*arguments):
-            state, loss = inner(*arguments)
+            state, *numbers = inner(*arguments)
             after.append(jax.tree.map(np.array, jax.tree.leaves(state["trainable"])))
-            return state, loss
+            return state, *numbers
 
         trainer.step = spy
         rows = list(losses)
@@ -206,6 +206,42 @@ def test_the_running_mean_is_that_of_the_weights_after_every_step():
         for got, want in zip(leaves(trainer.ema_model), expected, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
     assert all(0 <= row.ema_accuracy <= 1 for row in rows)
+
+
+def test_a_loss_is_read_when_the_next_step_is_under_way():
+    order = []
+    with training() as trainer:
+        inner = trainer.step
+
+        def spy(*arguments):
+            order.append("begun")
+            return inner(*arguments)
+
+        trainer.step = spy
+        rows = list(trainer.epochs(order.append))
+    for row, events in zip(rows, (order[:6], order[6:]), strict=True):
+        losses = [loss for loss in events if loss != "begun"]
+        one, two, three = losses
+        assert events == ["begun", "begun", one, "begun", two, three]
+        assert row.train_loss == pytest.approx(np.mean(losses))
+
+
+def test_scores_that_are_not_finite_name_the_step_before_them():
+    """Budgets that move in every step see its scores before its loss is read."""
+    with training() as trainer:
+        trainer.competition = Competition(trainer.competition.schedule, every="step")
+        inner, steps = trainer.step, itertools.count(1)
+
+        def spoil(*arguments):
+            state, loss, norm = inner(*arguments)
+            if next(steps) == 2:
+                spoilt = jax.tree.map(lambda x: x + x * jnp.nan, state["opt_state"])
+                return {**state, "opt_state": spoilt}, loss * jnp.nan, norm
+            return state, loss, norm
+
+        trainer.step = spoil
+        with pytest.raises(FloatingPointError, match="at step 2 of epoch 1, on the"):
+            run(trainer)
 
 
 def test_the_callers_model_stays_as_it_was():
