@@ -44,8 +44,9 @@ from experiments import (
 )
 from experiments import config as configs
 from experiments.ablations import BASE, SNELLA, STUDIES, Variant
-from experiments.config import Grid, RunConfig
+from experiments.config import RunConfig
 from experiments.fit import VAL, Setting
+from experiments.grid import Grid
 from experiments.methods.trained import METHODS
 from experiments.settings import Kernelized, Masked
 from experiments.tune import tune

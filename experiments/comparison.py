@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 from experiments import config as configs
 from experiments import report
 from experiments.cells import Store
-from experiments.config import Grid, RunConfig
+from experiments.config import RunConfig
+from experiments.grid import Grid
 from experiments.settings import Located, Masked, Parted, Plain, Ranked, Trained
 
 Name = Literal["linear"] | Trained
@@ -105,6 +106,7 @@ class Table:
 
     Attributes:
       store: what is done.
+      rows: what the table has in any case.
     """
 
     def __init__(self, config: Comparison):
@@ -113,12 +115,13 @@ class Table:
         shared = {k: v for k, v in fields.items() if k not in report.IRRELEVANT}
         shared["search_epochs"] = config.search_epochs
         self.store = Store(config.out, shared, configs.as_dict(RUN))
+        self.rows = [Row(method) for method in ("linear", *get_args(Trained))]
+        self.rows += [Row(method, random=True) for method in config.controls]
 
     def made(self) -> dict[str, Any] | None:
         """The report of all seeds that are done; None where there are none."""
         runs = self._runs()
-        rows = [Row(method) for method in ("linear", *get_args(Trained))]
-        labels = [self._label(row) for row in rows]
+        labels = [self._label(row) for row in self.rows]
         return report.table(runs, methods=labels, tasks=TASKS) if runs else None
 
     def points(

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from experiments.competition import Competition
 from experiments.data.catalogue import DATA_DIR
 from experiments.data.mix import Mix
+from experiments.grid import Grid
 from experiments.recipe import Recipe
 from experiments.settings import (
     DENSE,
@@ -24,22 +25,6 @@ from experiments.settings import (
     Selected,
     Trained,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """What `--search` tries for every method that is trained by steps, besides its own
-    settings."""
-
-    lr_factors: tuple[float, ...] = (0.3, 3.0)
-    """Times the method's learning rate; first, with the method's other settings."""
-    lr_extensions: int = 2
-    """Further rates, beyond the lowest or the highest as long as that one is best."""
-    weight_decays: tuple[float, ...] = (1e-3, 0.05)
-    """Then, with the best rate."""
-    densities: tuple[float, ...] = (0.1, 0.6)
-    """Target densities, where there is sparsity; last, with the best rate and decay."""
-
 
 Protocol = Literal["choose", "final", "released"]
 

@@ -128,8 +128,10 @@ def table(
     Returns:
       `columns`, each with `method`, `setup`, `paper` (whether these are the paper's
       numbers), `tasks` (each with `mean`, `deviation`, `seeds`), `groups`,
-      `mean_of_groups`, `mean_of_tasks`, `trainable`; and `tasks`, the group of each.
-      Accuracies are in percent, deviations those of a sample, None for one seed.
+      `mean_of_groups`, `mean_of_tasks`, `trainable`, from the fewest parameters to the
+      most (heads and masks differ); and `tasks`, the group of each. Accuracies are in
+      percent, deviations those of a sample, None for one seed. There is no mean where
+      one of its tasks is missing.
 
     Raises:
       ValueError: a method lacks that accuracy, or two runs of a method on a task differ
@@ -155,8 +157,8 @@ def table(
             if name in by_task
         }
         column = {"method": method, "setup": setup if several else "", "paper": False}
-        sizes = [run.result["trainable"] for done in by_task.values() for run in done]
-        trainable = max(sizes, default=None)
+        sizes = {run.result["trainable"] for done in by_task.values() for run in done}
+        trainable = [min(sizes), max(sizes)] if sizes else None
         columns.append({**column, **_means(own, groups), "trainable": trainable})
     theirs = {}
     for column in columns:  # over the same tasks as ours
@@ -256,21 +258,19 @@ def _means(
     tasks: dict[str, dict[str, Any]], group_of: dict[str, str]
 ) -> dict[str, Any]:
     """The tasks' accuracies, and means over groups, of the groups and of the tasks."""
+    means = {name: cell["mean"] for name, cell in tasks.items()}
     groups = {}
-    for group in dict.fromkeys(group_of[name] for name in tasks):
-        own = [tasks[name]["mean"] for name in tasks if group_of[name] == group]
-        groups[group] = statistics.mean(own)
+    for group in dict.fromkeys(group_of.values()):
+        names = [name for name in group_of if group_of[name] == group]
+        if means.keys() >= set(names):
+            groups[group] = statistics.mean(means[name] for name in names)
+    whole = means.keys() >= group_of.keys()
     return {
         "tasks": tasks,
         "groups": groups,
-        "mean_of_groups": _mean(groups.values()),
-        "mean_of_tasks": _mean(cell["mean"] for cell in tasks.values()),
+        "mean_of_groups": statistics.mean(groups.values()) if whole else None,
+        "mean_of_tasks": statistics.mean(means.values()) if whole else None,
     }
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return statistics.mean(found) if found else None
 
 
 def _lines(made: dict[str, Any]) -> tuple[list[str], list[list[str]], list[int]]:
@@ -285,7 +285,7 @@ def _lines(made: dict[str, Any]) -> tuple[list[str], list[list[str]], list[int]]
             cells = (column["tasks"].get(name) for column in columns)
             rows.append([name, *map(_cell_text, cells)])
         rules.append(len(rows) - 1)
-    for group in groups if len(group_of) > 1 else ():
+    for group in groups if len(groups) > 1 else ():
         count = sum(own == group for own in group_of.values())
         means = (column["groups"].get(group) for column in columns)
         rows.append([f"mean, {group} ({count})", *map(_number, means)])
@@ -297,7 +297,7 @@ def _lines(made: dict[str, Any]) -> tuple[list[str], list[list[str]], list[int]]
         rows.append(["mean of tasks", *(_number(c["mean_of_tasks"]) for c in columns)])
         rules.append(len(rows) - 1)
     sizes = (column.get("trainable") for column in columns)
-    rows.append(["trainable", *("" if n is None else f"{n:,}" for n in sizes)])
+    rows.append(["trainable", *map(_range, sizes)])
     if len(columns) > len(rows):  # a row for each method then
         header, *rows = map(list, zip(header, *rows, strict=True))
         rules = []
@@ -316,6 +316,10 @@ def _cell_text(cell: dict[str, Any] | None) -> str:
     return f"{cell['mean']:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
 
 
+def _range(ends: list[int] | None) -> str:
+    return " to ".join(f"{end:,}" for end in dict.fromkeys(ends or ()))
+
+
 def _number(mean: float | None) -> str:
     return MISSING if mean is None else f"{mean:.1f}"
 
@@ -332,7 +336,7 @@ def _caption(made: dict[str, Any]) -> str:
     text += f" Seeds: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}."
     covered = {frozenset(column["tasks"]) for column in ours}
     if len(covered) > 1:
-        text += f" {MISSING}: not run; means are over the tasks that were."
+        text += f" {MISSING}: not run; no mean without all of its tasks."
     if len(ours) < len(made["columns"]):
         text += (
             " Paper: Table XIII, ViT-B/16, best accuracy of a run on the test split."

@@ -133,6 +133,7 @@ def _linear(setting: Setting) -> Result:
             setting.transforms[1],
             setting.mesh,
             config.linear.strengths,
+            config.grid.lr_extensions,
             refit=config.trains_on_all,
         )
     if folder.is_primary():

@@ -7,15 +7,15 @@ method's own. `search.json` holds every trial.
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from experiments import folder
 from experiments.config import RunConfig
 from experiments.fit import VAL, Setting
+from experiments.grid import beyond
 from experiments.methods.trained import METHODS, Name
-from experiments.settings import Kernelized
 from experiments.tune import tune
 
 FILE = "search.json"
@@ -55,7 +55,7 @@ def chosen(method: Name, setting: Setting) -> RunConfig:
         rates += further
         settings = tried("lr", further)
     settings = tried("weight_decay", grid.weight_decays)
-    if isinstance(settings, Kernelized) and settings.gate != "none":
+    if hasattr(settings, "target_density") and getattr(settings, "gate", "") != "none":
         settings = tried("target_density", grid.densities)
     setting.console.print(
         f"{METHODS[method].title}: of {len(trials)} settings "
@@ -66,19 +66,6 @@ def chosen(method: Name, setting: Setting) -> RunConfig:
     return dataclasses.replace(setting.config, **{method: settings})
 
 
-def beyond(rates: Sequence[float], best: float) -> list[float]:
-    """The next rate where the best of several is the lowest or the highest.
-
-    >>> beyond([0.02, 0.01, 0.04], 0.04), beyond([0.02, 0.01, 0.04], 0.02)
-    ([0.08], [])
-    """
-    ordered = sorted(set(rates))
-    if len(ordered) < 2 or best not in (ordered[0], ordered[-1]):
-        return []
-    inner = ordered[1] if best == ordered[0] else ordered[-2]
-    return [best * (best / inner)]
-
-
 def _trial(method: Name, setting: Setting, settings: Any, index: int) -> dict[str, Any]:
     out = setting.out / "search" / method / str(index)
     described = {name: getattr(settings, name) for name in names(settings)}
@@ -87,7 +74,10 @@ def _trial(method: Name, setting: Setting, settings: Any, index: int) -> dict[st
     )
     config = dataclasses.replace(config, **{method: settings})
     setting.console.print(f"trial {index + 1}: {_text(described)}")
-    trial = dataclasses.replace(setting, config=config, out=out, located=out.parent)
+    located = out.parent  # one first stage for all rates, but not for all densities
+    if (density := described.get("target_density")) is not None:
+        located /= f"density_{density}"
+    trial = dataclasses.replace(setting, config=config, out=out, located=located)
     try:
         last = tune(method, trial).rows[-1]
         result = {VAL: last[VAL], "train_loss": last["train_loss"]}

@@ -43,7 +43,8 @@ class Linear:
     """The linear probe."""
 
     strengths: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-    """Inverse L2 strengths, from which the validation split chooses."""
+    """Inverse L2 strengths, from which the validation split chooses; it goes on beyond
+    the lowest or the highest."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,23 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import command, compare, comparison, cost_figures, models, run, search
+from experiments import (
+    command,
+    compare,
+    comparison,
+    cost_figures,
+    grid,
+    models,
+    run,
+    search,
+)
 from experiments.config import RunConfig
 from experiments.data import catalogue
 
@@ -175,11 +186,11 @@ def test_a_cell_that_runs_out_of_memory_does_not_stop_the_others(tmp_path, monke
 
 
 def test_a_search_goes_beyond_its_lowest_and_highest_rate():
-    assert search.beyond([0.02, 0.01, 0.04], 0.02) == []
-    assert search.beyond([0.02, 0.01, 0.04], 0.04) == [0.08]
-    assert search.beyond([0.02, 0.01, 0.04], 0.01) == [0.005]
-    assert search.beyond([0.02], 0.02) == []
-    assert search.beyond([0.02, 0.02, 0.04], 0.02) == [0.01]
+    assert grid.beyond([0.02, 0.01, 0.04], 0.02) == []
+    assert grid.beyond([0.02, 0.01, 0.04], 0.04) == [0.08]
+    assert grid.beyond([0.02, 0.01, 0.04], 0.01) == [0.005]
+    assert grid.beyond([0.02], 0.02) == []
+    assert grid.beyond([0.02, 0.02, 0.04], 0.02) == [0.01]
 
 
 @pytest.mark.parametrize("peak, lrs", [
@@ -204,11 +215,41 @@ def test_the_search_follows_the_best_rate(tmp_path, monkeypatch, peak, lrs):
     assert chosen.lora.lr == pytest.approx(best)
 
 
+def test_every_density_of_a_mask_is_located_by_itself(tmp_path, monkeypatch):
+    """With the best rate, once; rates share what was located."""
+    trials = []
+
+    def tune(method, setting):
+        own = getattr(setting.config, method)
+        density = getattr(own, "target_density", None)
+        trials.append((own.lr, density, setting.located.relative_to(tmp_path)))
+        rows = [{"val_accuracy": own.lr * (1 + (density == 0.1)), "train_loss": 0}]
+        return SimpleNamespace(rows=rows)
+
+    monkeypatch.setattr(search, "tune", tune)
+    run = dataclasses.replace(comparison.RUN, grid=grid.Grid((2.0,), 0, (), (0.1, 0.6)))
+    chosen = search.chosen("snella_masked", Setting(run, tmp_path)).snella_masked
+    folder = Path("search/snella_masked")
+    assert trials == [
+        (lr, density, folder / f"density_{density}")
+        for lr, density in ((3e-3, 0.3), (6e-3, 0.3), (6e-3, 0.1), (6e-3, 0.6))
+    ]
+    assert (chosen.lr, chosen.target_density) == (6e-3, 0.1)
+    for method in ("klora", "spt_lora"):  # neither has a density to search
+        del trials[:]
+        search.chosen(method, Setting(run, tmp_path))
+        assert len(trials) == 2
+    assert {place for _, _, place in trials} == {Path("search/spt_lora")}
+
+
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """As much of it as a search looks at, besides trials."""
 
-    def __init__(self, config, out):
-        self.config, self.out, self.console = config, out, Console(quiet=True)
+    config: RunConfig
+    out: Path
+    located: Path | None = None
+    console: Console = dataclasses.field(default_factory=lambda: Console(quiet=True))
 
 
 def test_a_test_split_can_be_sampled_the_same_way_each_time():

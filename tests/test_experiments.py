@@ -3,6 +3,8 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -236,6 +238,35 @@ def test_the_committed_weights_fit_the_model_and_carry_knowledge():
     assert pretrained.test_accuracy > max(0.9, random.test_accuracy + 0.02)
     size = sum(v.size for v in jax.tree.leaves(nnx.state(small_vit.load(0))))
     assert size <= 750_000 and small_vit.WEIGHTS.stat().st_size < 3_000_000
+
+
+@pytest.mark.parametrize(
+    "extensions, kept", [(0, 0.1), (1, 0.01), (2, 1e-3), (5, 1e-4)]
+)
+def test_a_probe_goes_on_beyond_its_strengths(extensions, kept, monkeypatch):
+    """To a peak at 1e-4, and no further; of equals it keeps the stronger."""
+    fits = []
+
+    def fit(strength, features, labels):
+        fits.append(strength)
+        score = -round(abs(np.log10(strength) + 4), 3)
+        head = SimpleNamespace(
+            C=strength, score=lambda *_: score, coef_=labels, intercept_=labels
+        )
+        return linear_probe._Fit(head, 1, 1.0)
+
+    monkeypatch.setattr(linear_probe, "_fitted", fit)
+    monkeypatch.setattr(
+        linear_probe.evaluation, "features", lambda model, source, *_: source
+    )
+    part = np.zeros((4, 3)), np.arange(4)
+    task = SimpleNamespace(train=part, validation=part, test=part)
+    how: list[Any] = [None, task, None, None, (1.0, 0.1), extensions]
+    probe = linear_probe.train(*how)
+    assert probe.strength == pytest.approx(kept)
+    assert fits == pytest.approx([10.0**-n for n in range(min(2 + extensions, 6))])
+    how[4:] = [(0.01, 1e-6), 0]
+    assert linear_probe.train(*how).strength == 1e-6
 
 
 SMALL = ViTConfig(

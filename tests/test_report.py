@@ -101,13 +101,37 @@ def test_ones_own_folder_of_a_tasks_name_is_another_task(tmp_path):
     assert [column["paper"] for column in table["columns"]] == [False]
 
 
-def test_the_papers_means_are_over_the_tasks_of_its_method_here(tmp_path):
-    write_run(tmp_path / "a", "dtd")
-    write_run(tmp_path / "b", "dtd", method="lora")
-    write_run(tmp_path / "c", "cifar100", method="lora")
-    theirs = {c["method"]: c for c in made(tmp_path)["columns"] if c["paper"]}
-    assert theirs["SNELLA-32"]["mean_of_tasks"] == pytest.approx(72.3)
-    assert theirs["LoRA-8"]["mean_of_tasks"] == pytest.approx((69.4 + 67.1) / 2)
+def test_there_is_no_mean_without_all_of_its_tasks(tmp_path):
+    """Neither of ours, nor of the paper's over the tasks that we have."""
+    write_run(tmp_path / "a", "dtd", accuracy=0.9)
+    for task in ("dtd", "cifar100", "eurosat"):
+        write_run(tmp_path / task, task, method="lora")
+    write_run(tmp_path / "d", "eurosat", method="bias")
+    columns = {(c["method"], c["paper"]): c for c in made(tmp_path)["columns"]}
+    ours, theirs = columns["LoRA-8", False], columns["LoRA-8", True]
+    assert ours["mean_of_tasks"] == ours["mean_of_groups"] == pytest.approx(70)
+    known = paper.TABLE_XIII["LoRA-8"]
+    natural = (known["dtd"] + known["cifar100"]) / 2
+    groups = {"natural": natural, "specialized": known["eurosat"]}
+    assert theirs["groups"] == pytest.approx(groups)
+    for paper_too in (False, True):
+        some = columns["SNELLA-32", paper_too]
+        assert some["tasks"].keys() == {"dtd"} and not some["groups"]
+        assert some["mean_of_tasks"] is some["mean_of_groups"] is None
+    bias = columns["Bias", False]
+    assert bias["groups"] == {"specialized": pytest.approx(70)}
+    assert "no mean without all of its tasks" in report._caption(made(tmp_path))
+
+
+def test_parameters_that_differ_between_tasks_are_a_range(tmp_path):
+    for task, count in (("dtd", 1234), ("eurosat", 987)):
+        folder = write_run(tmp_path / task, task, method="lora")
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["methods"]["lora"]["trainable"] = count
+        (folder / "summary.json").write_text(json.dumps(summary))
+    table = made(tmp_path)
+    assert table["columns"][0]["trainable"] == [987, 1234]
+    assert "| trainable | 987 to 1,234 |" in report._markdown(table)
 
 
 def test_runs_that_are_no_seeds_of_one_another_are_refused(tmp_path):

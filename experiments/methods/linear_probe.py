@@ -2,7 +2,8 @@
 
 The head is a multinomial logistic regression, fitted to convergence by scikit-learn's
 L-BFGS. Being convex it has no learning rate to choose; its L2 strength is chosen on the
-validation split instead (ties: the stronger).
+validation split instead (ties: the stronger), beyond those given where it is the lowest
+or the highest of them.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from experiments import evaluation
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
+from experiments.grid import beyond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ def train(
     transform: Transform,
     mesh: Mesh,
     strengths: tuple[float, ...],
+    extensions: int = 0,
     refit: bool = False,
 ) -> Probe:
     """Fits a head for each `C` in `strengths` and keeps the best on validation.
@@ -53,6 +56,7 @@ def train(
       transform: of the images.
       mesh: the devices that compute the features.
       strengths: inverse L2 strengths to choose from.
+      extensions: how often to go on where the best is the lowest or the highest.
       refit: fit the head that is kept to training and validation together.
 
     Raises:
@@ -63,9 +67,19 @@ def train(
         return evaluation.features(model, source, transform, mesh)
 
     train, validation = features(task.train), features(task.validation)
-    fits = [_fitted(strength, *train) for strength in sorted(strengths)]
-    accuracies = [float(fit.head.score(*validation)) for fit in fits]
-    best = int(np.argmax(accuracies))  # the first, so the strongest
+    fits: dict[float, _Fit] = {}
+    accuracies: dict[float, float] = {}
+
+    def tried(new):
+        """The best after some more; the stronger of those that are as good."""
+        for strength in new:
+            fits[strength] = _fitted(strength, *train)
+            accuracies[strength] = float(fits[strength].head.score(*validation))
+        return min(fits, key=lambda strength: (-accuracies[strength], strength))
+
+    best = tried(strengths)
+    for _ in range(extensions):
+        best = tried(beyond(list(fits), best))
     kept = fits[best]
     if refit:
         both = (np.concatenate(pair) for pair in zip(train, validation, strict=True))
