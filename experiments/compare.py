@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 points = table.points(made, memory)
                 setting = next(iter(memory.values()))
                 path = config.out / "accuracy.png"
-                cost_figures.accuracy_memory(path, points, setting)
+                setup = "; ".join(made["setups"])
+                cost_figures.accuracy_memory(path, points, setting, setup)
     if failed:
         raise SystemExit("\n".join(failed))
 

@@ -99,7 +99,7 @@ def _memory_by_size(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def accuracy_memory(
-    path: Path, points: Sequence[dict[str, Any]], memory: dict[str, Any]
+    path: Path, points: Sequence[dict[str, Any]], memory: dict[str, Any], setup: str
 ) -> None:
     """Draws accuracy against memory, a panel for each task (the paper's Figure 7(a)).
 
@@ -108,6 +108,7 @@ def accuracy_memory(
       points: with `task`, `method`, `accuracy` (percent), `deviation` (or None) and
         `bytes`.
       memory: a row of `experiments.memory`, for what the bytes are of.
+      setup: what the accuracies are of.
     """
     tasks = list(dict.fromkeys(point["task"] for point in points))
     figure, panels = plt.subplots(
@@ -118,10 +119,10 @@ def accuracy_memory(
         labels[axes] = [
             _point(axes, point) for point in points if point["task"] == task
         ]
-        axes.set(title=task, xlabel="peak memory of a step (GiB)")
+        axes.set(title=task, xlabel="peak memory of a step or first stage (GiB)")
         axes.margins(x=0.15, y=0.1)
     np.atleast_1d(panels)[0].set_ylabel("test accuracy (%)")
-    figure.suptitle(f"memory: {memory['model']}, {_setting(memory)}")
+    figure.suptitle(f"accuracy: {setup}. memory: {memory['model']}, {_setting(memory)}")
     figure.canvas.draw()  # now the panels are where they will be
     figure.set_layout_engine("none")
     for axes, texts in labels.items():

@@ -118,7 +118,7 @@ def test_accuracy_is_drawn_against_memory(tmp_path):
     setting = {"model": "vit", "target": "h100", "batch": 64, "dtype": "bfloat16"}
     setting |= {"frozen_dtype": "bfloat16"}
     path = tmp_path / "accuracy.png"
-    cost_figures.accuracy_memory(path, table.points(made, memory), setting)
+    cost_figures.accuracy_memory(path, table.points(made, memory), setting, "here")
     assert path.stat().st_size > 10_000
     two = [{"model": "a", "method": "lora"}, {"model": "b", "method": "lora"}]
     (tmp_path / "two.json").write_text(json.dumps(two))

@@ -3,7 +3,9 @@
 Adapter-r (Houlsby et al., arXiv 1902.00751, placed as by Pfeiffer et al., arXiv
 2005.00247): `y + up(gelu(down(y)))` of the MLP's output `y`. AdaptFormer-r (Chen et
 al., arXiv 2205.13535): `mlp(x) + 0.1 up(relu(down(x)))` of its input. `up` starts at 0,
-`down` as `kaiming_uniform(sqrt(5))`: uniform in +-1/sqrt(width).
+`down` as `kaiming_uniform(sqrt(5))`: uniform in +-1/sqrt(width). Both are part of the
+MLP's branch: a block that scales its branches (LayerScale: DINOv2, ConvNeXt) scales
+them, too, which the models of the two papers do not have.
 """
 
 from typing import Any, Literal

@@ -2,9 +2,10 @@
 
 For every output of a targeted kernel the weights of `per_neuron` inputs train, those
 whose summed gradient of a supervised contrastive loss is the largest. Simplified: only
-targeted kernels are selected from; and only the selected weights have an optimizer's
-state, where the authors' code masks the gradients of all. Merged, it costs nothing at
-inference; locating costs the gradient of every targeted kernel once.
+targeted kernels are selected from, by one view of each image; the biases stay, which
+in the authors' code train, but for those of norms; and only the selected weights have
+an optimizer's state, where that code masks the gradients of all. Merged, it costs
+nothing at inference; locating costs the gradient of every targeted kernel once.
 """
 
 from typing import Any

@@ -1,7 +1,8 @@
 """LoRA (Hu et al., arXiv 2106.09685): `y = x W0 + (x a) b^T`, of rank `r`.
 
-`a` starts uniform in +-1/sqrt(n r), `b` at 0, and the scale alpha / r is 1: SNELLA's
-linear kernel without a threshold, computed the cheap way, without the n x m product.
+`a` starts uniform in +-1/sqrt(n r), where PEFT has +-1/sqrt(n), `b` at 0, and the scale
+alpha / r is 1: SNELLA's linear kernel without a threshold, computed the cheap way,
+without the n x m product.
 Merged, it costs nothing at inference.
 """
 

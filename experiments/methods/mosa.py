@@ -1,10 +1,10 @@
 """MoSA (Zhang et al., arXiv 2312.02923): an adapter whose parts train in turns.
 
 AdaptFormer's bottleneck, its up-projection split at random into parts that do not
-overlap. In training one part, drawn for every MLP and batch, is active, times the
-number of parts, as dropout scales; in evaluation all of it is. Simplified: the
-down-projection is shared, and the paper's hierarchical sparsity and its loss between
-two passes are left out. At inference it is an AdaptFormer.
+overlap. In training one part, drawn for every MLP and batch, is active; in evaluation
+all of it is. Simplified: the down-projection is shared, and the paper's hierarchical
+sparsity and its loss between two passes are left out. Ours: the active part counts
+times the number of parts, as dropout scales. At inference it is an AdaptFormer.
 """
 
 from typing import Any

@@ -3,8 +3,8 @@
 Learnt tokens join the queries of every block's attention and nothing else, so that the
 image's tokens stay what they are and no gradient goes back through the blocks. What
 becomes of them behind the block's MLP goes to the head, beside what it saw before.
-Simplified: one linear head, without the paper's selection of its inputs. At inference
-the queries and the wide head stay.
+Simplified: one linear head, without the paper's selection of its inputs, which pass
+the model's last norm first. At inference the queries and the wide head stay.
 """
 
 from typing import Any
