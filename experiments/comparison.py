@@ -106,7 +106,7 @@ class Table:
 
     Attributes:
       store: what is done.
-      rows: what the table has in any case.
+      rows, columns: what the table has in any case.
     """
 
     def __init__(self, config: Comparison):
@@ -117,12 +117,13 @@ class Table:
         self.store = Store(config.out, shared, configs.as_dict(RUN))
         self.rows = [Row(method) for method in ("linear", *get_args(Trained))]
         self.rows += [Row(method, random=True) for method in config.controls]
+        self.columns = config.tasks
 
     def made(self) -> dict[str, Any] | None:
         """The report of all seeds that are done; None where there are none."""
         runs = self._runs()
         labels = [self._label(row) for row in self.rows]
-        return report.table(runs, methods=labels, tasks=TASKS) if runs else None
+        return report.table(runs, methods=labels, tasks=self.columns) if runs else None
 
     def points(
         self, made: dict[str, Any], memory: dict[str, dict[str, Any]]

@@ -24,6 +24,7 @@ from experiments.settings import (
     Searched,
     Selected,
     Trained,
+    has_density,
 )
 
 Protocol = Literal["choose", "final", "released"]
@@ -233,10 +234,12 @@ class RunConfig:
             0 <= x < math.inf for x in decays
         ):
             raise ValueError(f"grid={self.grid}: expected positive numbers.")
-        for method in (getattr(self, name) for name in self.adapted):
-            if isinstance(method, Kernelized) and method.gate != "none":
-                for density in self.grid.densities:
-                    tried = dataclasses.replace(method, target_density=density)
+        for name in self.adapted:
+            method = getattr(self, name)
+            for density in self.grid.densities if has_density(method) else ():
+                tried = dataclasses.replace(method, target_density=density)
+                tried.check(name)
+                if isinstance(tried, Kernelized):
                     self.competition(tried, 1)
 
 

@@ -122,7 +122,8 @@ def accuracy_memory(
         axes.set(title=task, xlabel="peak memory of a step or first stage (GiB)")
         axes.margins(x=0.15, y=0.1)
     np.atleast_1d(panels)[0].set_ylabel("test accuracy (%)")
-    figure.suptitle(f"accuracy: {setup}. memory: {memory['model']}, {_setting(memory)}")
+    what = f"accuracy: {setup}\nmemory: {memory['model']}, {_setting(memory)}"
+    figure.suptitle(what, fontsize="medium")
     figure.canvas.draw()  # now the panels are where they will be
     figure.set_layout_engine("none")
     for axes, texts in labels.items():

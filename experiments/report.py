@@ -6,9 +6,10 @@ Looks for finished runs (`summary.json`) in the folders and below them. A row fo
 task, a column for each method (or the other way round, where that is narrower): the
 mean over seeds of the test accuracy in percent, with the deviation where there are
 several seeds; then the mean of each group of tasks, the mean of the groups and the mean
-of the tasks, which papers confuse. Beside a method that the paper has stand its
-numbers, for VTAB-1k's own tasks alone, with means over the same tasks as ours. Prints
-the table, and writes `report.md` and `report.json` into `--out`.
+of the tasks, which papers confuse. A mean of which a task is missing is left out.
+Beside a method that the paper has stand its numbers, for VTAB-1k's own tasks alone and
+those that are ours. Prints the table, and writes `report.md` and `report.json` into
+`--out`.
 """
 
 import dataclasses
@@ -191,7 +192,7 @@ def _runs(where: Path) -> list[Run]:
         shared = {k: v for k, v in config.items() if not isinstance(v, dict)}
         settings = {k: v for k, v in shared.items() if k not in IRRELEVANT}
         settings |= {f"{method}.{name}": value for name, value in own.items()}
-        if config["search"]:
+        if config["search"] or method == "linear":  # whose strengths go on, too
             settings["grid"] = config["grid"]
         runs.append(
             Run(
@@ -334,8 +335,7 @@ def _caption(made: dict[str, Any]) -> str:
     ours = [column for column in made["columns"] if not column["paper"]]
     counts = sorted({len(c["seeds"]) for o in ours for c in o["tasks"].values()})
     text += f" Seeds: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}."
-    covered = {frozenset(column["tasks"]) for column in ours}
-    if len(covered) > 1:
+    if any(column["tasks"].keys() != made["tasks"].keys() for column in ours):
         text += f" {MISSING}: not run; no mean without all of its tasks."
     if len(ours) < len(made["columns"]):
         text += (

@@ -16,6 +16,7 @@ from experiments.config import RunConfig
 from experiments.fit import VAL, Setting
 from experiments.grid import beyond
 from experiments.methods.trained import METHODS, Name
+from experiments.settings import has_density
 from experiments.tune import tune
 
 FILE = "search.json"
@@ -55,7 +56,7 @@ def chosen(method: Name, setting: Setting) -> RunConfig:
         rates += further
         settings = tried("lr", further)
     settings = tried("weight_decay", grid.weight_decays)
-    if hasattr(settings, "target_density") and getattr(settings, "gate", "") != "none":
+    if has_density(settings):
         settings = tried("target_density", grid.densities)
     setting.console.print(
         f"{METHODS[method].title}: of {len(trials)} settings "
@@ -74,10 +75,7 @@ def _trial(method: Name, setting: Setting, settings: Any, index: int) -> dict[st
     )
     config = dataclasses.replace(config, **{method: settings})
     setting.console.print(f"trial {index + 1}: {_text(described)}")
-    located = out.parent  # one first stage for all rates, but not for all densities
-    if (density := described.get("target_density")) is not None:
-        located /= f"density_{density}"
-    trial = dataclasses.replace(setting, config=config, out=out, located=located)
+    trial = dataclasses.replace(setting, config=config, out=out, located=out.parent)
     try:
         last = tune(method, trial).rows[-1]
         result = {VAL: last[VAL], "train_loss": last["train_loss"]}

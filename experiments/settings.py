@@ -350,3 +350,14 @@ RELEASED: dict[str, Any] = {
     "undropped": r".*/out",
     "drop_path": 0.1,
 }
+
+
+def has_density(settings: Any) -> bool:
+    """Whether a method has a density that a search can choose.
+
+    >>> has_density(Masked()), has_density(Kernelized(**DENSE))
+    (True, False)
+    """
+    if isinstance(settings, Kernelized):
+        return settings.gate != "none"
+    return isinstance(settings, Masked)

@@ -168,7 +168,7 @@ class Trainer:
         """Trains; yields after each epoch that is left, and saves it after that.
 
         Args:
-          on_step: called with the loss after every step.
+          on_step: called with the loss of every step.
 
         Raises:
           FloatingPointError: a loss or update that is not finite; names the step, the

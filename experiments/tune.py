@@ -31,7 +31,9 @@ def adapted(method: Name, setting: Setting) -> Any:
     config, table = setting.config, METHODS[method]
     if table.stage is None:
         return table.adapt(config, setting.base)
-    path = (setting.located or setting.out) / f"located_{method}.npz"
+    density = getattr(getattr(config, method), "target_density", None)  # of a mask
+    name = f"located_{method}" + (f"_{density:g}" if density else "")
+    path = (setting.located or setting.out) / f"{name}.npz"
     if not multihost_utils.broadcast_one_to_all(path.exists()):
         folder.save(path, table.stage.locate(setting))
     return table.adapt(config, setting.base, folder.load(path))

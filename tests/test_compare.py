@@ -215,31 +215,31 @@ def test_the_search_follows_the_best_rate(tmp_path, monkeypatch, peak, lrs):
     assert chosen.lora.lr == pytest.approx(best)
 
 
-def test_every_density_of_a_mask_is_located_by_itself(tmp_path, monkeypatch):
-    """With the best rate, once; rates share what was located."""
+def test_the_density_of_a_mask_is_searched(tmp_path, monkeypatch):
+    """With the best rate."""
     trials = []
 
     def tune(method, setting):
         own = getattr(setting.config, method)
         density = getattr(own, "target_density", None)
-        trials.append((own.lr, density, setting.located.relative_to(tmp_path)))
+        trials.append((own.lr, density))
         rows = [{"val_accuracy": own.lr * (1 + (density == 0.1)), "train_loss": 0}]
         return SimpleNamespace(rows=rows)
 
     monkeypatch.setattr(search, "tune", tune)
     run = dataclasses.replace(comparison.RUN, grid=grid.Grid((2.0,), 0, (), (0.1, 0.6)))
     chosen = search.chosen("snella_masked", Setting(run, tmp_path)).snella_masked
-    folder = Path("search/snella_masked")
-    assert trials == [
-        (lr, density, folder / f"density_{density}")
-        for lr, density in ((3e-3, 0.3), (6e-3, 0.3), (6e-3, 0.1), (6e-3, 0.6))
-    ]
+    assert trials == [(3e-3, 0.3), (6e-3, 0.3), (6e-3, 0.1), (6e-3, 0.6)]
     assert (chosen.lr, chosen.target_density) == (6e-3, 0.1)
     for method in ("klora", "spt_lora"):  # neither has a density to search
         del trials[:]
         search.chosen(method, Setting(run, tmp_path))
         assert len(trials) == 2
-    assert {place for _, _, place in trials} == {Path("search/spt_lora")}
+    run = dataclasses.replace(run, search=True, methods=("snella_masked",))
+    for density in (0.0, 1.5):
+        wrong = dataclasses.replace(run, grid=grid.Grid((), 0, (), (density,)))
+        with pytest.raises(ValueError, match=r"target_density=.*expected above 0"):
+            wrong.check()
 
 
 @dataclasses.dataclass(frozen=True)

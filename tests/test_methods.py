@@ -13,7 +13,7 @@ from flax import nnx
 from rich.console import Console
 
 import snella_jax as snella
-from experiments import command, fit, mesh, train, tune
+from experiments import command, fit, folder, mesh, train, tune
 from experiments.config import RunConfig
 from experiments.data.source import Arrays
 from experiments.data.task import Task
@@ -515,3 +515,19 @@ def test_what_was_located_is_kept_for_a_run_that_goes_on(tmp_path, monkeypatch):
     for path, value in leaves(first).items():
         np.testing.assert_array_equal(leaves(again)[path], value)
     assert [p.name for p in tmp_path.iterdir()] == ["located_gps.npz"]
+
+
+def test_a_mask_is_that_of_its_density(tmp_path):
+    """Trials of a search share what was located, but for other densities."""
+    task = Task("tiny", 3, SOURCE, SOURCE, SOURCE)
+    quiet, one, found = Console(quiet=True), mesh.make("data=1"), {}
+    for density in (0.3, 0.1):
+        own = dataclasses.replace(CONFIG.snella_masked, target_density=density)
+        config = dataclasses.replace(CONFIG, model="none", batch=8, snella_masked=own)
+        setting = fit.Setting(config, task, base(), one, quiet, tmp_path)
+        vars(setting)["transforms"] = (TRANSFORM, TRANSFORM)
+        tune.adapted("snella_masked", setting)
+        places = folder.load(tmp_path / f"located_snella_masked_{density:g}.npz")
+        found[density] = sum(int(np.sum(place)) for place in places.values())
+    assert found[0.1] == pytest.approx(found[0.3] / 3, abs=2)
+    assert len(list(tmp_path.iterdir())) == 2

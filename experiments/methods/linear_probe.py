@@ -6,6 +6,7 @@ validation split instead (ties: the stronger), beyond those given where it is th
 or the highest of them.
 """
 
+import contextlib
 import dataclasses
 import time
 from typing import Any
@@ -18,6 +19,10 @@ from experiments import evaluation
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
 from experiments.grid import beyond
+
+
+class NotConverged(RuntimeError):
+    """L-BFGS has not come to its end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +65,7 @@ def train(
       refit: fit the head that is kept to training and validation together.
 
     Raises:
-      RuntimeError: a fit that does not converge in 10,000 iterations.
+      NotConverged: one of `strengths` does not in 10,000 iterations.
     """
 
     def features(source):
@@ -78,8 +83,9 @@ def train(
         return min(fits, key=lambda strength: (-accuracies[strength], strength))
 
     best = tried(strengths)
-    for _ in range(extensions):
-        best = tried(beyond(list(fits), best))
+    with contextlib.suppress(NotConverged):  # of strengths that nobody asked for
+        for _ in range(extensions):
+            best = tried(beyond(list(fits), best))
     kept = fits[best]
     if refit:
         both = (np.concatenate(pair) for pair in zip(train, validation, strict=True))
@@ -107,5 +113,5 @@ def _fitted(strength: float, features: np.ndarray, labels: np.ndarray) -> _Fit:
     head = LogisticRegression(C=strength, max_iter=10_000).fit(features, labels)
     steps = int(head.n_iter_[0])
     if steps == head.max_iter:
-        raise RuntimeError(f"C={strength} did not converge in {steps} iterations.")
+        raise NotConverged(f"C={strength} did not converge in {steps} iterations.")
     return _Fit(head, steps, (time.perf_counter() - start) / max(1, steps))

@@ -2,8 +2,7 @@
 
 `a` starts uniform in +-1/sqrt(n r), where PEFT has +-1/sqrt(n), `b` at 0, and the scale
 alpha / r is 1: SNELLA's linear kernel without a threshold, computed the cheap way,
-without the n x m product.
-Merged, it costs nothing at inference.
+without the n x m product. Merged, it costs nothing at inference.
 """
 
 from typing import Any

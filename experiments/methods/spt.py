@@ -5,9 +5,9 @@ sensitive. A matrix that has at least 1 / `ease` as many of them as a LoRA branc
 adapter behind it) has parameters gets one; of the others the sensitive weights train.
 Simplified: biases and norms are left out of it, the modules have no drop-path (0.1 in
 the authors' code), and the share is fixed beforehand, where that code sweeps it for a
-number of parameters. SPT-LoRA costs nothing at
-inference once merged, SPT-Adapter two thin matmuls behind every matrix that got one;
-locating costs the gradient of every targeted kernel once.
+number of parameters. SPT-LoRA costs nothing at inference once merged, SPT-Adapter two
+thin matmuls behind every matrix that got one; locating costs the gradient of every
+targeted kernel once.
 """
 
 import re
