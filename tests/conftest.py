@@ -12,8 +12,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Tests compile more than they compute: LLVM's optimisations take longer than they save.
-# (Without MLIR's fusions a fifth less, but what is recomputed is then rounded otherwise,
-# and a weight at the threshold is on the other side of it in the backward pass.)
+# (Without MLIR's fusions it is a fifth less, but a weight that is recomputed is rounded
+# otherwise then: at the threshold it is on the other side of it in the backward pass.)
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1 "
     + os.environ.get("XLA_FLAGS", "")
