@@ -1,5 +1,6 @@
 """Figures of what methods cost: memory, seconds, and accuracy for memory."""
 
+import collections
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def _memory_by_size(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def accuracy_memory(
     path: Path, points: Sequence[dict[str, Any]], memory: dict[str, Any], setup: str
 ) -> None:
-    """Draws accuracy against memory, a panel for each task (the paper's Figure 7(a)).
+    """Draws accuracy against memory, (the paper's Figure 7(a)).
+
+    A panel for each task, if any for those with more than one method.
 
     Args:
       path: the PNG to write.
@@ -110,7 +113,8 @@ def accuracy_memory(
       memory: a row of `experiments.memory`, for what the bytes are of.
       setup: what the accuracies are of.
     """
-    tasks = list(dict.fromkeys(point["task"] for point in points))
+    counts = collections.Counter(point["task"] for point in points)
+    tasks = [task for task in counts if counts[task] > 1] or list(counts)
     figure, panels = plt.subplots(
         1, len(tasks), figsize=(1 + 6 * len(tasks), 5), layout="constrained"
     )
