@@ -102,9 +102,9 @@ def _memory_by_size(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def accuracy_memory(
     path: Path, points: Sequence[dict[str, Any]], memory: dict[str, Any], setup: str
 ) -> None:
-    """Draws accuracy against memory, (the paper's Figure 7(a)).
+    """Draws accuracy against memory (the paper's Figure 7(a)).
 
-    A panel for each task, if any for those with more than one method.
+    A panel for each task that has more than one method; for each, if none has.
 
     Args:
       path: the PNG to write.

@@ -193,7 +193,7 @@ def _runs(where: Path) -> list[Run]:
         settings = {k: v for k, v in shared.items() if k not in IRRELEVANT}
         settings |= {f"{method}.{name}": value for name, value in own.items()}
         if config["search"] or method == "linear":  # whose strengths go on, too
-            settings["grid"] = config["grid"]
+            settings["grid"] = config.get("grid")
         runs.append(
             Run(
                 folder=where,
