@@ -137,6 +137,7 @@ class Trainer:
         self.step = self._step(tx)
         self.count = evaluation.counter(self.graphdef)
         self.rate = recipe.rate(self.steps)
+        self.key = jax.random.key(recipe.seed)
         self.stream = iter(self._batches())
         self.passed = 0
         if checkpoints and (found := checkpoints.newest(self.state)):
@@ -263,8 +264,7 @@ class Trainer:
     ) -> None:
         """Begins a step; waits for the one before it."""
         batch = next(self.stream)
-        key = jax.random.key(self.recipe.seed)
-        noise = jax.random.fold_in(key, epoch * self.steps + index)
+        noise = jax.random.fold_in(self.key, epoch * self.steps + index)
         state = dict(self.state)
         budgets = state.pop("budgets")
         if turn is not None:

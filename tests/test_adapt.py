@@ -10,28 +10,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from modules import Doubled, Holder
 
 import snella_jax as snella
 from snella_jax.rules import adapted_layers, weights_of
 
 RANK = 4
-
-
-class Doubled(nnx.Linear):
-    """A user's own layer: a subclass of Linear with arithmetic of its own."""
-
-    def __call__(self, x):
-        return 2 * super().__call__(x)
-
-
-class Holder(nnx.Module):
-    """Gives a single layer the path `layer`."""
-
-    def __init__(self, layer):
-        self.layer = layer
-
-    def __call__(self, x):
-        return self.layer(x)
 
 
 def test_a_shared_module_is_adapted_once_and_stays_shared():

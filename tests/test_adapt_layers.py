@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from modules import Doubled, Holder
 
 import snella_jax as snella
 from snella_jax.rules import adapted_layers
@@ -53,23 +54,6 @@ class Stack(nnx.Module):
             return jnp.tanh(nnx.merge(graphdef, layer)(x)), None
 
         return jax.lax.scan(body, x, state)[0]
-
-
-class Doubled(nnx.Linear):
-    """A user's own layer: a subclass of Linear with arithmetic of its own."""
-
-    def __call__(self, x):
-        return 2 * super().__call__(x)
-
-
-class Holder(nnx.Module):
-    """Gives a single layer the path `layer`."""
-
-    def __init__(self, layer):
-        self.layer = layer
-
-    def __call__(self, x):
-        return self.layer(x)
 
 
 def experts(deltas):  # [E, n, m], the kernel's own order
