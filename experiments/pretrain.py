@@ -11,7 +11,9 @@ accuracy on the test split, seconds) into `--out`. The files in
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +49,9 @@ class PretrainConfig:
 
 def main(config: PretrainConfig) -> None:
     """Trains, and writes the weights and the log after every epoch."""
-    images, labels = fashion_mnist.read("train", config.data_dir)
-    test_images, test_labels = fashion_mnist.read("test", config.data_dir)
-    steps = len(images) // config.batch
+    train = fashion_mnist.read("train", config.data_dir)
+    test = fashion_mnist.read("test", config.data_dir)
+    steps = len(train[0]) // config.batch
     architecture = dataclasses.replace(SMALL, drop_path=config.drop_path)
     graphdef, params = nnx.split(ViT(architecture, rngs=nnx.Rngs(config.seed)))
     schedule = optax.warmup_cosine_decay_schedule(
@@ -57,50 +59,23 @@ def main(config: PretrainConfig) -> None:
     )
     tx = optax.adamw(schedule, weight_decay=config.weight_decay)
     opt_state = tx.init(params)
-
-    @jax.jit
-    def step(params, opt_state, images, labels, key):
-        def loss_fn(params):
-            logits = nnx.merge(graphdef, params)(images, key)
-            targets = optax.smooth_labels(
-                jax.nn.one_hot(labels, fashion_mnist.CLASSES), config.label_smoothing
-            )
-            return optax.softmax_cross_entropy(logits, targets).mean()
-
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    @jax.jit
-    def predict(params, images):
-        return nnx.merge(graphdef, params)(images).argmax(-1)
-
-    config.out.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(config.seed)
+    step = _step(graphdef, tx, config.label_smoothing)
+    predict = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
+    batches = _batches(*train, config)
     key = jax.random.key(config.seed)
+    config.out.mkdir(parents=True, exist_ok=True)
     with (config.out / "log.jsonl").open("w") as log:
         for epoch in range(config.epochs):
             start = time.perf_counter()
             losses = []
-            order = rng.permutation(len(images))[: steps * config.batch]
-            for i, batch in enumerate(
-                track(order.reshape(steps, -1), f"epoch {epoch + 1}/{config.epochs}")
-            ):
-                x = normalise(augment(rng, images[batch]) / 255)
+            for i in track(range(steps), f"epoch {epoch + 1}/{config.epochs}"):
                 noise = jax.random.fold_in(key, epoch * steps + i)
-                params, opt_state, loss = step(
-                    params, opt_state, x, labels[batch], noise
-                )
+                params, opt_state, loss = step(params, opt_state, *next(batches), noise)
                 losses.append(loss)
-            hits = [
-                np.asarray(predict(params, normalise(test_images[i : i + 1000] / 255)))
-                == test_labels[i : i + 1000]
-                for i in range(0, len(test_images), 1000)
-            ]
             row = {
                 "epoch": epoch + 1,
                 "train_loss": round(float(jnp.stack(losses).mean()), 4),
-                "test_accuracy": round(float(np.mean(hits)), 4),
+                "test_accuracy": round(_accuracy(predict, params, *test), 4),
                 "seconds": round(time.perf_counter() - start, 1),
             }
             print(row)
@@ -109,6 +84,49 @@ def main(config: PretrainConfig) -> None:
             weights.save(
                 nnx.merge(graphdef, params), config.out / "weights.safetensors"
             )
+
+
+def _step(
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, smoothing: float
+) -> Callable[..., Any]:
+    @jax.jit
+    def step(params, opt_state, images, labels, key):
+        def loss_fn(params):
+            logits = nnx.merge(graphdef, params)(images, key)
+            targets = optax.smooth_labels(
+                jax.nn.one_hot(labels, fashion_mnist.CLASSES), smoothing
+            )
+            return optax.softmax_cross_entropy(logits, targets).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return step
+
+
+def _batches(
+    images: np.ndarray, labels: np.ndarray, config: PretrainConfig
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Augmented images and labels without end; each epoch in an order of its own."""
+    rng = np.random.default_rng(config.seed)
+    whole = len(images) // config.batch * config.batch
+    while True:
+        order = rng.permutation(len(images))[:whole]
+        for batch in order.reshape(-1, config.batch):
+            yield normalise(augment(rng, images[batch]) / 255), labels[batch]
+
+
+def _accuracy(
+    predict: Callable[..., Any], params: Any, images: np.ndarray, labels: np.ndarray
+) -> float:
+    """Share of images whose class has the largest logit."""
+    hits = [
+        predict(params, normalise(images[i : i + 1000] / 255)).argmax(-1)
+        == labels[i : i + 1000]
+        for i in range(0, len(images), 1000)
+    ]
+    return float(np.concatenate(hits).mean())
 
 
 def augment(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:

@@ -22,46 +22,17 @@ def lora(setting: Setting) -> tuple[dict[str, Any], Callable[[], None]]:
     autocast where `setting.dtype` is bfloat16.
 
     Raises:
-      ValueError: frozen weights in bfloat16 without bfloat16 computation.
+      ValueError: frozen weights in bfloat16 without bfloat16 computation, or a model
+        that is no ViT or has LayerScale.
       ModuleNotFoundError: torch, transformers or peft is not installed.
     """
-    names = ("torch", "transformers", "peft")
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"--peer torch needs {', '.join(missing)}: pip install {' '.join(missing)}"
-        )
-    if setting.frozen_dtype != setting.dtype == "float32":
-        raise ValueError(
-            "--peer torch cannot mix float32 with bfloat16 frozen weights."
-        )
-    c = vit.PRESETS.get(setting.model)
-    if c is None or c.layer_scale is not None:
-        raise ValueError(
-            f"--peer torch has ViTs without LayerScale: no {setting.model}."
-        )
+    c = _config(setting)
     import peft
     import torch
     import transformers
 
-    architecture = transformers.ViTConfig(
-        hidden_size=c.width,
-        num_hidden_layers=c.depth,
-        num_attention_heads=c.heads,
-        intermediate_size=c.mlp_dim or 4 * c.width,
-        image_size=c.image_hw[0],
-        patch_size=c.patch_hw[0],
-        num_labels=CLASSES,
-    )
-    base = transformers.ViTForImageClassification(architecture)
-    adapters = peft.LoraConfig(
-        r=setting.rank,
-        lora_alpha=setting.rank,
-        target_modules=TARGETS,
-        modules_to_save=["classifier"],
-    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = peft.get_peft_model(base, adapters).to(device).train()
+    model = _model(setting, c).to(device).train()
     frozen_dtype = getattr(torch, setting.frozen_dtype)
     for weight in model.parameters():
         if not weight.requires_grad:
@@ -91,3 +62,47 @@ def lora(setting: Setting) -> tuple[dict[str, Any], Callable[[], None]]:
         "transformers": transformers.__version__,
     }
     return row, take
+
+
+def _config(setting: Setting) -> vit.ViTConfig:
+    """What the model of `setting` is; raises as `lora` does."""
+    names = ("torch", "transformers", "peft")
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"--peer torch needs {', '.join(missing)}: pip install {' '.join(missing)}"
+        )
+    if setting.frozen_dtype != setting.dtype == "float32":
+        raise ValueError(
+            "--peer torch cannot mix float32 with bfloat16 frozen weights."
+        )
+    config = vit.PRESETS.get(setting.model)
+    if config is None or config.layer_scale is not None:
+        raise ValueError(
+            f"--peer torch has ViTs without LayerScale: no {setting.model}."
+        )
+    return config
+
+
+def _model(setting: Setting, c: vit.ViTConfig) -> Any:
+    """The ViT in PyTorch, with LoRA beside its linear layers."""
+    import peft
+    import transformers
+
+    architecture = transformers.ViTConfig(
+        hidden_size=c.width,
+        num_hidden_layers=c.depth,
+        num_attention_heads=c.heads,
+        intermediate_size=c.mlp_dim or 4 * c.width,
+        image_size=c.image_hw[0],
+        patch_size=c.patch_hw[0],
+        num_labels=CLASSES,
+    )
+    adapters = peft.LoraConfig(
+        r=setting.rank,
+        lora_alpha=setting.rank,
+        target_modules=TARGETS,
+        modules_to_save=["classifier"],
+    )
+    base = transformers.ViTForImageClassification(architecture)
+    return peft.get_peft_model(base, adapters)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from snella_jax.budget import FIXED, allocate
 from snella_jax.importance import (
+    ImportanceState,
     factor_paths,
     importance,
     importance_state,
@@ -89,37 +90,11 @@ def reallocate(
             "reallocate was called before any step: there is no importance to go by. "
             "Train a step with snella.track_importance() in the optimizer first."
         )
-    leaves = _leaves_by_path(budgets)
-    fixed = [path for (path, _), leaf in leaves.items() if (leaf == FIXED).any()]
-    if fixed:
-        raise ValueError(
-            f"The budgets of {fixed} are fixed: they were adapted with "
-            'SnellaConfig(allocation="fixed") and do not compete.'
-        )
-    current = {path: leaf for (path, name), leaf in leaves.items() if name == "budget"}
     scores = importance(opt_state) if scores is None else scores
-    if not current.keys() == scores.keys() == state.sensitivity.keys():
-        raise ValueError(
-            f"The budgets are those of {sorted(current)}, the optimizer follows "
-            f"{sorted(state.sensitivity)} and there are scores for {sorted(scores)}: "
-            "expected the same adapters."
-        )
-    old = {path: np.asarray(leaf, np.int64) for path, leaf in current.items()}
+    old = _competing(budgets, state, scores)
     given = {path: np.asarray(scores[path], np.float64) for path in old}
     room = {path: np.full(old[path].shape, _capacity(state, path)) for path in old}
     counts = allocate(_flat(given), total, _flat(room), floor)
-
-    sizes = [value.size for value in old.values()]
-    parts = np.split(counts, np.cumsum(sizes)[:-1])
-    new = dict(zip(old, parts, strict=True))
-
-    def replace(key_path, leaf):
-        path, name = _split(key_path)
-        value = new[path].reshape(leaf.shape) if name == "budget" else step
-        full = np.broadcast_to(np.asarray(value, leaf.dtype), leaf.shape)
-        # Committing what was not committed would compile the training step again.
-        committed = isinstance(leaf, jax.Array) and leaf.committed
-        return jax.device_put(full, leaf.sharding if committed else None)
 
     names = _names(old)
     died = tuple(
@@ -138,7 +113,9 @@ def reallocate(
         capacities=_flat(room),
         died=died,
     )
-    return jax.tree_util.tree_map_with_path(replace, budgets), report
+    sizes = [value.size for value in old.values()]
+    parts = np.split(counts, np.cumsum(sizes)[:-1])
+    return _replaced(budgets, dict(zip(old, parts, strict=True)), step), report
 
 
 def steps_since_reallocation(budgets: Any, opt_state: Any) -> int:
@@ -174,7 +151,42 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def _capacity(state: Any, path: str) -> int:
+def _competing(
+    budgets: Any, state: ImportanceState, scores: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The budgets by adapter path, int64; raises unless all of them may move."""
+    leaves = _leaves_by_path(budgets)
+    fixed = [path for (path, _), leaf in leaves.items() if (leaf == FIXED).any()]
+    if fixed:
+        raise ValueError(
+            f"The budgets of {fixed} are fixed: they were adapted with "
+            'SnellaConfig(allocation="fixed") and do not compete.'
+        )
+    current = {path: leaf for (path, name), leaf in leaves.items() if name == "budget"}
+    if not current.keys() == scores.keys() == state.sensitivity.keys():
+        raise ValueError(
+            f"The budgets are those of {sorted(current)}, the optimizer follows "
+            f"{sorted(state.sensitivity)} and there are scores for {sorted(scores)}: "
+            "expected the same adapters."
+        )
+    return {path: np.asarray(leaf, np.int64) for path, leaf in current.items()}
+
+
+def _replaced(budgets: Any, counts: Mapping[str, np.ndarray], step: int) -> Any:
+    """`budgets` with other numbers in leaves of the same shape, dtype and sharding."""
+
+    def replace(key_path, leaf):
+        path, name = _split(key_path)
+        value = counts[path].reshape(leaf.shape) if name == "budget" else step
+        full = np.broadcast_to(np.asarray(value, leaf.dtype), leaf.shape)
+        # Committing what was not committed would compile the training step again.
+        committed = isinstance(leaf, jax.Array) and leaf.committed
+        return jax.device_put(full, leaf.sharding if committed else None)
+
+    return jax.tree_util.tree_map_with_path(replace, budgets)
+
+
+def _capacity(state: ImportanceState, path: str) -> int:
     pair = state.sensitivity[path]
     return pair["a"].shape[-2] * pair["b"].shape[-2]
 
