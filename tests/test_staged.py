@@ -1,4 +1,4 @@
-"""Swin and ConvNeXt: parity with transformers, stacks against lists, adapters.
+"""Swin and ConvNeXt: parity with transformers, stacks against lists, windows.
 
 `tests/data/staged/make.py` made the files and says what is in them.
 """
@@ -8,18 +8,16 @@ import importlib.util
 import json
 import shutil
 import warnings
-import zlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from staged import BOTH, PIXELS, close, logits, run, small
 
-import snella_jax as snella
 from snella_jax import models
 from snella_jax.models import convnext, stack, swin, vit
 from snella_jax.models.checkpoint_error import CheckpointError
@@ -35,7 +33,6 @@ FILES = {
     "convnext.pth": ORIGINAL | {"norm_eps": 1e-12},
     "convnext/model.safetensors": ORIGINAL,
 }
-BOTH = ("swin", "convnext")
 
 
 @pytest.fixture(
@@ -57,53 +54,11 @@ def folder(request, tmp_path_factory):
     return folder
 
 
-def close(got, expected, atol=1e-5):
-    np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
-
-
 def load(name, **options):
     return models.load(DATA / name, **options)
 
 
 IMAGES = jax.random.normal(jax.random.key(5), (2, 50, 38, 3))
-
-
-def run(model, pixels=IMAGES, key=None):
-    """The grids of the stages, what the head sees, and what it says."""
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def compiled(state, pixels, key):
-        model = nnx.merge(graphdef, state)
-        return (
-            model.features(pixels, key),
-            model.pooled(pixels, key),
-            model(pixels, key),
-        )
-
-    return compiled(state, pixels, key)
-
-
-def logits(model, key=None):
-    return run(model, PIXELS, key)[-1]
-
-
-# Of two stages, which compile faster than the files' three; padded and shifted, too.
-SMALL = {
-    "swin": swin.SwinConfig(8, (2, 2), (2, 4), 2, image_size=20, num_classes=3),
-    "convnext": convnext.ConvNeXtConfig((8, 12), (1, 2), image_size=20, num_classes=3),
-}
-PIXELS = jax.random.normal(jax.random.key(6), (2, 20, 20, 3))
-
-
-def small(name, **changes):
-    """Random weights, with biases and a head that would show mistakes."""
-    model = models.of(dataclasses.replace(SMALL[name], **changes), nnx.Rngs(0))
-    for path, value in nnx.to_flat_state(nnx.state(model)):
-        if path[-1] in ("bias", "scale") or path[0] == "head":
-            key = jax.random.key(zlib.crc32("/".join(map(str, path)).encode()))
-            value[...] += 0.3 * jax.random.normal(key, value.shape, value.dtype)
-    return model
 
 
 # Against transformers
@@ -168,10 +123,10 @@ def test_a_model_without_head_and_one_with_a_new_head(tmp_path):
         save_file(bare, tmp_path / name / "model.safetensors")
         model = models.load(tmp_path / name)
         assert model.config.num_classes == 0 and not hasattr(model, "head")
-        close(run(model)[1], run(load(name))[1])
+        close(run(model, IMAGES)[1], run(load(name), IMAGES)[1])
         new = load(name, num_classes=7, param_dtype=jnp.bfloat16)
         assert new.head.kernel.shape == (model.config.widths[-1], 7)
-        assert not np.any(run(new)[-1])
+        assert not np.any(run(new, IMAGES)[-1])
         assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(nnx.state(new)))
 
 
@@ -419,103 +374,3 @@ def test_one_stage_is_enough():
             lambda s, g=graphdef: nnx.merge(g, s)(jnp.zeros((2, 8, 8, 3))), state
         )
         assert logits.shape == (2, 3) and not model.down
-
-
-# Adapted
-
-
-WIDTHS = (128, 256, 512, 1024)
-COUNTS = {  # of each stage: matrices (blocks x what each has) by shape over the width
-    "swin_b": ({(1, 1): 4, (1, 4): 1, (4, 1): 1}, (2, 2, 18, 2)),
-    "convnext_b": ({(1, 4): 1, (4, 1): 1}, (3, 3, 27, 3)),
-}
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_the_default_targets_are_the_papers_matrices(name):
-    """Counted by hand: q, k, v, proj, fc1 and fc2 of Swin, fc1 and fc2 of ConvNeXt."""
-    adapted = nnx.eval_shape(
-        lambda: snella.adapt(
-            models.create(name, num_classes=10, rngs=nnx.Rngs(0)),
-            snella.SnellaConfig(rank=8, trainable="head"),
-            rngs=nnx.Rngs(1),
-        )
-    )
-    found: dict[tuple[int, int], int] = {}
-    for _, node in nnx.iter_graph(adapted):
-        if isinstance(node, snella.layers.Adapted):
-            layout = node.adapter.site.layout
-            count = int(np.prod(node.adapter.site.lead))
-            found[layout.n, layout.m] = found.get((layout.n, layout.m), 0) + count
-    kinds, depths = COUNTS[name]
-    expected = {(n * width, m * width): 0 for width in WIDTHS for n, m in kinds}
-    for width, depth in zip(WIDTHS, depths, strict=True):
-        for (n, m), count in kinds.items():
-            expected[n * width, m * width] += depth * count
-    assert found == expected
-    assert snella.adapted_weights(adapted) == 83_755_008  # of both, as it happens
-    trained = nnx.state(adapted, nnx.Param)
-    factors = sum(8 * (n + m) + 4 for (n, m), k in expected.items() for _ in range(k))
-    size = sum(leaf.size for leaf in jax.tree.leaves(trained))
-    assert size == factors + 1024 * 10 + 10
-
-
-def adapted(name, **options):
-    model = small(name)
-    config = snella.SnellaConfig(rank=4, trainable="head", **options)
-    return model, snella.adapt(model, config, rngs=nnx.Rngs(1))
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_adapted_merged_saved_and_unstacked(name, tmp_path):
-    base, model = adapted(name)
-    for factors in (nnx.state(model, snella.Factor), nnx.state(model.head)):
-        for leaf in jax.tree.leaves(
-            factors, is_leaf=lambda n: isinstance(n, nnx.Param)
-        ):
-            noise = jax.random.normal(jax.random.key(leaf.size), leaf.shape)
-            leaf[...] = leaf[...] + 0.3 * noise
-    moved = logits(model)
-    assert not np.allclose(moved, logits(base), atol=1e-2)
-    close(logits(snella.merge(model, unmoved_budgets=True)), moved)
-    close(logits(models.unstack(snella.merge(model, unmoved_budgets=True))), moved)
-    with pytest.raises(ValueError, match="has adapters: expected one without"):
-        models.unstack(model)
-    snella.save(model, tmp_path / "adapter")
-    loaded = snella.load(small(name), tmp_path / "adapter")
-    np.testing.assert_array_equal(logits(loaded), moved)
-    # Of stacked blocks, rows become blocks of a list.
-    names = {r"blocks/(\d+)/(.*)\[(\d+)\]": r"blocks/\1/\3/\2"}
-    listed = models.unstack(small(name))
-    close(logits(snella.load(listed, tmp_path / "adapter", rename=names)), moved)
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_factors_learn_and_budgets_compete(name):
-    _, model = adapted(name, target_density=0.5)
-    graphdef, trainable, budgets, frozen = snella.partition(model)
-    tx = optax.chain(snella.track_importance(), optax.adam(1e-2))
-    opt_state, labels = tx.init(trainable), jnp.array([0, 2])
-
-    @jax.jit
-    def step(trainable, opt_state):
-        def loss(trainable):
-            model = nnx.merge(graphdef, trainable, budgets, frozen)
-            return optax.softmax_cross_entropy_with_integer_labels(
-                model(PIXELS), labels
-            ).mean()
-
-        value, gradient = jax.value_and_grad(loss)(trainable)
-        updates, opt_state_ = tx.update(gradient, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state_, value
-
-    losses = []
-    for _ in range(20):
-        trainable, opt_state, value = step(trainable, opt_state)
-        losses.append(float(value))
-    assert losses[-1] < losses[0] / 2
-    total = snella.adapted_weights(model) // 2
-    _, report = snella.reallocate(budgets, opt_state, total)
-    assert report.budgets.sum() == total
-    density = report.budgets / report.capacities
-    assert density.min() < 0.5 < density.max()
