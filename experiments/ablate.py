@@ -35,10 +35,10 @@ from experiments import (
     cells,
     command,
     evaluation,
+    finished,
     folder,
     metrics,
     models,
-    report,
     search,
     suite,
 )
@@ -47,8 +47,9 @@ from experiments.ablations import BASE, SNELLA, STUDIES, Variant
 from experiments.config import RunConfig
 from experiments.fit import VAL, Setting
 from experiments.grid import Grid
+from experiments.kernelized import Kernelized
 from experiments.methods.trained import METHODS
-from experiments.settings import Kernelized, Masked
+from experiments.settings import Masked
 from experiments.tune import tune
 from snella_jax.rules import select
 
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(lacking)
             select(models.load(config.run, classes=2), config.run.targets)
         fields = configs.as_dict(config.run)
-        shared = {k: v for k, v in fields.items() if k not in report.IRRELEVANT}
+        shared = {k: v for k, v in fields.items() if k not in finished.IRRELEVANT}
         shared["search_epochs"] = config.search_epochs
         store = cells.Store(config.out, shared, configs.as_dict(RUN))
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -15,7 +15,7 @@ from experiments import figures, folder
 from experiments.ablations import STUDIES, Study, Variant
 from experiments.cells import Done, Store
 from experiments.figures import plt
-from experiments.report import MISSING
+from experiments.report_text import MISSING
 
 COLUMNS = {  # of a table: the measure, its factor and its format
     "as trained, %": ("unmerged_accuracy", 100, ".1f"),

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from experiments import paper
 from experiments.config import RunConfig
-from experiments.settings import DENSE
+from experiments.kernelized import DENSE
 
 BASE = "snella"
 OWN_RATE = {"kernel", "gate", "path"}  # what gets a search for its rate

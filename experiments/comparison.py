@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from experiments import config as configs
-from experiments import report
+from experiments import finished, report
 from experiments.cells import Store
 from experiments.config import RunConfig
 from experiments.grid import Grid
@@ -112,7 +112,7 @@ class Table:
     def __init__(self, config: Comparison):
         """Raises a `ValueError` where the folder holds another comparison."""
         fields = configs.as_dict(config.run)
-        shared = {k: v for k, v in fields.items() if k not in report.IRRELEVANT}
+        shared = {k: v for k, v in fields.items() if k not in finished.IRRELEVANT}
         shared["search_epochs"] = config.search_epochs
         self.store = Store(config.out, shared, configs.as_dict(RUN))
         self.rows = [Row(method) for method in ("linear", *get_args(Trained))]
@@ -146,14 +146,14 @@ class Table:
 
     def _label(self, row: Row) -> str:
         settings = self.store.shared[row.method]
-        return report.label(row.method, settings) + ", random weights" * row.random
+        return finished.label(row.method, settings) + ", random weights" * row.random
 
-    def _runs(self) -> list[report.Run]:
+    def _runs(self) -> list[finished.Run]:
         shared = self.store.shared
         size = f", {shared['image_size']} pixels" if shared["image_size"] else ""
         setup = f"{shared['model']}{size}, {shared['epochs']} epochs"
         return [
-            report.Run(
+            finished.Run(
                 folder=self.store.path.parent,
                 task=task,
                 method=self._label(row),

@@ -9,11 +9,9 @@ from experiments.competition import Competition
 from experiments.data.catalogue import DATA_DIR
 from experiments.data.mix import Mix
 from experiments.grid import Grid
+from experiments.kernelized import DENSE, RELEASED, Kernelized
 from experiments.recipe import Recipe
 from experiments.settings import (
-    DENSE,
-    RELEASED,
-    Kernelized,
     Linear,
     Located,
     Masked,
@@ -24,7 +22,6 @@ from experiments.settings import (
     Searched,
     Selected,
     Trained,
-    has_density,
 )
 
 Protocol = Literal["choose", "final", "released"]
@@ -236,7 +233,7 @@ class RunConfig:
             raise ValueError(f"grid={self.grid}: expected positive numbers.")
         for name in self.adapted:
             method = getattr(self, name)
-            for density in self.grid.densities if has_density(method) else ():
+            for density in self.grid.densities if method.has_density else ():
                 tried = dataclasses.replace(method, target_density=density)
                 tried.check(name)
                 if isinstance(tried, Kernelized):

@@ -10,7 +10,8 @@ from typing import Any
 
 from experiments.config import RunConfig
 from experiments.data import catalogue, fgvc, vtab
-from experiments.settings import RELEASED, Kernelized, Ranked
+from experiments.kernelized import RELEASED, Kernelized
+from experiments.settings import Ranked
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,6 @@ from experiments.config import RunConfig
 from experiments.fit import VAL, Setting
 from experiments.grid import beyond
 from experiments.methods.trained import METHODS, Name
-from experiments.settings import has_density
 from experiments.tune import tune
 
 FILE = "search.json"
@@ -56,7 +55,7 @@ def chosen(method: Name, setting: Setting) -> RunConfig:
         rates += further
         settings = tried("lr", further)
     settings = tried("weight_decay", grid.weight_decays)
-    if has_density(settings):
+    if settings.has_density:
         settings = tried("target_density", grid.densities)
     setting.console.print(
         f"{METHODS[method].title}: of {len(trials)} settings "

@@ -16,9 +16,10 @@ from jaxtyping import Array
 import snella_jax as snella
 from experiments import update
 from experiments.config import RunConfig
+from experiments.kernelized import Kernelized
 from experiments.methods import locate, noah, plain_vit, stored
 from experiments.methods.trained import METHODS
-from experiments.settings import Kernelized, Trained
+from experiments.settings import Trained
 from snella_jax import models
 from snella_jax.layers import Frozen
 from snella_jax.models import attention, swin, vit

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import command, folder, models, report
+from experiments import command, finished, folder, models, report
 from experiments import config as configs
 from experiments import mesh as meshes
 from experiments.config import RunConfig
@@ -86,7 +86,7 @@ def _run_all(tasks: Mapping[str, RunConfig], out: Path, console: Console) -> Non
         except KeyboardInterrupt:
             raise SystemExit(f"Go on with it by --resume {out}") from None
     if folder.is_primary() and len(failed) < len(tasks):
-        report.write(report.table(report.collect([out])), out, console)
+        report.write(report.table(finished.collect([out])), out, console)
     if failed:
         raise SystemExit("\n".join([*failed, f"Go on with them by --resume {out}"]))
 

@@ -17,8 +17,8 @@ from experiments.competition import Competition, agreement
 from experiments.config import RunConfig
 from experiments.data.source import Arrays
 from experiments.data.transforms import Transform
+from experiments.kernelized import Kernelized
 from experiments.recipe import Recipe
-from experiments.settings import Kernelized
 from snella_jax.models.vit import ViT, ViTConfig
 from snella_jax.rules import weights_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments import config as configs
-from experiments import paper, presets, report
+from experiments import finished, paper, presets, report, report_text
 
 
 def write_run(folder, task="cifar100", seed=0, accuracy=0.7, method="snella", **change):
@@ -29,7 +29,7 @@ def write_run(folder, task="cifar100", seed=0, accuracy=0.7, method="snella", **
 
 
 def made(*folders, **options):
-    return report.table(report.collect(folders), **options)
+    return report.table(finished.collect(folders), **options)
 
 
 def test_table_xiii_has_the_means_that_the_paper_prints():
@@ -120,7 +120,7 @@ def test_there_is_no_mean_without_all_of_its_tasks(tmp_path):
         assert some["mean_of_tasks"] is some["mean_of_groups"] is None
     bias = columns["Bias", False]
     assert bias["groups"] == {"specialized": pytest.approx(70)}
-    assert "no mean without all of its tasks" in report._caption(made(tmp_path))
+    assert "no mean without all of its tasks" in report_text.caption(made(tmp_path))
 
 
 def test_parameters_that_differ_between_tasks_are_a_range(tmp_path):
@@ -131,7 +131,7 @@ def test_parameters_that_differ_between_tasks_are_a_range(tmp_path):
         (folder / "summary.json").write_text(json.dumps(summary))
     table = made(tmp_path)
     assert table["columns"][0]["trainable"] == [987, 1234]
-    assert "| trainable | 987 to 1,234 |" in report._markdown(table)
+    assert "| trainable | 987 to 1,234 |" in report_text.markdown(table)
 
 
 def test_runs_that_are_no_seeds_of_one_another_are_refused(tmp_path):

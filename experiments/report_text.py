@@ -1,0 +1,97 @@
+"""A table of `report.table` as text."""
+
+from typing import Any
+
+from rich.table import Table
+
+MISSING = "–"  # noqa: RUF001
+
+
+def caption(made: dict[str, Any]) -> str:
+    """What the numbers are, and what is missing."""
+    which = {
+        "last": "the last epoch",
+        "best": "the best epoch on what was followed",
+        "ema": "the running mean of the weights",
+    }[made["accuracy"]]
+    text = f"Test accuracy of {which}, %. {'; '.join(made['setups'])}."
+    ours = [column for column in made["columns"] if not column["paper"]]
+    counts = sorted({len(c["seeds"]) for o in ours for c in o["tasks"].values()})
+    text += f" Seeds: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}."
+    if any(column["tasks"].keys() != made["tasks"].keys() for column in ours):
+        text += f" {MISSING}: not run; no mean without all of its tasks."
+    if len(ours) < len(made["columns"]):
+        text += (
+            " Paper: Table XIII, ViT-B/16, best accuracy of a run on the test split."
+        )
+    return text
+
+
+def printed(made: dict[str, Any]) -> Table:
+    """For the terminal."""
+    header, rows, rules = _lines(made)
+    shown = Table(caption=caption(made), caption_justify="left")
+    for index, title in enumerate(header):
+        shown.add_column(title, justify="right" if index else "left", no_wrap=not index)
+    for index, row in enumerate(rows):
+        shown.add_row(*row, end_section=index in rules)
+    return shown
+
+
+def markdown(made: dict[str, Any]) -> str:
+    """A Markdown table, and its caption below."""
+    header, rows, _ = _lines(made)
+    ruler = ["---"] + ["--:"] * (len(header) - 1)
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ruler, *rows)]
+    return "\n".join([*lines, "", caption(made), ""])
+
+
+def _lines(made: dict[str, Any]) -> tuple[list[str], list[list[str]], list[int]]:
+    """Header, rows, and after which rows a line is drawn; wide tables are turned."""
+    columns, group_of = made["columns"], made["tasks"]
+    header = ["", *map(_title, columns)]
+    rows, rules = [], []
+    groups = list(dict.fromkeys(group_of.values()))
+    for group in groups:
+        names = [name for name in group_of if group_of[name] == group]
+        for name in names:
+            cells = (column["tasks"].get(name) for column in columns)
+            rows.append([name, *map(_cell_text, cells)])
+        rules.append(len(rows) - 1)
+    for group in groups if len(groups) > 1 else ():
+        count = sum(own == group for own in group_of.values())
+        means = (column["groups"].get(group) for column in columns)
+        rows.append([f"mean, {group} ({count})", *map(_number, means)])
+    if len(groups) > 1:
+        rows.append(
+            ["mean of groups", *(_number(c["mean_of_groups"]) for c in columns)]
+        )
+    if len(group_of) > 1:
+        rows.append(["mean of tasks", *(_number(c["mean_of_tasks"]) for c in columns)])
+        rules.append(len(rows) - 1)
+    sizes = (column.get("trainable") for column in columns)
+    rows.append(["trainable", *map(_range, sizes)])
+    if len(columns) > len(rows):  # a row for each method then
+        header, *rows = map(list, zip(header, *rows, strict=True))
+        rules = []
+    return header, rows, rules
+
+
+def _title(column: dict[str, Any]) -> str:
+    notes = [column["setup"]] * bool(column["setup"]) + ["paper"] * column["paper"]
+    return column["method"] + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _cell_text(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return MISSING
+    deviation = cell.get("deviation")
+    return f"{cell['mean']:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+
+
+def _range(ends: list[int] | None) -> str:
+    return " to ".join(f"{end:,}" for end in dict.fromkeys(ends or ()))
+
+
+def _number(mean: float | None) -> str:
+    return MISSING if mean is None else f"{mean:.1f}"
