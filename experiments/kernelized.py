@@ -81,7 +81,7 @@ class Kernelized(Plain):
     @property
     def competes(self) -> bool:
         """Whether budgets move while it trains."""
-        return self.allocation == "adaptive" and self.gate != "none"
+        return self.allocation == "adaptive" and self.has_density
 
     @property
     def rates(self) -> tuple[tuple[str, float], ...]:

@@ -141,7 +141,7 @@ class Masked(Ranked):
 
     @property
     def has_density(self) -> bool:
-        """True."""
+        """That of the mask."""
         return True
 
     def check(self, name: str) -> None:

@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.data import (
-    catalogue,
-    elpv,
-    fashion_mnist,
-    tuxpaint,
-)
+from experiments.data import catalogue, elpv, fashion_mnist, tuxpaint
 from experiments.data import digits as digits_module
 
 

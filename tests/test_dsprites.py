@@ -7,7 +7,7 @@ import pytest
 
 from experiments.data import catalogue, dsprites
 
-# dSprites, re-rendered
+NAMES = ("shape", "scale", "orientation", "x_position", "y_position")
 
 
 def test_it_has_every_combination_once():
@@ -22,9 +22,6 @@ def test_it_has_every_combination_once():
     assert image.shape == (64, 64, 1) and set(np.unique(image)) == {0, 1}
     indices = [features[f"label_{name}"] for name in NAMES]
     np.testing.assert_array_equal(image[..., 0], dsprites.render(*indices))
-
-
-NAMES = ("shape", "scale", "orientation", "x_position", "y_position")
 
 
 def test_a_shape_moves_a_pixel_a_step_and_stays_inside():
