@@ -26,6 +26,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from snella_jax.config import Rule, SnellaConfig
+from snella_jax.hosts import to_host
 from snella_jax.layers import (
     Adapted,
     Adapter,
@@ -206,7 +207,7 @@ def adapted_weights(model: nnx.Module) -> int:
 def merged_magnitude(model: nnx.Module) -> dict[str, np.ndarray]:
     """Mean `|delta|` of every matrix: `scores` for `reallocate` (Table X)."""
     return {
-        f"{weight.path}/adapter".lstrip("/"): np.asarray(
+        f"{weight.path}/adapter".lstrip("/"): to_host(
             weight.per_matrix(_mean_magnitude)
         )
         for weight in weights_of(model)

@@ -34,6 +34,7 @@ from snella_jax.fitting import any_of, fit
 from snella_jax.layers import ADAPTABLE, Factor
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.rules import (
+    adapted_layers,
     freeze,
     has_adapters,
     join,
@@ -92,6 +93,7 @@ def load(model: M, folder: str | Path, *, rename: Mapping[str, str] | None = Non
     adapted = has_adapters(model)
     present = {w.path: w.site for w in weights_of(model)} if adapted else None
     trains = _trained(model).keys()
+    modes = {path: layer.adapter.deterministic for path, layer in adapted_layers(model)}
     model = unload(model) if adapted else nnx.clone(model)
     layers: dict[str, Any] = {
         join(path): node
@@ -126,6 +128,8 @@ def load(model: M, folder: str | Path, *, rename: Mapping[str, str] | None = Non
         )
     except ValueError as error:
         raise CheckpointError(file.folder, str(error).rstrip(".")) from error
+    for path in modes:
+        layers[path].adapter.deterministic = modes[path]
     for path, value in (*trained.items(), *stats.items()):
         (params | statistics)[path].set_value(jnp.asarray(value))
     freeze(model, any_of(trained))

@@ -113,12 +113,6 @@ class SnellaConfig(Rule):
         dtype = self.frozen_dtype
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"frozen_dtype={dtype}: expected a floating-point dtype.")
-        if self.kernel == kernels.linear() and self.starting_density < 1:
-            raise ValueError(
-                f"kernel={self.kernel} starts at 0, where a density of "
-                f"{self.starting_density} lets no weight move: expected a density of 1 "
-                "at the start, or kernels.linear(zero_init=False)."
-            )
         for regex in (self.targets, self.trainable, *self.overrides):
             try:
                 re.compile(regex)
@@ -134,7 +128,14 @@ class SnellaConfig(Rule):
                     f"overrides[{regex!r}] has {', '.join(unknown)}: expected some of "
                     f"{', '.join(fields)}."
                 )
-            self._rule(changes)
+        rules = [self, *map(self._rule, self.overrides.values())]
+        zero = kernels.linear() in [rule.kernel for rule in rules]
+        if zero and self.starting_density < 1:
+            raise ValueError(
+                f"kernel={kernels.linear()} starts at 0, where a density of "
+                f"{self.starting_density} lets no weight move: expected a density of 1 "
+                "at the start, or kernels.linear(zero_init=False)."
+            )
         gates = {self.gate, *(c.get("gate") for c in self.overrides.values())}
         if "none" in gates and min(self.starting_density, self.target_density) < 1:
             raise ValueError(
@@ -167,7 +168,8 @@ class SnellaConfig(Rule):
     @property
     def must_move(self) -> bool:
         """Whether training has to reallocate budgets to do what the config says."""
-        return self.allocation == "adaptive" and self.target_density < 1
+        sparse = min(self.initial_density, self.target_density) < 1
+        return self.allocation == "adaptive" and sparse
 
     @property
     def starting_density(self) -> float:

@@ -58,7 +58,8 @@ def save_delta(
         that `before` lacks (a new head) are written whole.
 
     Raises:
-      ValueError: a weight is missing after, has another dtype, or still has an adapter.
+      ValueError: a weight is missing after, has another dtype, or still has an adapter;
+        arrays are nested.
     """
     old, new = _arrays(before), _arrays(after)
     if missing := sorted(old.keys() - new.keys()):
@@ -208,6 +209,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _arrays(weights: nnx.Module | Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(weights, Mapping):
+        if nested := sorted(k for k, v in weights.items() if isinstance(v, Mapping)):
+            raise ValueError(
+                f"{', '.join(nested)}: expected arrays by name, not nested; "
+                'flax.traverse_util.flatten_dict(params, sep="/") makes them.'
+            )
         return weights
     if any(True for _ in variables_of(weights, Factor)):
         raise ValueError("The model has adapters: give snella.merge(model).")

@@ -11,13 +11,19 @@ from snella_jax.rules import has_adapters
 
 
 def export(
-    model: nnx.Module, path: str | Path, *, like: str | Path, **options: Any
+    model: nnx.Module,
+    path: str | Path,
+    *,
+    like: str | Path,
+    unmoved_budgets: bool = False,
+    **options: Any,
 ) -> None:
     """Merges a model of `snella_jax.models` and writes it as its base was published.
 
     Args:
       model: with adapters, or merged.
       path, like, options: of `models.export`.
+      unmoved_budgets: as of `merge`.
 
     Raises:
       TypeError: another model: merge it and write it with what it comes from.
@@ -31,5 +37,6 @@ def export(
             "snella.merge(model) with the library that it comes from, or its adapters "
             "with snella.save."
         )
-    plain = merge(model) if has_adapters(model) else model
-    models.export(plain, path, like=like, **options)
+    if has_adapters(model):
+        model = merge(model, unmoved_budgets=unmoved_budgets)
+    models.export(model, path, like=like, **options)

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from snella_jax.layers import Budget
+from snella_jax.hosts import to_host
+from snella_jax.layers import Budget, DropKey
 from snella_jax.rules import variables_of, weights_of
 from snella_jax.weight import AdaptedWeight
 
@@ -135,7 +136,7 @@ def parameters(model: nnx.Module) -> tuple[int, int]:
     Budgets, random streams and batch statistics are no parameters.
     """
     trainable = sum(int(v.size) for _, v in variables_of(model, nnx.Param))
-    other = (Budget, nnx.RngState, nnx.BatchStat)
+    other = (Budget, DropKey, nnx.RngState, nnx.BatchStat)
     total = sum(
         int(v[...].size)
         for _, v in variables_of(model, nnx.Variable)
@@ -147,8 +148,8 @@ def parameters(model: nnx.Module) -> tuple[int, int]:
 def matrices_of(weight: AdaptedWeight) -> list[Matrix]:
     """Every matrix of one adapted weight."""
     site, rule = weight.site, weight.site.rule
-    budgets = np.asarray(weight.budget)
-    moved, norms = map(np.asarray, weight.per_matrix(_measured))
+    budgets = to_host(weight.budget)
+    moved, norms = map(to_host, weight.per_matrix(_measured))
     parts = weight.matrices().astype(np.float32)
     base_norms = np.linalg.norm(parts, axis=(-2, -1))
     return [

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from snella_jax.budget import FIXED, allocate
+from snella_jax.hosts import to_host
 from snella_jax.importance import (
     ImportanceState,
     factor_paths,
@@ -92,7 +93,7 @@ def reallocate(
         )
     scores = importance(opt_state) if scores is None else scores
     old = _competing(budgets, state, scores)
-    given = {path: np.asarray(scores[path], np.float64) for path in old}
+    given = {path: to_host(scores[path]).astype(np.float64) for path in old}
     room = {path: np.full(old[path].shape, _capacity(state, path)) for path in old}
     counts = allocate(_flat(given), total, _flat(room), floor)
 
@@ -119,9 +120,14 @@ def reallocate(
 
 
 def steps_since_reallocation(budgets: Any, opt_state: Any) -> int:
-    """Optimizer steps since the budgets last moved, or since the start."""
+    """Optimizer steps since the budgets last moved, or since the optimizer's start.
+
+    Budgets that came from a file without their optimizer's state are as those that
+    never moved, as long as they are ahead of this optimizer's steps.
+    """
+    now = int(importance_state(opt_state).step)
     last = [
-        int(np.max(leaf))
+        int(leaf.max())
         for (_, name), leaf in _leaves_by_path(budgets).items()
         if name == "allocated_at"
     ]
@@ -129,7 +135,7 @@ def steps_since_reallocation(budgets: Any, opt_state: Any) -> int:
         raise ValueError(
             "There are no budgets: expected those of snella.partition(model)."
         )
-    return int(importance_state(opt_state).step) - max(0, *last)
+    return now - max((step for step in last if 0 <= step <= now), default=0)
 
 
 def decay_mask(params: Any) -> Any:
@@ -169,7 +175,7 @@ def _competing(
             f"{sorted(state.sensitivity)} and there are scores for {sorted(scores)}: "
             "expected the same adapters."
         )
-    return {path: np.asarray(leaf, np.int64) for path, leaf in current.items()}
+    return {path: leaf.astype(np.int64) for path, leaf in current.items()}
 
 
 def _replaced(budgets: Any, counts: Mapping[str, np.ndarray], step: int) -> Any:
@@ -203,9 +209,9 @@ def _names(values: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     )
 
 
-def _leaves_by_path(budgets: Any) -> dict[tuple[str, str], Array]:
+def _leaves_by_path(budgets: Any) -> dict[tuple[str, str], np.ndarray]:
     leaves = jax.tree_util.tree_leaves_with_path(budgets)
-    return {_split(key_path): leaf for key_path, leaf in leaves}
+    return {_split(key_path): to_host(leaf) for key_path, leaf in leaves}
 
 
 def _split(key_path: tuple) -> tuple[str, str]:

@@ -123,7 +123,8 @@ def labels(params: Any, trainable: str) -> Any:
     {'adapter': {'a': 'adapter', 'b': 'adapter'}, 'kernel': 'frozen'}
 
     Args:
-      params: one tree of all parameters: nested dicts, or an `nnx.State`.
+      params: one tree of all parameters: nested dicts, or an `nnx.State`. (Integer
+        budgets have no gradient: to differentiate, take them out first.)
       trainable: regex over "/"-joined paths, as in `SnellaConfig`; "" for none.
 
     Raises:

@@ -102,7 +102,7 @@ def sparsify(
     check_budget(budget)
     if gate == "none":
         return delta
-    tau = threshold(delta, budget) if tau is None else tau
+    tau = threshold(delta, budget) if tau is None else jax.lax.stop_gradient(tau)
     # A budget that covers the matrix drops nothing, nor the gradient of a zero.
     full = _clamped(budget, delta.size) == delta.size
     survives = (_pattern(delta) > _pattern(tau)) | full | jnp.isnan(delta)

@@ -136,7 +136,7 @@ class AdaptedWeight:
                 "as sparse as its config says. Call snella.reallocate(budgets, "
                 "opt_state, total) once an epoch while training. For no competition "
                 'between matrices use SnellaConfig(allocation="fixed"); to merge the '
-                "model as it is, pass unmoved_budgets=True."
+                "model as it is, give merge unmoved_budgets=True."
             )
 
 

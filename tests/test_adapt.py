@@ -118,6 +118,8 @@ def test_merging_into_bfloat16_reports_what_rounding_lost(caplog):
 def test_merging_budgets_that_never_moved_raises():
     with pytest.raises(snella.BudgetsNeverMoved, match=r"fc1.*reallocate"):
         snella.merge(net())
+    with pytest.raises(snella.BudgetsNeverMoved):  # it should have grown
+        snella.merge(net(initial_density=0.1, target_density=1.0))
     for ready in (
         net(target_density=1.0),
         net(allocation="fixed"),
@@ -240,6 +242,10 @@ def test_every_kernel_and_gate_trains_from_the_start_or_is_refused(kernel, gate)
 def test_linear_from_zero_needs_the_whole_budget_at_the_start():
     with pytest.raises(ValueError, match="lets no weight move"):
         snella.SnellaConfig(kernel="linear", gate="hard", initial_density=0.5)
+    own = {"fc1": {"kernel": "linear", "gate": "hard"}}
+    with pytest.raises(ValueError, match="lets no weight move"):
+        snella.SnellaConfig(initial_density=0.5, overrides=own)
+    snella.SnellaConfig(overrides=own)
 
 
 def test_fixed_budgets_do_not_move():

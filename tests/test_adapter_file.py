@@ -254,6 +254,23 @@ def test_adapters_of_earlier_versions_are_read():
     np.testing.assert_allclose(found, expected["outputs"], atol=1e-5)
 
 
+def test_a_model_that_evaluates_still_does_with_other_adapters(tmp_path):
+    config = snella.SnellaConfig(
+        rank=4,
+        targets="qkv",
+        trainable="",
+        allocation="fixed",
+        path="parallel",
+        dropout=0.5,
+    )
+    model = snella.adapt(Every(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    snella.save(model, tmp_path / "a")
+    model.eval()
+    assert snella.load(model, tmp_path / "a").qkv.adapter.deterministic
+    model.train()
+    assert not snella.load(model, tmp_path / "a").qkv.adapter.deterministic
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_sharded_model_writes_and_takes_the_same_file(kind, model, saved, tmp_path):
     """Weights by outputs, factors whole, on four fake devices."""

@@ -164,6 +164,8 @@ def test_what_cannot_be_written_is_said(models, tmp_path):
         snella.save_delta(path, {"a": np.ones(2), "b": np.ones(2)}, {"a": np.ones(2)})
     with pytest.raises(ValueError, match="was float64 and is float32"):
         snella.save_delta(path, {"a": np.ones(2)}, {"a": np.ones(2, np.float32)})
+    with pytest.raises(ValueError, match="a: expected arrays by name, not nested"):
+        snella.save_delta(path, {"a": {"b": np.ones(2)}}, {"a": {"b": np.ones(2)}})
     assert not list(tmp_path.iterdir())
 
 

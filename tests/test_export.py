@@ -234,6 +234,24 @@ def test_bfloat16_is_written_as_it_is(name, tmp_path, caplog):
     assert {str(t.dtype) for t in tensors.values()} <= {"bfloat16", "float32"}
 
 
+def test_an_npz_holds_the_weights_alone(tmp_path, monkeypatch):
+    """NumPy before 2.2 takes options of `savez` that it lacks for arrays."""
+    written = {}
+    monkeypatch.setattr(np, "savez", lambda file, **arrays: written.update(arrays))
+    original = VIT / "original.npz"
+    models.export(vit.load(original), tmp_path / "a.npz", like=original)
+    assert written.keys() == np.load(original).keys()
+
+
+def test_what_never_moved_is_exported_where_one_says_so(tmp_path):
+    config = snella.SnellaConfig(rank=4, targets=r"blocks/.*/fc1", trainable="head")
+    model = snella.adapt(vit.load(VIT / "classifier"), config, rngs=nnx.Rngs(0))
+    with pytest.raises(snella.BudgetsNeverMoved, match="unmoved_budgets=True"):
+        snella.export(model, tmp_path / "a", like=VIT / "classifier")
+    snella.export(model, tmp_path / "a", like=VIT / "classifier", unmoved_budgets=True)
+    same(models.load(tmp_path / "a"), snella.merge(model, unmoved_budgets=True))
+
+
 def test_what_cannot_be_written_is_said(tmp_path):
     model = vit.load(VIT / "classifier")
     with pytest.raises(snella.CheckpointError, match="cannot be written as ONNX"):

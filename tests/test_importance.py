@@ -313,6 +313,8 @@ def test_steps_since_reallocation():
     assert steps_since_reallocation(budgets, later) == 2
     _, report = reallocate(budgets, later, 60)
     assert (report.step, report.steps_since) == (6, 2)
+    # A new optimizer knows nothing of the steps of the one before.
+    assert steps_since_reallocation(budgets, toy_state(3)) == 3
     with pytest.raises(ValueError, match="There are no budgets"):
         steps_since_reallocation({}, state)
 

@@ -29,7 +29,7 @@ class Mixed(nnx.Module):
         self.head = nnx.Linear(6, 2, rngs=rngs)
 
 
-def mixed():
+def mixed(**options):
     config = snella.SnellaConfig(
         rank=4,
         targets="qkv|heads|conv|experts",
@@ -37,6 +37,7 @@ def mixed():
         allocation="fixed",
         target_density=0.4,
         overrides={"qkv": {"split": 3, "rank": 2}},
+        **options,
     )
     return snella.adapt(Mixed(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
 
@@ -116,6 +117,10 @@ def test_a_model_is_described_in_a_table(capsys):
         f"trainable params: {trainable} || all params: {total} || "
         f"trainable%: {100 * trainable / total:.4f}"
     )
+    drops = mixed(path="parallel", dropout=0.5)
+    before = snella.parameters(drops)
+    snella.seed(drops, jax.random.key(0))  # whose keys are no parameters
+    assert snella.parameters(drops) == before
     file = io.StringIO()
     snella.describe(model, file)
     assert file.getvalue().splitlines() == lines and not capsys.readouterr().out

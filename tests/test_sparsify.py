@@ -283,6 +283,19 @@ def test_threshold_has_no_gradient():
     np.testing.assert_array_equal(grad, 0)
 
 
+@pytest.mark.parametrize("gate", ["product", "soft", "released", "hard"])
+def test_a_given_threshold_has_no_gradient(gate):
+    """As one that was searched for."""
+    delta = jnp.asarray(NORMAL, jnp.float32)
+    with_given = jax.grad(lambda d: sparsify(d, 30, gate, threshold(d, 30)).sum())
+    sort = jax.grad(
+        lambda d: sparsify(d, 30, gate, jnp.sort(abs(d.ravel()))[-31]).sum()
+    )
+    expected = jax.grad(lambda d: sparsify(d, 30, gate).sum())(delta)
+    np.testing.assert_array_equal(with_given(delta), expected)
+    np.testing.assert_array_equal(sort(delta), expected)
+
+
 def test_errors():
     delta = jnp.ones((2, 3))
     for function in (threshold, sparsify):

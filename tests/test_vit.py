@@ -229,3 +229,11 @@ def test_recomputed_blocks_do_not_search_for_tau_again():
     leaves = [jax.tree.leaves(tree) for tree in (gradients, remat_gradients)]
     for a, b in zip(*leaves, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_every_parameter_is_an_array_of_its_own():
+    """Or a step could not donate them."""
+    config = dataclasses.replace(TINY, layer_scale=0.5, stacked=False)
+    leaves = jax.tree.leaves(nnx.state(ViT(config, rngs=nnx.Rngs(0))))
+    arrays = [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    assert len({x.unsafe_buffer_pointer() for x in arrays}) == len(arrays)

@@ -26,7 +26,7 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     with whole_file(path) as made:
         if path.suffix == ".npz":
             with made.open("wb") as file:
-                np.savez(file, allow_pickle=False, **tensors)
+                np.savez(file, **tensors)  # pyright: ignore[reportArgumentType]
         else:
             save_file(_in_order(tensors), made, {"format": "pt"})
 

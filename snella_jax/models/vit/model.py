@@ -169,8 +169,11 @@ class Block(nnx.Module):
         hidden = config.mlp_dim or 4 * config.width
         self.mlp = parts.MLP(config.width, hidden, config, rngs=rngs)
         if config.layer_scale is not None:
-            scale = jnp.full(config.width, config.layer_scale, config.param_dtype)
-            self.scale1, self.scale2 = nnx.Param(scale), nnx.Param(scale)
+            shape, scale = (config.width,), config.layer_scale
+            # Of two arrays: a step cannot donate one twice.
+            self.scale1, self.scale2 = (
+                nnx.Param(jnp.full(shape, scale, config.param_dtype)) for _ in range(2)
+            )
         self.layer_scale = config.layer_scale is not None
 
     def __call__(
