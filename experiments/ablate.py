@@ -49,6 +49,7 @@ from experiments.fit import VAL, Setting
 from experiments.grid import Grid
 from experiments.kernelized import Kernelized
 from experiments.methods.trained import METHODS
+from experiments.run import begin
 from experiments.settings import Masked
 from experiments.tune import tune
 from snella_jax.rules import select
@@ -175,6 +176,7 @@ def _tried(
         own = dataclasses.replace(variant.config(config.run, seed, **chosen), out=out)
         setting = command.prepared(config.run.task, own, console)
         with folder.held(out, resume=True):
+            begin(setting)
             return measured(variant.method, setting)
 
     cell = config.run.task, variant.name
@@ -184,7 +186,7 @@ def _tried(
 def _base_choice(config: Ablation, store: cells.Store) -> dict[str, float]:
     """The base's rate; waits for a process that is about to find it."""
     task = config.run.task
-    lock = filelock.FileLock(config.out / "runs" / task / BASE / ".cell")
+    lock = filelock.FileLock(cells.place(config.out, task, BASE) / ".cell")
 
     def chosen() -> dict[str, float] | None:
         return store.rows(task).get(BASE, {}).get("chosen")

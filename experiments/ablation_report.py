@@ -55,6 +55,13 @@ def write(store: Store, task: str, out: Path, console: Console) -> None:
         if sum(bool(row["seeds"]) for row in made["rows"]) > 1:
             lines += [f"![{STUDIES[name].title}]({name}.png)", ""]
             picture(out / f"{name}.png", STUDIES[name], made, setup)
+    if failed := store.failures():
+        lines += [
+            "## Failed, and in no mean",
+            "",
+            *(f"- {text}" for text in failed),
+            "",
+        ]
     text = "\n".join(lines)
     folder.replace(out / "report.md", text)
     folder.replace(out / "report.json", json.dumps(tables, indent=1) + "\n")

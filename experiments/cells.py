@@ -6,6 +6,7 @@ work in one folder. Under `runs` beside it lies what is not finished.
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -16,18 +17,21 @@ import filelock
 from rich.console import Console
 
 from experiments import folder
+from experiments.data import catalogue
 from experiments.run import RunFailed
 
 FILE = "results.json"
 AGAIN = "The same command goes on with it."
+SEARCH = "search"
+FAILURES = (RunFailed, RuntimeError, FloatingPointError)  # which others may not meet
 Done = dict[str, Any]
 
 
 class Store:
     """`results.json`: what all cells share, and what is done of them.
 
-    What is done has `trials` (of the search), `chosen` (the settings that were best)
-    and `seeds` (for each what training left).
+    What is done has `trials` (of the search), `chosen` (the settings that were best),
+    `seeds` (for each what training left) and `failed` (why a seed or the search did).
     """
 
     def __init__(self, out: Path, shared: dict[str, Any], defaults: dict[str, Any]):
@@ -50,7 +54,7 @@ class Store:
                 raise ValueError(
                     f"{out} has runs and no {FILE}: expected both, or another --out."
                 )
-            filled = {n: _filled(v, defaults.get(n)) for n, v in (known or {}).items()}
+            filled = _filled(known, defaults, shared) if known else {}
             if other := [n for n in sorted(filled) if filled[n] != shared.get(n)]:
                 raise ValueError(
                     f"{self.path} was made with another {', '.join(other)}: expected "
@@ -72,6 +76,15 @@ class Store:
         """What is done, by task and row."""
         return folder.read(self.path)["rows"]
 
+    def failures(self) -> list[str]:
+        """Which seeds and searches failed at the last attempt, and why."""
+        return [
+            text
+            for task, rows in self.tasks().items()
+            for row, done in rows.items()
+            for text in _texts((task, row), done.get("failed", {}))
+        ]
+
     def keep(self, task: str, row: str, done: Done) -> None:
         """Writes a cell."""
         with self._open() as found:
@@ -90,10 +103,35 @@ class Store:
         return filelock.FileLock(self.path.with_suffix(".lock"))
 
 
-def _filled(settings: Any, defaults: Any) -> Any:
-    """Settings of a method, with what they lack."""
-    both = isinstance(settings, dict) and isinstance(defaults, dict)
-    return {**defaults, **settings} if both else settings
+def _filled(known: Done, defaults: Done, shared: Done) -> Done:
+    """What a file says, with the settings that it lacks; methods may be new to it."""
+    plain = {n: v for n, v in defaults.items() if not isinstance(v, dict)}
+    filled = {n: v for n, v in plain.items() if n in shared}
+    for name, own in known.items():
+        default = defaults.get(name)
+        if isinstance(own, dict) and isinstance(default, dict):
+            own = {**default, **own}
+        filled[name] = own
+    return filled
+
+
+def place(out: Path, task: str, row: str) -> Path:
+    """The folder of a cell's runs; a task of one's own has a path, which ends there.
+
+    >>> place(Path("out"), "digits", "lora").as_posix()
+    'out/runs/digits/lora'
+    >>> place(Path("out"), "/data/pets.csv", "lora").as_posix()
+    'out/runs/pets-2b9c5331/lora'
+    """
+    if task not in catalogue.ENTRIES:
+        digest = hashlib.sha256(task.encode()).hexdigest()[:8]
+        task = f"{Path(task).stem}-{digest}"
+    return out / "runs" / task / row
+
+
+def _texts(cell: tuple[str, str], failed: dict[str, str]) -> list[str]:
+    """Failures of a cell's steps, by step, as text."""
+    return [f"{', '.join((*cell, step))}: {error}" for step, error in failed.items()]
 
 
 def attempt(
@@ -107,6 +145,9 @@ def attempt(
 ) -> str | None:
     """Completes a cell; says what failed, if other cells may still succeed.
 
+    A seed that fails does not stop the others: a table of those that did not would
+    favour what is unstable.
+
     Args:
       program: as error messages call it.
       cell: task and row.
@@ -118,18 +159,17 @@ def attempt(
     """
     name = ", ".join(cell)
     try:
-        _complete(store, cell, seeds, search, train, console)
+        failed = _complete(store, cell, seeds, search, train, console)
     except filelock.Timeout:
         console.print(f"{name}: another process is at it.")
-    except (RunFailed, RuntimeError, FloatingPointError) as error:
-        text = f"{name}: {error}"
-        console.print(text, style="red", soft_wrap=True)
-        return text
+        return None
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {name}: {error}\n{AGAIN}") from error
     except KeyboardInterrupt:
         raise SystemExit(AGAIN) from None
-    return None
+    text = "\n".join(_texts(cell, failed))
+    console.print(text, style="red", soft_wrap=True, end="\n" if text else "")
+    return text or None
 
 
 def _complete(
@@ -139,21 +179,44 @@ def _complete(
     search: Callable[[Path], Done],
     train: Callable[[Path, int, Done], Done],
     console: Console,
-) -> None:
-    """Does what is left; a `filelock.Timeout` where another process does."""
+) -> dict[str, str]:
+    """Does what is left, and says what failed of it.
+
+    Raises:
+      filelock.Timeout: another process does it.
+    """
     task, row = cell
-    place = store.path.parent / "runs" / task / row
-    place.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(place / ".cell", timeout=0):
+    where = place(store.path.parent, task, row)
+    where.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    with filelock.FileLock(where / ".cell", timeout=0):
         done = store.rows(task).get(row, {})
         left = [s for s in seeds if str(s) not in done.get("seeds", {})]
         if left and "chosen" not in done:
-            done |= search(place)
-            store.keep(task, row, done)
-        for seed in left:
+            with _kept(store, cell, done, SEARCH, failed):
+                done |= search(where)
+        for seed in left if "chosen" in done else ():
             console.rule(f"{task}, {row}, seed {seed}")
-            out = place / f"seed{seed}"
-            result = train(out, seed, done["chosen"])
-            done.setdefault("seeds", {})[str(seed)] = result
-            store.keep(task, row, done)
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            out = where / f"seed{seed}"
+            with _kept(store, cell, done, f"seed {seed}", failed):
+                result = train(out, seed, done["chosen"])
+                done.setdefault("seeds", {})[str(seed)] = result
+            if f"seed {seed}" not in failed:
+                shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return failed
+
+
+@contextlib.contextmanager
+def _kept(
+    store: Store, cell: tuple[str, str], done: Done, step: str, failed: dict[str, str]
+) -> Iterator[None]:
+    """Writes a cell after a step of it, or why the step failed."""
+    before = done.pop("failed", {})
+    before.pop(step, None)
+    try:
+        yield
+    except FAILURES as error:
+        failed[step] = before[step] = str(error)
+    if before:
+        done["failed"] = before
+    store.keep(*cell, done)

@@ -125,9 +125,7 @@ def prepared(name: str, config: RunConfig, console: Console) -> Setting:
     task = _sampled(catalogue.load(config.task, config.data_dir), config.test_images)
     base = models.load(config, task.classes)
     check_batch(config, task, mesh)
-    for method in config.adapted:
-        adapted = nnx.eval_shape(lambda m=method: _adapted(m, config, base))
-        config.recipe(method).decays(nnx.state(adapted, nnx.Param))
+    check_methods(config, base)
     task = check.checked(task, console, config.skip_corrupt)
     check_batch(config, task, mesh)
     out = config.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
@@ -140,6 +138,13 @@ def _sampled(task: Task, count: int | None) -> Task:
         return task
     sample, _ = source.split(task.test, 0, count)
     return dataclasses.replace(task, test=sample)
+
+
+def check_methods(config: RunConfig, base: Model) -> None:
+    """Raises a `ValueError` where a method does not fit a model; computes nothing."""
+    for method in config.adapted:
+        adapted = nnx.eval_shape(lambda m=method: _adapted(m, config, base))
+        config.recipe(method).decays(nnx.state(adapted, nnx.Param))
 
 
 def _adapted(method: Trained, config: RunConfig, base: Model) -> Any:

@@ -60,13 +60,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         if made := table.made():
             report.write(made, config.out, console)
             if memory:
-                points = table.points(made, memory)
-                setting = next(iter(memory.values()))
-                path = config.out / "accuracy.png"
-                setup = "; ".join(made["setups"])
-                cost_figures.accuracy_memory(path, points, setting, setup)
+                _draw(table.points(made, memory), made, memory, config, console)
     if failed:
         raise SystemExit("\n".join(failed))
+
+
+def _draw(
+    points: list[dict[str, Any]],
+    made: dict[str, Any],
+    memory: dict[str, dict[str, Any]],
+    config: Comparison,
+    console: Console,
+) -> None:
+    """Accuracy against memory, of the methods that have both."""
+    if not points:
+        console.print(f"No method of the table is in {config.memory}: no accuracy.png.")
+        return
+    setting, setup = next(iter(memory.values())), "; ".join(made["setups"])
+    cost_figures.accuracy_memory(config.out / "accuracy.png", points, setting, setup)
 
 
 def _tried(
@@ -86,15 +97,19 @@ def _tried(
         return summary["methods"][row.method] | where
 
     cell = task, row.name
-    return cells.attempt(PROGRAM, store, cell, config.seeds, search, train, console)
+    seeds = config.seeds[:1] if row.fixed else config.seeds
+    return cells.attempt(PROGRAM, store, cell, seeds, search, train, console)
 
 
 def _check_inputs(config: Comparison) -> None:
-    """Raises where a task or the weights are missing, or the targets fit nothing."""
+    """Raises where a task or the weights are missing, or a method does not fit."""
     tasks = [dataclasses.replace(config.run, task=task) for task in config.tasks]
     if lacking := [text for task in tasks if (text := suite.missing(task))]:
         raise ValueError("\n  ".join(["some tasks cannot be run:", *lacking]))
-    select(models.load(config.run, classes=2), config.run.targets)
+    base = models.load(config.run, classes=2)
+    select(base, config.run.targets)
+    methods = tuple(dict.fromkeys((*config.methods, *config.controls)))
+    command.check_methods(dataclasses.replace(config.run, methods=methods), base)
 
 
 def _memory(path: Path | None) -> dict[str, dict[str, Any]]:

@@ -78,7 +78,8 @@ class Comparison:
                 f"search_epochs={self.search_epochs}: expected more than the "
                 f"{self.run.warmup_epochs} of the warm-up."
             )
-        for name in ("task", "methods", "seed", "protocol", "search", "out"):
+        own = ("task", "methods", "seed", "protocol", "search", "out", "random_weights")
+        for name in own:
             if getattr(self.run, name) != getattr(RUN, name):
                 raise ValueError(f"run.{name}: the comparison sets it by itself.")
         methods = tuple(dict.fromkeys((*self.methods, *self.controls)))
@@ -91,6 +92,11 @@ class Row:
 
     method: Name
     random: bool = False
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all seeds give the same: a linear probe is fitted from zeros."""
+        return self.method == "linear" and not self.random
 
     @property
     def name(self) -> str:
@@ -123,13 +129,17 @@ class Table:
         """The report of all seeds that are done; None where there are none."""
         runs = self._runs()
         labels = [self._label(row) for row in self.rows]
-        return report.table(runs, methods=labels, tasks=self.columns) if runs else None
+        if not runs:
+            return None
+        failed = self.store.failures()
+        return report.table(runs, methods=labels, tasks=self.columns, failed=failed)
 
     def points(
         self, made: dict[str, Any], memory: dict[str, dict[str, Any]]
     ) -> list[dict[str, Any]]:
         """Mean accuracies of a table's rows, with the memory of their methods."""
-        columns = {column["method"]: column["tasks"] for column in made["columns"]}
+        ours = [column for column in made["columns"] if not column["paper"]]
+        columns = {column["method"]: column["tasks"] for column in ours}
         return [
             {
                 "task": task,

@@ -1,7 +1,9 @@
 """What a run is: `RunConfig`, checked, and the recipes and adapters it stands for."""
 
 import dataclasses
+import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -240,11 +242,36 @@ class RunConfig:
                     self.competition(tried, 1)
 
 
+WHERE = ("data_dir", "mesh", "distributed", "wandb")  # a run may go on elsewhere
+
+
 def as_dict(config: RunConfig) -> dict[str, Any]:
     """The config as JSON can hold it; `--config` reads it back."""
     fields = dataclasses.asdict(config)
     fields.pop("out")
     return fields | {"data_dir": str(config.data_dir)}
+
+
+def differing(known: dict[str, Any], config: RunConfig) -> list[str]:
+    """In which settings a config is not the one that `as_dict` once made JSON of.
+
+    >>> differing({"model": "vit_l16", "lora": {"rank": 4}}, RunConfig())
+    ['lora.rank', 'model']
+    """
+    own, usual = (dict(_flat(json.loads(json.dumps(as_dict(c)))))
+                  for c in (config, RunConfig()))  # fmt: skip
+    filled = usual | dict(_flat(known))  # it may be older than some settings
+    names = filled.keys() | own.keys()
+    relevant = sorted(name for name in names if name not in WHERE)
+    return [name for name in relevant if filled.get(name) != own.get(name)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _names(config: Any) -> set[str]:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments import folder
-from experiments.config import RunConfig
+from experiments.config import WHERE, RunConfig
 from experiments.data import catalogue
 from experiments.methods.trained import METHODS
 
-IRRELEVANT = ("seed", "methods", "data_dir", "mesh", "distributed", "wandb", "source")
+IRRELEVANT = (*WHERE, "seed", "methods", "source")
 
 
 @dataclasses.dataclass(frozen=True)

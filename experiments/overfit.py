@@ -89,7 +89,7 @@ def _small(setting: Setting, count: int) -> Setting:
     some, _ = source.split(task.train, config.seed, count)
     title = f"{task.name}, {count} images"
     task = dataclasses.replace(task, name=title, train=some, validation=some)
-    config = dataclasses.replace(config, protocol="choose")
+    config = dataclasses.replace(config, protocol="choose", search=False)
     return dataclasses.replace(setting, task=task, config=config)
 
 

@@ -78,6 +78,7 @@ def table(
     accuracy: Accuracy = "last",
     methods: Sequence[str] = (),
     tasks: Sequence[str] = (),
+    failed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The accuracies by column and task, and their means.
 
@@ -86,14 +87,15 @@ def table(
       accuracy: which of a run's.
       methods: labels that have a column in any case, the first ones.
       tasks: names that have a row in any case.
+      failed: what else was tried, and why it gave no number.
 
     Returns:
       `columns`, each with `method`, `setup`, `paper` (whether these are the paper's
       numbers), `tasks` (each with `mean`, `deviation`, `seeds`), `groups`,
       `mean_of_groups`, `mean_of_tasks`, `trainable`, from the fewest parameters to the
-      most (heads and masks differ); and `tasks`, the group of each. Accuracies are in
-      percent, deviations those of a sample, None for one seed. There is no mean where
-      one of its tasks is missing.
+      most (heads and masks differ); `tasks`, the group of each; and `failed`.
+      Accuracies are in percent, deviations those of a sample, None for one seed. There
+      is no mean where one of its tasks is missing.
 
     Raises:
       ValueError: a method lacks that accuracy, or two runs of a method on a task differ
@@ -135,6 +137,7 @@ def table(
         "setups": setups,
         "tasks": groups,
         "columns": columns,
+        "failed": list(failed),
     }
 
 

@@ -24,6 +24,8 @@ def caption(made: dict[str, Any]) -> str:
         text += (
             " Paper: Table XIII, ViT-B/16, best accuracy of a run on the test split."
         )
+    if made["failed"]:
+        text += f" Failed, and in no mean: {'; '.join(made['failed'])}"
     return text
 
 

@@ -91,9 +91,7 @@ def complete(setting: Setting, resume: bool = False) -> dict[str, Any]:
 
 def _run(setting: Setting) -> dict[str, Any]:
     config, task, out = setting.config, setting.task, setting.out
-    if not (out / "config.json").exists():
-        folder.write(out / "config.json", configs.as_dict(config))
-    began = folder.started(out, setting.mesh, setting.console)
+    began = begin(setting)
     done = folder.read(out / "results.json") or {}
     for method in config.methods:
         if method not in done:
@@ -114,6 +112,24 @@ def _run(setting: Setting) -> dict[str, Any]:
     setting.console.print(_table(setting, results))
     setting.console.print(f"Everything is in {out}", soft_wrap=True)
     return summary
+
+
+def begin(setting: Setting) -> dict[str, Any]:
+    """Writes what runs and on what, or reads what began; gives the environment.
+
+    Raises:
+      ValueError: what began in the folder has other settings.
+    """
+    config, path = setting.config, setting.out / "config.json"
+    known = folder.read(path)
+    if known is None:
+        folder.write(path, configs.as_dict(config))
+    elif other := configs.differing(known, config):
+        raise ValueError(
+            f"{setting.out} was begun with another {', '.join(other)}: expected those "
+            f"of {path}. Without that folder it begins anew."
+        )
+    return folder.started(setting.out, setting.mesh, setting.console)
 
 
 def _result(method: Literal["linear"] | Name, setting: Setting) -> Result:

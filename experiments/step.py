@@ -19,7 +19,7 @@ from experiments.config import RunConfig
 from experiments.kernelized import Kernelized
 from experiments.methods import locate, noah, plain_vit, stored
 from experiments.methods.trained import METHODS
-from experiments.settings import Trained
+from experiments.settings import Masked, Trained
 from snella_jax import models
 from snella_jax.layers import Frozen
 from snella_jax.models import attention, swin, vit
@@ -215,7 +215,8 @@ def checked(setting: Setting) -> Setting:
     for name in ("batch", "rank"):
         if getattr(setting, name) < 1:
             raise ValueError(f"{name}={getattr(setting, name)}: expected at least 1.")
-    if setting.path and setting.rank % 2:
+    own = getattr(setting.config, setting.trained) if setting.trained else None
+    if isinstance(own, Kernelized | Masked) and setting.rank % 2:
         raise ValueError(
             f"rank={setting.rank}: expected a multiple of mix_k's 2 pieces."
         )

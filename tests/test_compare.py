@@ -11,17 +11,22 @@ import pytest
 from rich.console import Console
 
 from experiments import (
+    cells,
     command,
     compare,
     comparison,
     cost_figures,
+    fit,
     grid,
+    mesh,
     models,
+    report_text,
     run,
     search,
 )
 from experiments.config import RunConfig
 from experiments.data import catalogue
+from experiments.settings import Ranked
 
 SMALL = ["--run.model", "vit_fashion_mnist", "--run.image_size", "None"]
 SHORT = ["--run.epochs", "1", "--run.warmup_epochs", "0", "--search_epochs", "1"]
@@ -40,7 +45,7 @@ def test_a_comparison_goes_on_with_its_results_alone(tmp_path, monkeypatch, caps
 
     def interrupt(setting):
         runs.append((setting.config, setting.out.relative_to(out).parts[-2:]))
-        if len(runs) == 4:  # LoRA's second seed
+        if len(runs) == 3:  # LoRA's second seed
             raise KeyboardInterrupt
         return inner(setting)
 
@@ -48,7 +53,7 @@ def test_a_comparison_goes_on_with_its_results_alone(tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit, match="The same command goes on with it"):
         compare.main([*OPTIONS, "--out", str(out)])
     done = read(out / "results.json")["rows"]["digits"]
-    assert [len(row["seeds"]) for row in done.values()] == [2, 1]
+    assert [len(row["seeds"]) for row in done.values()] == [1, 1]
     trials, chosen = (done["lora"][name] for name in ("trials", "chosen"))
     assert [t["lr"] for t in trials] == [1e-3, pytest.approx(1e-4)]
     best = max(trials, key=lambda trial: trial["val_accuracy"])
@@ -61,12 +66,12 @@ def test_a_comparison_goes_on_with_its_results_alone(tmp_path, monkeypatch, caps
     compare.main([*OPTIONS, "--out", str(out)])
     names = [name for _, name in runs]
     assert names == [
-        ("linear", "seed0"), ("linear", "seed1"), ("lora", "seed0"), ("lora", "seed1"),
+        ("linear", "seed0"), ("lora", "seed0"), ("lora", "seed1"),
         ("lora", "seed1"), ("linear_random", "seed0"), ("linear_random", "seed1"),
     ]  # fmt: skip
     assert {c.lora.lr for c, name in runs if "lora" in name} == {chosen["lr"]}
     assert {c.protocol for c, _ in runs} == {"final"}
-    assert [c.random_weights for c, _ in runs] == [False] * 5 + [True] * 2
+    assert [c.random_weights for c, _ in runs] == [False] * 4 + [True] * 2
     rows = read(out / "results.json")["rows"]["digits"]
     assert rows["lora"]["trials"] == trials
     assert rows["lora"]["seeds"]["0"] == done["lora"]["seeds"]["0"]
@@ -106,6 +111,8 @@ def test_accuracy_is_drawn_against_memory(tmp_path):
     table.store.keep("elpv", "dora", {"chosen": {}, "trials": []})
     memory = {name: {"total_bytes": 2**30} for name in ("lora", "dora", "full")}
     made = table.made()
+    paper = {"method": "LoRA-8", "paper": True, "tasks": {"digits": {"mean": 1.0}}}
+    made["columns"].append(paper)  # which has no deviations
     assert table.points(made, memory) == [
         {
             "task": "digits",
@@ -136,6 +143,11 @@ def table(out):
     [
         (["--run.seed", "3"], "run.seed: the comparison sets it by itself"),
         (["--run.protocol", "choose"], "run.protocol: the comparison"),
+        (["--run.random_weights"], "run.random_weights: the comparison"),
+        (
+            ["--tasks", "digits", *SMALL, "--run.noah.limit", "1"],
+            r"noah\.limit=1",
+        ),
         (["--seeds"], "at least one task, one seed and one method"),
         (["--search_epochs", "3"], "search_epochs=3: expected more than the 3"),
         (["--run.lora.rank", "0"], "lora.rank=0"),
@@ -161,9 +173,12 @@ def test_a_new_method_joins_an_old_comparison(tmp_path):
     found = read(table.store.path)
     del found["shared"]["vqt"]
     table.store.path.write_text(json.dumps(found))
-    wrong = dataclasses.replace(comparison.RUN, epochs=99)
-    with pytest.raises(ValueError, match="another epochs"):
-        comparison.Table(comparison.Comparison(run=wrong, out=tmp_path))
+    del found["shared"]["clip"]  # a setting that there was not, as if it was 0
+    table.store.path.write_text(json.dumps(found))
+    for name in ("epochs", "clip"):
+        wrong = dataclasses.replace(comparison.RUN, **{name: 99})
+        with pytest.raises(ValueError, match=f"another {name}:"):
+            comparison.Table(comparison.Comparison(run=wrong, out=tmp_path))
     assert "vqt" not in read(table.store.path)["shared"]  # a refusal leaves no trace
     comparison.Table(comparison.Comparison(out=tmp_path))
     assert read(table.store.path)["shared"]["vqt"]["count"] == 1
@@ -182,7 +197,78 @@ def test_a_cell_that_runs_out_of_memory_does_not_stop_the_others(tmp_path, monke
     with pytest.raises(SystemExit) as stopped:
         compare.main([*SMALL, *SHORT, *GRID, *methods, "--out", str(tmp_path)])
     text = "RESOURCE_EXHAUSTED: Out of memory"
-    assert str(stopped.value) == f"digits, lora: {text}\ndigits, gps: {text}"
+    texts = [f"digits, {method}, search: {text}" for method in ("lora", "gps")]
+    assert str(stopped.value) == "\n".join(texts)
+    assert [
+        row["failed"]
+        for row in read(tmp_path / "results.json")["rows"]["digits"].values()
+    ] == [{"search": text}] * 2
+
+
+def test_a_seed_that_fails_does_not_stop_the_others(tmp_path):
+    """It is in no mean, and the table says so; it is tried again."""
+    table, quiet = (
+        comparison.Table(comparison.Comparison(out=tmp_path)),
+        Console(quiet=True),
+    )
+    tried, diverges = [], True
+
+    def train(out, seed, chosen):
+        tried.append(seed)
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if seed == 1 and diverges:
+            raise run.RunFailed("the loss is nan")
+        return {"test_accuracy": 0.5 + seed / 10, "trainable": 5}
+
+    def complete():
+        cell, search = ("digits", "lora"), lambda place: {"chosen": {"lr": 1e-3}}
+        return cells.attempt("here", table.store, cell, (0, 1, 2), search, train, quiet)
+
+    text = "digits, lora, seed 1: the loss is nan"
+    for _ in range(2):
+        assert complete() == text
+    assert tried == [0, 1, 2, 1]
+    assert table.made()["failed"] == [text]
+    assert f"Failed, and in no mean: {text}" in report_text.markdown(table.made())
+    assert [p.parent.name for p in tmp_path.rglob("checkpoints")] == ["seed1"]
+    diverges = False
+    assert complete() is None and not table.made()["failed"]
+    assert "Failed" not in report_text.markdown(table.made())
+    lora = next(c for c in table.made()["columns"] if c["method"] == "LoRA-8")
+    assert lora["tasks"]["digits"]["seeds"] == {"0": 0.5, "1": 0.6, "2": 0.7}
+
+
+def test_a_task_of_ones_own_runs_in_the_comparisons_folder(tmp_path):
+    """Not beside its images, whatever its path."""
+    for task in ("/data/pets", "../pets.csv", "/elsewhere/pets"):
+        where = cells.place(tmp_path, task, "lora")
+        assert where.parents[1] == tmp_path / "runs"
+        assert where.parent.name.startswith("pets-")
+    assert len({cells.place(tmp_path, t, "lora") for t in ("/a/pets", "/b/pets")}) == 2
+    assert cells.place(tmp_path, "digits", "lora") == tmp_path / "runs/digits/lora"
+
+
+def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
+    """On whatever devices."""
+    quiet, task = Console(quiet=True), catalogue.load("digits")
+    began = RunConfig(methods=("lora",), lora=Ranked(lr=1e-3))
+
+    def begin(config):
+        one = mesh.make("data=1")
+        return run.begin(fit.Setting(config, task, None, one, quiet, tmp_path))
+
+    begin(began)
+    begin(dataclasses.replace(began, mesh="data=2", data_dir=Path("elsewhere")))
+    known = read(tmp_path / "config.json")
+    del known["clip"], known["vqt"]  # of an earlier version
+    (tmp_path / "config.json").write_text(json.dumps(known))
+    begin(began)
+    other = dataclasses.replace(began, lora=Ranked(lr=1e-4), clip=2.0)
+    with pytest.raises(
+        ValueError, match=r"begun with another clip, lora\.lr: expected"
+    ):
+        begin(other)
+    assert read(tmp_path / "config.json") == known
 
 
 def test_a_search_goes_beyond_its_lowest_and_highest_rate():

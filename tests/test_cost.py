@@ -161,6 +161,7 @@ ENTRY %main (p: f32[2]) -> f32[2] {
         (("--model", "vit_b17"), "there are vit_ti16"),
         (("--batch", "0"), "batch=0"),
         (("--rank", "3"), "rank=3"),
+        (("--rank", "3", "--method", "snella_masked"), "rank=3"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_runs(program, argv, message):

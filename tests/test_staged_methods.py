@@ -208,6 +208,8 @@ def test_what_is_not_learnt_is_an_error(learner, tmp_path):
     wrong = functools.partial(pytest.raises, SystemExit)
     with wrong(match="full did not learn every image"):
         learn(tmp_path / "none", "--epochs", "2", "--full.lr", "1e-9")
+    with wrong(match="full did not learn every image"):  # there is none to choose by
+        learn(tmp_path / "search", "--epochs", "2", "--full.lr", "1e-9", "--search")
     with wrong(match="File exists"):
         learn(tmp_path / "none", "--epochs", "2")
     with wrong(match="images=8: expected 16"):
