@@ -1,8 +1,9 @@
 """A search on validation: the learning rate, then the weight decay, then the density.
 
 Every trial trains on the 800 images and is judged on the 200, after its last epoch; the
-test split is not looked at. Ties go to the setting that was tried first, which is the
-method's own. `search.json` holds every trial.
+test split is not looked at. Of rates that tie, the lowest is taken (above the best ones
+all are at chance); of other settings the first that was tried, the method's own.
+`search.json` holds every trial.
 """
 
 import dataclasses
@@ -93,7 +94,7 @@ def _tidy(out: Path, method: Name, trials: int) -> None:
 
 
 def _best(method: Name, trials: list[dict[str, Any]]) -> dict[str, float]:
-    best = max(trials, key=_score)
+    best = max(trials, key=lambda trial: (_score(trial), -trial["lr"]))
     if best[VAL] is None:
         raise FloatingPointError("no trial's loss stayed finite; lower its lr")
     return {name: best[name] for name in SETTINGS if name in best}

@@ -301,6 +301,23 @@ def test_the_search_follows_the_best_rate(tmp_path, monkeypatch, peak, lrs):
     assert chosen.lora.lr == pytest.approx(best)
 
 
+def test_of_rates_that_tie_the_lowest_goes_on(tmp_path, monkeypatch):
+    """Where all are too high, the search goes on below."""
+
+    def score(method, setting, settings, index):
+        names = search.names(settings)
+        accuracy = 0.06 if settings.lr > 2e-4 else 0.5
+        return {n: getattr(settings, n) for n in names} | {"val_accuracy": accuracy}
+
+    monkeypatch.setattr(search, "_trial", score)
+    run = dataclasses.replace(comparison.RUN, grid=grid.Grid((0.3, 3.0), 2, (0.05,)))
+    chosen = search.chosen("lora", Setting(run, tmp_path)).lora
+    trials = read(tmp_path / search.FILE)["lora"]
+    lrs = [1e-3, 3e-4, 3e-3, 9e-5, 2.7e-5, 2.7e-5]
+    assert [t["lr"] for t in trials] == pytest.approx(lrs)
+    assert (chosen.lr, chosen.weight_decay) == (pytest.approx(2.7e-5), 1e-4)
+
+
 def test_the_density_of_a_mask_is_searched(tmp_path, monkeypatch):
     """With the best rate."""
     trials = []
