@@ -36,7 +36,8 @@ RUN = RunConfig(
     spt_adapter=Located(lr=1e-3),
     spt_lora=Located(lr=1e-3),
     klora=dataclasses.replace(RunConfig.klora, lr=3e-3),
-    mixk=dataclasses.replace(RunConfig.mixk, lr=3e-3),
+    # Without a gate its softmax and beta shift all weights: at 9e-4 it is at chance.
+    mixk=dataclasses.replace(RunConfig.mixk, lr=3e-5),
     snell=dataclasses.replace(RunConfig.snell, lr=3e-3),
     snella=dataclasses.replace(RunConfig.snella, lr=3e-3),
     snella_masked=Masked(lr=3e-3),
