@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from adjustText import adjust_text
+from matplotlib import patheffects
 
 from experiments import figures
 from experiments.figures import plt
@@ -116,23 +117,27 @@ def accuracy_memory(
     counts = collections.Counter(point["task"] for point in points)
     tasks = [task for task in counts if counts[task] > 1] or list(counts)
     figure, panels = plt.subplots(
-        1, len(tasks), figsize=(1 + 6 * len(tasks), 5), layout="constrained"
+        len(tasks),
+        1,
+        figsize=(11, 1 + 4 * len(tasks)),
+        sharex=True,
+        layout="constrained",
     )
     labels = {}
     for axes, task in zip(np.atleast_1d(panels), tasks, strict=True):
         labels[axes] = [
             _point(axes, point) for point in points if point["task"] == task
         ]
-        axes.set(title=task, xlabel="peak memory of a step or first stage (GiB)")
+        axes.set(title=task, ylabel="test accuracy (%)")
         axes.margins(x=0.15, y=0.1)
-    np.atleast_1d(panels)[0].set_ylabel("test accuracy (%)")
+    figure.supxlabel("peak memory of a step or first stage (GiB)", fontsize="medium")
     what = f"accuracy: {setup}\nmemory: {memory['model']}, {_setting(memory)}"
     figure.suptitle(what, fontsize="medium")
     figure.canvas.draw()  # now the panels are where they will be
     figure.set_layout_engine("none")
     for axes, texts in labels.items():
-        arrows = {"arrowstyle": "-", "color": "lightgrey"}
-        adjust_text(texts, ax=axes, expand=(1.1, 1.4), arrowprops=arrows, iter_lim=300)
+        arrows = {"arrowstyle": "-", "color": "grey", "linewidth": 0.6}
+        adjust_text(texts, ax=axes, expand=(1.2, 1.6), arrowprops=arrows, iter_lim=300)
     figures.save(figure, path)
 
 
@@ -140,8 +145,11 @@ def _point(axes: Any, point: dict[str, Any]) -> Any:
     """A method's mean and deviation; gives its label, to be moved."""
     x, y = point["bytes"] / 2**30, point["accuracy"]
     colour = "tab:red" if "SNELLA" in point["method"] else "tab:blue"
-    axes.errorbar(x, y, point["deviation"], marker="o", color=colour, linewidth=1)
-    return axes.text(x, y, point["method"], fontsize=8, color=colour)
+    axes.errorbar(x, y, point["deviation"], marker="o", color=colour, elinewidth=0.7)
+    # Over a deviation's line it stays readable.
+    halo = [patheffects.withStroke(linewidth=2, foreground="white")]
+    text = {"fontsize": 8, "color": colour, "path_effects": halo, "zorder": 3}
+    return axes.text(x, y, point["method"], **text)
 
 
 def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:
