@@ -172,7 +172,6 @@ def test_a_new_method_joins_an_old_comparison(tmp_path):
     table = comparison.Table(comparison.Comparison(out=tmp_path))
     found = read(table.store.path)
     del found["shared"]["vqt"]
-    table.store.path.write_text(json.dumps(found))
     del found["shared"]["clip"]  # a setting that there was not, as if it was 0
     table.store.path.write_text(json.dumps(found))
     for name in ("epochs", "clip"):
@@ -199,19 +198,14 @@ def test_a_cell_that_runs_out_of_memory_does_not_stop_the_others(tmp_path, monke
     text = "RESOURCE_EXHAUSTED: Out of memory"
     texts = [f"digits, {method}, search: {text}" for method in ("lora", "gps")]
     assert str(stopped.value) == "\n".join(texts)
-    assert [
-        row["failed"]
-        for row in read(tmp_path / "results.json")["rows"]["digits"].values()
-    ] == [{"search": text}] * 2
+    rows = read(tmp_path / "results.json")["rows"]["digits"]
+    assert [row["failed"] for row in rows.values()] == [{"search": text}] * 2
 
 
 def test_a_seed_that_fails_does_not_stop_the_others(tmp_path):
     """It is in no mean, and the table says so; it is tried again."""
-    table, quiet = (
-        comparison.Table(comparison.Comparison(out=tmp_path)),
-        Console(quiet=True),
-    )
-    tried, diverges = [], True
+    table = comparison.Table(comparison.Comparison(out=tmp_path))
+    quiet, tried, diverges = Console(quiet=True), [], True
 
     def train(out, seed, chosen):
         tried.append(seed)
