@@ -119,7 +119,7 @@ def accuracy_memory(
     figure, panels = plt.subplots(
         len(tasks),
         1,
-        figsize=(11, 1 + 4 * len(tasks)),
+        figsize=(11, 1 + 5 * len(tasks)),
         sharex=True,
         layout="constrained",
     )
@@ -137,7 +137,7 @@ def accuracy_memory(
     figure.set_layout_engine("none")
     for axes, texts in labels.items():
         arrows = {"arrowstyle": "-", "color": "grey", "linewidth": 0.6}
-        adjust_text(texts, ax=axes, expand=(1.2, 1.6), arrowprops=arrows, iter_lim=300)
+        adjust_text(texts, ax=axes, expand=(1.2, 1.8), arrowprops=arrows, iter_lim=900)
     figures.save(figure, path)
 
 
@@ -145,8 +145,9 @@ def _point(axes: Any, point: dict[str, Any]) -> Any:
     """A method's mean and deviation; gives its label, to be moved."""
     x, y = point["bytes"] / 2**30, point["accuracy"]
     colour = "tab:red" if "SNELLA" in point["method"] else "tab:blue"
-    axes.errorbar(x, y, point["deviation"], marker="o", color=colour, elinewidth=0.7)
-    # Over a deviation's line it stays readable.
+    axes.errorbar(x, y, point["deviation"], color=colour, elinewidth=0.7)
+    axes.plot(x, y, "o", color=colour, zorder=4)
+    # Over a deviation's line it stays readable, and no point is lost under it.
     halo = [patheffects.withStroke(linewidth=2, foreground="white")]
     text = {"fontsize": 8, "color": colour, "path_effects": halo, "zorder": 3}
     return axes.text(x, y, point["method"], **text)
