@@ -255,14 +255,20 @@ def as_dict(config: RunConfig) -> dict[str, Any]:
 def differing(known: dict[str, Any], config: RunConfig) -> list[str]:
     """In which settings a config is not the one that `as_dict` once made JSON of.
 
-    >>> differing({"model": "vit_l16", "lora": {"rank": 4}}, RunConfig())
+    Those of methods that it does not run change nothing, and do not count.
+
+    >>> known = {"model": "vit_l16", "lora": {"rank": 4}, "dora": {"rank": 4}}
+    >>> differing(known | {"methods": ["lora"]}, RunConfig(methods=("lora",)))
     ['lora.rank', 'model']
     """
     own, usual = (dict(_flat(json.loads(json.dumps(as_dict(c)))))
                   for c in (config, RunConfig()))  # fmt: skip
     filled = usual | dict(_flat(known))  # it may be older than some settings
     names = filled.keys() | own.keys()
-    relevant = sorted(name for name in names if name not in WHERE)
+    idle = {"linear", *get_args(Trained)} - {*config.methods}
+    relevant = sorted(
+        name for name in names if name not in WHERE and name.split(".")[0] not in idle
+    )
     return [name for name in relevant if filled.get(name) != own.get(name)]
 
 

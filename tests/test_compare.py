@@ -243,7 +243,7 @@ def test_a_task_of_ones_own_runs_in_the_comparisons_folder(tmp_path):
 
 
 def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
-    """On whatever devices."""
+    """On whatever devices, and whatever methods that do not run are set to."""
     quiet, task = Console(quiet=True), catalogue.load("digits")
     began = RunConfig(methods=("lora",), lora=Ranked(lr=1e-3))
 
@@ -253,6 +253,7 @@ def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
 
     begin(began)
     begin(dataclasses.replace(began, mesh="data=2", data_dir=Path("elsewhere")))
+    begin(dataclasses.replace(began, dora=Ranked(lr=1.0)))
     known = read(tmp_path / "config.json")
     del known["clip"], known["vqt"]  # of an earlier version
     (tmp_path / "config.json").write_text(json.dumps(known))
