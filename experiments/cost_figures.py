@@ -105,7 +105,9 @@ def accuracy_memory(
 ) -> None:
     """Draws accuracy against memory (the paper's Figure 7(a)).
 
-    A panel for each task that has more than one method; for each, if none has.
+    A panel for each task that has more than one method; for each, if none has. A method
+    that did not learn (under half of the linear probe's accuracy) would squeeze all
+    others together: it is an arrow at the lower edge, with its accuracy.
 
     Args:
       path: the PNG to write.
@@ -125,9 +127,11 @@ def accuracy_memory(
     )
     labels = {}
     for axes, task in zip(np.atleast_1d(panels), tasks, strict=True):
-        labels[axes] = [
-            _point(axes, point) for point in points if point["task"] == task
-        ]
+        own = [point for point in points if point["task"] == task]
+        learnt, not_learnt = _divided(own)
+        labels[axes] = [_point(axes, point) for point in learnt]
+        for point in not_learnt:
+            _arrow(axes, point)
         axes.set(title=task, ylabel="test accuracy (%)")
         axes.margins(x=0.15, y=0.1)
     figure.supxlabel("peak memory of a step or first stage (GiB)", fontsize="medium")
@@ -141,6 +145,16 @@ def accuracy_memory(
     figures.save(figure, path)
 
 
+def _divided(points: Sequence[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """What has learnt, and what has not."""
+    learnt, not_learnt = [], []
+    accuracies = {point["method"]: point["accuracy"] for point in points}
+    for point in points:
+        low = point["accuracy"] < accuracies.get("linear probe", 0) / 2
+        (not_learnt if low else learnt).append(point)
+    return learnt, not_learnt
+
+
 def _point(axes: Any, point: dict[str, Any]) -> Any:
     """A method's mean and deviation; gives its label, to be moved."""
     x, y = point["bytes"] / 2**30, point["accuracy"]
@@ -151,6 +165,20 @@ def _point(axes: Any, point: dict[str, Any]) -> Any:
     halo = [patheffects.withStroke(linewidth=2, foreground="white")]
     text = {"fontsize": 8, "color": colour, "path_effects": halo, "zorder": 3}
     return axes.text(x, y, point["method"], **text)
+
+
+def _arrow(axes: Any, point: dict[str, Any]) -> None:
+    """A method whose accuracy is far below the axis."""
+    axes.annotate(
+        f"{point['method']}: {point['accuracy']:.1f}",
+        (point["bytes"] / 2**30, 0),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(0, 18),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8,
+        arrowprops={"arrowstyle": "->"},
+    )
 
 
 def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -16,8 +16,9 @@ def caption(made: dict[str, Any]) -> str:
     }[made["accuracy"]]
     text = f"Test accuracy of {which}, %. {'; '.join(made['setups'])}."
     ours = [column for column in made["columns"] if not column["paper"]]
-    counts = sorted({len(c["seeds"]) for o in ours for c in o["tasks"].values()})
-    text += f" Seeds: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}."
+    counts = _counts(made)
+    fewer = " (in parentheses where fewer)" if len(counts) > 1 else ""
+    text += f" Seeds: {max(counts)}{fewer}."
     if any(column["tasks"].keys() != made["tasks"].keys() for column in ours):
         text += f" {MISSING}: not run; no mean without all of its tasks."
     if len(ours) < len(made["columns"]):
@@ -52,13 +53,13 @@ def _lines(made: dict[str, Any]) -> tuple[list[str], list[list[str]], list[int]]
     """Header, rows, and after which rows a line is drawn; wide tables are turned."""
     columns, group_of = made["columns"], made["tasks"]
     header = ["", *map(_title, columns)]
-    rows, rules = [], []
+    rows, rules, most = [], [], max(_counts(made))
     groups = list(dict.fromkeys(group_of.values()))
     for group in groups:
         names = [name for name in group_of if group_of[name] == group]
         for name in names:
             cells = (column["tasks"].get(name) for column in columns)
-            rows.append([name, *map(_cell_text, cells)])
+            rows.append([name, *(_cell_text(cell, most) for cell in cells)])
         rules.append(len(rows) - 1)
     for group in groups if len(groups) > 1 else ():
         count = sum(own == group for own in group_of.values())
@@ -84,11 +85,22 @@ def _title(column: dict[str, Any]) -> str:
     return column["method"] + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _cell_text(cell: dict[str, Any] | None) -> str:
+def _counts(made: dict[str, Any]) -> set[int]:
+    """How many seeds the cells have."""
+    ours = (
+        column["tasks"].values() for column in made["columns"] if not column["paper"]
+    )
+    return {len(cell["seeds"]) for cells in ours for cell in cells}
+
+
+def _cell_text(cell: dict[str, Any] | None, most: int) -> str:
     if cell is None:
         return MISSING
-    deviation = cell.get("deviation")
-    return f"{cell['mean']:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+    text, deviation = f"{cell['mean']:.1f}", cell.get("deviation")
+    if deviation is not None:
+        text += f" ± {deviation:.1f}"
+    seeds = len(cell.get("seeds", ())) or most  # the paper's have none
+    return text if seeds == most else f"{text} ({seeds})"
 
 
 def _range(ends: list[int] | None) -> str:

@@ -16,6 +16,7 @@ from experiments import (
     compare,
     comparison,
     cost_figures,
+    figures,
     fit,
     grid,
     mesh,
@@ -132,6 +133,22 @@ def test_accuracy_is_drawn_against_memory(tmp_path):
     for name in ("two.json", "none.json"):
         with pytest.raises(SystemExit, match=rf"{name}: expected a memory.json of one"):
             compare.main(["--out", str(tmp_path), "--memory", str(tmp_path / name)])
+
+
+def test_a_method_that_did_not_learn_does_not_squeeze_the_others(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    points = [
+        {"task": "t", "method": name, "accuracy": y, "deviation": 1.0, "bytes": 2**30}
+        for name, y in (("linear probe", 50.0), ("LoRA-8", 70.0), ("Mix-K-8", 6.0))
+    ]
+    setting = dict.fromkeys(("model", "target", "batch", "dtype", "frozen_dtype"), "x")
+    cost_figures.accuracy_memory(tmp_path / "a.png", points, setting, "here")
+    cost_figures.accuracy_memory(tmp_path / "b.png", points[1:], setting, "here")
+    (axes,), (unprobed,) = (figure.axes for figure in drawn)
+    assert 40 < axes.get_ylim()[0] < 50
+    assert "Mix-K-8: 6.0" in [text.get_text() for text in axes.texts]
+    assert unprobed.get_ylim()[0] < 6
 
 
 def table(out):

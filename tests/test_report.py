@@ -85,6 +85,16 @@ def test_seeds_have_a_mean_and_a_deviation(tmp_path):
         made(tmp_path, accuracy="ema")
 
 
+def test_cells_with_fewer_seeds_say_so(tmp_path):
+    for seed, task in ((0, "dtd"), (1, "dtd"), (0, "eurosat")):
+        write_run(tmp_path / f"{task}{seed}", task, seed, 0.5 + seed / 10)
+    report.main([str(tmp_path), "--out", str(tmp_path / "report")])
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| dtd | 55.0 ± 7.1 | 72.3 |" in text
+    assert "| eurosat | 50.0 (1) | " in text
+    assert "Seeds: 2 (in parentheses where fewer)." in text
+
+
 def test_the_papers_numbers_stand_beside_the_same_task_and_method_alone(tmp_path):
     write_run(tmp_path / "a", "dsprites_loc_rerendered")
     write_run(tmp_path / "b", "tuxpaint")
