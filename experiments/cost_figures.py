@@ -106,8 +106,9 @@ def accuracy_memory(
     """Draws accuracy against memory (the paper's Figure 7(a)).
 
     A panel for each task that has more than one method; for each, if none has. A method
-    that did not learn (under half of the linear probe's accuracy) would squeeze all
-    others together: it is an arrow at the lower edge, with its accuracy.
+    that did not learn in every seed (its mean less its deviation is under half of the
+    linear probe's accuracy) would squeeze all others together: it is an arrow at the
+    lower edge, with its accuracy.
 
     Args:
       path: the PNG to write.
@@ -146,11 +147,12 @@ def accuracy_memory(
 
 
 def _divided(points: Sequence[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """What has learnt, and what has not."""
+    """What has learnt, and what has not (or not in every seed)."""
     learnt, not_learnt = [], []
     accuracies = {point["method"]: point["accuracy"] for point in points}
     for point in points:
-        low = point["accuracy"] < accuracies.get("linear probe", 0) / 2
+        lowest = point["accuracy"] - (point["deviation"] or 0)
+        low = lowest < accuracies.get("linear probe", 0) / 2
         (not_learnt if low else learnt).append(point)
     return learnt, not_learnt
 
@@ -169,8 +171,9 @@ def _point(axes: Any, point: dict[str, Any]) -> Any:
 
 def _arrow(axes: Any, point: dict[str, Any]) -> None:
     """A method whose accuracy is far below the axis."""
+    spread = f" ± {point['deviation']:.1f}" if point["deviation"] else ""
     axes.annotate(
-        f"{point['method']}: {point['accuracy']:.1f}",
+        f"{point['method']}: {point['accuracy']:.1f}{spread}",
         (point["bytes"] / 2**30, 0),
         xycoords=axes.get_xaxis_transform(),
         xytext=(0, 18),
