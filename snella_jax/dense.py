@@ -14,20 +14,21 @@ the factors, and one threshold per matrix.
     0.0
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax import stochastic
 from snella_jax.contraction import matmul
 from snella_jax.kernels import Factors, Kernel
 from snella_jax.layout import Layout
+from snella_jax.recompute import opened, recomputed
 from snella_jax.sparsify import TAU, check_budget, check_gate, sparsify, threshold
 from snella_jax.varying import varying_alike
 
@@ -65,7 +66,7 @@ def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
         with jax.named_scope("snella_delta"):  # as profilers show it
             dense = kernel.apply(layout.unfold(factors) if layout else factors)
         with jax.named_scope("snella_threshold"):
-            if tau is None and gate == "none":  # nothing to search for: _recomputed
+            if tau is None and gate == "none":  # nothing to search for: recomputed
                 tau = jax.lax.stop_gradient(jnp.max(dense))
             if tau is None:
                 tau = checkpoint_name(threshold(dense, budget), TAU)
@@ -87,7 +88,8 @@ def adapted(
 
     Args:
       op: linear in its weight: a matmul, an einsum, a convolution, with or without a
-        bias it closes over.
+        bias it closes over. On the merged path any function of its weight, and one that
+        returns a tree of arrays.
       layout: the weight's axes; None for an `[n, m]` matrix.
       update_op: `op` without its bias, for the parallel path; None where `op` has none.
 
@@ -115,13 +117,13 @@ def adapted(
         check_budget(budget)
         _check_shapes(w0, factors, layout)
 
-        if not isinstance(budget, Array):
-            budget = jnp.asarray(np.minimum(budget, w0.size), jnp.int32)
-        # Outside `_recomputed`, for the transpose to add up the gradients.
+        budget = _counted(budget, w0)
+        # Outside `recomputed`, for the transpose to add up the gradients.
         x, w0, factors, budget, key = varying_alike(x, w0, factors, budget, key)
         parallel = path == "parallel"
-        base, extras = _opened(op, x, w0)
-        branch, more = _opened(update_op, x, w0) if parallel else (base, ())
+        cast = w0.astype(x.dtype)
+        base, extras = opened(op, x, cast)
+        branch, more = opened(update_op, x, cast) if parallel else (base, ())
 
         def forward(x, w0, factors, extras, budget, key, tau):
             delta, tau = _delta_and_tau(factors, budget, tau, kernel, gate, layout)
@@ -142,55 +144,86 @@ def adapted(
             return y + stochastic.drop_path(key_y, moved, drop_path), tau
 
         extras = varying_alike(x, (extras, more))[1]
-        return _recomputed(forward)(x, w0, factors, extras, budget, key)
+        return recomputed(forward)(x, w0, factors, extras, budget, key)
 
     return apply
 
 
-def _opened(op: Op, x: Array, w0: Array) -> tuple[Callable[..., Array], Any]:
-    """`op(x, w, extras)` and the extras: what `op` closes over, such as a bias.
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """How the update of one weight is made: static, equal by value.
 
-    They have to be arguments to get a gradient. (`jax.closure_convert` does it too, but
-    keeps the last 4096 operations in memory, and the weights that they hold.)
-    """
-    closed = jax.make_jaxpr(op)(x, w0.astype(x.dtype))
-
-    def run(x, w, extras):
-        return eval_jaxpr(closed.jaxpr, extras, x, w)[0]
-
-    return run, closed.consts
-
-
-def _recomputed(forward: Callable) -> Callable[..., Array]:
-    """`forward`, which keeps its arguments and tau for the backward pass, nothing else.
-
-    `jax.checkpoint` says the same, but its barrier does not outlast XLA's optimisation:
-    XLA merges the second update with the first, or makes it long before it is needed.
+    Attributes:
+      kernel: makes the dense update.
+      gate: what a survivor's value becomes, see `sparsify`.
+      layout: the weight's axes; None for an `[n, m]` matrix.
     """
 
-    @jax.custom_vjp
-    def run(x, w0, factors, extras, budget, key):
-        return forward(x, w0, factors, extras, budget, key, None)[0]
+    kernel: Kernel
+    gate: str = "product"
+    layout: Layout | None = None
 
-    def keep(x, w0, factors, extras, budget, key):
-        y, tau = forward(x, w0, factors, extras, budget, key, None)
-        return y, (x, w0, factors, extras, budget, key, tau)
 
-    def pull(kept, cotangent):
-        kept, cotangent = jax.lax.optimization_barrier((kept, cotangent))
-        x, w0, factors, extras, budget, key, tau = kept
-        # Never true, but XLA cannot know: the update made here needs tau, so it is not
-        # the update that tau was found in.
-        never = jnp.any(jnp.isnan(tau) & (tau > 0))
-        factors = {k: jnp.where(never, 0, v) for k, v in factors.items()}
-        operands = (x, w0, factors, extras)
-        _, back = jax.vjp(
-            lambda *operands: forward(*operands, budget, key, tau)[0], *operands
-        )
-        return *back(cotangent), None, None
+def adapted_call(
+    op: Callable[[Any, dict[str, Array]], Any], updates: Mapping[str, Update]
+) -> Callable[..., Any]:
+    """Makes `op(x, weights)` a function whose weights are `w0 + delta`.
 
-    run.defvjp(keep, pull)
-    return run
+    For calls that are no single matmul: a layer with several weights, or one of which
+    nothing is known. The whole call is made again on the way back.
+
+    Args:
+      op: any function of a tree of arrays and of arrays by name; returns a tree.
+      updates: by name of the weight.
+
+    Returns:
+      `apply(x, w0, factors, budgets)`, the last three by name. Weights are summed in at
+      least float32 and given to `op` in the dtype of `w0`.
+
+    Raises:
+      ValueError: by `apply`, as `adapted_dense`.
+
+    >>> import jax.numpy as jnp
+    >>> from snella_jax import kernels
+    >>> update = Update(kernels.rbf())
+    >>> factors = update.kernel.init(jax.random.key(0), (6, 4), rank=8)
+    >>> both = adapted_call(lambda x, w: (x @ w["up"], x.sum()), {"up": update})
+    >>> w0 = {"up": jnp.ones((6, 4))}
+    >>> y, total = both(jnp.ones(6), w0, {"up": factors}, {"up": 0})
+    >>> y.tolist(), float(total)
+    ([6.0, 6.0, 6.0, 6.0], 6.0)
+    """
+
+    def apply(
+        x: Any,
+        w0: Mapping[str, Array],
+        factors: Mapping[str, Factors],
+        budgets: Mapping[str, int | Array],
+    ) -> Any:
+        for name, update in updates.items():
+            check_gate(update.gate)
+            check_budget(budgets[name])
+            _check_shapes(w0[name], factors[name], update.layout)
+        counts = {name: _counted(budgets[name], w0[name]) for name in updates}
+        weights, own = dict(w0), {name: dict(factors[name]) for name in updates}
+        x, weights, own, counts = varying_alike(x, weights, own, counts)
+        run, extras = opened(op, x, weights)
+
+        def forward(x, w0, factors, extras, budgets, key, taus):
+            merged, found = {}, {}
+            for name, update in updates.items():
+                tau = None if taus is None else taus[name]
+                how = update.kernel, update.gate, update.layout
+                made = _delta_and_tau(factors[name], budgets[name], tau, *how)
+                delta, found[name] = made
+                with jax.named_scope("snella_delta"):
+                    merged[name] = (w0[name] + delta).astype(w0[name].dtype)
+            return run(x, merged, extras), found
+
+        extras = varying_alike(x, extras)[1]
+        return recomputed(forward)(x, weights, own, extras, counts, None)
+
+    return apply
 
 
 def adapted_dense(
@@ -263,6 +296,13 @@ def check_path(path: str, dropout: float, drop_path: float) -> None:
                 f'{name}={rate} needs path="parallel": after merging there is no '
                 "separate update to drop."
             )
+
+
+def _counted(budget: int | Array, w0: Array) -> Array:
+    """A budget as an array; a number may be larger than the weight."""
+    if isinstance(budget, Array):
+        return budget
+    return jnp.asarray(np.minimum(budget, w0.size), jnp.int32)
 
 
 def _check_shapes(w0: Array, factors: Factors, layout: Layout | None) -> None:

@@ -1,0 +1,81 @@
+"""What is made again on the way back instead of being kept.
+
+An adapted call keeps its arguments and its thresholds for the backward pass, and no
+update, no sum of weights and nothing that the call made on its way.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import eval_jaxpr
+
+
+def opened(op: Callable[[Any, Any], Any], x: Any, w: Any) -> tuple[Callable, Any]:
+    """`op` as `run(x, w, extras)`, and the extras: what it closes over, such as a bias.
+
+    They have to be arguments to get a gradient. (`jax.closure_convert` does it too, but
+    keeps the last 4096 operations in memory, and the weights that they hold.)
+
+    Args:
+      op: any function of two trees of arrays.
+      x, w: trees like those that `run` will be given.
+    """
+    closed, shapes = jax.make_jaxpr(op, return_shape=True)(x, w)
+    outputs = jax.tree.structure(shapes)
+
+    def run(x, w, extras):
+        flat = eval_jaxpr(closed.jaxpr, extras, *jax.tree.leaves((x, w)))
+        return jax.tree.unflatten(outputs, flat)
+
+    return run, closed.consts
+
+
+def recomputed(forward: Callable) -> Callable:
+    """`forward`, which keeps its arguments and tau for the backward pass, nothing else.
+
+    `jax.checkpoint` says the same, but its barrier does not outlast XLA's optimisation:
+    XLA merges the second update with the first, or makes it long before it is needed.
+
+    Args:
+      forward: `(x, w0, factors, extras, budget, key, tau)` to an output and tau; trees
+        of arrays all. It searches for tau where it is None.
+    """
+
+    @jax.custom_vjp
+    def run(x, w0, factors, extras, budget, key):
+        return forward(x, w0, factors, extras, budget, key, None)[0]
+
+    def keep(x, w0, factors, extras, budget, key):
+        y, tau = forward(x, w0, factors, extras, budget, key, None)
+        return y, (x, w0, factors, extras, budget, key, tau)
+
+    def pull(kept, cotangent):
+        kept, cotangent = _together(kept, cotangent)
+        x, w0, factors, extras, budget, key, tau = kept
+        # Never true, but XLA cannot know: the update made here needs tau, so it is not
+        # the update that tau was found in.
+        never = jnp.zeros((), bool)
+        for one in jax.tree.leaves(tau):
+            never |= jnp.any(jnp.isnan(one) & (one > 0))
+        factors = jax.tree.map(lambda v: jnp.where(never, 0, v), factors)
+        operands = (x, w0, factors, extras)
+        _, back = jax.vjp(
+            lambda *operands: forward(*operands, budget, key, tau)[0], *operands
+        )
+        return *back(cotangent), None, None
+
+    run.defvjp(keep, pull)
+    return run
+
+
+def _together(kept: Any, cotangent: Any) -> tuple[Any, Any]:
+    """Both behind one barrier: nothing is recomputed before the cotangent is there."""
+    leaves, structure = jax.tree.flatten((kept, cotangent))
+    # Cotangents of integers are of a dtype that XLA does not know.
+    real = [i for i, x in enumerate(leaves) if x.dtype != jax.dtypes.float0]
+    behind = jax.lax.optimization_barrier([leaves[i] for i in real])
+    for i, value in zip(real, behind, strict=True):
+        leaves[i] = value
+    return jax.tree.unflatten(structure, leaves)
