@@ -17,7 +17,8 @@
 
 import logging
 import math
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,37 +26,48 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
-from snella_jax.config import Rule, SnellaConfig
+from snella_jax.binding import check_binding
+from snella_jax.config import SnellaConfig
 from snella_jax.hosts import to_host
 from snella_jax.layers import (
     Adapted,
     Adapter,
     Budget,
     DropKey,
+    adapter_of,
     become,
-    check_layer,
-    layout_of,
     mixed_class,
     plain_class,
 )
+from snella_jax.layout import Layout
+from snella_jax.own_layers import AdaptedOwn
 from snella_jax.rules import (
     adapted_layers,
+    adapted_variables,
     check_overrides,
     check_trainable,
     freeze,
+    has_adapters,
+    join,
     require_adapters,
-    select,
     thaw,
     variables_of,
     weights_of,
 )
+from snella_jax.targets import Target, chosen_targets
 from snella_jax.weight import Site, Start, start
 
 log = logging.getLogger("snella_jax")
 M = TypeVar("M", bound=nnx.Module)
 
 
-def adapt(model: M, config: SnellaConfig, *, rngs: nnx.Rngs) -> M:
+def adapt(
+    model: M,
+    config: SnellaConfig,
+    *,
+    rngs: nnx.Rngs,
+    layouts: Mapping[str, Layout] | None = None,
+) -> M:
     """A copy of `model` with `w0 + delta` as targeted weights; only `delta` trains.
 
     Every `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and `nnx.Conv` (or a subclass
@@ -70,58 +82,68 @@ def adapt(model: M, config: SnellaConfig, *, rngs: nnx.Rngs) -> M:
       model: any NNX module, without adapters.
       config: what to adapt and how.
       rngs: its `params` stream draws the factors.
+      layouts: the axes of weights of other layers than Flax's, by regex of the weight's
+        path, `{"blocks/.*/w": Layout(inputs=(64,), outputs=(256,))}`; axes in
+        front of a layout's are a stack. A target is then a weight with such a path, or
+        all those of a layer. They take the merged path.
 
     Raises:
+      TypeError: no NNX model (the message names the binding for it), or no `nnx.Rngs`.
       ValueError: a rule that matches nothing (the message lists what it could have
-        meant), a weight that both rules match, a model that is adapted already, a
-        weight that another module uses too, or a `split`, path or `drop_path` that does
-        not fit a layer.
+        meant), a weight that both rules match, or that is matched and of which nothing
+        says what its axes are, a model that is adapted already, a weight that another
+        module uses or normalises, or a `split`, path or `drop_path` that does not fit a
+        layer.
     """
+    check_binding(model, "NNX")
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs={rngs!r}: expected nnx.Rngs, such as nnx.Rngs(0).")
+    if has_adapters(model):
+        raise ValueError("The model has adapters already: merge() it first.")
     model = nnx.clone(model)
-    layers = select(model, config.targets)
-    check_overrides(config, layers)
-    check_trainable(config.trainable, (f"{p}/kernel".lstrip("/") for p in layers))
+    targets = chosen_targets(model, config.targets, layouts)
+    check_overrides(config, targets)
+    check_trainable(config.trainable, (t.variable(path) for path, t in targets.items()))
     sites = {
-        path: site(path, layer, config.rule(path), config.must_move)
-        for path, layer in layers.items()
+        path: target.site(path, config.rule(path), config.must_move)
+        for path, target in targets.items()
     }
-    attach(model, layers, sites, start(sites, config, rngs.params()))
+    attach(model, targets, sites, start(sites, config, rngs.params()))
     freeze(model, config.trainable, config.frozen_dtype)
     return model
 
 
-def site(path: str, layer: Any, rule: Rule, must_move: bool) -> Site:
-    """Where and how a layer is adapted.
-
-    Raises:
-      ValueError: the rule does not fit the layer.
-    """
-    try:
-        layout = layout_of(layer)
-        layout = layout.split(rule.split) if rule.split > 1 else layout
-        check_layer(layer, rule, layout)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be adapted: {error}") from error
-    shape = layer.kernel.shape
-    stack = shape[: len(shape) - len(layout.shape)]
-    return Site(rule, layout, stack, must_move)
-
-
 def attach(
     model: nnx.Module,
-    layers: dict[str, Any],
-    sites: dict[str, Site],
-    starts: dict[str, Start],
+    targets: Mapping[str, Target],
+    sites: Mapping[str, Site],
+    starts: Mapping[str, Start],
 ) -> None:
-    """Gives each of the layers of `model` its adapter, in place.
+    """Gives each of the targets in `model` its adapter, in place.
 
     Raises:
-      ValueError: another module uses the weight of one of them, too.
+      ValueError: another module uses or changes the weight of one of them, too.
     """
-    _refuse_tied(model, layers)
-    for path, layer in layers.items():
-        become(layer, mixed_class(Adapted, type(layer)))
-        layer.adapter = Adapter(sites[path], starts[path])
+    _refuse_tied(model, targets)
+    _refuse_normalised(model, targets)
+    own: dict[int, list[Target]] = {}
+    for path, target in targets.items():
+        name = adapter_of(target.name)
+        if hasattr(target.layer, name):
+            raise ValueError(
+                f"{path} has an attribute {name!r}, where its adapter goes: rename it."
+            )
+        own.setdefault(id(target.layer), []).append(target)
+    for first, *others in own.values():
+        cls = type(first.layer)
+        if others or first.layout is not None:
+            names = sorted(target.name for target in (first, *others))
+            become(first.layer, mixed_class(AdaptedOwn, cls, *names))
+        else:
+            become(first.layer, mixed_class(Adapted, cls))
+    for path, target in targets.items():
+        adapter = Adapter(sites[path], starts[path])
+        setattr(target.layer, adapter_of(target.name), adapter)
 
 
 def partition(
@@ -169,8 +191,9 @@ def merge(model: M, *, unmoved_budgets: bool = False) -> M:
     """
     weights = weights_of(model)
     model = nnx.clone(model)
-    for weight, (_, layer) in zip(weights, adapted_layers(model), strict=True):
-        layer.kernel[...] = weight.merged(unmoved_budgets)
+    for weight, own in zip(weights, adapted_variables(model), strict=True):
+        *_, variable = own
+        variable[...] = weight.merged(unmoved_budgets)
     remove(model)
     return model
 
@@ -178,7 +201,8 @@ def merge(model: M, *, unmoved_budgets: bool = False) -> M:
 def remove(model: nnx.Module) -> None:
     """Makes a model plain again, in place: no adapters, nothing frozen."""
     for _, layer in list(adapted_layers(model)):
-        del layer.adapter
+        for name in layer.adapters():
+            delattr(layer, adapter_of(name))
         become(layer, plain_class(type(layer)))
     thaw(model)
 
@@ -189,8 +213,7 @@ def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
     Call it inside the step on the freshly merged model, with a fresh key every step.
     Layers of a stack get different keys. Changes `model` in place.
     """
-    for index, (_, layer) in enumerate(adapted_layers(model)):
-        adapter = layer.adapter
+    for index, (_, adapter, _) in enumerate(adapted_variables(model)):
         if adapter.rule.dropout or adapter.rule.drop_path:
             stack = adapter.site.stack
             own = jax.random.fold_in(key, index)
@@ -200,34 +223,52 @@ def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
 def adapted_weights(model: nnx.Module) -> int:
     """How many weights of the base the adapters reach: the budget of density 1."""
     require_adapters(model)
-    sites = (layer.adapter.site for _, layer in adapted_layers(model))
+    sites = (adapter.site for _, adapter, _ in adapted_variables(model))
     return sum(site.capacity * math.prod(site.lead) for site in sites)
 
 
 def merged_magnitude(model: nnx.Module) -> dict[str, np.ndarray]:
     """Mean `|delta|` of every matrix: `scores` for `reallocate` (Table X)."""
-    return {
-        f"{weight.path}/adapter".lstrip("/"): to_host(
-            weight.per_matrix(_mean_magnitude)
-        )
-        for weight in weights_of(model)
-    }
+    require_adapters(model)
+    found = {}
+    for path, layer in adapted_layers(model):
+        for name, adapter in layer.adapters().items():
+            delta = adapter.on(path, getattr(layer, name)[...])
+            within = f"{path}/{adapter_of(name)}".lstrip("/")
+            found[within] = to_host(delta.per_matrix(_mean_magnitude))
+    return found
 
 
 def _mean_magnitude(delta: jax.Array) -> jax.Array:
     return jnp.abs(delta).mean()
 
 
-def _refuse_tied(model: nnx.Module, layers: dict[str, Any]) -> None:
+def _refuse_tied(model: nnx.Module, targets: Mapping[str, Target]) -> None:
     """One weight cannot be merged with two updates, nor with one for only one user."""
     users: dict[int, set[int]] = {}
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):
             for value in vars(node).values():
                 users.setdefault(id(value), set()).add(id(node))
-    tied = [path for path, x in layers.items() if len(users[id(x.kernel)]) > 1]
+    tied = [path for path, t in targets.items() if len(users[id(t.weight)]) > 1]
     if tied:
         raise ValueError(
             f"The weights of {', '.join(tied)} are tied to another module's: leave "
             "them out of the targets, or untie them."
         )
+
+
+def _refuse_normalised(model: nnx.Module, targets: Mapping[str, Target]) -> None:
+    """What a wrapper makes of a weight would be made of it, and not of its update."""
+    for path, node in nnx.iter_graph(model):
+        if not isinstance(node, nnx.WeightNorm):
+            continue
+        for name, weight in nnx.to_flat_state(nnx.state(node.layer_instance)):
+            changed = node.variable_filter(name, weight)
+            within = join((*path, "layer_instance", *name))
+            if changed and within in {t.variable(p) for p, t in targets.items()}:
+                raise ValueError(
+                    f"{within} is normalised by an nnx.WeightNorm, which would make "
+                    "the merged model another one than the adapted: take it out of the "
+                    "targets."
+                )

@@ -28,20 +28,21 @@ from flax import nnx
 from jaxtyping import Array
 
 from snella_jax import adapter_file
-from snella_jax.adapt import attach, remove, site
+from snella_jax.adapt import attach, remove
 from snella_jax.config import Rule
 from snella_jax.fitting import any_of, fit
-from snella_jax.layers import ADAPTABLE, Factor
+from snella_jax.layers import Factor
+from snella_jax.layout import Layout
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.rules import (
-    adapted_layers,
+    adapted_variables,
     freeze,
     has_adapters,
-    join,
     require_adapters,
     variables_of,
     weights_of,
 )
+from snella_jax.targets import layouts_of, targets_of
 from snella_jax.weight import Site
 
 M = TypeVar("M", bound=nnx.Module)
@@ -69,7 +70,13 @@ def save(model: nnx.Module, folder: str | Path, *, base: str | None = None) -> N
     adapter_file.write(folder, weights_of(model), trained, stats, base)
 
 
-def load(model: M, folder: str | Path, *, rename: Mapping[str, str] | None = None) -> M:
+def load(
+    model: M,
+    folder: str | Path,
+    *,
+    rename: Mapping[str, str] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+) -> M:
     """A copy of a model with the adapters that `save` wrote.
 
     Its outputs are those of the model that was saved, bit for bit, and its training can
@@ -83,6 +90,7 @@ def load(model: M, folder: str | Path, *, rename: Mapping[str, str] | None = Non
       rename: where the weights have other names in this model: new name by regex, which
         may take its groups. Rows of stacked blocks have an index:
         `{r"layers/(\\d+)/fc": r"blocks/fc[\\1]"}`.
+      layouts: as of `adapt`, for the base; an adapted model has them already.
 
     Raises:
       FileNotFoundError: there is no adapter.
@@ -93,19 +101,16 @@ def load(model: M, folder: str | Path, *, rename: Mapping[str, str] | None = Non
     adapted = has_adapters(model)
     present = {w.path: w.site for w in weights_of(model)} if adapted else None
     trains = _trained(model).keys()
-    modes = {path: layer.adapter.deterministic for path, layer in adapted_layers(model)}
+    modes = {path: own.deterministic for path, own, _ in adapted_variables(model)}
+    if adapted:
+        layouts = layouts_of(model) if layouts is None else layouts
     model = unload(model) if adapted else nnx.clone(model)
-    layers: dict[str, Any] = {
-        join(path): node
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, ADAPTABLE)
-    }
+    targets = targets_of(model, layouts)
 
     def locate(path: str, rule: Rule, must_move: bool) -> tuple[Site, Array]:
-        if path not in layers:
+        if path not in targets:
             raise ValueError("this model has no such layer that can be adapted")
-        layer = layers[path]
-        return site(path, layer, rule, must_move), layer.kernel[...]
+        return targets[path].site(path, rule, must_move), targets[path].weight[...]
 
     params, statistics = (_variables(model, k) for k in (nnx.Param, nnx.BatchStat))
     shapes = (
@@ -122,14 +127,14 @@ def load(model: M, folder: str | Path, *, rename: Mapping[str, str] | None = Non
     try:
         attach(
             model,
-            {path: layers[path] for path in weights},
+            {path: targets[path] for path in weights},
             {path: weight.site for path, weight in weights.items()},
             {p: (w.factors, w.budget, w.allocated_at) for p, w in weights.items()},
         )
     except ValueError as error:
         raise CheckpointError(file.folder, str(error).rstrip(".")) from error
-    for path in modes:
-        layers[path].adapter.deterministic = modes[path]
+    for path, own, _ in adapted_variables(model):
+        own.deterministic = modes.get(path, own.deterministic)
     for path, value in (*trained.items(), *stats.items()):
         (params | statistics)[path].set_value(jnp.asarray(value))
     freeze(model, any_of(trained))

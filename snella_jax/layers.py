@@ -5,13 +5,15 @@ their names and its arithmetic, and gains an `adapter`. Its weight and whatever 
 does not train are `Frozen`, its factors are `Factor`, its budgets `Budget`.
 """
 
+import copyreg
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 from jaxtyping import Array, PRNGKeyArray
 
 from snella_jax.config import Rule
@@ -22,6 +24,7 @@ from snella_jax.layout import Layout
 from snella_jax.weight import AdaptedWeight, Site, Start
 
 ADAPTABLE = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv)
+STOCK = {cls.__call__ for cls in ADAPTABLE}
 
 
 class Frozen(nnx.Variable):
@@ -40,6 +43,10 @@ class DropKey(nnx.Variable):
     """A key per layer for this step's dropout and drop-path; `seed` puts it there."""
 
 
+# What a call may move: all but weights.
+MOVING = nnx.Not(nnx.Any(nnx.Param, Frozen))
+
+
 class Adapter(nnx.Module):
     """Factors and budgets of one weight, for `[*lead]` matrices of `[n, m]`.
 
@@ -50,13 +57,13 @@ class Adapter(nnx.Module):
       allocated_at: `Budget`, int32 `[*lead]`: the optimizer step of the last
         reallocation, 0 for never, -1 where budgets are fixed.
       key: `DropKey` of the stack's shape, or None.
-      deterministic: switched by `model.train()` and `model.eval()`.
+      deterministic: switched by `model.train()`, `model.eval()` and `nnx.view`.
     """
 
     def __init__(self, site: Site, start: Start):
         self.site = site
         self.deterministic = False
-        self.key = nnx.data(None)
+        self.key: DropKey | None = nnx.data(None)
         factors, budget, allocated_at = start
         fixed = not getattr(site.kernel, "learn_piece_coeff", True)
         for name, value in factors.items():
@@ -65,6 +72,15 @@ class Adapter(nnx.Module):
         self.names = tuple(sorted(factors))
         self.budget = Budget(jnp.asarray(budget))
         self.allocated_at = Budget(jnp.asarray(allocated_at))
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+          deterministic: whether dropout and drop-path are off; None leaves them.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     @property
     def rule(self) -> Rule:
@@ -79,6 +95,18 @@ class Adapter(nnx.Module):
         """The weight at this path, with these factors and budgets."""
         counts = self.budget[...], self.allocated_at[...]
         return AdaptedWeight(path, self.site, w0, self.factors(), *counts)
+
+    def check_called(self, weight: Array) -> None:
+        """Raises a `ValueError` where a call gets the weight of a whole stack."""
+        expected = self.site.layout.shape
+        if weight.shape != expected:
+            raise ValueError(
+                f"An adapted layer was called with a weight of shape {weight.shape}: "
+                f"expected {expected}. Call stacked layers under nnx.scan or nnx.vmap. "
+                "Where that says its axes by the kind of variable, frozen weights and "
+                "budgets are no nnx.Param: nnx.StateAxes({(nnx.Param, snella.Frozen, "
+                "snella.Budget): 0, ...: None})."
+            )
 
     def training_key(self) -> PRNGKeyArray | None:
         """This step's key where the rule drops something and the model is training.
@@ -99,60 +127,154 @@ class Adapter(nnx.Module):
         return self.key[...]
 
 
-class Adapted(nnx.Module):
-    """Mixed into a layer's class: the layer's call with `w0 + delta` as its weight."""
+class AdaptedLayer(nnx.Module):
+    """Mixed into a layer's class: what it computes has `w0 + delta` as its weights.
+
+    The adapter of a weight `kernel` is called `adapter`, that of a weight `w`
+    `w_adapter`.
+    """
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters of this layer, by name of their weight."""
+        names = sorted(k for k, v in vars(self).items() if isinstance(v, Adapter))
+        return {weight_of(name): getattr(self, name) for name in names}
+
+    def stand_in(self, **changes: Any) -> Any:
+        """The plain layer without adapters, and with some other attributes."""
+        layer = object.__new__(plain_class(type(self)))
+        own = {k: v for k, v in vars(self).items() if not isinstance(v, Adapter)}
+        vars(layer).update(own, **changes)
+        return layer
+
+    def run(
+        self, call: Callable, weights: dict[str, Array], *args: Any, **kwargs: Any
+    ) -> tuple[Any, nnx.State]:
+        """Calls the plain layer with other weights, whatever it does.
+
+        Returns:
+          What the call returns; and what it may have moved: random streams, running
+          statistics, caches.
+
+        Raises:
+          ValueError: it changes the state of something that it was given.
+        """
+        params = {name: nnx.Param(value) for name, value in weights.items()}
+        layer = nnx.clone(self.stand_in(**params))
+        try:
+            result = call(layer, *args, **kwargs)
+        except TraceContextError as error:
+            raise ValueError(
+                f"{type(layer).__name__} has an adapter, and its call changes state "
+                f"outside it ({error}). The call is made again on the way back, and "
+                "would change it twice: take the layer out of the targets."
+            ) from error
+        return result, nnx.state(layer, MOVING)
+
+
+class Adapted(AdaptedLayer):
+    """Mixed into the class of one of Flax's layers, or a subclass of one."""
 
     adapter: Adapter
     kernel: nnx.Variable
     bias: nnx.Variable | None
     dtype: Any
 
-    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-        """What the plain layer computes, with the update; same arguments and shapes."""
-        rule = self.adapter.rule
-        cls = plain_class(type(self))
-        weight, bias = self.kernel[...], self.bias
-        stock = getattr(self, "dot_general", None) is jax.lax.dot_general
-        ours = {"dot_general": dot_general} if stock else {}
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Any:
+        """What the plain layer computes, with the update; same arguments and results.
 
-        def op(x: Array, w: Array, **changes: Any) -> Array:
+        Raises:
+          ValueError: its kernel is that of a whole stack, or as `run`.
+        """
+        adapter, rule = self.adapter, self.adapter.rule
+        call = plain_class(type(self)).__call__
+        weight, bias = self.kernel[...], self.bias
+        adapter.check_called(weight)
+        usual = getattr(self, "dot_general", None) is jax.lax.dot_general
+        ours = {"dot_general": dot_general} if usual else {}
+
+        def op(x: Array, w: Array, **changes: Any) -> Any:
             # The layer's own call on a stand-in with another weight: its precision,
             # padding, bias and einsum stay its own business.
-            layer = object.__new__(cls)
-            vars(layer).update(vars(self), kernel=nnx.Param(w), **ours, **changes)
-            return cls.__call__(layer, x, *args, **kwargs)
+            if call not in STOCK:
+                return self.run(call, {"kernel": w}, x, *args, **kwargs)
+            layer = self.stand_in(kernel=nnx.Param(w), **ours, **changes)
+            return call(layer, x, *args, **kwargs)
 
         operands = (inputs, weight) if bias is None else (inputs, weight, bias[...])
         dtype = self.dtype or jnp.result_type(*operands)
-        return adapted(
+        result = adapted(
             op,
-            self.adapter.site.layout,
+            adapter.site.layout,
             update_op=functools.partial(op, bias=None, use_bias=False),
         )(
             inputs.astype(dtype),
             weight,
-            self.adapter.factors(),
-            self.adapter.budget[...],
-            kernel=self.adapter.site.kernel,
+            adapter.factors(),
+            adapter.budget[...],
+            kernel=adapter.site.kernel,
             gate=rule.gate,
             path=rule.path,
             dropout=rule.dropout,
             drop_path=rule.drop_path,
-            key=self.adapter.training_key(),
+            key=adapter.training_key(),
         )
+        return result if call in STOCK else moved(self, *result)
+
+
+def moved(layer: nnx.Module, result: Any, state: nnx.State) -> Any:
+    """The result of a call whose state goes into the layer, in place."""
+    if state:
+        nnx.update(layer, state)
+    return result
+
+
+def weight_of(adapter: str) -> str:
+    """The name of the weight beside an adapter of this name.
+
+    >>> weight_of("adapter"), weight_of("w_adapter")
+    ('kernel', 'w')
+    """
+    return "kernel" if adapter == "adapter" else adapter.removesuffix("_adapter")
+
+
+def adapter_of(weight: str) -> str:
+    """The name of the adapter beside a weight of this name."""
+    return "adapter" if weight == "kernel" else f"{weight}_adapter"
+
+
+class _Mixed(type(nnx.Module)):
+    """Of the classes that are made here, which pickle as what they are made of."""
+
+
+def _mixed_again(cls: Any) -> tuple[Callable, tuple]:
+    return mixed_class, cls.mixed_from
+
+
+copyreg.pickle(_Mixed, _mixed_again)
 
 
 @functools.cache
-def mixed_class(mixin: type, cls: type) -> type:
-    """The subclass of a layer's class with `mixin` in front, made once."""
-    return type(
-        f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"__doc__": cls.__doc__}
-    )
+def mixed_class(mixin: Any, cls: type, *weights: str) -> type:
+    """The subclass of a layer's class with `mixin` in front, made once.
+
+    Args:
+      mixin: a module's class.
+      cls: of the layer.
+      weights: names, for a mixin whose `methods(cls, weights)` gives further ones.
+    """
+    own = {"__doc__": cls.__doc__, "mixed_from": (mixin, cls, *weights)}
+    if weights:
+        own |= mixin.methods(cls, weights)
+    meta = _Mixed
+    if not issubclass(meta, type(cls)):  # a metaclass of the user's own
+        meta = type("_Mixed", (_Mixed, type(cls)), {})
+        copyreg.pickle(meta, _mixed_again)
+    return meta(f"{mixin.__name__}{cls.__name__}", (mixin, cls), own)
 
 
-def plain_class(cls: type) -> type:
+def plain_class(cls: Any) -> type:
     """The layer's class that `mixed_class` was given."""
-    return cls.__mro__[2]
+    return cls.mixed_from[1]
 
 
 def become(node: nnx.Module | nnx.Variable, cls: type) -> None:
@@ -164,16 +286,15 @@ def become(node: nnx.Module | nnx.Variable, cls: type) -> None:
     object.__setattr__(node, "__class__", cls)
 
 
-def check_layer(layer: Any, rule: Rule, layout: Layout) -> None:
-    """Raises a `ValueError` when a layer cannot be adapted by this rule."""
-    shape = layer.kernel.shape
-    if shape[len(shape) - len(layout.shape) :] != layout.shape:
-        raise ValueError(
-            f"its weight has shape {shape}: expected {layout.shape} behind the axes of "
-            "the stack; stack blocks along axis 0."
-        )
-    stock = {cls.__call__ for cls in ADAPTABLE}
-    if rule.path == "parallel" and type(layer).__call__ not in stock:
+def check_layer(layer: Any, rule: Rule, own: bool = False) -> None:
+    """Raises a `ValueError` when a layer cannot have this rule.
+
+    Args:
+      layer: any.
+      rule: how it is to be adapted.
+      own: whether `layouts` told the axes of its weight.
+    """
+    if rule.path == "parallel" and (own or type(layer).__call__ not in STOCK):
         raise ValueError(
             f"{type(layer).__name__} has a call of its own, which need not be linear "
             'in the weight: expected path="merged".'

@@ -91,6 +91,22 @@ class Layout:
         moved = tuple(0 if i == k else i + (i < k) for i in order)
         return Layout(self.inputs, tuple(rest), (parts,), moved)
 
+    def joined(self) -> "Layout":
+        """What `split` was called on.
+
+        >>> qkv = Layout((8,), (3, 2, 4))
+        >>> qkv.split(3).joined() == qkv, Layout((8,), (24,)).split(3).joined().shape
+        (True, (8, 24))
+        """
+        (parts,) = self.slices
+        if self.fused:
+            outputs = (parts * self.outputs[0], *self.outputs[1:])
+            return Layout(self.inputs, outputs, (), self.order)
+        k = len(self.inputs)
+        order = tuple(k if i == 0 else i - (i <= k) for i in self.order or ())
+        plain = order == tuple(range(len(order)))
+        return Layout(self.inputs, (parts, *self.outputs), (), None if plain else order)
+
     def unfold(self, factors: Factors) -> Factors:
         """Factors of one matrix with `n` and `m` spread over the weight's axes."""
         a, b = factors["a"], factors["b"]

@@ -15,7 +15,14 @@ from jaxtyping import DTypeLike
 
 from snella_jax.config import SnellaConfig
 from snella_jax.importance import factor_paths, path_of
-from snella_jax.layers import ADAPTABLE, Adapted, Factor, Frozen, become
+from snella_jax.layers import (
+    ADAPTABLE,
+    AdaptedLayer,
+    Adapter,
+    Factor,
+    Frozen,
+    become,
+)
 from snella_jax.weight import AdaptedWeight
 
 
@@ -45,8 +52,8 @@ def chosen(paths: Iterable[str], targets: str) -> list[str]:
     found = [path for path in paths if re.fullmatch(targets, path)]
     if not found:
         raise ValueError(
-            f"targets={targets!r} matches no layer that can be adapted. There are: "
-            f"{listed(paths)}"
+            f"targets={targets!r} matches no layer that can be adapted (a regex has to "
+            f"match a whole path, as r'.*/fc' does). There are: {listed(paths)}"
         )
     return found
 
@@ -166,19 +173,32 @@ def stop_gradients(params: Any, labels: Any) -> Any:
 def adapted_layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     """Path and layer of every adapted layer, each once, in a fixed order."""
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, Adapted):
+        if isinstance(node, AdaptedLayer):
             yield join(path), node
 
 
+def adapted_variables(
+    model: nnx.Module,
+) -> Iterator[tuple[str, Adapter, nnx.Variable]]:
+    """Path, adapter and variable of every adapted weight, in the order of the layers.
+
+    The path of a weight that is called `kernel` is that of its layer.
+    """
+    for path, layer in adapted_layers(model):
+        for name, adapter in layer.adapters().items():
+            whole = path if name == "kernel" else f"{path}/{name}".lstrip("/")
+            yield whole, adapter, getattr(layer, name)
+
+
 def weights_of(model: nnx.Module) -> list[AdaptedWeight]:
-    """Every adapted weight, in the order of `adapted_layers`.
+    """Every adapted weight, in the order of `adapted_variables`.
 
     Raises:
       ValueError: the model has no adapters.
     """
     require_adapters(model)
-    layers = adapted_layers(model)
-    return [layer.adapter.on(path, layer.kernel[...]) for path, layer in layers]
+    weights = adapted_variables(model)
+    return [adapter.on(path, weight[...]) for path, adapter, weight in weights]
 
 
 def has_adapters(model: nnx.Module) -> bool:

@@ -1,0 +1,211 @@
+"""Which weights of an NNX model can be adapted, and which of them a regex means."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from snella_jax.config import Rule
+from snella_jax.layers import ADAPTABLE, check_layer, layout_of
+from snella_jax.layout import Layout
+from snella_jax.own_layers import AdaptedOwn
+from snella_jax.rules import adapted_layers, chosen, join, listed
+from snella_jax.weight import Site
+
+Layouts = Mapping[str, Layout]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A weight that can be adapted.
+
+    Attributes:
+      layer: the module that holds it.
+      name: of its attribute there.
+      layout: its axes, as the user gave them; None where the layer says it.
+    """
+
+    layer: Any
+    name: str = "kernel"
+    layout: Layout | None = None
+
+    @property
+    def weight(self) -> nnx.Variable:
+        """The variable."""
+        return getattr(self.layer, self.name)
+
+    def variable(self, path: str) -> str:
+        """The path of the variable of a target at this path."""
+        return f"{path}/kernel".lstrip("/") if self.name == "kernel" else path
+
+    def site(self, path: str, rule: Rule, must_move: bool) -> Site:
+        """Where and how it is adapted.
+
+        Raises:
+          ValueError: the rule does not fit the layer.
+        """
+        try:
+            layout = layout_of(self.layer) if self.layout is None else self.layout
+            layout = layout.split(rule.split) if rule.split > 1 else layout
+            shape = self.weight.shape
+            stack = shape[: len(shape) - len(layout.shape)]
+            if shape != stack + layout.shape:
+                raise ValueError(
+                    f"its weight has shape {shape}: expected {layout.shape} behind the "
+                    "axes of the stack; stack blocks along axis 0."
+                )
+            check_layer(self.layer, rule, self.layout is not None)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be adapted: {error}") from error
+        return Site(rule, layout, stack, must_move)
+
+
+def targets_of(model: nnx.Module, layouts: Layouts | None = None) -> dict[str, Target]:
+    """Every weight that can be adapted, by path.
+
+    The path of a weight that is called `kernel` is that of its layer.
+
+    Args:
+      model: without adapters.
+      layouts: axes of weights of layers that are none of Flax's, by regex of their
+        path (with `/kernel` or without).
+
+    Raises:
+      ValueError: a regex of `layouts` that matches no weight, or one that is in a list
+        or a dict; the message lists those there are.
+    """
+    layouts = layouts or {}
+    found: dict[str, Target] = {}
+    used = set()
+    for whole, layer, weight in _parameters(model):
+        *_, name = whole.split("/")
+        short = _parent(whole) if name == "kernel" else whole
+        given = next((r for r in layouts if _matches(r, whole, short)), None)
+        if getattr(layer, name, None) is not weight:  # in a list or a dict
+            continue
+        if given is not None:
+            used.add(given)
+            found[short] = Target(layer, name, layouts[given])
+        elif name == "kernel" and isinstance(layer, ADAPTABLE):
+            found[short] = Target(layer)
+    if unused := sorted(layouts.keys() - used):
+        raise ValueError(
+            f"layouts: {', '.join(map(repr, unused))} matches no weight that is an "
+            "attribute of a module (regexes match a whole path). There are: "
+            f"{listed([path for path, *_ in _parameters(model)])}"
+        )
+    return found
+
+
+def layouts_of(model: nnx.Module) -> dict[str, Layout]:
+    """The layouts that an adapted model's layers were given, by regex of one path."""
+    given = {}
+    for path, layer in adapted_layers(model):
+        if isinstance(layer, AdaptedOwn):
+            for name, adapter in layer.adapters().items():
+                layout = adapter.site.layout
+                split = adapter.rule.split > 1
+                whole = f"{path}/{name}".lstrip("/")
+                given[re.escape(whole)] = layout.joined() if split else layout
+    return given
+
+
+def chosen_targets(
+    model: nnx.Module, regex: str, layouts: Layouts | None = None
+) -> dict[str, Target]:
+    """The targets whose path, or whose layer's, the regex matches in full.
+
+    Raises:
+      ValueError: there is none; or it matches a weight that cannot be adapted as it is,
+        which would be left out without a word. Messages list them.
+    """
+    targets = targets_of(model, layouts)
+    known = {id(target.weight) for target in targets.values()}
+    missed = [
+        f"{path} {list(weight.shape)}"
+        for path, layer, weight in _parameters(model)
+        if id(weight) not in known
+        and _matches(regex, path, _parent(path))
+        and is_weight(path, weight.shape, weight.dtype, layer)
+    ]
+    if missed:
+        raise ValueError(
+            f"targets={regex!r} matches weights of which nothing says what their axes "
+            f"are: {listed(missed)}\nPass their layouts, layouts={{regex of the path: "
+            "snella.Layout(inputs=(...), outputs=(...))}, or take them out of the "
+            "targets."
+        )
+    found = {
+        path: target
+        for path, target in targets.items()
+        if _matches(regex, path, path if target.name == "kernel" else _parent(path))
+    }
+    return found or {path: targets[path] for path in chosen(targets, regex)}
+
+
+def is_weight(path: str, shape: tuple[int, ...], dtype: Any, layer: Any) -> bool:
+    """Whether a parameter looks like one that its layer multiplies its input by.
+
+    By its axes (two that are longer than 1) and by names. A loose parameter of a module
+    that holds layers (a learned token, say) has to be called a weight to be one.
+    """
+    wide = sum(size > 1 for size in shape) > 1 and jnp.issubdtype(dtype, jnp.floating)
+    kind = type(layer).__name__.lower()
+    names = [name for name in path.lower().split("/") if not name.isdigit()]
+    words = re.findall("[a-z]+", names[-1] if names else "")
+    added = any(map(NO_WEIGHT.fullmatch, words)) or "norm" in kind or "embed" in kind
+    if added or not wide:
+        return False
+    return any(map(WEIGHT.fullmatch, words)) or not _holds_layers(layer)
+
+
+# Words in the names of parameters that are added, looked up, or scale channels,
+NO_WEIGHT = re.compile(
+    "bias(es)?|beta|scale|gamma|norm|ln|emb|embed(dings?)?|pos|positions?|positional"
+    "|tokens?|cls|table|mean|var|temperature"
+)
+# and of those that multiply.
+WEIGHT = re.compile(
+    "w[kqvo]?|weights?|kernels?|matrix|proj(ection)?|einsum|linear|dense|query|key"
+    "|value|out|q?kv|up|down|gate|experts?"
+)
+
+
+def _holds_layers(module: Any) -> bool:
+    return any(
+        isinstance(node, nnx.Module) and node is not module and _widest(node) > 1
+        for _, node in nnx.iter_graph(module)
+    )
+
+
+def _widest(module: nnx.Module) -> int:
+    own = (v for v in vars(module).values() if isinstance(v, nnx.Param))
+    return max((v.ndim for v in own), default=0)
+
+
+def _parameters(model: nnx.Module) -> Iterator[tuple[str, Any, nnx.Variable]]:
+    """Path, holder and variable of every parameter, once for each that holds it."""
+    for path, holder in nnx.iter_graph(model):
+        match holder:
+            case nnx.Module():
+                held = vars(holder).items()
+            case Mapping():
+                held = holder.items()
+            case list() | tuple():
+                held = enumerate(holder)
+            case _:
+                continue
+        for name, variable in held:
+            if isinstance(variable, nnx.Param):
+                yield join((*path, name)), holder, variable
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _matches(regex: str, *paths: str) -> bool:
+    return any(re.fullmatch(regex, path) for path in paths)
