@@ -38,14 +38,37 @@ class Site:
     Attributes:
       rule: rank, kernel, gate and path of the update.
       layout: the axes of the weight, without the stack.
-      stack: sizes of the axes in front of them (stacked blocks).
+      stack: sizes of the axes of stacked blocks, outermost first.
       must_move: whether its budget has to be reallocated before merging.
+      axes: where the stack's axes stand in the weight; () for in front.
     """
 
     rule: Rule
     layout: Layout
     stack: tuple[int, ...] = ()
     must_move: bool = False
+    axes: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not self.axes:
+            object.__setattr__(self, "axes", self.front)
+        elif len(self.axes) != len(self.stack):
+            raise ValueError(
+                f"axes={self.axes} for a stack of {self.stack}: expected one for each."
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight, stack included."""
+        shape = list(self.layout.shape)
+        for axis, size in sorted(zip(self.axes, self.stack, strict=True)):
+            shape.insert(axis, size)
+        return tuple(shape)
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """The axes of a stack in front."""
+        return tuple(range(len(self.stack)))
 
     @property
     def kernel(self) -> Any:
@@ -70,7 +93,7 @@ class AdaptedWeight:
     Attributes:
       path: of the layer that holds it, "/"-joined.
       site: its rule and its axes.
-      w0: `[*stack, *layout.shape]`.
+      w0: `site.shape`: `[*stack, *layout.shape]` where the stack is in front.
       factors: with the leading axes `site.lead`.
       budget: int32 `[*lead]`, weights that survive.
       allocated_at: int32 `[*lead]`: the optimizer step of the last reallocation, 0 for
@@ -92,7 +115,8 @@ class AdaptedWeight:
     def matrices(self) -> Float[np.ndarray, "*lead n m"]:
         """The weight of the base as its matrices, on the host."""
         layout = self.site.layout
-        whole = to_host(self.w0).reshape(-1, *layout.shape)
+        rows = np.moveaxis(to_host(self.w0), self.site.axes, self.site.front)
+        whole = rows.reshape(-1, *layout.shape)
         parts = np.stack([layout.matrices(weight) for weight in whole])
         return parts.reshape(*self.site.lead, layout.n, layout.m)
 
@@ -102,7 +126,9 @@ class AdaptedWeight:
         one = _Update(site.kernel, site.rule.gate, _itself, site.layout)
         # Not the site's: inside a scan over blocks there is no stack.
         stack = self.budget.ndim - len(site.layout.slices)
-        return _for_each(self.factors, self.budget, stack, one)
+        delta = _for_each(self.factors, self.budget, stack, one)
+        whole = stack == len(site.stack)
+        return jnp.moveaxis(delta, site.front, site.axes) if whole else delta
 
     def per_matrix(self, measure: Callable[[Float[Array, "n m"]], Any]) -> Any:
         """What `measure` says of the update of each matrix, with the axes `lead`.
