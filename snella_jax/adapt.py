@@ -215,7 +215,7 @@ def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
     """
     for index, (_, adapter, _) in enumerate(adapted_variables(model)):
         if adapter.rule.dropout or adapter.rule.drop_path:
-            stack = adapter.site.stack
+            stack = adapter.stack
             own = jax.random.fold_in(key, index)
             adapter.key = DropKey(jax.random.split(own, stack) if stack else own)
 
@@ -223,8 +223,10 @@ def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
 def adapted_weights(model: nnx.Module) -> int:
     """How many weights of the base the adapters reach: the budget of density 1."""
     require_adapters(model)
-    sites = (adapter.site for _, adapter, _ in adapted_variables(model))
-    return sum(site.capacity * math.prod(site.lead) for site in sites)
+    return sum(
+        adapter.site.capacity * math.prod(adapter.budget.shape)
+        for _, adapter, _ in adapted_variables(model)
+    )
 
 
 def merged_magnitude(model: nnx.Module) -> dict[str, np.ndarray]:

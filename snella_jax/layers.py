@@ -6,6 +6,7 @@ does not train are `Frozen`, its factors are `Factor`, its budgets `Budget`.
 """
 
 import copyreg
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,10 +42,6 @@ class Budget(nnx.Variable):
 
 class DropKey(nnx.Variable):
     """A key per layer for this step's dropout and drop-path; `seed` puts it there."""
-
-
-# What a call may move: all but weights.
-MOVING = nnx.Not(nnx.Any(nnx.Param, Frozen))
 
 
 class Adapter(nnx.Module):
@@ -87,6 +84,11 @@ class Adapter(nnx.Module):
         """How it works."""
         return self.site.rule
 
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the stack's axes here: of the whole, or of what a scan passes on."""
+        return self.budget.shape[: self.budget.ndim - len(self.site.layout.slices)]
+
     def factors(self) -> Factors:
         """The factors as arrays, with their leading axes."""
         return {name: getattr(self, name)[...] for name in self.names}
@@ -94,7 +96,11 @@ class Adapter(nnx.Module):
     def on(self, path: str, w0: Array) -> AdaptedWeight:
         """The weight at this path, with these factors and budgets."""
         counts = self.budget[...], self.allocated_at[...]
-        return AdaptedWeight(path, self.site, w0, self.factors(), *counts)
+        site, extra = self.site, self.budget.ndim - len(self.site.lead)
+        if extra > 0:  # an ensemble: adapted under nnx.vmap
+            axes = (*range(extra), *(axis + extra for axis in site.axes))
+            site = dataclasses.replace(site, stack=self.stack, axes=axes)
+        return AdaptedWeight(path, site, w0, self.factors(), *counts)
 
     def check_called(self, weight: Array) -> None:
         """Raises a `ValueError` where a call gets the weight of a whole stack."""
@@ -152,14 +158,15 @@ class AdaptedLayer(nnx.Module):
         """Calls the plain layer with other weights, whatever it does.
 
         Returns:
-          What the call returns; and what it may have moved: random streams, running
-          statistics, caches.
+          What the call returns; and what it has moved: random streams, running
+          statistics, caches, what it has sown.
 
         Raises:
           ValueError: it changes the state of something that it was given.
         """
         params = {name: nnx.Param(value) for name, value in weights.items()}
         layer = nnx.clone(self.stand_in(**params))
+        before = {id(v.get_raw_value()) for _, v in _moving(layer)}
         try:
             result = call(layer, *args, **kwargs)
         except TraceContextError as error:
@@ -168,7 +175,8 @@ class AdaptedLayer(nnx.Module):
                 f"outside it ({error}). The call is made again on the way back, and "
                 "would change it twice: take the layer out of the targets."
             ) from error
-        return result, nnx.state(layer, MOVING)
+        new = [(p, v) for p, v in _moving(layer) if id(v.get_raw_value()) not in before]
+        return result, nnx.from_flat_state(new)
 
 
 class Adapted(AdaptedLayer):
@@ -219,6 +227,10 @@ class Adapted(AdaptedLayer):
             key=adapter.training_key(),
         )
         return result if call in STOCK else moved(self, *result)
+
+
+def _moving(layer: nnx.Module) -> Any:
+    return nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.Any(nnx.Param, Frozen))))
 
 
 def moved(layer: nnx.Module, result: Any, state: nnx.State) -> Any:

@@ -88,8 +88,8 @@ def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) ->
       dtype: what frozen floating-point parameters are cast to; None leaves them.
 
     Raises:
-      ValueError: the regex is not empty and matches nothing; the message lists what
-        it could have meant.
+      ValueError: the regex is not empty and matches nothing (the message lists what
+        it could have meant); or it freezes what is under an `nnx.SpectralNorm`.
     """
     variables = [
         (path, variable)
@@ -101,6 +101,17 @@ def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) ->
         raise ValueError(
             f"trainable={trainable!r} matches nothing; pass trainable='' if only the "
             f"adapters train. There are: {listed([path for path, _ in variables])}"
+        )
+    under = {
+        join((*path, "layer_instance"))
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.SpectralNorm)
+    }
+    if switched := [p for p, _ in frozen if any(p.startswith(f"{u}/") for u in under)]:
+        raise ValueError(
+            "nnx.SpectralNorm normalises nothing but an nnx.Param, and freezing "
+            f"{listed(switched)}\nwould switch it off: name them in `trainable`, or put "
+            "the normalised weights into plain layers."
         )
     for _, variable in frozen:
         variable.set_metadata("trained_as", type(variable))

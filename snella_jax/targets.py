@@ -50,17 +50,33 @@ class Target:
         try:
             layout = layout_of(self.layer) if self.layout is None else self.layout
             layout = layout.split(rule.split) if rule.split > 1 else layout
-            shape = self.weight.shape
-            stack = shape[: len(shape) - len(layout.shape)]
-            if shape != stack + layout.shape:
-                raise ValueError(
-                    f"its weight has shape {shape}: expected {layout.shape} behind the "
-                    "axes of the stack; stack blocks along axis 0."
-                )
+            axes = self._stack(layout)
             check_layer(self.layer, rule, self.layout is not None)
         except ValueError as error:
             raise ValueError(f"{path} cannot be adapted: {error}") from error
-        return Site(rule, layout, stack, must_move)
+        stack = tuple(self.weight.shape[axis] for axis in axes)
+        return Site(rule, layout, stack, must_move, axes)
+
+    def _stack(self, layout: Layout) -> tuple[int, ...]:
+        """The axes of the weight besides those of its layout: in front, or one more."""
+        shape = self.weight.shape
+        extra = len(shape) - len(layout.shape)
+        if shape[max(extra, 0) :] == layout.shape and extra != 1:
+            return tuple(range(extra))
+        found = [
+            axis
+            for axis in range(len(shape) if extra == 1 else 0)
+            if shape[:axis] + shape[axis + 1 :] == layout.shape
+        ]
+        bias = getattr(self.layer, "bias", None)
+        if len(found) > 1 and bias is not None:  # stacked along the same axis
+            found = [a for a in found if bias.shape[a:][:1] == (shape[a],)] or found
+        if not found:
+            raise ValueError(
+                f"its weight has shape {shape}: expected {layout.shape} with the axes "
+                "of a stack in front of it, or with one axis of a stack anywhere."
+            )
+        return (found[0],)
 
 
 def targets_of(model: nnx.Module, layouts: Layouts | None = None) -> dict[str, Target]:

@@ -199,8 +199,8 @@ def masked(rngs):
         (lambda r: Holder(masked(r)), {}, "convolution with a mask"),
         (lambda r: Holder(nnx.Einsum("BD,SDd->SBd", (3, 6, 2), rngs=r)),
          {"path": "parallel", "drop_path": 0.1}, "belongs to the weight"),
-        (lambda r: Holder(nnx.vmap(lambda r: nnx.Linear(4, 5, rngs=r), out_axes=1)(
-            r.split(3))), {}, "stack blocks along axis 0"),
+        (lambda r: Holder(nnx.vmap(nnx.vmap(lambda r: nnx.Linear(4, 5, rngs=r)),
+            out_axes=2)(r.split((3, 2)))), {}, "of a stack in front of it"),
     ],
 )  # fmt: skip
 def test_layers_that_cannot_be_adapted_are_refused(model, options, message):
