@@ -64,6 +64,11 @@ class Layout:
         sizes = self.slices + self.inputs + self.outputs
         return sizes if self.order is None else tuple(sizes[i] for i in self.order)
 
+    @property
+    def ndim(self) -> int:
+        """How many axes the weight has."""
+        return len(self.shape)
+
     def split(self, parts: int) -> "Layout":
         """The layout of the same weight read as `parts` matrices, side by side.
 

@@ -102,16 +102,16 @@ def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) ->
             f"trainable={trainable!r} matches nothing; pass trainable='' if only the "
             f"adapters train. There are: {listed([path for path, _ in variables])}"
         )
-    under = {
-        join((*path, "layer_instance"))
+    under = [
+        join((*path, "layer_instance/"))
         for path, node in nnx.iter_graph(model)
         if isinstance(node, nnx.SpectralNorm)
-    }
-    if switched := [p for p, _ in frozen if any(p.startswith(f"{u}/") for u in under)]:
+    ]
+    if off := [path for path, _ in frozen if path.startswith(tuple(under))]:
         raise ValueError(
             "nnx.SpectralNorm normalises nothing but an nnx.Param, and freezing "
-            f"{listed(switched)}\nwould switch it off: name them in `trainable`, or put "
-            "the normalised weights into plain layers."
+            f"{listed(off)}\nwould switch it off: name them in `trainable`, or put the "
+            "normalised weights into plain layers."
         )
     for _, variable in frozen:
         variable.set_metadata("trained_as", type(variable))

@@ -60,7 +60,7 @@ class Target:
     def _stack(self, layout: Layout) -> tuple[int, ...]:
         """The axes of the weight besides those of its layout: in front, or one more."""
         shape = self.weight.shape
-        extra = len(shape) - len(layout.shape)
+        extra = len(shape) - layout.ndim
         if shape[max(extra, 0) :] == layout.shape and extra != 1:
             return tuple(range(extra))
         found = [
@@ -87,7 +87,8 @@ def targets_of(model: nnx.Module, layouts: Layouts | None = None) -> dict[str, T
     Args:
       model: without adapters.
       layouts: axes of weights of layers that are none of Flax's, by regex of their
-        path (with `/kernel` or without).
+        path (with `/kernel` or without). What has fewer axes, a bias say, is passed
+        over.
 
     Raises:
       ValueError: a regex of `layouts` that matches no weight, or one that is in a list
@@ -99,7 +100,8 @@ def targets_of(model: nnx.Module, layouts: Layouts | None = None) -> dict[str, T
     for whole, layer, weight in _parameters(model):
         *_, name = whole.split("/")
         short = _parent(whole) if name == "kernel" else whole
-        given = next((r for r in layouts if _matches(r, whole, short)), None)
+        fitting = (r for r, layout in layouts.items() if weight.ndim >= layout.ndim)
+        given = next((r for r in fitting if _matches(r, whole, short)), None)
         if getattr(layer, name, None) is not weight:  # in a list or a dict
             continue
         if given is not None:
