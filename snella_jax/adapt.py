@@ -154,10 +154,12 @@ def partition(
     Returns:
       `graphdef`, static; `trainable`, the factors and what `config.trainable` named,
       for the optimizer; `budgets`, int32, for `reallocate`; `frozen`, all else.
-      `nnx.merge(graphdef, trainable, budgets, frozen)` gives the model back.
+      `nnx.merge(graphdef, trainable, budgets, frozen)` gives the model back; inside
+      `jax.grad` with `copy=True`, so that it may change there.
 
     Random streams (`nnx.Dropout`) and batch statistics land in `frozen`: a functional
-    step has to return and carry them, or they repeat.
+    step has to return and carry them, or they repeat. (`nnx.state(model, (nnx.RngState,
+    nnx.BatchStat))` after the call, `nnx.merge_state(frozen, moved)` after the step.)
 
     Raises:
       ValueError: the model has no adapters.
@@ -168,7 +170,8 @@ def partition(
     if any(True for kind in changing for _ in variables_of(model, kind)):
         log.warning(
             "the model has random streams or batch statistics, which are in `frozen`: "
-            "carry them from step to step, or they repeat"
+            "return nnx.state(model, (nnx.RngState, nnx.BatchStat)) from the step and "
+            "put it back with nnx.merge_state(frozen, moved), or they repeat"
         )
     return graphdef, trainable, budgets, frozen
 
@@ -178,7 +181,8 @@ def merge(model: M, *, unmoved_budgets: bool = False) -> M:
 
     Its outputs equal the adapted model's to rounding. The sum is taken in at least
     float32 and stored in the weight's dtype; where that is narrower, the share of moved
-    weights that rounding lost is logged.
+    weights that rounding lost is logged. (Code that read `layer.kernel` by itself saw no
+    update: what was trained through it is not trained, and merging cannot know.)
 
     Args:
       model: an adapted model.

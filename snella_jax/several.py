@@ -62,7 +62,8 @@ def combine(models: Mapping[str, M], weights: Mapping[str, float], rest: str) ->
     for name, factor in weights.items():
         for weight in weights_of(models[name]):
             weight.check_moved()
-            kernel = f"{weight.path}/kernel".lstrip("/")
+            own = weight.path in variables  # of a layer that is none of Flax's
+            kernel = weight.path if own else f"{weight.path}/kernel".lstrip("/")
             base = variables[kernel][...] if kernel in variables else None
             if base is None or not bool(jnp.array_equal(weight.w0, base)):
                 raise ValueError(

@@ -260,3 +260,40 @@ def test_adapted_models_pickle_with_their_graph():
         np.testing.assert_array_equal(again(X), model(X))
         graphdef, state = pickle.loads(pickle.dumps(nnx.split(model)))
         np.testing.assert_array_equal(nnx.merge(graphdef, state)(X), model(X))
+
+
+def test_a_sum_of_updates_of_own_layers():
+    layouts, layer = {".*/w": Layout((6,), (8,))}, Own(nnx.Rngs(0))
+    model = adapted(layer, layouts=layouts)
+    plain = snella.combine({"one": model}, {"one": 0.5}, rest="one")
+    np.testing.assert_allclose(plain(X), (model(X) + layer(X)) / 2, atol=1e-5)
+
+
+def test_a_stack_of_own_layers_that_is_scanned():
+    class Stack(nnx.Module):
+        def __init__(self):
+            @nnx.split_rngs(splits=3)
+            @nnx.vmap
+            def build(rngs):
+                return Own(rngs)
+
+            self.layer = build(nnx.Rngs(0))
+
+        def __call__(self, x):
+            axes = {(nnx.Param, snella.Frozen, snella.Budget): 0, ...: None}
+            scan = nnx.scan(in_axes=(nnx.Carry, nnx.StateAxes(axes)))
+            return scan(lambda x, own: (own.back(own(x)), own(x).mean()))(x, self.layer)
+
+    config = snella.SnellaConfig(
+        rank=4, targets="layer/w", trainable="", allocation="fixed", target_density=0.5
+    )
+    layouts = {"layer/w": Layout((6,), (8,))}
+    model = snella.adapt(Stack(), config, rngs=nnx.Rngs(1), layouts=layouts)
+    weights = Stack().layer.w[...] + oracle_deltas(model.layer.w_adapter, 6, 8)
+    x, means = np.asarray(X), []
+    for weight in np.asarray(weights):
+        means.append((x @ weight + 1).mean())
+        x = (x @ weight + 1) @ weight.T
+    np.testing.assert_allclose(model(X)[0], x, rtol=1e-4)
+    np.testing.assert_allclose(model(X)[1], means, rtol=1e-4)
+    np.testing.assert_allclose(snella.merge(model).layer.w[...], weights, atol=1e-6)

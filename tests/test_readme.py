@@ -76,3 +76,13 @@ def test_the_page_on_adapters_runs(tmp_path, monkeypatch, capsys):
     assert files == {"pets", "pets.safetensors", "digits"}
     assert "fc1" in capsys.readouterr().out
     assert space["grads"].keys() == {"fc1", "out"}
+
+
+def test_the_page_on_ones_own_models_runs(capsys):
+    page = (ROOT / "docs/models.md").read_text("utf-8")
+    space = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(block, space)
+    assert "attn/kv/w[1]" in capsys.readouterr().out
+    assert float(space["loss"]) < 1.2 and space["report"].density < 0.31
+    assert all((v != 0).any() for v in jax.tree.leaves(space["trainable"]["attn"]))
