@@ -181,8 +181,8 @@ def merge(model: M, *, unmoved_budgets: bool = False) -> M:
 
     Its outputs equal the adapted model's to rounding. The sum is taken in at least
     float32 and stored in the weight's dtype; where that is narrower, the share of moved
-    weights that rounding lost is logged. (Code that read `layer.kernel` by itself saw no
-    update: what was trained through it is not trained, and merging cannot know.)
+    weights that rounding lost is logged. Code that read `layer.kernel` by itself saw no
+    update and trained none, which merging cannot know.
 
     Args:
       model: an adapted model.

@@ -1,6 +1,8 @@
 """Layers that are none of Flax's: adapted where `layouts` says how, else named."""
 
 import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -297,3 +299,17 @@ def test_a_stack_of_own_layers_that_is_scanned():
     np.testing.assert_allclose(model(X)[0], x, rtol=1e-4)
     np.testing.assert_allclose(model(X)[1], means, rtol=1e-4)
     np.testing.assert_allclose(snella.merge(model).layer.w[...], weights, atol=1e-6)
+
+
+def test_a_pickled_model_loads_in_a_process_that_knows_nothing(tmp_path):
+    model = adapted(nnx.Linear(6, 8, rngs=nnx.Rngs(0))).layer
+    (tmp_path / "model").write_bytes(pickle.dumps(model))
+    program = (
+        "import pathlib, pickle, sys, numpy as np\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "model = pickle.loads((folder / 'model').read_bytes())\n"
+        "np.save(folder / 'y.npy', model(np.ones((2, 6), np.float32)))\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    expected = model(np.ones((2, 6), np.float32))
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, atol=1e-6)
