@@ -126,7 +126,7 @@ def prepared(name: str, config: RunConfig, console: Console) -> Setting:
     base = models.load(config, task.classes)
     check_batch(config, task, mesh)
     check_methods(config, base)
-    task = check.checked(task, console, config.skip_corrupt)
+    task = check.checked(task, console, config.skip_corrupt, to_train=True)
     check_batch(config, task, mesh)
     out = config.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
     return Setting(config, task, base, mesh, console, out)
