@@ -54,6 +54,20 @@ def load(config: RunConfig, classes: int) -> models.Model:
     return model
 
 
+def taken(config: RunConfig) -> str | None:
+    """What to say where `config.model` is a model's name and that of a file, too."""
+    names = {small_vit.NAME, "dinov2_saliency", *PUBLISHED}
+    if config.random_weights:
+        names |= set(models.PRESETS)
+    path = Path(config.model)
+    if config.model not in names or not path.exists():
+        return None
+    return (
+        f"{config.model}: the model of that name is taken, not {path.absolute()}; "
+        f"--model ./{config.model} takes that"
+    )
+
+
 def check_finite(model: models.Model, name: str) -> None:
     """Raises a `ValueError` that names the weights that are not finite."""
     wrong = [

@@ -110,7 +110,7 @@ def _tell_classes(
     if to_train and np.count_nonzero(counts) < 2:
         raise ValueError(
             f"{task.name}, train: all {len(labels)} images are of one class "
-            f"({names[int(counts.argmax())]}): expected two classes or more."
+            f"({names[int(counts.argmax())]}), expected two classes or more."
         )
     for count, text in ((0, "no training image"), (1, "one training image")):
         few = [names[label] for label in np.flatnonzero(counts == count)]

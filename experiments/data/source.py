@@ -10,7 +10,7 @@ from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 
 class Example(TypedDict):
@@ -58,6 +58,9 @@ def decoding(data: bytes, name: str | Path, index: int) -> Iterator[Image.Image]
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
+    except UnidentifiedImageError as error:
+        reason = "no format that Pillow reads" if data else "the file is empty"
+        raise CorruptImageError(name, index, reason) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CorruptImageError(name, index, error) from error
 
