@@ -107,7 +107,7 @@ def test_a_folder_of_a_models_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / small_vit.NAME).mkdir()
     monkeypatch.setattr("experiments.program.run", lambda setting, resume: setting)
-    setting = vtab.main(["--config", "quickstart", "--out", "out"])
+    setting = vtab.main(["--config", "quickstart", "--methods", "linear"])
     assert setting.base.config.num_classes == 10
     said = " ".join(capsys.readouterr().out.split())
     taken = f"is taken, not {tmp_path / small_vit.NAME}; --model ./{small_vit.NAME}"

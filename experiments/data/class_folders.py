@@ -17,6 +17,8 @@ SUFFIXES = (
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 HIDDEN, BESIDE = "hidden or the system's", "beside the class folders"
 LINKED, BROKEN = "linked folders that were read already or lead back", "broken links"
+UNREAD = "folders that cannot be read"
+SHOWN = 8  # kinds
 # Of Synology and QNAP, of archives from macOS, of Windows, of file systems.
 SYSTEM = {
     *("@eadir", "#recycle", "__macosx", "$recycle.bin", "system volume information"),
@@ -46,7 +48,7 @@ def read(folder: Path) -> Found:
             if (root / name).is_dir():
                 images = _images(root / name, left_out)
                 parts[part] += [(path, label) for path in images]
-        kinds = ", ".join(f"{count} {kind}" for kind, count in (+left_out).items())
+        kinds = _listed(left_out)
         notes += [f"{root}: left out {kinds}"] * bool(kinds)
         if not parts[part]:
             raise ValueError(
@@ -54,6 +56,14 @@ def read(folder: Path) -> Found:
                 + f"; left out {kinds}." * bool(kinds)
             )
     return Found(parts["train"], parts["val"], parts["test"], names, tuple(notes))
+
+
+def _listed(left_out: Counter[str]) -> str:
+    """What was left out, the most first; empty for nothing."""
+    shown = (+left_out).most_common(SHOWN)
+    kinds = [f"{count} {kind}" for kind, count in shown]
+    rest = left_out.total() - sum(count for _, count in shown)
+    return ", ".join([*kinds, *[f"{rest} others"] * bool(rest)])
 
 
 def _root(folder: Path, part: str) -> Path | None:
@@ -88,7 +98,11 @@ def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
     """
     found = []
     seen = set(map(str, Path(os.path.realpath(folder)).parents))
-    for place, folders, files in os.walk(folder, onerror=_fail, followlinks=True):
+
+    def unread(_: OSError) -> None:
+        left_out[UNREAD] += 1
+
+    for place, folders, files in os.walk(folder, onerror=unread, followlinks=True):
         where = os.path.realpath(place)
         if where in seen:
             left_out[LINKED] += 1
@@ -104,10 +118,6 @@ def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
             else:
                 found.append(path)
     return sorted(found)
-
-
-def _fail(error: OSError) -> None:
-    raise error
 
 
 def _no_image(path: Path) -> str:

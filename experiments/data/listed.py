@@ -27,8 +27,8 @@ class Found:
     @property
     def classes(self) -> int:
         """As many as there are names, or as the labels need."""
-        every = [*self.train, *self.validation, *self.test]
-        return len(self.names) or 1 + max(label for _, label in every)
+        every = (*self.train, *self.validation, *self.test)
+        return len(self.names) or 1 + max((label for _, label in every), default=-1)
 
 
 def checked(where: Path, found: Found) -> Found:
