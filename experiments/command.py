@@ -123,10 +123,13 @@ def prepared(name: str, config: RunConfig, console: Console) -> Setting:
         raise ModuleNotFoundError("--wandb needs Weights & Biases: pip install wandb")
     mesh = meshes.make(config.mesh)
     task = _sampled(catalogue.load(config.task, config.data_dir), config.test_images)
+    check_classes(task)
+    if said := models.taken(config):
+        console.print(said, style="yellow", markup=False, soft_wrap=True)
     base = models.load(config, task.classes)
     check_batch(config, task, mesh)
     check_methods(config, base)
-    task = check.checked(task, console, config.skip_corrupt)
+    task = check.checked(task, console, config.skip_corrupt, to_train=True)
     check_batch(config, task, mesh)
     out = config.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
     return Setting(config, task, base, mesh, console, out)
@@ -138,6 +141,16 @@ def _sampled(task: Task, count: int | None) -> Task:
         return task
     sample, _ = source.split(task.test, 0, count)
     return dataclasses.replace(task, test=sample)
+
+
+def check_classes(task: Task) -> None:
+    """Raises a `ValueError` on a task of one class, which teaches nothing."""
+    if task.classes < 2:
+        name = f" ({task.names[0]})" if task.names else ""
+        raise ValueError(
+            f"{task.name}: all images are of one class{name}, expected two classes or "
+            "more."
+        )
 
 
 def check_methods(config: RunConfig, base: Model) -> None:

@@ -12,6 +12,7 @@ from experiments.config import RunConfig
 from experiments.data.transforms import Transform
 from snella_jax import models
 
+SHOWN = 5
 URL = "https://storage.googleapis.com/vit_models/imagenet21k"
 GITHUB = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0"
 # Of the presets with published ImageNet-21k weights: file, where it is, its licence.
@@ -32,8 +33,8 @@ def load(config: RunConfig, classes: int) -> models.Model:
     """The model that `config.model` names, with a new head that starts at 0.
 
     Raises:
-      ModuleNotFoundError, FileNotFoundError, ValueError: it is not there, or does not
-        fit; says what to do.
+      ModuleNotFoundError, FileNotFoundError, ValueError: it is not there, does not fit,
+        or has weights that are not finite; says what to do.
     """
     options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype)}
     options |= {"drop_path": config.drop_path, "num_classes": classes}
@@ -47,8 +48,39 @@ def load(config: RunConfig, classes: int) -> models.Model:
         return models.create(config.model, rngs=nnx.Rngs(config.seed), **options)
     else:
         model = _pretrained(config.model, options | {"image_size": config.image_size})
-    rngs = nnx.Rngs(config.seed)
-    return models.of(model.config, rngs) if config.random_weights else model
+    if config.random_weights:
+        return models.of(model.config, nnx.Rngs(config.seed))
+    check_finite(model, config.model)
+    return model
+
+
+def taken(config: RunConfig) -> str | None:
+    """What to say where `config.model` is a model's name and that of a file, too."""
+    names = {small_vit.NAME, "dinov2_saliency", *PUBLISHED}
+    if config.random_weights:
+        names |= set(models.PRESETS)
+    path = Path(config.model)
+    if config.model not in names or not path.exists():
+        return None
+    return (
+        f"{config.model}: the model of that name is taken, not {path.absolute()}; "
+        f"--model ./{config.model} takes that"
+    )
+
+
+def check_finite(model: models.Model, name: str) -> None:
+    """Raises a `ValueError` that names the weights that are not finite."""
+    wrong = [
+        "/".join(map(str, path))
+        for path, weight in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        if not jnp.isfinite(weight[...]).all()
+    ]
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise ValueError(
+            f"{name} has weights that are not finite (NaN, inf), with which nothing "
+            f"can be trained: {', '.join(wrong[:SHOWN])}{more}."
+        )
 
 
 def _pretrained(name: str, options: dict[str, Any]) -> models.Model:

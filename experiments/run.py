@@ -151,6 +151,7 @@ def _linear(setting: Setting) -> Result:
             config.linear.strengths,
             config.grid.lr_extensions,
             refit=config.trains_on_all,
+            weights=config.model,
         )
     if folder.is_primary():
         metrics.keep(setting.out, "linear", 0)

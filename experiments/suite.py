@@ -95,6 +95,7 @@ def missing(config: RunConfig) -> str | None:
     """Why a task cannot be run; None where it can."""
     try:
         task = catalogue.load(config.task, config.data_dir)
+        command.check_classes(task)
         command.check_batch(config, task, meshes.make(config.mesh))
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return f"{config.task}: {error}"

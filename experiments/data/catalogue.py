@@ -1,7 +1,8 @@
 """Every task by name: VTAB-1k, FGVC, the sets that need no network, and your own.
 
 A name is that of a task below, or the path of a folder or CSV file (`folders.py`). For
-a VTAB or FGVC task a folder of that name in the data directory goes before TFDS.
+a VTAB or FGVC task a folder of that name in the data directory goes before TFDS, for
+the others what their packages hold goes before any folder.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from experiments.data import (
     fashion_mnist,
     fgvc,
     folders,
+    lists,
     tuxpaint,
     vtab,
 )
@@ -115,31 +117,62 @@ ENTRIES = _entries()
 def load(name: str, data_dir: Path = DATA_DIR) -> Task:
     """The task of that name, or in that folder or CSV file.
 
+    The notes of the task say which was taken where there are both.
+
     Raises:
       ValueError: there is no task and no file of that name, or its data are wrong.
       FileNotFoundError, ModuleNotFoundError: its data are not there; says how to get
         them.
     """
     data_dir, path = data_dir.expanduser(), Path(name).expanduser()
-    if name in ENTRIES:
-        entry, folder = ENTRIES[name], data_dir / name
-        # TFDS keeps its versions in a folder of that name: then it has no layout.
-        if entry.group == "local" or not folders.layout(folder):
-            return entry.load(data_dir)
-        task = folders.load(folder, name, entry.classes)
-        sizes = (len(task.train), len(task.validation))
-        if name in vtab.TASKS and sizes != (800, 200):
-            raise ValueError(
-                f"{folder} has {sizes[0]} images to train and {sizes[1]} to validate; "
-                f"VTAB-1k's {name} has 800 and 200. If it is another task, give the "
-                "folder itself as the task."
-            )
-        return task
-    if path.exists():
-        return folders.load(path)
-    raise ValueError(
-        f"{name!r} is no task and no folder or CSV file. Tasks: {', '.join(ENTRIES)}."
-    )
+    if name not in ENTRIES:
+        if path.exists():
+            return folders.load(path)
+        raise ValueError(
+            f"{name!r} is no task and no folder or CSV file. Tasks: "
+            f"{', '.join(ENTRIES)}."
+        )
+    entry, folder = ENTRIES[name], _folder(name, data_dir)
+    notes, others = [], [path] if path.exists() else []
+    if folder is None:
+        task = entry.load(data_dir)
+    elif entry.group == "local":
+        task = entry.load(data_dir)
+        others.append(folder)
+    else:
+        task = _in_folder(name, folder, entry.classes)
+        others = [other for other in others if not other.samefile(folder)]
+        notes.append(f"{name}: read from the folder {folder}, not from TFDS")
+    notes += [
+        f"{name}: the task of that name is taken, not {other.absolute()}; "
+        f"--task {'./' * (other is path)}{other} takes that"
+        for other in others
+    ]
+    return dataclasses.replace(task, notes=(*notes, *task.notes))
+
+
+def _folder(name: str, data_dir: Path) -> Path | None:
+    """The folder of a task's name in the data directory, where it has images.
+
+    TFDS keeps its versions in a folder of that name: then it has no layout.
+    """
+    if folders.layout(data_dir / name):
+        return data_dir / name
+    shared = data_dir / vtab.SHARED.get(name, name)
+    marks = (lists.BOTH, lists.NAMED[0])
+    return shared if any((shared / mark).exists() for mark in marks) else None
+
+
+def _in_folder(name: str, folder: Path, classes: int) -> Task:
+    task = folders.load(folder, name, classes)
+    sizes = (len(task.train), len(task.validation))
+    if name in vtab.TASKS and sizes != (800, 200):
+        raise ValueError(
+            f"{folder} has {sizes[0]} images to train and {sizes[1]} to validate; "
+            f"VTAB-1k's {name} has 800 and 200. If it is another task, give the "
+            "folder itself as the task."
+        )
+    return task
 
 
 def listing() -> Table:

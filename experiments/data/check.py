@@ -2,62 +2,128 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from experiments.data.source import CorruptImageError, Source, take
 from experiments.data.task import Task
 
-SHOWN = 5
+SHOWN, MISSING_SHOWN = 5, 50
+SPLITS = "train", "validation", "test"
 THREADS, AT_ONCE = 8, 1024
 
 
-def checked(task: Task, console: Console, skip_corrupt: bool = False) -> Task:
+def checked(
+    task: Task, console: Console, skip_corrupt: bool = False, to_train: bool = False
+) -> Task:
     """The task, every image of which can be decoded and every label is a class.
 
     Args:
-      console: where progress and what was skipped are shown.
+      console: where progress, the task's notes and what was skipped are shown.
       skip_corrupt: leave images out that cannot be decoded, and say how many.
+      to_train: refuse training images of one class, which teach nothing.
 
     Raises:
-      ValueError: images that cannot be decoded, labels out of range, or a split without
-        examples; names the first few.
+      OSError: files that are missing or cannot be read.
+      ValueError: images that cannot be decoded, labels out of range, a split without
+        examples, or but one class; names the first few.
     """
-    splits = {}
+    tell(task, console)
+    looked = {}
     with Progress(console=console, transient=True) as progress:
-        for name in ("train", "validation", "test"):
+        for name in SPLITS:
             source: Source = getattr(task, name)
-            bar = progress.add_task(f"checking {task.name}, {name}", total=len(source))
-            corrupt, good, labels = [], [], []
-            for index, result in enumerate(_results(source)):
-                progress.advance(bar)
-                if isinstance(result, CorruptImageError):
-                    corrupt.append(result)
-                else:
-                    good.append(index)
-                    labels.append(result)
-            looked = corrupt, np.array(good, int), np.array(labels, int)
-            splits[name] = _kept(task, name, looked, console, skip_corrupt)
-    missing = sorted(set(range(task.classes)) - set(splits["train"][1].tolist()))
-    if missing:
-        console.print(
-            f"{task.name}: {len(missing)} of {task.classes} classes have no training "
-            f"image ({_first(missing)})",
-            style="yellow",
-        )
+            bar = progress.add_task(
+                f"checking {escape(task.name)}, {name}", total=len(source)
+            )
+            looked[name] = _looked(source, lambda bar=bar: progress.advance(bar))
+    _check_read(task, [error for look in looked.values() for error in look.unread])
+    splits = {
+        name: _kept(task, name, look, console, skip_corrupt)
+        for name, look in looked.items()
+    }
+    _tell_classes(task, splits["train"][1], console, to_train)
     sources = {name: source for name, (source, _) in splits.items()}
     return dataclasses.replace(task, **sources)
 
 
-def _results(source: Source) -> Iterator[int | CorruptImageError]:
-    def look(index: int) -> int | CorruptImageError:
+def tell(task: Task, console: Console) -> None:
+    """Shows the notes of a task."""
+    for note in task.notes:
+        _say(console, note)
+
+
+def _say(console: Console, text: str) -> None:
+    shown = text.encode(errors="backslashreplace").decode()  # of names that are no text
+    console.print(shown, style="yellow", markup=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """What looking at a source found.
+
+    Attributes:
+      good: indices of the examples that are whole.
+      labels: of those.
+    """
+
+    unread: list[OSError]
+    corrupt: list[CorruptImageError]
+    good: np.ndarray
+    labels: np.ndarray
+
+
+def _looked(source: Source, advance: Callable[[], None]) -> _Look:
+    unread, corrupt, good, labels = [], [], [], []
+    for index, result in enumerate(_results(source)):
+        advance()
+        match result:
+            case OSError():
+                unread.append(result)
+            case CorruptImageError():
+                corrupt.append(result)
+            case _:
+                good.append(index)
+                labels.append(result)
+    return _Look(unread, corrupt, np.array(good, int), np.array(labels, int))
+
+
+def _check_read(task: Task, errors: list[OSError]) -> None:
+    if errors:
+        files = _first(errors, "\n  ", MISSING_SHOWN)
+        raise type(errors[0])(
+            f"{task.name}: {len(errors)} files cannot be read:\n  {files}"
+        )
+
+
+def _tell_classes(
+    task: Task, labels: np.ndarray, console: Console, to_train: bool
+) -> None:
+    """Says which classes have no training image, or one; errors as `checked`."""
+    counts = np.bincount(labels, minlength=task.classes)
+    names = task.names or range(task.classes)
+    if to_train and np.count_nonzero(counts) < 2:
+        raise ValueError(
+            f"{task.name}, train: all {len(labels)} images are of one class "
+            f"({names[int(counts.argmax())]}), expected two classes or more."
+        )
+    for count, text in ((0, "no training image"), (1, "one training image")):
+        few = [names[label] for label in np.flatnonzero(counts == count)]
+        if few:
+            have = f"{len(few)} of {task.classes} classes have {text}"
+            _say(console, f"{task.name}: {have} ({_first(few)})")
+
+
+def _results(source: Source) -> Iterator[int | OSError | CorruptImageError]:
+    def look(index: int) -> int | OSError | CorruptImageError:
         try:
             example = source[index]
-        except CorruptImageError as error:
+        except (OSError, CorruptImageError) as error:
             return error
         image = example["image"]
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
@@ -73,12 +139,12 @@ def _results(source: Source) -> Iterator[int | CorruptImageError]:
 def _kept(
     task: Task,
     name: str,
-    looked: tuple[list[CorruptImageError], np.ndarray, np.ndarray],
+    looked: _Look,
     console: Console,
     skip_corrupt: bool,
 ) -> tuple[Source, np.ndarray]:
     source: Source = getattr(task, name)
-    corrupt, good, labels = looked
+    corrupt, good, labels = looked.corrupt, looked.good, looked.labels
     if corrupt and not skip_corrupt:
         raise ValueError(
             f"{task.name}, {name}: {len(corrupt)} of {len(source)} images are corrupt "
@@ -95,15 +161,15 @@ def _kept(
     if not len(good):
         raise ValueError(f"{task.name}, {name}: there are no examples.")
     if corrupt:
-        console.print(
+        _say(
+            console,
             f"{task.name}, {name}: {len(corrupt)} corrupt images of {len(source)} left "
             f"out: {_first(corrupt)}",
-            style="yellow",
         )
         source = take(source, good)
     return source, labels
 
 
-def _first(items: list, separator: str = ", ") -> str:
-    more = f"{separator}and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return separator.join(map(str, items[:SHOWN])) + more
+def _first(items: list, separator: str = ", ", shown: int = SHOWN) -> str:
+    more = f"{separator}and {len(items) - shown} more" if len(items) > shown else ""
+    return separator.join(map(str, items[:shown])) + more

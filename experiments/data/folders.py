@@ -10,23 +10,20 @@
 """
 
 import csv
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from scipy.io import loadmat
 
-from experiments.data.source import Files, Source, split
+from experiments.data import class_folders, lists
+from experiments.data.listed import Found, Listed, checked, real
+from experiments.data.source import Files, Rows
 from experiments.data.task import Task
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-BOTH = "train800val200.txt"
-SPLITS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 VALIDATION = 10  # percent of the training images, where there is no validation split
 VALIDATION_SEED = 0
-
-Listed = list[tuple[Path, int]]
-Found = tuple[Listed, Listed, Listed, Sequence[str]]  # train, validation, test, names
 
 
 def load(path: Path, name: str = "", classes: int | None = None) -> Task:
@@ -52,53 +49,37 @@ def load(path: Path, name: str = "", classes: int | None = None) -> Task:
             "image_class_labels.txt (CUB, NABirds), devkit/ (Stanford Cars) or train/ "
             "(a folder for each class)."
         )
-    train, validation, test, names = read(path)
-    found = len(names) or 1 + max(label for _, label in [*train, *validation, *test])
-    if classes is not None and found != classes:
-        raise ValueError(f"{path} has {found} classes, expected {classes}.")
-    _check_disjoint(path, train, validation, test)
-    sources = [_files(part) for part in (train, validation, test)]
-    if not validation:
-        held_out = max(1, len(train) * VALIDATION // 100)
-        sources[1], sources[0] = split(sources[0], VALIDATION_SEED, held_out)
-    return Task(name or path.stem, found, *sources, names=tuple(names))
+    found = read(path)
+    if classes is not None and found.classes != classes:
+        raise ValueError(f"{path} has {found.classes} classes, expected {classes}.")
+    found = checked(path, found)
+    train, validation, test = map(_files, (found.train, found.validation, found.test))
+    if not found.validation:
+        train, validation = _held_out(path, train)
+    return Task(
+        name or path.stem,
+        found.classes,
+        train,
+        validation,
+        test,
+        names=tuple(found.names),
+        notes=found.notes,
+    )
 
 
 def layout(path: Path) -> Callable[[Path], Found] | None:
     """What reads the layout that a folder or file has; None where it has none."""
     marks = {
-        BOTH: from_lists,
-        "train800.txt": from_lists,
-        "train.txt": from_lists,
+        lists.BOTH: lists.read,
+        "train800.txt": lists.read,
+        "train.txt": lists.read,
         "image_class_labels.txt": from_cub,
         "devkit": from_cars,
-        "train": from_class_folders,
+        "train": class_folders.read,
     }
     if path.is_file():
         return from_csv
     return next((read for mark, read in marks.items() if (path / mark).exists()), None)
-
-
-def from_lists(folder: Path) -> Found:
-    """Text files with a line `images/0.jpg 3` for each image.
-
-    With `train800val200.txt` alone, its last 200 lines are the validation split.
-    """
-    named = (folder / "train.txt").exists()
-    parts = ("train", "val", "test") if named else ("train800", "val200", "test")
-    parts = [f"{part}.txt" for part in parts]
-    both = _lines(folder / BOTH, folder) if (folder / BOTH).exists() else []
-    if both and not (folder / parts[0]).exists():
-        return both[:-200], both[-200:], _lines(folder / parts[2], folder), ()
-    lists: list[Listed] = []
-    for part in parts:
-        path = folder / part
-        if not path.exists() and part != "val.txt":
-            raise FileNotFoundError(f"{path} is missing: expected {', '.join(parts)}.")
-        lists.append(_lines(path, folder) if path.exists() else [])
-    if both and sorted(both) != sorted(lists[0] + lists[1]):
-        raise ValueError(f"{folder / BOTH} does not list what {parts[:2]} list.")
-    return lists[0], lists[1], lists[2], ()
 
 
 def from_cub(folder: Path) -> Found:
@@ -119,12 +100,8 @@ def from_cub(folder: Path) -> Found:
             raise ValueError(f"{table}: {training[image]!r}, expected 0 or 1.")
         parts[training[image]].append((path, number[labels[image]]))
     names = _table(folder / "classes.txt") if (folder / "classes.txt").exists() else {}
-    return (
-        parts["1"],
-        [],
-        parts["0"],
-        [names.get(identity, identity) for identity in ids],
-    )
+    found = [names.get(identity, identity) for identity in ids]
+    return Found(parts["1"], [], parts["0"], found)
 
 
 def from_cars(folder: Path) -> Found:
@@ -145,64 +122,59 @@ def from_cars(folder: Path) -> Found:
         ])  # fmt: skip
     meta = folder / "devkit" / "cars_meta.mat"
     names = loadmat(meta, squeeze_me=True)["class_names"] if meta.exists() else ()
-    return parts[0], [], parts[1], [str(name) for name in names]
-
-
-def from_class_folders(folder: Path) -> Found:
-    """`train/CLASS/*.jpg` and so on; the classes are the folders of `train`, sorted."""
-    names = _classes(folder / "train")
-    parts: dict[str, Listed] = {}
-    for part, synonyms in SPLITS.items():
-        there = [folder / name for name in synonyms if (folder / name).is_dir()]
-        if not there and part != "val":
-            raise FileNotFoundError(f"{folder / part} is missing.")
-        if len(there) != 1:
-            if there:
-                raise ValueError(
-                    f"{folder} has both {there[0].name} and {there[1].name}."
-                )
-            parts[part] = []
-            continue
-        root, found = there[0], set(_classes(there[0]))
-        if extra := sorted(found - set(names)):
-            raise ValueError(f"{root} has classes that train/ has not: {extra[:5]}.")
-        parts[part] = [
-            (path, label)
-            for label, name in enumerate(names)
-            for path in sorted((root / name).rglob("*"))
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-        ]
-        if not parts[part]:
-            raise ValueError(f"{root} has no images ({', '.join(SUFFIXES)}).")
-    return parts["train"], parts["val"], parts["test"], names
+    return Found(parts[0], [], parts[1], [str(name) for name in names])
 
 
 def from_csv(path: Path) -> Found:
     """A table with the columns `path`, `label` and `split` (train, val or test).
 
-    Paths are relative to the file; labels are names or numbers from 0.
+    Paths are relative to the file; labels are names, or numbers from 0. Digits that
+    begin with 0 (`01`) are names.
     """
     rows = _rows(path)
-    numbers = {
-        number for _, _, label, _ in rows if (number := _number(label)) is not None
-    }
-    names = [] if numbers else sorted({label for _, _, label, _ in rows})
+    number = _numbering(path, [(line, label) for line, _, label, _ in rows])
     parts: dict[str, Listed] = {"train": [], "val": [], "test": []}
     for line, file, label, part in rows:
         if part not in parts:
             raise ValueError(
                 f"{path}, line {line}: split {part!r}, expected {list(parts)}."
             )
-        if numbers and not (label.isdecimal() and int(label) < 2**31):
+        parts[part].append(
+            (path.parent / file, number[label] if number else int(label))
+        )
+    if not parts["train"] or not parts["test"]:
+        raise ValueError(f"{path}: expected rows of the splits train and test.")
+    return Found(parts["train"], parts["val"], parts["test"], list(number))
+
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+def _numbering(path: Path, labels: list[tuple[int, str]]) -> dict[str, int]:
+    """The numbers of names, sorted; empty where the labels are numbers themselves.
+
+    Args:
+      labels: with their lines.
+    """
+    names = sorted({label for _, label in labels})
+    if not any(map(NUMBER.fullmatch, names)):
+        return {name: number for number, name in enumerate(names)}
+    for line, label in labels:
+        if not (label.isdecimal() and int(label) < 2**31):
             raise ValueError(
                 f"{path}, line {line}: label {label!r} among numbers, expected a "
                 "number from 0."
             )
-        number = int(label) if numbers else names.index(label)
-        parts[part].append((path.parent / file, number))
-    if not parts["train"] or not parts["test"]:
-        raise ValueError(f"{path}: expected rows of the splits train and test.")
-    return parts["train"], parts["val"], parts["test"], names
+    if all(str(int(name)) == name for name in names):
+        return {}
+    spelt = {int(name): name for name in names}
+    if doubled := sorted(set(names) - set(spelt.values())):
+        other = spelt[int(doubled[0])]
+        raise ValueError(
+            f"{path}: {doubled[0]!r} and {other!r} are one number: expected one "
+            "spelling of a label."
+        )
+    return {name: number for number, name in enumerate(names)}
 
 
 def _rows(path: Path) -> list[tuple[int, str, str, str]]:
@@ -229,61 +201,38 @@ def _rows(path: Path) -> list[tuple[int, str, str, str]]:
     return found
 
 
-def _number(label: str) -> float | None:
-    try:
-        return float(label)
-    except ValueError:
-        return None
+def _held_out(where: Path, source: Files) -> tuple[Rows, Rows]:
+    """What is left to train on, and a seeded tenth of the files to validate on.
 
+    Rows of one file, such as those of a class that is repeated, stay together.
 
-def _check_disjoint(path: Path, *splits: Listed) -> None:
-    seen: dict[Path, int] = {}
-    for index, listed in enumerate(splits):
-        for file, _ in listed:
-            if seen.setdefault(file, index) != index:
-                raise ValueError(f"{path}: {file} is in two splits.")
-
-
-def _classes(root: Path) -> list[str]:
-    return sorted(
-        path.name
-        for path in root.iterdir()
-        if path.is_dir() and not path.name.startswith(".")
+    Raises:
+      ValueError: there is one file.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, file in enumerate(real(source.paths)):
+        rows.setdefault(file, []).append(row)
+    if len(rows) < 2:
+        raise ValueError(
+            f"{where} has {len(rows)} image to train on and no validation split: "
+            "expected two, one of which is held out."
+        )
+    order = np.random.default_rng(VALIDATION_SEED).permutation(len(rows))
+    cut, files = max(1, len(rows) * VALIDATION // 100), list(rows.values())
+    validation, train = (
+        Rows(source, np.concatenate([files[file] for file in part]))
+        for part in np.split(order, [cut])
     )
-
-
-def _read(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-
-
-def _lines(path: Path, folder: Path) -> Listed:
-    listed: Listed = []
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing.")
-    for number, line in enumerate(_read(path), start=1):
-        if not line.strip():
-            continue
-        file, _, label = line.strip().rpartition(" ")
-        if not file or not label.isdecimal() or int(label) >= 2**31:
-            raise ValueError(
-                f"{path}, line {number}: {line!r}, expected a path and a label from 0."
-            )
-        listed.append((folder / file, int(label)))
-    if not listed:
-        raise ValueError(f"{path} is empty.")
-    return listed
+    return train, validation
 
 
 def _table(path: Path) -> dict[str, str]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing.")
-    rows = (line.split(maxsplit=1) for line in _read(path))
+    rows = (line.split(maxsplit=1) for line in lists.text(path))
     return {row[0]: row[1].strip() for row in rows if len(row) == 2}
 
 
-def _files(listed: Listed) -> Source:
+def _files(listed: Listed) -> Files:
     paths, labels = [path for path, _ in listed], [label for _, label in listed]
     return Files(paths, np.asarray(labels, np.int32))

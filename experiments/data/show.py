@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> Path | None:
         task = catalogue.load(config.task, config.data_dir)
         if config.check:
             task = check.checked(task, console, config.skip_corrupt)
+        else:
+            check.tell(task, console)
         mean, std = NORMALISATIONS[config.normalise]
         transform = Transform((config.size, config.size), config.crop, mean, std)
         path = config.out or Path("runs/show") / f"{Path(config.task).stem}.png"

@@ -10,7 +10,7 @@ from typing import NotRequired, Protocol, TypedDict
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 
 class Example(TypedDict):
@@ -58,21 +58,57 @@ def decoding(data: bytes, name: str | Path, index: int) -> Iterator[Image.Image]
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
+    except UnidentifiedImageError as error:
+        reason = "no format that Pillow reads" if data else "the file is empty"
+        raise CorruptImageError(name, index, reason) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CorruptImageError(name, index, error) from error
 
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def pixels_of(image: Image.Image) -> UInt8[np.ndarray, "H W C"]:
-    """One channel of a grey image, RGB of any other; transparency is dropped.
+    """One channel of a grey image, RGB of any other, as viewers show it.
+
+    It is turned as its EXIF orientation says. Transparency is dropped: what shows is
+    the colour that is stored below it. Of several pictures (GIF, TIFF) it is the first.
 
     Raises:
-      ValueError: more than 8 bits a channel, which would be cut off at 255.
+      ValueError: grey of more than 8 bits, which would be cut off at 255.
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"{image.mode} pixels, expected 8 bits a channel")
+    image.load()
+    turn = _TURNS.get(_orientation(image))
     if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))[..., None]
-    return np.asarray(image.convert("RGB"))
+        image = image.convert("L")
+    else:
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # Pillow warns of the straight way
+        image = image.convert("RGB")
+    pixels = np.asarray(image if turn is None else image.transpose(turn))
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag; 1, upright, where there is none or the tags cannot be read.
+
+    Not `ImageOps.exif_transpose`, which also writes all tags anew and fails where one
+    of them is malformed.
+    """
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError):
+        return 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

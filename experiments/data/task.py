@@ -16,6 +16,7 @@ class Task:
       validation: to choose by.
       test: used once.
       names: of the classes, where the set has any.
+      notes: what the user should be told of how it was read.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Task:
     validation: Source
     test: Source
     names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def full(self) -> Source:

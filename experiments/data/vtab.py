@@ -179,6 +179,8 @@ TASKS = {
     ),
 }  # fmt: skip
 
+SHARED = {"cifar100": "cifar", "kitti_dist": "kitti"}  # folders, where they differ
+
 
 def load(name: str, data_dir: Path) -> Task:
     """A task from what TFDS prepared in `data_dir`.

@@ -52,6 +52,7 @@ def train(
     strengths: tuple[float, ...],
     extensions: int = 0,
     refit: bool = False,
+    weights: str = "of the model",
 ) -> Probe:
     """Fits a head for each `C` in `strengths` and keeps the best on validation.
 
@@ -63,13 +64,21 @@ def train(
       strengths: inverse L2 strengths to choose from.
       extensions: how often to go on where the best is the lowest or the highest.
       refit: fit the head that is kept to training and validation together.
+      weights: how errors call the model's weights.
 
     Raises:
       NotConverged: one of `strengths` does not in 10,000 iterations.
+      FloatingPointError: features that are not finite.
     """
 
     def features(source):
-        return evaluation.features(model, source, transform, mesh)
+        found, labels = evaluation.features(model, source, transform, mesh)
+        if wrong := np.count_nonzero(~np.isfinite(found).all(1)):
+            raise FloatingPointError(
+                f"the weights {weights} give {wrong} of {len(found)} images features "
+                "that are not finite (NaN, inf)"
+            )
+        return found, labels
 
     train, validation = features(task.train), features(task.validation)
     fits: dict[float, _Fit] = {}
