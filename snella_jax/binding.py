@@ -1,4 +1,4 @@
-"""Which binding a model is for: an error that names the right one."""
+"""Refuses a model that is for another binding, and names the right call."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from flax import nnx
 
 
 def check_binding(model: Any, own: str) -> None:
-    """Raises a `TypeError` where a model is for another binding; says what to call.
+    """Raises a `TypeError` that says what to call if a model is for another binding.
 
     Args:
       model: what `adapt` was given.
@@ -48,5 +48,5 @@ def _binding(model: Any) -> tuple[str, str]:
     return "", (
         "no NNX module, Linen module or nested dict of arrays. For another pytree "
         "make its arrays a dict, and call snella_jax.pytree.adapt(params, config, "
-        "key=...): see docs/adapters.md."
+        "key=...): see docs/own_models.md."
     )

@@ -169,8 +169,8 @@ def adapted_call(
 ) -> Callable[..., Any]:
     """Makes `op(x, weights)` a function whose weights are `w0 + delta`.
 
-    For calls that are no single matmul: a layer with several weights, or one of which
-    nothing is known. The whole call is made again on the way back.
+    For calls that are not a single matmul, such as a layer with several weights. The
+    whole call is recomputed in the backward pass.
 
     Args:
       op: any function of a tree of arrays and of arrays by name; returns a tree.

@@ -71,7 +71,7 @@ class Adapter(nnx.Module):
         self.allocated_at = Budget(jnp.asarray(allocated_at))
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view` calls.
+        """Switches modes for `nnx.view`.
 
         Args:
           deterministic: whether dropout and drop-path are off; None leaves them.
@@ -134,7 +134,7 @@ class Adapter(nnx.Module):
 
 
 class AdaptedLayer(nnx.Module):
-    """Mixed into a layer's class: what it computes has `w0 + delta` as its weights.
+    """Mixin for the class of an adapted layer: it computes with `w0 + delta`.
 
     The adapter of a weight `kernel` is called `adapter`, that of a weight `w`
     `w_adapter`.
@@ -146,7 +146,7 @@ class AdaptedLayer(nnx.Module):
         return {weight_of(name): getattr(self, name) for name in names}
 
     def stand_in(self, **changes: Any) -> Any:
-        """The plain layer without adapters, and with some other attributes."""
+        """Returns the plain layer without adapters, with some attributes replaced."""
         layer = object.__new__(plain_class(type(self)))
         own = {k: v for k, v in vars(self).items() if not isinstance(v, Adapter)}
         vars(layer).update(own, **changes)
@@ -155,7 +155,7 @@ class AdaptedLayer(nnx.Module):
     def run(
         self, call: Callable, weights: dict[str, Array], *args: Any, **kwargs: Any
     ) -> tuple[Any, nnx.State]:
-        """Calls the plain layer with other weights, whatever it does.
+        """Calls a function of the plain layer with other weights.
 
         Returns:
           What the call returns; and what it has moved: random streams, running
@@ -180,7 +180,7 @@ class AdaptedLayer(nnx.Module):
 
 
 class Adapted(AdaptedLayer):
-    """Mixed into the class of one of Flax's layers, or a subclass of one."""
+    """Mixin for Flax's layers and subclasses of them."""
 
     adapter: Adapter
     kernel: nnx.Variable
@@ -234,7 +234,7 @@ def _moving(layer: nnx.Module) -> Any:
 
 
 def moved(layer: nnx.Module, result: Any, state: nnx.State) -> Any:
-    """The result of a call whose state goes into the layer, in place."""
+    """Puts the state that a call moved into the layer, and returns its result."""
     if state:
         nnx.update(layer, state)
     return result
@@ -255,7 +255,7 @@ def adapter_of(weight: str) -> str:
 
 
 class _Mixed(type(nnx.Module)):
-    """Of the classes that are made here, which pickle as what they are made of."""
+    """Metaclass of mixed classes: they pickle as the classes they are made of."""
 
 
 def _mixed_again(cls: Any) -> tuple[Callable, tuple]:

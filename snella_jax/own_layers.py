@@ -1,4 +1,4 @@
-"""Layers that are none of Flax's: every method that reads an adapted weight has it.
+"""Adapts layers that are not Flax's: their methods compute with `w0 + delta`.
 
 >>> import jax.numpy as jnp
 >>> import snella_jax as snella
@@ -37,12 +37,12 @@ class AdaptedOwn(AdaptedLayer):
 
     @staticmethod
     def methods(plain: type, weights: tuple[str, ...]) -> dict[str, Any]:
-        """What of a layer's class has to know of the updates of these weights."""
+        """Wraps the methods and properties that read one of these weights."""
         own = dict(_attributes(plain))
         return {name: _adapted(own[name]) for name in _readers(own, set(weights))}
 
     def adapted(self, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What a function of the plain layer gives, with `w0 + delta` as its weights.
+        """Calls a function of the plain layer with `w0 + delta` as its weights.
 
         Raises:
           ValueError: a weight is that of a whole stack, or as `run`.
@@ -70,7 +70,7 @@ class AdaptedOwn(AdaptedLayer):
 
 
 def _adapted(value: Any) -> Any:
-    """A method or a property with the updates of the weights that it reads."""
+    """Wraps a method or a property: its layer has the updates in its weights."""
     if isinstance(value, property):
         return property(
             lambda self: self.adapted(value.fget, (), {}), doc=value.__doc__
@@ -84,7 +84,7 @@ def _adapted(value: Any) -> Any:
 
 
 def _attributes(cls: type) -> Iterator[tuple[str, Any]]:
-    """Methods and properties of a module's class, those of Flax aside."""
+    """Methods and properties of a module's class, without those of `nnx.Module`."""
     for base in reversed(cls.__mro__):
         if not issubclass(base, nnx.Module) or base is nnx.Module:
             continue
@@ -100,7 +100,7 @@ def _is_method(value: Any) -> bool:
 
 
 def _readers(own: dict[str, Any], weights: set[str]) -> set[str]:
-    """Names of those that read a weight, or call what reads one."""
+    """Names of the methods that read a weight, or that use one which does."""
     words = {name: _words(value) for name, value in own.items()}
     found: set[str] = set()
     while more := {n for n in words if words[n] & (weights | found)} - found:
@@ -109,7 +109,7 @@ def _readers(own: dict[str, Any], weights: set[str]) -> set[str]:
 
 
 def _words(value: Any) -> set[str]:
-    """Every name and string in a function's code, and in functions inside it."""
+    """Every name and string in a function's code, nested functions included."""
     function: Any = value.fget if isinstance(value, property) else value
     pending = [inspect.unwrap(function).__code__]
     words: set[str] = set()

@@ -1,4 +1,4 @@
-"""What is made again on the way back instead of being kept.
+"""Recomputes in the backward pass what a plain call would keep.
 
 An adapted call keeps its arguments and its thresholds for the backward pass, and no
 update, no sum of weights and nothing that the call made on its way.
@@ -71,7 +71,7 @@ def recomputed(forward: Callable) -> Callable:
 
 
 def _together(kept: Any, cotangent: Any) -> tuple[Any, Any]:
-    """Both behind one barrier: nothing is recomputed before the cotangent is there."""
+    """Puts both behind one barrier, so that recomputing waits for the cotangent."""
     leaves, structure = jax.tree.flatten((kept, cotangent))
     # Cotangents of integers are of a dtype that XLA does not know.
     real = [i for i, x in enumerate(leaves) if x.dtype != jax.dtypes.float0]

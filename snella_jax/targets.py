@@ -1,4 +1,4 @@
-"""Which weights of an NNX model can be adapted, and which of them a regex means."""
+"""Finds the weights of an NNX model that can be adapted, and those a regex selects."""
 
 import dataclasses
 import re
@@ -38,11 +38,11 @@ class Target:
         return getattr(self.layer, self.name)
 
     def variable(self, path: str) -> str:
-        """The path of the variable of a target at this path."""
+        """Path of the variable, for a target at this path."""
         return f"{path}/kernel".lstrip("/") if self.name == "kernel" else path
 
     def site(self, path: str, rule: Rule, must_move: bool) -> Site:
-        """Where and how it is adapted.
+        """Returns where and how it is adapted.
 
         Raises:
           ValueError: the rule does not fit the layer.
@@ -58,7 +58,7 @@ class Target:
         return Site(rule, layout, stack, must_move, axes)
 
     def _stack(self, layout: Layout) -> tuple[int, ...]:
-        """The axes of the weight besides those of its layout: in front, or one more."""
+        """Finds the stack's axes: those in front of the layout's, or one anywhere."""
         shape = self.weight.shape
         extra = len(shape) - layout.ndim
         if shape[max(extra, 0) :] == layout.shape and extra != 1:
@@ -80,7 +80,7 @@ class Target:
 
 
 def targets_of(model: nnx.Module, layouts: Layouts | None = None) -> dict[str, Target]:
-    """Every weight that can be adapted, by path.
+    """Lists every weight that can be adapted, by path.
 
     The path of a weight that is called `kernel` is that of its layer.
 
@@ -119,7 +119,7 @@ def targets_of(model: nnx.Module, layouts: Layouts | None = None) -> dict[str, T
 
 
 def layouts_of(model: nnx.Module) -> dict[str, Layout]:
-    """The layouts that an adapted model's layers were given, by regex of one path."""
+    """Returns the layouts that an adapted model was given, by regex of one path."""
     given = {}
     for path, layer in adapted_layers(model):
         if isinstance(layer, AdaptedOwn):
@@ -134,7 +134,7 @@ def layouts_of(model: nnx.Module) -> dict[str, Layout]:
 def chosen_targets(
     model: nnx.Module, regex: str, layouts: Layouts | None = None
 ) -> dict[str, Target]:
-    """The targets whose path, or whose layer's, the regex matches in full.
+    """Selects the targets whose path, or whose layer's path, the regex matches.
 
     Raises:
       ValueError: there is none; or it matches a weight that cannot be adapted as it is,
@@ -165,7 +165,7 @@ def chosen_targets(
 
 
 def is_weight(path: str, shape: tuple[int, ...], dtype: Any, layer: Any) -> bool:
-    """Whether a parameter looks like one that its layer multiplies its input by.
+    """Tells whether a parameter looks like a matrix that multiplies activations.
 
     By its axes (two that are longer than 1) and by names. A loose parameter of a module
     that holds layers (a learned token, say) has to be called a weight to be one.
@@ -205,7 +205,7 @@ def _widest(module: nnx.Module) -> int:
 
 
 def _parameters(model: nnx.Module) -> Iterator[tuple[str, Any, nnx.Variable]]:
-    """Path, holder and variable of every parameter, once for each that holds it."""
+    """Yields path, holder and variable of every parameter, once for each holder."""
     for path, holder in nnx.iter_graph(model):
         match holder:
             case nnx.Module():

@@ -79,7 +79,7 @@ def test_the_page_on_adapters_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_on_ones_own_models_runs(capsys):
-    page = (ROOT / "docs/models.md").read_text("utf-8")
+    page = (ROOT / "docs/own_models.md").read_text("utf-8")
     space = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.S):
         exec(block, space)
