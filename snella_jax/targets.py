@@ -174,7 +174,8 @@ def is_weight(path: str, shape: tuple[int, ...], dtype: Any, layer: Any) -> bool
     kind = type(layer).__name__.lower()
     names = [name for name in path.lower().split("/") if not name.isdigit()]
     words = re.findall("[a-z]+", names[-1] if names else "")
-    added = any(map(NO_WEIGHT.fullmatch, words)) or "norm" in kind or "embed" in kind
+    looks_up = "embed" in kind and "patch" not in kind
+    added = any(map(NO_WEIGHT.fullmatch, words)) or "norm" in kind or looks_up
     if added or not wide:
         return False
     return any(map(WEIGHT.fullmatch, words)) or not _holds_layers(layer)
