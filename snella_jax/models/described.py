@@ -147,7 +147,7 @@ def _said(config: Mapping[str, Any]) -> dict[str, Any]:
     if "num_classes" in config:  # which timm takes first
         said["num_classes"] = config["num_classes"]
     if "init_values" in arguments:  # only whether there are any
-        said["layer_scale"] = bool(arguments["init_values"])
+        arguments = {**arguments, "init_values": bool(arguments["init_values"])}
     return {**said, **arguments}
 
 

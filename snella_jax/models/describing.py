@@ -116,7 +116,7 @@ def _name_classes(
     if names is None and fit and (own or timm):
         return
     for level in levels:
-        for key in (*lists, "label_descriptions", "label2id"):
+        for key in (*lists, "label_descriptions", "id2label", "label2id"):
             level.pop(key, None)
     if not count:
         return

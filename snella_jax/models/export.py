@@ -71,8 +71,8 @@ def export(
     grid = model.config.grid if isinstance(model, ViT) else (1, 1)
     if path.suffix == ".npz" and grid[0] != grid[1]:
         raise ValueError(
-            f"{path}: an .npz cannot say that its grid is {grid[0]} x {grid[1]}, and is "
-            "read as a square: expected .safetensors or a folder."
+            f"{path}: an .npz cannot say that its grid is {grid[0]} x {grid[1]}, and "
+            "is read as a square: expected .safetensors or a folder."
         )
     tensors = _named(_tensors(own), source, own)
     said = metadata(model.config)

@@ -159,7 +159,7 @@ def _agree(checkpoint: Checkpoint, shape: Mapping[str, Any], kept_head: bool) ->
         "num_channels": shape["channels"],
         "in_chans": shape["channels"],
         "class_token": shape["class_token"],
-        "layer_scale": shape["layer_scale"] is not None,
+        "init_values": shape["layer_scale"] is not None,
     }
     if kept_head and shape["num_classes"]:
         has |= {"num_classes": shape["num_classes"], "label_offset": 0}
@@ -223,8 +223,8 @@ def _heads(checkpoint: Checkpoint, width: int) -> int:
         return named.pop()
     if width == MOCO_WIDTH and MOCO & set(checkpoint.prefix.split(".")):
         raise ValueError(
-            f"names begin with {checkpoint.prefix!r} and the width is {width}: MoCo v3's "
-            f"ViT-S has 12 heads, others have {HEADS[width]}: give heads"
+            f"names begin with {checkpoint.prefix!r} and the width is {width}: MoCo "
+            f"v3's ViT-S has 12 heads, others have {HEADS[width]}: give heads"
         )
     if width not in HEADS:
         raise ValueError(
