@@ -130,7 +130,7 @@ def test_a_new_head_and_another_size(name, size, tmp_path):
     base.head.kernel[...] = jax.random.normal(jax.random.key(0), (12, 12))
     base.head.bias[...] = jnp.arange(12.0)
     if out == "out.npz" and size[0] != size[1]:
-        with pytest.raises(ValueError, match=r"cannot say that its grid is 4 x 3"):
+        with pytest.raises(ValueError, match=r"grid is no square but 4 x 3"):
             snella.export(adapted(base), tmp_path / out, like=DATA / name)
         return
     snella.export(adapted(base), tmp_path / out, like=DATA / name)

@@ -1,8 +1,10 @@
 """Weights written back as they were published, for other programs to load."""
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from snella_jax.models.loading import Checkpoint, arrange, place_of, read
 from snella_jax.models.rewriting import rewritten, unmade
 from snella_jax.models.vit import ViT
 from snella_jax.models.writing import write_file, write_folder
+
+log = logging.getLogger("snella_jax")
 
 # What other programs take for one file.
 FILES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".onnx")
@@ -67,12 +71,19 @@ def export(
             f"{path}: expected .npz or .safetensors, or a folder where `like` is one."
         )
     own = layout(model, source)
+    if own.hugging_face and own.family == "dinov2" and _oblong(model):
+        log.warning(
+            "%s: transformers takes DINOv2's grid for a square, and this one is %d x "
+            "%d: it is right for snella_jax.models.load alone.",
+            path,
+            *model.config.grid,
+        )
     names = _class_names(class_names, model.config.num_classes, as_file)
-    grid = model.config.grid if isinstance(model, ViT) else (1, 1)
-    if path.suffix == ".npz" and grid[0] != grid[1]:
+    if path.suffix == ".npz" and _oblong(model):
         raise ValueError(
-            f"{path}: an .npz cannot say that its grid is {grid[0]} x {grid[1]}, and "
-            "is read as a square: expected .safetensors or a folder."
+            f"{path}: an .npz cannot say that its grid is no square but "
+            f"{' x '.join(map(str, model.config.grid))}: expected .safetensors or a "
+            "folder."
         )
     tensors = _named(_tensors(own), source, own)
     said = metadata(model.config)
@@ -85,6 +96,11 @@ def export(
             names = [f"LABEL_{i}" for i in range(model.config.num_classes)]
     files = config_files(source, own, model.config, names)
     once(lambda: write_folder(path, tensors, files, said, max_shard_bytes))
+
+
+def _oblong(model: Model) -> TypeGuard[ViT]:
+    """Whether it has positions in a grid that is no square."""
+    return isinstance(model, ViT) and len(set(model.config.grid)) > 1
 
 
 def _class_names(
