@@ -56,6 +56,10 @@ def test_constants_of_both_forms_of_timms_config(timm):
     for config in ({"pretrained_cfg": CONSTANTS}, CONSTANTS):
         model = timm(model_args=TWO, **config)
         np.testing.assert_allclose(model.normalise(pixels)[0, 0, 0], [0, 0.5, 0.375])
+    assert timm(model_args=TWO, mean=0.5, std=0.5).normalise(pixels)[0, 0, 0, 2] == 0
+    nulls = {"mean": None, "std": None}
+    model = timm(model_args=TWO, pretrained_cfg=nulls, **CONSTANTS)
+    assert model.config.pixel_mean == (0.5, 0.25, 0.125)
     other = {"mean": [0.1] * 3, "std": [0.2] * 3}
     model = timm(model_args=TWO, pretrained_cfg=CONSTANTS, **other)  # as timm does
     assert model.config.pixel_mean == (0.5, 0.25, 0.125)
@@ -79,7 +83,8 @@ def test_two_files_with_different_constants(timm):
         {"act_layer": "gelu_tanh"},
         {"norm_layer": "rmsnorm"},
         {"qk_norm": True},
-        {"qkv_bias": False},
+        {"qkv_bias": None},
+        {"proj_bias": False},
         {"pre_norm": True},
         {"final_norm": False},
         {"fc_norm": True},

@@ -246,6 +246,21 @@ def test_an_encoder_of_a_larger_model_is_refused(tmp_path):
             models.load(source)
 
 
+def test_what_only_simmim_has_is_left_out(tmp_path):
+    """Its Swin is the `encoder`, beside a `decoder`."""
+    path = with_prefix(tmp_path / "a.safetensors", "staged/swin.pth", "encoder.")
+    tensors = dict(read(path).tensors)
+    del tensors["encoder.head.weight"], tensors["encoder.head.bias"]
+    tensors["encoder.mask_token"] = np.ones((1, 1, 4), np.float32)
+    tensors["decoder.0.weight"] = np.ones((4, 16, 1, 1), np.float32)
+    save_file(tensors, path)
+    model = models.load(path, num_classes=0)
+    same(model, models.load(DATA / "staged/swin.pth", num_classes=0))
+    models.export(model, tmp_path / "out.safetensors", like=path)
+    expected = {name for name in tensors if "attn_mask" not in name}
+    assert read(tmp_path / "out.safetensors").tensors.keys() == expected
+
+
 # Written again
 
 

@@ -11,42 +11,42 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import Checkpoint
 from snella_jax.models.tables import check_numbers
 
-# Fields that have to be absent, null, or what our models compute.
+# Fields that have to be absent, or what our models compute (what null means, too).
+NO, YES = (False, None), (True,)
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu",),
-    "act_layer": ("gelu",),
-    "norm_layer": ("layernorm",),
-    "use_swiglu_ffn": (False,),
-    "use_mean_pooling": (False,),
-    "use_absolute_embeddings": (False,),
-    "num_register_tokens": (0,),
-    "qkv_bias": (True,),
-    "proj_bias": (True,),
-    "qk_norm": (False,),
-    "scale_attn_norm": (False,),
-    "scale_mlp_norm": (False,),
-    "pre_norm": (False,),
-    "final_norm": (True,),
-    "fc_norm": (False,),
-    "pool_include_prefix": (False,),
+    "act_layer": ("gelu", None),
+    "norm_layer": ("layernorm", None),
+    "use_swiglu_ffn": NO,
+    "use_mean_pooling": NO,
+    "use_absolute_embeddings": NO,
+    "num_register_tokens": (0, None),
+    "qkv_bias": YES,
+    "proj_bias": YES,
+    "qk_norm": NO,
+    "scale_attn_norm": NO,
+    "scale_mlp_norm": NO,
+    "pre_norm": NO,
+    "final_norm": YES,
+    "fc_norm": NO,
+    "pool_include_prefix": NO,
     "pos_embed": ("learn",),
-    "no_embed_class": (False,),
-    "reg_tokens": (0,),
-    "ape": (False,),
-    "patch_norm": (True,),
-    "conv_mlp": (False,),
-    "conv_bias": (True,),
-    "use_grn": (False,),
+    "no_embed_class": NO,
+    "reg_tokens": (0, None),
+    "ape": NO,
+    "patch_norm": YES,
+    "conv_mlp": NO,
+    "conv_bias": YES,
+    "use_grn": NO,
 }
 ACTIVATIONS = ("hidden_act", "act_layer", "use_swiglu_ffn")
-IN_PIXELS: dict[str, tuple[Any, ...]] = {
-    "rescale_offset": (False,),
-    "do_flip_channel_order": (False,),
-}
+IN_PIXELS = {"rescale_offset": NO, "do_flip_channel_order": NO}
 # Arguments of timm's models that outputs do not depend on, once there are weights.
 FREE = r"(\w+_)?drop(_path)?_rate|weight_init|fix_init|ls_init_value|" + (
     "head_init_scale|dynamic_img_size|dynamic_img_pad|strict_img_size|pretrained"
@@ -141,9 +141,9 @@ def _said(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"model_args has {name}={value!r}, which is not known here"
             )
-    if not isinstance(pretrained, Mapping):
-        pretrained = {}
-    said = {**config, **pretrained}
+    said = dict(config)
+    if isinstance(pretrained, Mapping):
+        said |= {name: v for name, v in pretrained.items() if v is not None}
     if "num_classes" in config:  # which timm takes first
         said["num_classes"] = config["num_classes"]
     if "init_values" in arguments:  # only whether there are any
@@ -153,8 +153,8 @@ def _said(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _only(said: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]]) -> None:
     for name, values in expected.items():
-        value = said.get(name)
-        if value is not None and value not in values:
+        value = said.get(name, values[0])
+        if value not in values:
             gelu = ", an MLP with an exact GELU" if name in ACTIVATIONS else ""
             raise ValueError(f"{name}={value!r}: expected {values[0]!r}{gelu}")
 
@@ -196,7 +196,12 @@ def _pixels(said: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any
                 f"config.json and preprocessor_config.json differ: {names[ours]}="
                 f"{of_config[ours]!r}, image_{names[ours]}={found[ours]!r}"
             )
-    return of_config | _rescaled(found, images)
+    constants = of_config | _rescaled(found, images)
+    check_numbers(constants, *constants)
+    return {
+        name: numbers if isinstance(numbers, list | tuple) else (numbers,)
+        for name, numbers in constants.items()
+    }
 
 
 def _rescaled(found: dict[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,8 +222,8 @@ def _rescaled(found: dict[str, Any], images: Mapping[str, Any]) -> dict[str, Any
         )
     check_numbers(found, *found)
     return {
-        name: [number / scale for number in (v if isinstance(v, list | tuple) else [v])]
-        for name, v in found.items()
+        name: (np.atleast_1d(np.array(numbers)) / scale).tolist()
+        for name, numbers in found.items()
     }
 
 

@@ -141,7 +141,7 @@ def _swin(model: swin.Swin, source: Checkpoint) -> Layout:
         for name, tensor in checkpoint.tensors.items()
         if name.endswith("relative_position_index")
     }
-    with_head = r"|embeddings\.mask_token|decoder\..*" if c.num_classes else ""
+    with_head = r"|(embeddings\.)?mask_token|decoder\..*" if c.num_classes else ""
     return Layout(
         "swin",
         "Swin",
