@@ -289,7 +289,7 @@ def test_names_without_a_place(named, tmp_path):
     headless = models.load(named, num_classes=0)
     with pytest.raises(ValueError, match="expected 0, one for each class"):
         exported(headless, named, tmp_path, class_names=["a"])
-    with pytest.raises(ValueError, match="a file has no place for them"):
+    with pytest.raises(ValueError, match="a file has no place for them, a folder has"):
         models.export(
             models.load(named),
             tmp_path / "a.safetensors",

@@ -38,7 +38,7 @@ def config_files(
         if not path.name.endswith(".index.json")
     }
     marks = ("architecture", "pretrained_cfg", "model_args")
-    timm = any(name in source.config for name in marks)
+    timm = not own.hugging_face and any(name in source.config for name in marks)
     said = dict(source.config)
     said |= _of_timm(said, own, config) if timm else _of_transformers(said, own, config)
     dtype = str(jnp.dtype(config.param_dtype))
@@ -85,11 +85,9 @@ def _of_timm(said: Mapping[str, Any], own: Layout, config: Any) -> dict[str, Any
     if own.family in ("vit", "dinov2"):
         if own.known.get("heads") != config.heads:
             arguments["num_heads"] = config.heads
-        pool = next(theirs for theirs, ours in POOLS.items() if ours == config.pool)
-        if (
-            own.known.get("pool", "cls" if config.class_token else "mean")
-            != config.pool
-        ):
+        usual = "cls" if config.class_token else "mean"
+        if own.known.get("pool", usual) != config.pool:
+            pool = {ours: theirs for theirs, ours in POOLS.items()}[config.pool]
             new["global_pool"] = arguments["global_pool"] = pool
             arguments["fc_norm"] = False  # the norm is before the mean
     if not _same_pixels(own.known, config):

@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeGuard
 
 import numpy as np
 
@@ -63,56 +62,63 @@ def export(
       TypeError: no model of `snella_jax.models`.
     """
     path, source = Path(path), read(like, weights)
-    as_file = path.suffix in (".npz", ".safetensors")
     if source.path.suffix == ".onnx":
         raise CheckpointError(source.path, "a model cannot be written as ONNX")
+    as_file = path.suffix in (".npz", ".safetensors")
     if not as_file and (not source.path.is_dir() or path.suffix.lower() in FILES):
         raise ValueError(
             f"{path}: expected .npz or .safetensors, or a folder where `like` is one."
         )
     own = layout(model, source)
-    if own.hugging_face and own.family == "dinov2" and _oblong(model):
-        log.warning(
-            "%s: transformers takes DINOv2's grid for a square, and this one is %d x "
-            "%d: it is right for snella_jax.models.load alone.",
-            path,
-            *model.config.grid,
-        )
-    names = _class_names(class_names, model.config.num_classes, as_file)
-    if path.suffix == ".npz" and _oblong(model):
-        raise ValueError(
-            f"{path}: an .npz cannot say that its grid is no square but "
-            f"{' x '.join(map(str, model.config.grid))}: expected .safetensors or a "
-            "folder."
-        )
+    _check_grid(model, path, own)
+    names = _class_names(class_names, model, own, as_file)
     tensors = _named(_tensors(own), source, own)
     said = metadata(model.config)
     if as_file:
         once(lambda: write_file(path, tensors, said))
+    else:
+        files = config_files(source, own, model.config, names)
+        once(lambda: write_folder(path, tensors, files, said, max_shard_bytes))
+
+
+def _check_grid(model: Model, path: Path, own: Layout) -> None:
+    """Raises a `ValueError` where a grid of positions that is no square would be lost.
+
+    Logs where transformers does not know of it.
+    """
+    if not isinstance(model, ViT) or len(set(model.config.grid)) == 1:
         return
-    if names is None and model.config.num_classes:
-        of_like = head_origin(arrange(own.checkpoint, own.rules)[0])
-        if of_like is None or getattr(model.head, "origin", None) != of_like:
-            names = [f"LABEL_{i}" for i in range(model.config.num_classes)]
-    files = config_files(source, own, model.config, names)
-    once(lambda: write_folder(path, tensors, files, said, max_shard_bytes))
-
-
-def _oblong(model: Model) -> TypeGuard[ViT]:
-    """Whether it has positions in a grid that is no square."""
-    return isinstance(model, ViT) and len(set(model.config.grid)) > 1
+    grid = "{} x {}".format(*model.config.grid)
+    if path.suffix == ".npz":
+        raise ValueError(
+            f"{path}: an .npz cannot say that its grid is no square but {grid}: "
+            "expected .safetensors or a folder."
+        )
+    if own.hugging_face and own.family == "dinov2":
+        log.warning(
+            "%s: transformers takes DINOv2's grid for a square, and this one is %s: it "
+            "is right for snella_jax.models.load alone.",
+            path,
+            grid,
+        )
 
 
 def _class_names(
-    names: Sequence[str] | None, count: int, as_file: bool
-) -> list[str] | None:
-    """Raises a `ValueError` where they do not name the classes, one each."""
+    names: Sequence[str] | None, model: Model, own: Layout, as_file: bool
+) -> Sequence[str] | None:
+    """Those for the head; None for those that the checkpoint's config has.
+
+    Raises:
+      ValueError: they do not name the classes, one each, or there is no place for them.
+    """
+    count = model.config.num_classes
     if names is None:
-        return None
+        kept = getattr(model.head, "origin", None) if count else None
+        if as_file or not count or (kept and kept == _origin(own)):
+            return None
+        return [f"LABEL_{i}" for i in range(count)]
     if as_file:
-        raise ValueError(
-            "class_names: a file has no place for them, expected a folder."
-        )
+        raise ValueError("class_names: a file has no place for them, a folder has.")
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"class_names={names!r}: expected a list of strings.")
     if len(names) != count:
@@ -122,7 +128,11 @@ def _class_names(
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"class_names has {', '.join(twice)} twice.")
-    return list(names)
+    return names
+
+
+def _origin(own: Layout) -> str | None:
+    return head_origin(arrange(own.checkpoint, own.rules)[0])
 
 
 def _tensors(own: Layout) -> dict[str, np.ndarray]:
