@@ -129,11 +129,12 @@ def test_a_new_head_and_another_size(name, size, tmp_path):
     assert base.config.width == 12  # a square head: which way round?
     base.head.kernel[...] = jax.random.normal(jax.random.key(0), (12, 12))
     base.head.bias[...] = jnp.arange(12.0)
+    if out == "out.npz" and size[0] != size[1]:
+        with pytest.raises(ValueError, match=r"grid is no square but 4 x 3"):
+            snella.export(adapted(base), tmp_path / out, like=DATA / name)
+        return
     snella.export(adapted(base), tmp_path / out, like=DATA / name)
-    options = options | {"heads": base.config.heads}
-    if image[0] // patch[0] != image[1] // patch[1] and (tmp_path / out).is_file():
-        return  # a lone file cannot say that its grid is no square
-    again = vit.load(tmp_path / out, **options)
+    again = vit.load(tmp_path / out)
     same(again, snella.merge(adapted(base)))
     assert again.config.num_classes == 12 and again.config.image_hw == image
 

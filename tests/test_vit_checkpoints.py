@@ -157,15 +157,6 @@ def test_a_layer_that_does_not_exist():
                 run(EXPECTED["images"], layers=(layer,))
 
 
-def test_heads_of_the_formats(tmp_path):
-    """MoCo v3's ViT-S has twelve heads of 32 numbers, everybody else's six of 64."""
-    for prefix, heads in (("", 6), ("module.", 12)):
-        tensors = {f"{prefix}{name}": tensor for name, tensor in timm_small().items()}
-        save_file(tensors, tmp_path / "small.safetensors")
-        model = vit.load(tmp_path / "small.safetensors")
-        assert model.config.heads == heads
-
-
 def timm_small():
     """One block of a ViT-S/16 for images of 16 x 16 under timm's names, all zero."""
     block = {"norm1": (384,), "norm2": (384,), "attn.qkv": (1152, 384)}

@@ -1,6 +1,7 @@
 """A model from what `arrange` made of a checkpoint: its config, then its values."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,13 +60,27 @@ def filled(
       CheckpointError: as `fill`.
       ValueError: `num_classes` is negative.
     """
+    origin = head_origin(parts) if num_classes is None else None
     if num_classes is not None:
         config = dataclasses.replace(config, num_classes=num_classes)
         parts = _new_head(parts, width, num_classes)
     model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
     stacked = stacked if config.stacked else "(?!)"
     fill(checkpoint.path, parts, model, stacked=stacked, problems=problems)
+    if origin:
+        model.head.origin = origin
     return model
+
+
+def head_origin(parts: Mapping[str, np.ndarray]) -> str | None:
+    """A digest of a file's head, by which a model remembers whose classes it tells.
+
+    It stays when the head is trained, and goes with the head when that is replaced.
+    """
+    head = [parts[path] for path in ("head/kernel", "head/bias") if path in parts]
+    if not head:
+        return None
+    return hashlib.sha256(b"".join(part.tobytes() for part in head)).hexdigest()
 
 
 def _new_head(

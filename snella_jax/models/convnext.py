@@ -163,7 +163,10 @@ def _down(stage: int) -> list[Rule]:
 
 
 # The original's names, or Hugging Face's.
-MARK = r"((convnext\.)?encoder\.)?stages\.0\.(layers\.)?0\.dwconv\.weight"
+MARKS = (
+    r"stages\.0\.0\.dwconv\.weight",
+    r"encoder\.stages\.0\.layers\.0\.dwconv\.weight",
+)
 _BLOCK = r"(?:encoder\.)?stages\.(\d+)\.(?:layers\.)?(\d+)\."
 _PLACE = "blocks/{0}/{1}/"
 _STEM = r"downsample_layers\.0\."
@@ -183,6 +186,7 @@ RULES = [
 def load(
     path: str | Path | Checkpoint,
     *,
+    weights: str | None = None,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -193,6 +197,7 @@ def load(
 
     Args:
       path: of the file or folder, or what `loading.read` made of it.
+      weights: as of `vit.load`.
       num_classes: None keeps the file's head, if it has one; a number makes a new head
         that starts at 0, and 0 none.
       image_size: of the images, of any size. None is what a folder's config says, and
@@ -204,7 +209,7 @@ def load(
     Raises:
       As `vit.load`.
     """
-    checkpoint, rules, known = recognised(read(path))
+    checkpoint, rules, known = recognised(read(path, weights))
     arrays, problems = arrange(checkpoint, rules)
     given = {"image_size": image_size, "dtype": dtype, "param_dtype": param_dtype}
     return staged.load(
@@ -212,7 +217,8 @@ def load(
         checkpoint,
         arrays,
         problems,
-        lambda: _shape(arrays) | known,
+        lambda: _shape(arrays),
+        known,
         num_classes,
         given | overrides,
     )
@@ -224,12 +230,12 @@ def recognised(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Rule], dict[str
     Raises:
       CheckpointError: no known format, or a ConvNeXt of another kind.
     """
-    tables.require(checkpoint, MARK, "ConvNeXt")
-    known = tables.hugging_face(checkpoint)
+    tables.require(checkpoint, MARKS, "ConvNeXt")
+    known = staged.described(checkpoint)
     if any(name.endswith("embeddings.layernorm.weight") for name in checkpoint.tensors):
         # A lone .safetensors has no config: the default of transformers.
-        known["norm_eps"] = checkpoint.config.get("layer_norm_eps", 1e-12)
-    return checkpoint.without_prefix("convnext."), RULES, known
+        known.setdefault("norm_eps", 1e-12)
+    return checkpoint.unwrapped(*MARKS), RULES, known
 
 
 def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -1,20 +1,28 @@
 """Weights written back as they were published, for other programs to load."""
 
-import json
+import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from snella_jax.hosts import once
+from snella_jax.models.building import head_origin
 from snella_jax.models.checkpoint_error import CheckpointError
+from snella_jax.models.describing import config_files, metadata
 from snella_jax.models.families import Model
 from snella_jax.models.layouts import Layout, layout
-from snella_jax.models.loading import Checkpoint, place_of, read
+from snella_jax.models.loading import Checkpoint, arrange, place_of, read
 from snella_jax.models.rewriting import rewritten, unmade
+from snella_jax.models.vit import ViT
 from snella_jax.models.writing import write_file, write_folder
+
+log = logging.getLogger("snella_jax")
+
+# What other programs take for one file.
+FILES = (".npz", ".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".onnx")
+FILES += (".h5", ".msgpack", ".pkl", ".zip")
 
 
 def export(
@@ -22,11 +30,15 @@ def export(
     path: str | Path,
     *,
     like: str | Path,
+    weights: str | None = None,
+    class_names: Sequence[str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes a model in the format of the file or folder that it was loaded from.
 
-    A Swin's `attn_mask`, a buffer of the original, is not written: the image size
+    What no shape says, such as the position grid and the number of heads, goes into
+    `config.json`, and into the metadata of `.safetensors`, where `load` finds it. A
+    Swin's `attn_mask`, a buffer of the original, is not written: the image size
     determines it, and the authors' own loader leaves it out, too.
 
     Args:
@@ -35,31 +47,92 @@ def export(
       path: to be made: a file `.npz` or `.safetensors`, or, where `like` is a folder of
         Hugging Face's `save_pretrained`, a folder that `from_pretrained` loads.
       like: gives names, config, and tensors that a model here does not have.
+      weights: of `like`, as of `load`.
+      class_names: one for each output, for a folder's config. None keeps those that
+        `like` has, if the model still has its head; a new one gets `LABEL_0` and so on.
       max_shard_bytes: of one file of a folder.
 
     Raises:
       FileNotFoundError: there is nothing at `like`.
       CheckpointError: `like` does not fit the model, or is an ONNX file.
-      ValueError: a `path` that this format cannot be, a head that it does not have, or
-        a Swin whose last grid is smaller than its window.
+      ValueError: a `path` that this format cannot be, a head that it does not have,
+        `class_names` that cannot be, an `.npz` of a ViT whose grid is no square, or a
+        Swin whose last grid is smaller than its window.
       FileExistsError: there is something at `path`.
       TypeError: no model of `snella_jax.models`.
     """
-    path, source = Path(path), read(like)
-    as_file = path.suffix in (".npz", ".safetensors")
+    path, source = Path(path), read(like, weights)
     if source.path.suffix == ".onnx":
         raise CheckpointError(source.path, "a model cannot be written as ONNX")
-    if not as_file and not source.path.is_dir():
+    as_file = path.suffix in (".npz", ".safetensors")
+    if not as_file and (not source.path.is_dir() or path.suffix.lower() in FILES):
         raise ValueError(
             f"{path}: expected .npz or .safetensors, or a folder where `like` is one."
         )
     own = layout(model, source)
+    _check_grid(model, path, own)
+    names = _class_names(class_names, model, own, as_file)
     tensors = _named(_tensors(own), source, own)
+    said = metadata(model.config)
     if as_file:
-        once(lambda: write_file(path, tensors))
+        once(lambda: write_file(path, tensors, said))
     else:
-        files = _files(source, own, model.config)
-        once(lambda: write_folder(path, tensors, files, max_shard_bytes))
+        files = config_files(source, own, model.config, names)
+        once(lambda: write_folder(path, tensors, files, said, max_shard_bytes))
+
+
+def _check_grid(model: Model, path: Path, own: Layout) -> None:
+    """Raises a `ValueError` where a grid of positions that is no square would be lost.
+
+    Logs where transformers does not know of it.
+    """
+    if not isinstance(model, ViT) or len(set(model.config.grid)) == 1:
+        return
+    grid = "{} x {}".format(*model.config.grid)
+    if path.suffix == ".npz":
+        raise ValueError(
+            f"{path}: an .npz cannot say that its grid is no square but {grid}: "
+            "expected .safetensors or a folder."
+        )
+    if own.hugging_face and own.family == "dinov2":
+        log.warning(
+            "%s: transformers takes DINOv2's grid for a square, and this one is %s: it "
+            "is right for snella_jax.models.load alone.",
+            path,
+            grid,
+        )
+
+
+def _class_names(
+    names: Sequence[str] | None, model: Model, own: Layout, as_file: bool
+) -> Sequence[str] | None:
+    """Those for the head; None for those that the checkpoint's config has.
+
+    Raises:
+      ValueError: they do not name the classes, one each, or there is no place for them.
+    """
+    count = model.config.num_classes
+    if names is None:
+        kept = getattr(model.head, "origin", None) if count else None
+        if as_file or not count or (kept and kept == _origin(own)):
+            return None
+        return [f"LABEL_{i}" for i in range(count)]
+    if as_file:
+        raise ValueError("class_names: a file has no place for them, a folder has.")
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names={names!r}: expected a list of strings.")
+    if len(names) != count:
+        raise ValueError(
+            f"class_names: expected {count}, one for each class of the model's head, "
+            f"found {len(names)}."
+        )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"class_names has {', '.join(twice)} twice.")
+    return names
+
+
+def _origin(own: Layout) -> str | None:
+    return head_origin(arrange(own.checkpoint, own.rules)[0])
 
 
 def _tensors(own: Layout) -> dict[str, np.ndarray]:
@@ -84,44 +157,13 @@ def _named(
     tensors: dict[str, np.ndarray], source: Checkpoint, own: Layout
 ) -> dict[str, np.ndarray]:
     """Names with the prefix they had, or which a model with a head gives them."""
-    pairs = zip(source.tensors, own.checkpoint.tensors, strict=True)
-    prefix = next((old.removesuffix(new) for old, new in pairs if old != new), "")
+    names = dict(zip(own.checkpoint.tensors, source.tensors, strict=True))
+    prefix = own.checkpoint.prefix
     if not prefix and "classifier.weight" in tensors:
-        prefix = f"{own.family}."
+        names, prefix = {}, f"{own.family}."
     bare = ("classifier.", "decoder.") if own.hugging_face else ()
+    outer = re.sub(r"[^.]+\.$", "", prefix)  # `module.` of `module.vit.`
     return {
-        name if name.startswith(bare) else prefix + name: tensor
+        names.get(name, (outer if name.startswith(bare) else prefix) + name): tensor
         for name, tensor in tensors.items()
     }
-
-
-def _files(source: Checkpoint, own: Layout, c: Any) -> dict[str, bytes]:
-    """The folder's other files, with a config that says what the model is now."""
-    files = {
-        path.name: path.read_bytes()
-        for path in sorted(source.path.glob("*.json"))
-        if not path.name.endswith(".index.json")
-    }
-    config = dict(source.config)
-    with_head = [f"{own.kind}ForImageClassification"]
-    if "architectures" in config and c.num_classes:
-        config |= {"architectures": with_head, "model_type": own.family}
-    elif config.get("architectures") == with_head:
-        config["architectures"] = [f"{own.kind}Model"]
-    labels = config.get("id2label")
-    if c.num_classes and (labels is None or len(labels) != c.num_classes):
-        names = {str(i): f"LABEL_{i}" for i in range(c.num_classes)}
-        config["id2label"] = names
-        config["label2id"] = {name: int(i) for i, name in names.items()}
-    height, width = c.image_hw
-    dtype = str(jnp.dtype(c.param_dtype))
-    new = {
-        "num_classes": c.num_classes,  # timm
-        "image_size": height if height == width else [height, width],
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
-    config |= {name: value for name, value in new.items() if name in config}
-    if own.hugging_face:
-        config |= {"image_size": new["image_size"], **own.config}
-    return files | {"config.json": json.dumps(config, indent=2).encode() + b"\n"}

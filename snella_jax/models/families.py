@@ -1,7 +1,6 @@
 """All families of models: presets by name, and weights whatever they are of."""
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from flax import nnx
 from snella_jax.models import convnext, swin, vit
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import read
-from snella_jax.models.vit import checkpoints
+from snella_jax.models.vit import checkpoints, formats
 
 Model = vit.ViT | swin.Swin | convnext.ConvNeXt
 PRESETS = {**vit.PRESETS, **swin.PRESETS, **convnext.PRESETS}
@@ -45,20 +44,25 @@ def of(config: Any, rngs: nnx.Rngs) -> Model:
     raise TypeError(f"{type(config).__name__} is the config of no model.")
 
 
-def load(path: str | Path, **options: Any) -> Model:
+def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Model:
     """A model with published weights: a ViT, a Swin or a ConvNeXt.
 
     Args:
       path: a file or a Hugging Face folder.
-      options: of `vit.load`, `swin.load` and `convnext.load`.
+      weights: as of `vit.load`.
+      options: others of `vit.load`, `swin.load` and `convnext.load`.
 
     Raises:
       As `vit.load`.
     """
-    checkpoint = read(path)
-    for family in (swin, convnext, checkpoints):  # a Swin has a ViT's patches, too
-        if any(re.fullmatch(family.MARK, name) for name in checkpoint.tensors):
-            return family.load(checkpoint, **options)
+    checkpoint = read(path, weights)
+    for marks, load_family in (
+        (swin.MARKS, swin.load),  # a Swin has a ViT's patches, too
+        (convnext.MARKS, convnext.load),
+        (formats.MARKS, checkpoints.load),
+    ):
+        if checkpoint.prefixes(*marks):
+            return load_family(checkpoint, **options)
     some = ", ".join(sorted(checkpoint.tensors)[:5])
     raise CheckpointError(
         checkpoint.path,

@@ -12,7 +12,7 @@ from flax import nnx
 from snella_jax.models import convnext, swin
 from snella_jax.models.loading import Checkpoint, Rule
 from snella_jax.models.rewriting import parts_of
-from snella_jax.models.vit import ViT, checkpoints
+from snella_jax.models.vit import ViT, formats
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Layout:
       left_out: regex of the tensors without a place that are not written.
       buffers: what others of these are now, by name.
       config: what `config.json` of transformers says of this family alone.
+      known: fields of our config that the checkpoint says, or its format.
     """
 
     family: str
@@ -40,6 +41,7 @@ class Layout:
     left_out: str = "(?!)"
     buffers: Mapping[str, np.ndarray] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    known: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def hugging_face(self) -> bool:
@@ -83,7 +85,7 @@ def _hugging_face(checkpoint: Checkpoint) -> bool:
 
 def _vit(model: ViT, source: Checkpoint) -> Layout:
     c = model.config
-    checkpoint, rules, _ = checkpoints.recognised(source, c.num_classes)
+    checkpoint, rules, known = formats.recognised(source, c.num_classes)
     dinov2 = any(name.endswith("lambda1") for name in checkpoint.tensors)
     parts = parts_of(model, _stacked(model, "blocks"))
     if _hugging_face(checkpoint) and c.num_classes:
@@ -96,8 +98,9 @@ def _vit(model: ViT, source: Checkpoint) -> Layout:
         rules,
         parts,
         free="pos_embed",
-        left_out=with_head + checkpoints.PRE_LOGITS,
+        left_out=with_head + formats.PRE_LOGITS,
         config={"num_attention_heads": c.heads, "layer_norm_eps": c.norm_eps},
+        known=known,
     )
 
 
@@ -130,7 +133,7 @@ def _swin(model: swin.Swin, source: Checkpoint) -> Layout:
             f"image_size={c.image_size}: the last grid is {last[0]} x {last[1]}, and "
             f"other programs expect at least a window, {c.window} x {c.window}."
         )
-    checkpoint, rules, _ = swin.recognised(source)
+    checkpoint, rules, known = swin.recognised(source)
     parts = parts_of(model, _stacked(model, r"blocks/\d+"))
     index = swin.offsets(c.window, c.window)
     buffers = {
@@ -138,7 +141,7 @@ def _swin(model: swin.Swin, source: Checkpoint) -> Layout:
         for name, tensor in checkpoint.tensors.items()
         if name.endswith("relative_position_index")
     }
-    with_head = r"|embeddings\.mask_token|decoder\..*" if c.num_classes else ""
+    with_head = r"|(embeddings\.)?mask_token|decoder\..*" if c.num_classes else ""
     return Layout(
         "swin",
         "Swin",
@@ -149,6 +152,7 @@ def _swin(model: swin.Swin, source: Checkpoint) -> Layout:
         left_out=r".*\.attn_mask" + with_head,  # a buffer, by the image size
         buffers=buffers,
         config={"window_size": c.window, "num_heads": list(c.heads)},
+        known=known,
     )
 
 
@@ -162,10 +166,16 @@ def _unpaired(path: str) -> str:
 
 
 def _convnext(model: convnext.ConvNeXt, source: Checkpoint) -> Layout:
-    checkpoint, rules, _ = convnext.recognised(source)
-    parts = parts_of(model, _stacked(model, r"blocks/\d+"))
-    config = {"layer_norm_eps": model.config.norm_eps}
-    return Layout("convnext", "ConvNext", checkpoint, rules, parts, config=config)
+    checkpoint, rules, known = convnext.recognised(source)
+    return Layout(
+        "convnext",
+        "ConvNext",
+        checkpoint,
+        rules,
+        parts_of(model, _stacked(model, r"blocks/\d+")),
+        config={"layer_norm_eps": model.config.norm_eps},
+        known=known,
+    )
 
 
 def _stacked(model: Any, blocks: str) -> str:

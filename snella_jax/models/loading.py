@@ -18,11 +18,13 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
-from snella_jax.models import onnx_file, torch_file
+from snella_jax.models import onnx_file, state_dicts, torch_file
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.rules import variables_of
 
-SUBTREES = ("model", "state_dict")  # where a PyTorch file may keep its tensors
+# What PyTorch and its wrappers put into names, wherever the wrapped module is.
+WRAPPERS = r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+RECORDED = "snella_jax"  # key of a .safetensors' metadata, see `Checkpoint.recorded`
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder, whole or in shards
 
 
@@ -33,24 +35,68 @@ class Checkpoint:
     Attributes:
       path: where it was read.
       tensors: by name.
-      config: a Hugging Face folder's `config.json`; else empty.
+      config: a folder's `config.json`, of transformers or timm; else empty.
       preprocessor: its `preprocessor_config.json`; else empty.
+      recorded: fields of our config that `models.export` wrote beside the tensors, for
+        shapes do not say them.
+      prefix: what names began with, and no longer do.
     """
 
     path: Path
     tensors: Mapping[str, np.ndarray]
     config: Mapping[str, Any] = field(default_factory=dict)
     preprocessor: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
+
+    def prefixes(self, *marks: str) -> list[str]:
+        """What stands before the names of a model's weights, for each set of them.
+
+        Args:
+          marks: regexes of names that such a model has, in every format.
+        """
+        ends = [re.compile(rf"(|.*[./])(?:{mark})") for mark in marks]
+        names = [re.sub(WRAPPERS, "", name) for name in self.tensors]
+        found = (end.fullmatch(name) for name in names for end in ends)
+        return sorted({match[1] for match in found if match})
+
+    def unwrapped(self, *marks: str) -> "Checkpoint":
+        """Names as the model itself has them, without those of what it was part of.
+
+        Without `module.`, `_orig_mod.`, `vit.` and whatever else stands before all of
+        them; of `module.vit.`, before a head, perhaps a part. It is kept as `prefix`.
+
+        Args:
+          marks: as of `prefixes`, none of which ends another's name.
+
+        Raises:
+          CheckpointError: there are several sets of weights.
+        """
+        found = self.prefixes(*marks)
+        if len(found) > 1:
+            sets = ", ".join(repr(prefix.rstrip("./")) for prefix in found)
+            raise CheckpointError(
+                self.path,
+                f"it holds several sets of weights, {sets}: say which with weights=",
+            )
+        return self.without_prefix(found[0]) if found else self
 
     def without_prefix(self, prefix: str) -> "Checkpoint":
-        """Names as they are after a prefix, such as `vit.`; others stay."""
-        names = {name.removeprefix(prefix): name for name in self.tensors}
+        """Names as they are after a prefix, such as `vit.`, or a part of it."""
+        names = {_bare(name, prefix): name for name in self.tensors}
         if len(names) < len(self.tensors):
             raise CheckpointError(
                 self.path, f"names that differ by the prefix {prefix!r} alone"
             )
         tensors = {new: self.tensors[old] for new, old in names.items()}
-        return dataclasses.replace(self, tensors=tensors)
+        return dataclasses.replace(self, tensors=tensors, prefix=prefix)
+
+
+def _bare(name: str, prefix: str) -> str:
+    name = re.sub(WRAPPERS, "", name)
+    while not name.startswith(prefix):
+        prefix = re.sub(r"[^./]+[./]$", "", prefix)  # its last part
+    return name.removeprefix(prefix)
 
 
 @dataclass(frozen=True)
@@ -69,25 +115,52 @@ class Rule:
     make: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda tensor: (tensor,)
 
 
-def read(path: str | Path | Checkpoint) -> Checkpoint:
+def read(path: str | Path | Checkpoint, weights: str | None = None) -> Checkpoint:
     """Reads `.npz`, `.safetensors`, `.onnx`, PyTorch's `.pth` and so on, or a folder.
 
     A folder is one that Hugging Face's `save_pretrained` wrote: `config.json` and
     `model.safetensors` or its shards. A `Checkpoint` comes back as it is.
 
+    Args:
+      path: of the file or folder.
+      weights: which set of weights, where there are several: what their names begin
+        with (`module.momentum_encoder`), or where a PyTorch file keeps them
+        (`model_ema`). Nothing else of the file is read.
+
     Raises:
       FileNotFoundError: there is nothing at `path`, or no weights in the folder.
-      CheckpointError: the file is damaged or of no known format.
+      CheckpointError: the file is damaged or of no known format, has no such `weights`,
+        or several without one that is usually taken.
       ModuleNotFoundError: reading it needs a package; says which.
     """
     if isinstance(path, Checkpoint):
-        return path
+        if weights is None:
+            return path
+        tensors = state_dicts.chosen(path.path, path.tensors, weights)
+        return dataclasses.replace(path, tensors=tensors)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     if path.is_dir():
-        return _read_folder(path)
-    return Checkpoint(path, _read_file(path))
+        return _read_folder(path, weights)
+    saved, metadata = _read_file(path)
+    tensors = state_dicts.chosen(path, saved, weights)
+    return Checkpoint(path, tensors, recorded=_recorded(path, metadata))
+
+
+def _recorded(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What `models.export` wrote beside the tensors; nothing of other programs' files.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    try:
+        recorded = json.loads(metadata.get(RECORDED, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError.damaged(path, error) from error
+    if not isinstance(recorded, dict):
+        raise CheckpointError(path, f"expected an object in its metadata {RECORDED}")
+    return recorded
 
 
 def arrange(
@@ -204,19 +277,25 @@ def _set(variable: Any, value: np.ndarray) -> None:
     variable.set_value(jnp.asarray(value, variable.dtype))
 
 
-def _read_folder(folder: Path) -> Checkpoint:
+def _read_folder(folder: Path, weights: str | None) -> Checkpoint:
     choices = [f"{name}{end}" for name in WEIGHTS for end in ("", ".index.json")]
     first = next((folder / name for name in choices if (folder / name).exists()), None)
     if first is None:
         raise FileNotFoundError(f"{folder} has none of {', '.join(choices)}.")
-    tensors: dict[str, np.ndarray] = {}
-    for name in _shards(first) if first.suffix == ".json" else [first.name]:
-        tensors |= _read_file(folder / name)
+    if first.suffix == ".json":
+        read_shards = [_read_file(folder / name) for name in _shards(first)]
+        saved = {
+            name: tensor for shard, _ in read_shards for name, tensor in shard.items()
+        }
+        metadata = read_shards[0][1]
+    else:
+        saved, metadata = _read_file(first)
     config, preprocessor = (
         read_json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
         for name in ("config", "preprocessor_config")
     )
-    return Checkpoint(folder, tensors, config, preprocessor)
+    tensors = state_dicts.chosen(first, saved, weights)
+    return Checkpoint(folder, tensors, config, preprocessor, _recorded(first, metadata))
 
 
 def _shards(index: Path) -> list[str]:
@@ -231,16 +310,17 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
+def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
+    """What was saved, tensors by name but for PyTorch's files, and the metadata."""
     match path.suffix:
         case ".npz":
-            return _read_npz(path)
+            return _read_npz(path), {}
         case ".safetensors":
-            return read_safetensors(path)[0]
+            return read_safetensors(path)
         case ".pth" | ".pt" | ".tar" | ".bin" | ".ckpt":
-            return _read_torch(path)
+            return torch_file.read(path), {}
         case ".onnx":
-            return onnx_file.read(path)
+            return onnx_file.read(path), {}
     known = ".npz, .safetensors, .onnx, .pth, .pt, .pth.tar, .bin, .ckpt or a folder"
     raise CheckpointError(
         path, f"unknown kind of file {path.suffix!r}: expected {known}"
@@ -272,29 +352,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
             return tensors, file.metadata() or {}
     except Exception as error:
         raise CheckpointError.damaged(path, error) from error
-
-
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    saved = torch_file.read(path)
-    for name in SUBTREES:
-        if isinstance(saved, dict) and isinstance(saved.get(name), dict):
-            saved = saved[name]
-    if not isinstance(saved, dict) or not saved:
-        raise CheckpointError(
-            path, f"expected tensors by name, by themselves or under {SUBTREES}"
-        )
-    other = [
-        f"{name!r} is {type(value).__name__}"
-        for name, value in saved.items()
-        if not (isinstance(name, str) and isinstance(value, np.ndarray))
-    ]
-    if other:
-        raise CheckpointError(
-            path,
-            f"expected tensors by name, by themselves or under {SUBTREES}; "
-            f"{', '.join(other[:5])}",
-        )
-    return saved
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,8 +13,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from snella_jax.models import described as config_files
 from snella_jax.models import images, parts, stack
 from snella_jax.models.building import configured, filled
+from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import Checkpoint
 from snella_jax.models.tables import check_numbers
 
@@ -142,12 +144,26 @@ Arrays = Mapping[str, np.ndarray]
 Prepare = Callable[[Arrays, Any], Arrays]
 
 
+def described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What config files say of the config and shapes do not.
+
+    Raises:
+      CheckpointError: as `described.described`, or a head that sees no mean.
+    """
+    known = config_files.described(checkpoint)
+    if (pool := known.pop("pool", "mean")) != "mean":
+        raise CheckpointError(checkpoint.path, f'global_pool={pool!r}: expected "avg"')
+    known.pop("heads", None)  # in the tables of biases, if there are any
+    return known
+
+
 def load(
     kinds: tuple[Callable[..., Any], Callable[..., Any]],
     checkpoint: Checkpoint,
     arrays: Mapping[str, np.ndarray],
     problems: Sequence[str],
-    fields: Callable[[], dict[str, Any]],
+    shape: Callable[[], dict[str, Any]],
+    known: Mapping[str, Any],
     num_classes: int | None,
     options: Mapping[str, Any],
     prepare: Prepare = lambda arrays, config: arrays,
@@ -158,7 +174,8 @@ def load(
       kinds: of the model and its config.
       checkpoint: for errors.
       arrays: by path, as `arrange` gave them, and the `problems` that it found.
-      fields: of the config, what shapes and config files say.
+      shape: fields of the config, what shapes say.
+      known: what `described` says, and the format.
       num_classes: as of `filled`.
       options: fields that the caller gives; None leaves what the file says.
       prepare: the arrays as the config needs them.
@@ -173,7 +190,9 @@ def load(
         height, width, channels, _ = arrays["patch_embed/kernel"].shape
         classes = arrays["head/bias"].size if "head/bias" in arrays else 0
         patches = {"patch_size": (height, width), "channels": channels}
-        found = patches | {"num_classes": classes} | fields()
+        shapes = patches | {"num_classes": classes} | shape()
+        _agree(checkpoint, shapes, num_classes is None)
+        found = {**shapes, **known}
         check_numbers(found, "pixel_mean", "pixel_std", "norm_eps", "image_size")
         return found
 
@@ -190,6 +209,33 @@ def load(
         stacked=r"blocks/\d+",
         problems=problems,
     )
+
+
+THEIRS = {  # what configs of timm and transformers call fields of ours
+    "width": ("embed_dim",),
+    "widths": ("hidden_sizes", "dims"),
+    "depths": ("depths",),
+    "heads": ("num_heads",),
+    "window": ("window_size",),
+    "mlp_ratio": ("mlp_ratio",),
+    "patch_size": ("patch_size",),
+    "channels": ("num_channels", "in_chans"),
+}
+
+
+def _agree(checkpoint: Checkpoint, shapes: Mapping[str, Any], kept_head: bool) -> None:
+    """Raises a `ValueError` where the folder's config is of other weights."""
+    has = {
+        theirs: shapes[ours]
+        for ours, names in THEIRS.items()
+        for theirs in names
+        if ours in shapes
+    }
+    stages = len(shapes["depths"])
+    has |= {"num_layers": stages, "num_stages": stages}
+    if kept_head and shapes["num_classes"]:
+        has |= {"num_classes": shapes["num_classes"], "label_offset": 0}
+    config_files.agree(checkpoint, **has)
 
 
 def counts(arrays: Mapping[str, Any]) -> tuple[int, ...]:

@@ -261,7 +261,10 @@ def _together(
 
 
 # The original's names, or Hugging Face's; `_paired` then makes pairs of the blocks.
-MARK = r"(swin\.)?(encoder\.)?layers\.0\.blocks\..*"
+MARKS = (
+    r"layers\.0\.blocks\.\d+\.(?:norm|attn|mlp).*",
+    r"encoder\.layers\.0\.blocks\.\d+\.(?:layernorm|attention|intermediate|output).*",
+)
 _STAGE = r"(?:encoder\.)?layers\.(\d+)\."
 _BLOCK = _STAGE + r"blocks\.(\d+)\."
 _PLACE = "blocks/{0}/{1}/"
@@ -287,13 +290,14 @@ RULES = [
     *tables.linear(_STAGE + r"downsample\.reduction", "down/{0}/reduction"),
     *tables.affine("(?:layer)?norm", "norm"),
     *tables.linear("head|classifier", "head"),
-    Rule(r"embeddings\.mask_token|decoder\..*"),  # of SimMIM's pre-training
+    Rule(r"(?:embeddings\.)?mask_token|decoder\..*"),  # of SimMIM's pre-training
 ]
 
 
 def load(
     path: str | Path | Checkpoint,
     *,
+    weights: str | None = None,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -304,6 +308,7 @@ def load(
 
     Args:
       path: of the file or folder, or what `loading.read` made of it.
+      weights: as of `vit.load`.
       num_classes: None keeps the file's head, if it has one; a number makes a new head
         that starts at 0, and 0 none.
       image_size: of the images, of any size. None is the file's own; the original does
@@ -317,7 +322,7 @@ def load(
     Raises:
       As `vit.load`.
     """
-    checkpoint, rules, known = recognised(read(path))
+    checkpoint, rules, known = recognised(read(path, weights))
     blocks, problems = arrange(checkpoint, rules)
     arrays = {_paired(place): array for place, array in blocks.items()}
     given = {"image_size": image_size, "dtype": dtype, "param_dtype": param_dtype}
@@ -326,7 +331,8 @@ def load(
         checkpoint,
         arrays,
         problems,
-        lambda: _shape(arrays) | known,
+        lambda: _shape(arrays),
+        known,
         num_classes,
         given | overrides,
         _fitted,
@@ -339,10 +345,11 @@ def recognised(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Rule], dict[str
     Raises:
       CheckpointError: no known format, or a Swin of another kind.
     """
-    tables.require(checkpoint, MARK, "Swin")
-    if checkpoint.config.get("layer_norm_eps", EPS) != EPS:
+    tables.require(checkpoint, MARKS, "Swin")
+    known = staged.described(checkpoint)
+    if known.pop("norm_eps", EPS) != EPS:
         raise CheckpointError(checkpoint.path, f"expected layer_norm_eps={EPS}")
-    return checkpoint.without_prefix("swin."), RULES, tables.hugging_face(checkpoint)
+    return checkpoint.unwrapped(*MARKS), RULES, known
 
 
 def _paired(path: str) -> str:

@@ -1,7 +1,6 @@
 """What the tables of formats are made of: rules for the layers of PyTorch's models."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,45 +63,15 @@ def fused(pattern: str, path: str) -> list[Rule]:
     ]
 
 
-def require(checkpoint: Checkpoint, mark: str, kind: str) -> None:
+def require(checkpoint: Checkpoint, marks: Sequence[str], kind: str) -> None:
     """Raises a `CheckpointError` where no tensor has a name of a kind of model."""
-    names = sorted(checkpoint.tensors)
-    if not any(re.fullmatch(mark, name) for name in names):
+    if not checkpoint.prefixes(*marks):
+        names = sorted(checkpoint.tensors)
         raise CheckpointError(
             checkpoint.path,
             f"no {kind} of a known format: expected the names of the original or of "
             f"Hugging Face, found {', '.join(names[:5])} ({len(names)} in all)",
         )
-
-
-def constants(given: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
-    """The pixels' mean and deviation, where a config file says them."""
-    names = {"pixel_mean": mean, "pixel_std": std}
-    found = {ours: given[name] for ours, name in names.items() if name in given}
-    return {ours: tuple(v) if isinstance(v, list) else v for ours, v in found.items()}
-
-
-def preprocessing(images: Mapping[str, Any]) -> dict[str, Any]:
-    """What `preprocessor_config.json` says of the pixels' mean and deviation."""
-    if images.get("do_normalize") is False:
-        return {"pixel_mean": (0.0,) * 3, "pixel_std": (1.0,) * 3}
-    return constants(images, "image_mean", "image_std")
-
-
-def hugging_face(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a folder's two configs say of images; the MLP's GELU has to be exact.
-
-    Raises:
-      CheckpointError: another activation.
-    """
-    given = checkpoint.config
-    if given.get("hidden_act", "gelu") != "gelu":
-        raise CheckpointError(checkpoint.path, "expected an MLP with an exact GELU")
-    known = preprocessing(checkpoint.preprocessor)
-    if "image_size" in given:
-        size = given["image_size"]
-        known["image_size"] = tuple(size) if isinstance(size, list) else size
-    return known
 
 
 def check_numbers(config: Mapping[str, Any], *names: str) -> None:

