@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+
+from snella_jax.hosts import to_host
 
 
 def save(model: nnx.Module, path: Path) -> None:
     """Writes every `nnx.Param` of `model`; the file appears whole or not at all."""
     tensors = {
-        "/".join(map(str, name)): np.asarray(value[...])
+        "/".join(map(str, name)): to_host(value[...])
         for name, value in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
+from snella_jax.hosts import native
 from snella_jax.models import onnx_file, state_dicts, torch_file
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.rules import variables_of
@@ -336,8 +337,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _numbers(array: np.ndarray) -> np.ndarray:
-    """NumPy's files know bfloat16 as two bytes of nothing."""
-    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+    """NumPy's files know bfloat16 as two bytes of nothing, and any byte order."""
+    array = array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+    return native(array)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
