@@ -134,6 +134,24 @@ class Layout:
             weight = weight.transpose([axes.pop(len(self.inputs)), *axes])
         return weight.reshape(*self.slices, self.n, self.m)
 
+    def places(self) -> list[np.ndarray]:
+        """What an index along each axis of the weight adds to a number's place.
+
+        The sum over the axes is its place in `matrices`, flat.
+
+        >>> [axis.tolist() for axis in Layout((2,), (3,), order=(1, 0)).places()]
+        [[0, 1, 2], [0, 3]]
+        """
+        sizes = self.slices + self.inputs + self.outputs
+        axes = [
+            np.arange(size) * math.prod(sizes[i + 1 :]) for i, size in enumerate(sizes)
+        ]
+        if self.fused:
+            parts = axes.pop(0)
+            first = len(self.inputs)
+            axes[first] = np.add.outer(parts, axes[first]).reshape(-1)
+        return axes if self.order is None else [axes[i] for i in self.order]
+
     def place(self, delta: Float[Array, "..."]) -> Float[Array, " *weight"]:
         """The update in the weight's shape."""
         if self.fused:
