@@ -2,8 +2,9 @@
 
 A folder as PEFT's users know it: `adapter_config.json` and `adapter_model.safetensors`
 (keys `base_model.model.PATH.snella_a`, ...; `base_model.model.PATH` for what else
-trained). The config has a SHA-256 of every tensor and of every adapted weight of the
-base, the tensors' file has the config's: nothing can change or be swapped unnoticed.
+trained). The config has a SHA-256 of every tensor and a fingerprint of every weight of
+the base, the tensors' file has the config's SHA-256: nothing can change or be swapped
+unnoticed. Format 1 knows the base by its adapted weights alone.
 """
 
 import dataclasses
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from snella_jax import kernels
+from snella_jax import fingerprint, kernels
+from snella_jax.base import Base
 from snella_jax.config import Rule
+from snella_jax.fingerprint import Digest, Fingerprint, sha256
 from snella_jax.hosts import once, to_host
 from snella_jax.models.atomic import leftovers, whole_folder
 from snella_jax.models.checkpoint_error import CheckpointError
@@ -28,41 +30,8 @@ from snella_jax.models.loading import read_json, read_safetensors
 from snella_jax.weight import AdaptedWeight, indexed
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-FORMAT = 1
+FORMAT, READ = 2, (1, 2)
 PREFIX = "base_model.model."
-NARROWER = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Digest:
-    """SHA-256 of a weight of the base: as it is, and rounded to narrower dtypes.
-
-    Attributes:
-      dtype: of the weight.
-      sha256: by dtype: of the weight in it. `dtype`, and those of `NARROWER` that are.
-    """
-
-    dtype: str
-    sha256: Mapping[str, str]
-
-    @classmethod
-    def of(cls, matrices: np.ndarray) -> "Digest":
-        """Of matrices `[*slices, n, m]`."""
-        own = matrices.dtype
-        narrower = [d for d in NARROWER if d.itemsize < own.itemsize]
-        found = {str(d): sha256(_rounded(matrices, d)) for d in (own, *narrower)}
-        return cls(str(own), found)
-
-    def matches(self, matrices: np.ndarray) -> bool:
-        """Whether it is of these, or of what they are rounded versions of or round to.
-
-        Float16 and bfloat16 cannot be told to be of one weight: then it is not.
-        """
-        known = self.sha256.get(str(matrices.dtype))
-        if known is None:
-            known = self.sha256[self.dtype]
-            matrices = _rounded(matrices, np.dtype(self.dtype))
-        return sha256(matrices) == known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +54,7 @@ class Unit:
     factors: dict[str, np.ndarray]
     budget: np.ndarray
     allocated_at: np.ndarray
-    base: Digest
+    base: Digest | Fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +66,7 @@ class AdapterFile:
       units: by name: the path of the layer, with the row where blocks are stacked.
       trained: what else trained, by path.
       stats: running statistics, by path.
+      rest: fingerprints of all else of the base; None in format 1.
       base: what the base model was called when it was written, or None.
     """
 
@@ -104,6 +74,7 @@ class AdapterFile:
     units: dict[str, Unit]
     trained: dict[str, np.ndarray]
     stats: dict[str, np.ndarray]
+    rest: Base | None
     base: str | None
 
 
@@ -112,18 +83,21 @@ def write(
     weights: Iterable[AdaptedWeight],
     trained: Mapping[str, Any],
     stats: Mapping[str, Any],
+    model: Base,
     base: str | None = None,
 ) -> None:
     """Writes an adapter; the folder is whole, or as it was before.
 
-    An adapter that is there is replaced. Arrays that are spread over several processes
-    are gathered: then all of them have to call this, and the first writes.
+    An adapter that is there is replaced. Where arrays are spread over several processes
+    all of them have to call this, and the first writes: what is written is gathered,
+    the base is not.
 
     Args:
       folder: to be made; its parents, too.
       weights: adapted.
       trained: other variables that trained, by path.
       stats: running statistics, by path.
+      model: without adapters; also what is adapted, trained or in `stats`.
       base: what the base model is called, for readers.
 
     Raises:
@@ -138,8 +112,10 @@ def write(
         described[weight.path] = _described(weight)
         for name, value in weight.factors.items():
             _put(tensors, _key(weight.path, f"snella_{name}"), to_host(value))
+    carried = {**trained, **stats}
     for path, value in (*trained.items(), *stats.items()):
         _put(tensors, _key(path), to_host(value))
+    rest = model.rest(described, carried).fingerprints()
     from snella_jax import __version__
 
     config = {
@@ -152,6 +128,7 @@ def write(
         "batch_stats": list(stats),
         "density": _density(described.values()),
         "weights": described,
+        "rest_of_base": rest.as_json(),
         "tensors": {key: sha256(value) for key, value in tensors.items()},
     }
     content = json.dumps(config, indent=1).encode() + b"\n"
@@ -189,11 +166,11 @@ def read(folder: str | Path) -> AdapterFile:
         raise CheckpointError(
             path, f"peft_type is {config.get('peft_type')!r}: expected 'SNELLA'"
         )
-    if config.get("snella_format") != FORMAT:
+    if config.get("snella_format") not in READ:
         raise CheckpointError(
             path,
             f"snella_format is {config.get('snella_format')!r}: this version of "
-            f"snella_jax reads {FORMAT}",
+            f"snella_jax reads {' and '.join(map(str, READ))}",
         )
     tensors, metadata = read_safetensors(folder / TENSORS)
     expected = {"format": "pt", "config_sha256": _sha256(path.read_bytes())}
@@ -209,17 +186,6 @@ def read(folder: str | Path) -> AdapterFile:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise CheckpointError.damaged(path, error) from error
-
-
-def sha256(array: np.ndarray) -> str:
-    """Of dtype, shape and numbers."""
-    head = f"{array.dtype}{list(array.shape)}".encode()
-    return _sha256(head, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-
-def _rounded(matrices: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what is infinite in float16 is no other weight
-        return matrices.astype(dtype)
 
 
 def _sha256(*parts: Any) -> str:
@@ -241,9 +207,8 @@ def _put(tensors: dict[str, np.ndarray], key: str, value: np.ndarray) -> None:
 
 def _described(weight: AdaptedWeight) -> dict[str, Any]:
     site = weight.site
-    layout, rows = site.layout, math.prod(site.stack)
-    matrices = weight.matrices().reshape(rows, *layout.slices, layout.n, layout.m)
-    digests = [Digest.of(row) for row in matrices]
+    layout = site.layout
+    dtype, places = fingerprint.of_rows(weight.w0, layout, site.axes)
     return {
         "rule": _rule_as_json(site.rule),
         "must_move": site.must_move,
@@ -253,8 +218,8 @@ def _described(weight: AdaptedWeight) -> dict[str, Any]:
         "budgets": to_host(weight.budget).tolist(),
         "allocated_at": to_host(weight.allocated_at).tolist(),
         "thresholds": to_host(weight.thresholds()).tolist(),
-        "base_dtype": digests[0].dtype,
-        "base_sha256": [digest.sha256 for digest in digests],
+        "base_dtype": dtype,
+        "base_places": [fingerprint.as_hex(row) for row in places],
     }
 
 
@@ -308,8 +273,10 @@ def _parsed(
         {path: tensors[_key(path)] for path in config[name]}
         for name in ("modules_to_save", "batch_stats")
     )
+    old = config["snella_format"] == 1
+    rest = None if old else Base.from_json(config["rest_of_base"])
     base = config["base_model_name_or_path"]
-    return AdapterFile(folder, units, trained, stats, base)
+    return AdapterFile(folder, units, trained, stats, rest, base)
 
 
 def _units(
@@ -342,10 +309,19 @@ def _units(
             {name: np.asarray(value[row]) for name, value in factors.items()},
             budget[row],
             since[row],
-            Digest(own["base_dtype"], dict(digest)),
+            base,
         )
-        for row, digest in zip(np.ndindex(stack), own["base_sha256"], strict=True)
+        for row, base in zip(np.ndindex(stack), _bases(own), strict=True)
     }
+
+
+def _bases(own: Mapping[str, Any]) -> list[Digest | Fingerprint]:
+    """Of each row of a weight, what it was trained on."""
+    dtype, shape = own["base_dtype"], (*own["slices"], *own["shape"])
+    if "base_sha256" in own:
+        return [Digest(dtype, dict(row)) for row in own["base_sha256"]]
+    rows = map(fingerprint.of_hex, own["base_places"])
+    return [Fingerprint(dtype, shape, row) for row in rows]
 
 
 def _check_free(folder: Path) -> None:

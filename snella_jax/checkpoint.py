@@ -29,10 +29,12 @@ from jaxtyping import Array
 
 from snella_jax import adapter_file
 from snella_jax.adapt import attach, remove
+from snella_jax.base import Base
 from snella_jax.config import Rule
 from snella_jax.fitting import any_of, fit
 from snella_jax.layers import Factor
 from snella_jax.layout import Layout
+from snella_jax.models import arithmetic
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.rules import (
     adapted_variables,
@@ -46,6 +48,8 @@ from snella_jax.targets import layouts_of, targets_of
 from snella_jax.weight import Site
 
 M = TypeVar("M", bound=nnx.Module)
+# What changes when a model is called. Statistics count where a file carries none.
+STATE = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
 
 
 def save(model: nnx.Module, folder: str | Path, *, base: str | None = None) -> None:
@@ -65,9 +69,10 @@ def save(model: nnx.Module, folder: str | Path, *, base: str | None = None) -> N
       ValueError: the model has no adapters, or a kernel that is none of ours.
       FileExistsError: the folder holds something else.
     """
+    weights = weights_of(model)
     kinds = (_trained(model), _variables(model, nnx.BatchStat))
     trained, stats = ({p: v[...] for p, v in kind.items()} for kind in kinds)
-    adapter_file.write(folder, weights_of(model), trained, stats, base)
+    adapter_file.write(folder, weights, trained, stats, base_of(unload(model)), base)
 
 
 def load(
@@ -76,6 +81,7 @@ def load(
     *,
     rename: Mapping[str, str] | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    allow_base_mismatch: bool = False,
 ) -> M:
     """A copy of a model with the adapters that `save` wrote.
 
@@ -91,11 +97,14 @@ def load(
         may take its groups. Rows of stacked blocks have an index:
         `{r"layers/(\\d+)/fc": r"blocks/fc[\\1]"}`.
       layouts: as of `adapt`, for the base; an adapted model has them already.
+      allow_base_mismatch: load even if this is not the base that the adapter was
+        trained on, and log in what it differs.
 
     Raises:
       FileNotFoundError: there is no adapter.
-      CheckpointError: a file is damaged, or the adapter does not fit: another base,
-        shape, rank or place; lists every weight that differs.
+      CheckpointError: a file is damaged, or the adapter does not fit: another base
+        (weights, or the config of a model of `snella_jax.models`), shape, rank or
+        place; lists all that differs.
     """
     file = adapter_file.read(folder)
     adapted = has_adapters(model)
@@ -113,12 +122,15 @@ def load(
         return targets[path].site(path, rule, must_move), targets[path].weight[...]
 
     params, statistics = (_variables(model, k) for k in (nnx.Param, nnx.BatchStat))
-    shapes = (
-        {path: tuple(variable.shape) for path, variable in kind.items()}
-        for kind in (params, statistics)
+    weights, trained, stats = fit(
+        file,
+        locate,
+        base_of(model),
+        {path: variable[...] for path, variable in statistics.items()},
+        rename=rename,
+        present=present,
+        allow_base_mismatch=allow_base_mismatch,
     )
-    fitted = fit(file, locate, *shapes, rename=rename, present=present)
-    weights, trained, stats = fitted
     if adapted and trains != trained.keys():
         differ = ", ".join(sorted(trains ^ trained.keys()))
         raise CheckpointError(
@@ -154,6 +166,21 @@ def unload(model: M) -> M:
     model = nnx.clone(model)
     remove(model)
     return model
+
+
+def base_of(model: nnx.Module) -> Base:
+    """Of a plain model: its parameters, and what else is constant in it."""
+    params = _variables(model, nnx.Param)
+    others = {
+        path: variable.get_value()
+        for path, variable in variables_of(model, nnx.Variable)
+        if path not in params and not isinstance(variable, STATE)
+    }
+    return Base(
+        {path: variable.get_value() for path, variable in params.items()},
+        {p: x for p, x in others.items() if jnp.issubdtype(x.dtype, jnp.inexact)},
+        arithmetic.of(model),
+    )
 
 
 def _variables(model: nnx.Module, kind: type) -> dict[str, Any]:

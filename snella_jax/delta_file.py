@@ -2,8 +2,8 @@
 
 For every weight that changed: where, and the exclusive-or of the bits before and after.
 So applying it is exact in any dtype, applying it again takes it back, and NumPy needs
-a few lines for it (docs/adapters.md). SHA-256 of every weight before and after tell
-whether it belongs to the weights at hand.
+a few lines for it (docs/adapters.md). SHA-256 of every weight before and after, also of
+those that did not change, tell whether it belongs to the weights at hand.
 
     >>> import tempfile
     >>> base = {"fc": np.zeros((2, 3), np.float32)}
@@ -16,7 +16,9 @@ whether it belongs to the weights at hand.
     ([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
 """
 
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -26,7 +28,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from snella_jax.adapter_file import sha256
+from snella_jax.fingerprint import sha256
 from snella_jax.hosts import once, to_host
 from snella_jax.layers import Factor
 from snella_jax.models.atomic import whole_file
@@ -34,6 +36,7 @@ from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import read_safetensors
 from snella_jax.rules import variables_of
 
+log = logging.getLogger("snella_jax")
 # Tensors of a weight, by how its places are written.
 PARTS = {
     "whole": ("whole",),
@@ -65,7 +68,7 @@ def save_delta(
     if missing := sorted(old.keys() - new.keys()):
         raise ValueError(f"These weights are gone: {', '.join(missing)}.")
     tensors: dict[str, np.ndarray] = {}
-    described = {}
+    described, unchanged = {}, {}
     for name, value in new.items():
         value = to_host(value)
         was = to_host(old[name]) if name in old else None
@@ -76,16 +79,20 @@ def save_delta(
         if was.dtype != value.dtype:
             raise ValueError(f"{name} was {was.dtype} and is {value.dtype}: cast one.")
         kind, where, bits = _difference(was, value)
-        if bits.size:
-            described[name] = {
-                "where": kind,
-                "before": sha256(was),
-                "after": sha256(value),
-            }
-            tensors[f"{name}:bits"] = bits
-            if where is not None:
-                tensors[f"{name}:where"] = where
-    metadata = {"snella_delta": json.dumps(described)}
+        if not bits.size:
+            unchanged[name] = sha256(value)
+            continue
+        digests = {"before": sha256(was), "after": sha256(value)}
+        described[name] = {"where": kind, **digests}
+        tensors[f"{name}:bits"] = bits
+        if where is not None:
+            tensors[f"{name}:where"] = where
+    same = json.dumps(unchanged)
+    metadata = {
+        "snella_delta": json.dumps(described),
+        "snella_unchanged": same,
+        "snella_unchanged_sha256": hashlib.sha256(same.encode()).hexdigest(),
+    }
 
     def write() -> None:
         with whole_file(Path(path)) as made:
@@ -94,21 +101,26 @@ def save_delta(
     once(write)
 
 
-def apply_delta(weights: W, path: str | Path) -> W:
+def apply_delta(
+    weights: W, path: str | Path, *, allow_base_mismatch: bool = False
+) -> W:
     """A copy of the weights before, as they are after; what `merge` would give.
 
     Args:
       weights: a plain model or arrays by name. A model keeps its own shapes: a new head
         has to be in it.
       path: of a file that `save_delta` wrote.
+      allow_base_mismatch: where weights that it does not change are others than they
+        were, log that instead of raising.
 
     Raises:
       CheckpointError: the file is damaged, or belongs to other weights; says which.
     """
-    return _changed(weights, Path(path), "before", "after")
+    path = Path(path)
+    return _changed(weights, path, ("before", "after"), allow_base_mismatch)
 
 
-def unmerge(weights: W, path: str | Path) -> W:
+def unmerge(weights: W, path: str | Path, *, allow_base_mismatch: bool = False) -> W:
     """A copy of the weights after, as they were before: the base, bit for bit.
 
     Weights that were written whole had nothing before: they stay as they are in a
@@ -116,12 +128,14 @@ def unmerge(weights: W, path: str | Path) -> W:
 
     Args, errors: as of `apply_delta`.
     """
-    return _changed(weights, Path(path), "after", "before")
+    path = Path(path)
+    return _changed(weights, path, ("after", "before"), allow_base_mismatch)
 
 
-def _changed(weights: W, path: Path, now: str, then: str) -> W:
-    described, tensors = _read(path)
-    arrays = dict(_arrays(weights))
+def _changed(weights: W, path: Path, ways: tuple[str, str], allowed: bool) -> W:
+    described, unchanged, tensors = _read(path)
+    (now, then), arrays = ways, dict(_arrays(weights))
+    _check_unchanged(arrays, path, unchanged, allowed)
     plain = isinstance(weights, Mapping)
     for name, said in described.items():
         if said["where"] == "whole":
@@ -146,6 +160,34 @@ def _changed(weights: W, path: Path, now: str, then: str) -> W:
     if plain:
         return cast(W, arrays)
     return _filled(weights, path, {name: arrays[name] for name in described})
+
+
+def _check_unchanged(
+    arrays: Mapping[str, Any],
+    path: Path,
+    unchanged: Mapping[str, str] | None,
+    allowed: bool,
+) -> None:
+    """Raises a `CheckpointError` for weights that are others than they were."""
+    if unchanged is None:
+        log.warning(
+            "%s was written before weights that it does not change were in it: whether "
+            "they are those of its training was not compared",
+            path,
+        )
+        return
+    there = [name for name in unchanged if name in arrays]  # a mapping may have a part
+    others = [n for n in there if sha256(to_host(arrays[n])) != unchanged[n]]
+    if not others:
+        return
+    message = (
+        f"it is for another base: {', '.join(others)}, which it does not change, "
+        f"{'has' if len(others) == 1 else 'have'} another SHA-256"
+    )
+    if not allowed:
+        hint = "allow_base_mismatch=True applies it all the same"
+        raise CheckpointError(path, f"{message}. {hint}")
+    log.warning("%s: %s", path, message)
 
 
 def _difference(
@@ -183,12 +225,16 @@ def _bits(value: np.ndarray) -> np.ndarray:
     return value.reshape(-1).view(f"u{value.dtype.itemsize}")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read(
+    path: Path,
+) -> tuple[dict[str, Any], dict[str, str] | None, dict[str, np.ndarray]]:
+    """What it says of weights that change, of others, and tensors."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}.")
     tensors, metadata = read_safetensors(path)
     try:
         described = json.loads(metadata["snella_delta"])
+        unchanged = _unchanged(metadata)
         expected = {
             f"{name}:{part}"
             for name, said in described.items()
@@ -204,7 +250,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         whole = said["where"] == "whole"
         if whole and sha256(tensors[f"{name}:whole"]) != said["after"]:
             raise CheckpointError(path, f"damaged: the SHA-256 of {name} differs")
-    return described, tensors
+    return described, unchanged, tensors
+
+
+def _unchanged(metadata: Mapping[str, str]) -> dict[str, str] | None:
+    """SHA-256 of the weights that a file does not change; None in one of before."""
+    keys = "snella_unchanged", "snella_unchanged_sha256"
+    if not any(key in metadata for key in keys):
+        return None
+    said, digest = (metadata[key] for key in keys)
+    if hashlib.sha256(said.encode()).hexdigest() != digest:
+        raise ValueError("what it says of unchanged weights is not what was written")
+    return dict(json.loads(said))
 
 
 def _arrays(weights: nnx.Module | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,7 +3,8 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import numpy as np
 from jaxtyping import Array
 
 from snella_jax.adapter_file import AdapterFile, Unit
+from snella_jax.base import Base, differences
 from snella_jax.config import Rule
+from snella_jax.fingerprint import Digest, Fingerprint, dtype_of, row_totals
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.weight import AdaptedWeight, Site
 
@@ -23,11 +26,12 @@ Locate = Callable[[str, Rule, bool], tuple[Site, Array]]
 def fit(
     file: AdapterFile,
     locate: Locate,
-    variables: Mapping[str, tuple[int, ...]],
-    stats: Mapping[str, tuple[int, ...]],
+    model: Base,
+    stats: Mapping[str, Any],
     *,
     rename: Mapping[str, str] | None = None,
     present: Mapping[str, Site] | None = None,
+    allow_base_mismatch: bool = False,
 ) -> tuple[dict[str, AdaptedWeight], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The adapted weights of a model by path, what else trained, and statistics.
 
@@ -35,12 +39,13 @@ def fit(
       file: read from a folder.
       locate: the site and the weight of the base at a path, for a rule and `must_move`;
         raises a `ValueError` where there is none that the rule fits.
-      variables: shapes of those that a model has, by path.
-      stats: shapes of its running statistics, by path.
+      model: what it has; its `weights` may train.
+      stats: its running statistics, by path.
       rename: for a regex of names in the file, their name in the model, which may take
         the regex's groups (`re.Match.expand`); the first that matches a name in full
         holds. Rows of stacked weights are names with an index, `blocks/mlp/fc1[3]`.
       present: the sites of the adapters that a model has, which have to be the same.
+      allow_base_mismatch: log where the base is another one, instead of raising.
 
     Raises:
       CheckpointError: it does not fit; lists every weight that differs, and how.
@@ -52,28 +57,61 @@ def fit(
         path, index = _split(name)
         rows.setdefault(path, {})[index] = unit
     fitted: dict[str, AdaptedWeight] = {}
-    problems = []
+    problems, mismatches = [], []
     for path, own in rows.items():
         try:
-            fitted[path] = _fitted(path, own, locate)
+            fitted[path], another = _fitted(path, own, locate)
             if present is not None:
                 _check_same(fitted[path], present.get(path))
+            mismatches += [f"{path}: {another}"] if another else []
         except ValueError as error:
             problems.append(f"{path}: {error}")
     for path in (present or {}).keys() - rows.keys():
         problems.append(f"{path}: the file has no adapter for it")
-    for values, shapes in ((trained, variables), (moved, stats)):
+    for values, places in ((trained, model.weights), (moved, stats)):
         for path, value in values.items():
-            if path not in shapes:
+            if path not in places:
                 problems.append(f"{path}: this model has no such variable")
-            elif tuple(value.shape) != shapes[path]:
-                found, expected = list(value.shape), list(shapes[path])
+            elif value.shape != jnp.shape(places[path]):
+                found, expected = list(value.shape), list(jnp.shape(places[path]))
                 problems.append(f"{path}: {found} in the file, {expected} in the model")
-    if problems:
-        raise CheckpointError(
-            file.folder, "\n  ".join(["the adapter does not fit the model:", *problems])
+    if not problems:
+        found = model.rest(fitted, {**trained, **moved})
+        mismatches += _differences(file, found, trained, rename)
+    if mismatches and allow_base_mismatch and not problems:
+        log.warning(
+            "%s", "\n  ".join([f"{file.folder} has another base:", *mismatches])
         )
+    elif problems or mismatches:
+        lines = ["the adapter does not fit the model:", *problems, *mismatches]
+        if not problems:
+            lines.append("allow_base_mismatch=True loads it all the same")
+        raise CheckpointError(file.folder, "\n  ".join(lines))
     return fitted, trained, moved
+
+
+def _differences(
+    file: AdapterFile,
+    found: Base,
+    trained: Collection[str],
+    rename: Mapping[str, str] | None,
+) -> list[str]:
+    """How the rest of a model's base differs from that of the file."""
+    if file.rest is None:
+        log.warning(
+            "%s is of format 1: whether the rest of the base, besides the adapted "
+            "weights, is that of its training was not compared",
+            file.folder,
+        )
+        return []
+    # Where a rule for adapters says one name for two weights, these keep theirs.
+    new = {
+        name: _new_name(name, rename)
+        for name in (*file.rest.weights, *file.rest.others)
+    }
+    clear = Counter(new.values())
+    known = file.rest.named(lambda name: new[name] if clear[new[name]] == 1 else name)
+    return differences(known, found, trained)
 
 
 def _renamed(
@@ -81,13 +119,17 @@ def _renamed(
 ) -> dict[str, T]:
     new = {}
     for name, value in named.items():
-        rules = (rename or {}).items()
-        matches = ((re.fullmatch(regex, name), to) for regex, to in rules)
-        other = next((m.expand(to) for m, to in matches if m), name)
+        other = _new_name(name, rename)
         if other in new:
             raise CheckpointError(file.folder, f"two weights are renamed to {other}")
         new[other] = value
     return new
+
+
+def _new_name(name: str, rename: Mapping[str, str] | None) -> str:
+    rules = (rename or {}).items()
+    matches = ((re.fullmatch(regex, name), to) for regex, to in rules)
+    return next((m.expand(to) for m, to in matches if m), name)
 
 
 def _split(name: str) -> tuple[str, tuple[int, ...]]:
@@ -98,7 +140,8 @@ def _split(name: str) -> tuple[str, tuple[int, ...]]:
 
 def _fitted(
     path: str, own: Mapping[tuple[int, ...], Unit], locate: Locate
-) -> AdaptedWeight:
+) -> tuple[AdaptedWeight, str]:
+    """The adapted weight, and in what its base is another one, in words."""
     first = next(iter(own.values()))
     if len({(unit.rule, unit.must_move) for unit in own.values()}) > 1:
         raise ValueError("the rows of this weight have different rules")
@@ -123,23 +166,47 @@ def _fitted(
     budget = stacked([unit.budget for unit in ordered])
     since = stacked([unit.allocated_at for unit in ordered])
     weight = AdaptedWeight(path, site, w0, factors, budget, since)
-    matrices = weight.matrices().reshape(len(ordered), *shape)
-    wrong = [i for i, unit in enumerate(ordered) if not unit.base.matches(matrices[i])]
-    if wrong:
+    dtype, known = dtype_of(w0), [unit.base for unit in ordered]
+    if wrong := _of_another_base(weight, known):
         which = f" (rows {wrong})" if site.stack else ""
-        raise ValueError(
-            f"the weight{which}, {matrices.dtype}, is not that of the base it was "
-            f"trained on, {first.base.dtype}: its SHA-256 differs"
+        kind = "SHA-256" if isinstance(known[0], Digest) else "fingerprint"
+        return weight, (
+            f"the weight{which}, {dtype}, is not that of the base it was trained on, "
+            f"{first.base.dtype}: its {kind} differs"
         )
-    if first.base.dtype != str(matrices.dtype):
+    if first.base.dtype != str(dtype):
         log.warning(
             "%s is %s and was %s where its adapter was trained: outputs differ by that "
             "rounding",
             path,
-            matrices.dtype,
+            dtype,
             first.base.dtype,
         )
-    return weight
+    return weight, ""
+
+
+def _of_another_base(
+    weight: AdaptedWeight, known: Sequence[Digest | Fingerprint]
+) -> list[int]:
+    """The rows of a weight that are not those which a file knows."""
+    site = weight.site
+    own = dtype_of(weight.w0)
+    if old := [row for row in known if isinstance(row, Digest)]:
+        layout = site.layout
+        shape = (len(known), *layout.slices, layout.n, layout.m)
+        matrices = weight.matrices().reshape(shape)
+        return [i for i, row in enumerate(old) if not row.is_of(matrices[i])]
+    rows = [row for row in known if isinstance(row, Fingerprint)]
+    dtypes = [row.dtype_for(own) for row in rows]
+    sums = {
+        dtype: row_totals(weight.w0, dtype, site.layout, site.axes).reshape(-1)
+        for dtype in dict.fromkeys(dtypes)
+    }
+    return [
+        i
+        for i, (row, dtype) in enumerate(zip(rows, dtypes, strict=True))
+        if not row.comparable(own) or int(sums[dtype][i]) != row.places[str(dtype)]
+    ]
 
 
 def _check_same(weight: AdaptedWeight, site: Site | None) -> None:

@@ -34,10 +34,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from snella_jax import adapter_file, trees
+from snella_jax.base import Base
 from snella_jax.config import Rule, SnellaConfig
 from snella_jax.contraction import dot_general
 from snella_jax.dense import adapted
 from snella_jax.fitting import fit
+from snella_jax.hosts import native
 from snella_jax.layers import einsum_layout
 from snella_jax.layout import Layout
 from snella_jax.rules import chosen
@@ -109,6 +111,7 @@ def adapt(
     Raises:
       ValueError: as `snella.adapt`.
     """
+    variables = jax.tree.map(native, variables)
     params = nn.meta.unbox(variables["params"])
     layers = _layers(module, variables, inputs, kwargs)
     leaves = flat(params)
@@ -127,6 +130,7 @@ def load(
     folder: str | Path,
     *inputs: Any,
     rename: Mapping[str, str] | None = None,
+    allow_base_mismatch: bool = False,
     **kwargs: Any,
 ) -> tuple[Adapters, dict[str, Any]]:
     """Adapters from a folder, and the variables with them and what else trained.
@@ -136,11 +140,12 @@ def load(
     Args:
       module, variables, inputs, kwargs: as of `adapt`.
       folder: of an adapter.
-      rename: as of `snella.load`.
+      rename, allow_base_mismatch: as of `snella.load`.
 
     Raises:
       FileNotFoundError, CheckpointError: as `snella.load`.
     """
+    variables = jax.tree.map(native, variables)
     variables = {**variables, "params": nn.meta.unbox(variables["params"])}
     layers = _layers(module, variables, inputs, kwargs)
     params, stats = (flat(variables.get(c, {})) for c in ("params", "batch_stats"))
@@ -151,12 +156,15 @@ def load(
         kernel = params[layers[path].key]
         return layers[path].site(kernel.shape, rule, must_move), kernel
 
-    shapes = (
-        {name: jnp.shape(leaf) for name, leaf in by_name(leaves).items()}
-        for leaves in (params, stats)
+    named, own = by_name(params), by_name(stats)
+    weights, trained, moved = fit(
+        adapter_file.read(folder),
+        locate,
+        Base(named, own),
+        own,
+        rename=rename,
+        allow_base_mismatch=allow_base_mismatch,
     )
-    file = adapter_file.read(folder)
-    weights, trained, moved = fit(file, locate, *shapes, rename=rename)
     plain, tree = trees.fill(variables["params"], weights, trained)
     loaded = {**variables, "params": tree}
     if moved:

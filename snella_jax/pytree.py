@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from snella_jax import adapter_file
+from snella_jax.base import Base
 from snella_jax.config import Rule, SnellaConfig
 from snella_jax.fitting import any_of, fit
 from snella_jax.layout import Layout
@@ -81,6 +82,7 @@ def load(
     *,
     rename: Mapping[str, str] | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    allow_base_mismatch: bool = False,
 ) -> tuple[Adapters, Tree]:
     """Parameters with the adapters in a folder.
 
@@ -89,6 +91,7 @@ def load(
       folder: of an adapter, of whatever binding.
       rename: as of `snella.load`.
       layouts: as of `adapt`.
+      allow_base_mismatch: as of `snella.load`.
 
     Raises:
       FileNotFoundError, CheckpointError: as `snella.load`.
@@ -101,9 +104,15 @@ def load(
         found = matrices.site(path, rule, must_move)
         return found, matrices.leaves[matrices.keys[path]]
 
-    shapes = {name: jnp.shape(leaf) for name, leaf in by_name(flat(params)).items()}
-    file = adapter_file.read(folder)
-    weights, trained, stats = fit(file, locate, shapes, shapes, rename=rename)
+    leaves = by_name(flat(params))
+    weights, trained, stats = fit(
+        adapter_file.read(folder),
+        locate,
+        Base(leaves),
+        leaves,
+        rename=rename,
+        allow_base_mismatch=allow_base_mismatch,
+    )
     adapters, tree = fill(params, weights, trained | stats)
     # Statistics are leaves like others here, but do not train.
     return dataclasses.replace(adapters, trainable=any_of(trained)), tree

@@ -16,7 +16,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from snella_jax.checkpoint import unload
+from snella_jax.base import differences, variables_at
+from snella_jax.checkpoint import base_of, unload
+from snella_jax.layers import Factor
 from snella_jax.rules import has_adapters, variables_of, weights_of
 from snella_jax.weight import add
 
@@ -55,24 +57,46 @@ def combine(models: Mapping[str, M], weights: Mapping[str, float], rest: str) ->
     """
     if unknown := sorted({*weights, rest} - models.keys()):
         raise ValueError(f"No model is called {unknown}: there are {sorted(models)}.")
-    adapted = has_adapters(models[rest])
-    plain = unload(models[rest]) if adapted else nnx.clone(models[rest])
+    plain, trained = _taken_apart(models[rest])
     variables = dict(variables_of(plain, nnx.Param))
     sums: dict[str, Array] = {}
     for name, factor in weights.items():
-        for weight in weights_of(models[name]):
+        own = weights_of(models[name])
+        for weight in own:
             weight.check_moved()
-            own = weight.path in variables  # of a layer that is none of Flax's
-            kernel = weight.path if own else f"{weight.path}/kernel".lstrip("/")
-            base = variables[kernel][...] if kernel in variables else None
-            if base is None or not bool(jnp.array_equal(weight.w0, base)):
-                raise ValueError(
-                    f"{weight.path} of {name!r} has another base than {rest!r}."
-                )
+        _check_base((rest, plain, trained), (name, models[name]))
+        for weight in own:
+            kernel = next(k for k in variables_at(weight.path) if k in variables)
             sums[kernel] = sums.get(kernel, 0) + factor * weight.delta()
     for kernel, update in sums.items():
         variables[kernel][...] = add(kernel, variables[kernel][...], update)
     return plain
+
+
+def _taken_apart(model: M) -> tuple[M, set[str]]:
+    """A plain copy of a model, and the paths of what trained in it."""
+    if not has_adapters(model):
+        return nnx.clone(model), set()
+    factors = {path for path, _ in variables_of(model, Factor)}
+    trained = {path for path, _ in variables_of(model, nnx.Param)} - factors
+    return unload(model), trained
+
+
+def _check_base(rest: tuple[str, M, set[str]], other: tuple[str, M]) -> None:
+    """Raises a `ValueError` unless two models are of one base.
+
+    Args:
+      rest: a name, a plain model, and the paths of what trained in it.
+      other: a name and a model, adapted.
+    """
+    plain, trained = _taken_apart(other[1])
+    adapted = {name for w in weights_of(other[1]) for name in variables_at(w.path)}
+    apart = (trained | rest[2]) - adapted
+    ours, theirs = (base_of(model).rest((), apart) for model in (rest[1], plain))
+    names = repr(rest[0]), repr(other[0])
+    if found := differences(ours.fingerprints(), theirs, sides=names):
+        lines = [f"{names[1]} has another base than {names[0]}:", *found]
+        raise ValueError("\n  ".join(lines))
 
 
 def per_example(

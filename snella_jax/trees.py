@@ -16,8 +16,10 @@ from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jaxtyping import Array, PRNGKeyArray
 
 from snella_jax import adapter_file
+from snella_jax.base import Base
 from snella_jax.config import Rule, SnellaConfig
 from snella_jax.fitting import any_of
+from snella_jax.hosts import native
 from snella_jax.importance import factor_paths
 from snella_jax.layout import Layout
 from snella_jax.rules import (
@@ -127,7 +129,8 @@ class Adapters:
             if matches_or_holds(self.trainable, name)
         }
         stats = by_name(flat(batch_stats or {}))
-        adapter_file.write(folder, self.weights(params), trained, stats, base)
+        weights = self.weights(params)
+        adapter_file.write(folder, weights, trained, stats, Base(leaves), base)
 
     def _with(self, params: Tree, value: Callable[[AdaptedWeight], Array]) -> Tree:
         adapters = set(map(_adapter, self.sites))
@@ -221,7 +224,7 @@ def _plain(params: Tree) -> dict[Key, Any]:
 
 
 def flat(params: Tree) -> dict[Key, Any]:
-    """Leaves by key; empty dicts are leaves, too.
+    """Leaves by key, in the machine's byte order; empty dicts are leaves, too.
 
     Raises:
       TypeError: a list or a tuple, which adapters cannot sit in.
@@ -233,7 +236,7 @@ def flat(params: Tree) -> dict[Key, Any]:
                 f"{name_of(key)} is a {type(leaf).__name__}: expected nested dicts of "
                 "arrays; make it one with dict(enumerate(...)), its keys as str."
             )
-    return leaves
+    return {key: native(leaf) for key, leaf in leaves.items()}
 
 
 def nested(leaves: Mapping[Key, Any]) -> Tree:

@@ -127,7 +127,7 @@ def consistent(folder, change):
     ("change", "message"),
     [
         (lambda c: c.update(peft_type="LORA"), "peft_type is 'LORA'"),
-        (lambda c: c.update(snella_format=2), "snella_format is 2"),
+        (lambda c: c.update(snella_format=3), "snella_format is 3"),
         (lambda c: c.pop("weights"), "damaged"),
         (lambda c: c["weights"]["conv"].pop("stack"), "damaged"),
         (

@@ -216,5 +216,5 @@ def test_a_bfloat16_base_is_moved_exactly(tmp_path):
     assert_same(snella.unmerge(merged, path), base)
     moved = np.asarray(jnp.count_nonzero(merged.fc.kernel[...] != base.fc.kernel[...]))
     bits = 2 * int(moved) + 16 * 24 // 8
-    assert bits < path.stat().st_size < bits + 500
+    assert bits < path.stat().st_size < bits + 700
     assert isinstance(base.fc.kernel[...], jax.Array)

@@ -1,0 +1,47 @@
+"""What of a model's config changes outputs and does not show in the weights."""
+
+from typing import Any
+
+from flax import nnx
+
+from snella_jax.models.families import Model
+
+POSITIONS = "pos_embed"  # weights that follow from the grid of patches
+# What shows in the weights, or changes how outputs are computed but not what they are.
+NOT_COMPARED = {
+    *("width", "widths", "depth", "depths", "mlp_dim", "mlp_ratio", "layer_scale"),
+    *("patch_size", "image_size", "channels", "num_classes", "class_token"),
+    *("stacked", "remat", "attention", "dtype", "param_dtype", "drop_path"),
+}
+
+
+def of(model: nnx.Module) -> dict[str, dict[str, Any]]:
+    """By path, the fields of every model of `snella_jax.models` in one, for JSON.
+
+    With the grid of those that have weights for each place in it.
+
+    >>> from snella_jax import models
+    >>> model = models.create("vit_ti16", image_size=(16, 32), rngs=nnx.Rngs(0))
+    >>> fields = of(model)[""]
+    >>> fields["heads"], fields["pool"], fields["grid"], fields["pixel_std"]
+    (3, 'cls', [1, 2], [0.5, 0.5, 0.5])
+    """
+    return {
+        "/".join(map(str, path)): _fields(node.config)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, Model)
+    }
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    found = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(config).items()
+        if name not in NOT_COMPARED
+    }
+    for name in ("pixel_mean", "pixel_std"):  # one number is that of every channel
+        if len(found[name]) == 1:
+            found[name] *= config.channels
+    if hasattr(config, "grid"):
+        found["grid"] = list(config.grid)
+    return found
