@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -68,13 +68,7 @@ def fit(
             problems.append(f"{path}: {error}")
     for path in (present or {}).keys() - rows.keys():
         problems.append(f"{path}: the file has no adapter for it")
-    for values, places in ((trained, model.weights), (moved, stats)):
-        for path, value in values.items():
-            if path not in places:
-                problems.append(f"{path}: this model has no such variable")
-            elif value.shape != jnp.shape(places[path]):
-                found, expected = list(value.shape), list(jnp.shape(places[path]))
-                problems.append(f"{path}: {found} in the file, {expected} in the model")
+    problems += [*_misplaced(trained, model.weights), *_misplaced(moved, stats)]
     if not problems:
         found = model.rest(fitted, {**trained, **moved})
         mismatches += _differences(file, found, trained, rename)
@@ -88,6 +82,18 @@ def fit(
             lines.append("allow_base_mismatch=True loads it all the same")
         raise CheckpointError(file.folder, "\n  ".join(lines))
     return fitted, trained, moved
+
+
+def _misplaced(
+    values: Mapping[str, np.ndarray], places: Mapping[str, Any]
+) -> Iterator[str]:
+    """What has no place in a model, or one of another shape."""
+    for path, value in values.items():
+        if path not in places:
+            yield f"{path}: this model has no such variable"
+        elif value.shape != jnp.shape(places[path]):
+            found, expected = list(value.shape), list(jnp.shape(places[path]))
+            yield f"{path}: {found} in the file, {expected} in the model"
 
 
 def _differences(
