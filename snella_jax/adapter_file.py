@@ -317,11 +317,12 @@ def _units(
 
 def _bases(own: Mapping[str, Any]) -> list[Digest | Fingerprint]:
     """Of each row of a weight, what it was trained on."""
-    dtype, shape = own["base_dtype"], (*own["slices"], *own["shape"])
+    shape = (*own["slices"], *own["shape"])
+    dtype = str(np.dtype(own["base_dtype"]))
     if "base_sha256" in own:
-        return [Digest(dtype, dict(row)) for row in own["base_sha256"]]
+        return [Digest(dtype, {**row, dtype: row[dtype]}) for row in own["base_sha256"]]
     rows = map(fingerprint.of_hex, own["base_places"])
-    return [Fingerprint(dtype, shape, row) for row in rows]
+    return [Fingerprint(dtype, shape, {**row, dtype: row[dtype]}) for row in rows]
 
 
 def _check_free(folder: Path) -> None:

@@ -105,9 +105,12 @@ class Fingerprint:
     def from_json(cls, given: Mapping[str, Any]) -> "Fingerprint":
         """What `as_json` gave; raises what a file that is damaged may raise."""
         places, numbers = (of_hex(given[name]) for name in ("places", "numbers"))
-        shape = tuple(map(operator.index, given["shape"]))
-        _ = places[given["dtype"]], numbers[given["dtype"]]
-        return cls(given["dtype"], shape, places, numbers)
+        dtype, shape = (
+            str(np.dtype(given["dtype"])),
+            map(operator.index, given["shape"]),
+        )
+        _ = places[dtype], numbers[dtype]
+        return cls(dtype, tuple(shape), places, numbers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,6 +123,11 @@ def consistent(folder, change):
     save_file(tensors, folder / TENSORS, metadata)
 
 
+def rest(config):
+    """What is said of one weight without an adapter."""
+    return config["rest_of_base"]["weights"]["norm/scale"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -138,6 +143,15 @@ def consistent(folder, change):
         (lambda c: c["weights"]["conv"]["rule"]["kernel"].update(name="x"), "damaged"),
         (lambda c: c["weights"]["conv"].update(budgets=[1, 2]), "damaged"),
         (lambda c: c.update(tensors=[]), "damaged"),
+        (lambda c: c["weights"]["conv"].pop("base_places"), "damaged"),
+        (lambda c: c["weights"]["conv"]["base_places"][0].clear(), "damaged"),
+        (lambda c: c["weights"]["conv"].update(base_dtype="x"), "damaged"),
+        (lambda c: c.pop("rest_of_base"), "damaged"),
+        (lambda c: c["rest_of_base"].pop("configs"), "damaged"),
+        (lambda c: rest(c).pop("numbers"), "damaged"),
+        (lambda c: rest(c).update(shape=["x"]), "damaged"),
+        (lambda c: rest(c).update(dtype="x"), "damaged"),
+        (lambda c: rest(c)["places"].update(float32="no number"), "damaged"),
     ],
 )
 def test_what_another_program_wrote_is_checked(saved, change, message):
@@ -239,3 +253,48 @@ def test_a_folder_of_something_else_is_left_alone(model, tmp_path):
     with pytest.raises(FileExistsError, match="is no folder"):
         snella.save(model, tmp_path / "notes.md")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
+
+
+def test_what_a_link_points_at_is_written_and_read(model, tmp_path):
+    disk, other = tmp_path / "disk", tmp_path / "other" / "pets"
+    disk.mkdir()
+    for target in (disk, other):  # one is there, one is made
+        (tmp_path / "pets").symlink_to(target)
+        for _ in range(2):  # new, and replaced
+            snella.save(model, tmp_path / "pets")
+        assert (tmp_path / "pets").is_symlink()
+        assert {path.name for path in target.iterdir()} == {CONFIG, TENSORS}
+        assert_same(snella.load(Every(nnx.Rngs(0)), tmp_path / "pets"), model)
+        (tmp_path / "pets").unlink()
+    file = tmp_path / "disk" / "there.safetensors"
+    (tmp_path / "delta.safetensors").symlink_to(file)
+    snella.save_delta(tmp_path / "delta.safetensors", {}, {"w": np.zeros(2)})
+    assert file.is_file() and (tmp_path / "delta.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize("name", [".", "", "../here"])
+def test_the_current_folder_is_refused_in_words(name, model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileExistsError, match="here is the current folder: a new") as e:
+        snella.save(model, name)
+    assert e.value.errno is None and not list((tmp_path / "here").iterdir())
+    snella.save(model, "made")
+    assert_same(snella.load(Every(nnx.Rngs(0)), "made"), model)
+
+
+def test_where_a_disk_is_mounted_is_refused_in_words(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    with pytest.raises(FileExistsError, match="disk is where a disk is mounted"):
+        snella.save(model, tmp_path / "disk")
+    snella.save(model, tmp_path / "disk" / "pets")
+
+
+def test_names_may_be_as_long_as_the_file_system_takes_them(model, tmp_path):
+    name = "ä" * 120 + "x" * 10  # 250 bytes
+    snella.save(model, tmp_path / name)
+    assert_same(snella.load(Every(nnx.Rngs(0)), tmp_path / name), model)
+    path = tmp_path / f"{name[:-12]}.safetensors"
+    snella.save_delta(path, {"w": np.zeros(2)}, {"w": np.ones(2)})
+    assert snella.apply_delta({"w": np.zeros(2)}, path)["w"].tolist() == [1, 1]

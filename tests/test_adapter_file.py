@@ -236,7 +236,7 @@ def test_unloaded_the_base_speaks_again(model):
         snella.unload(base)
 
 
-def test_adapters_of_earlier_versions_are_read():
+def test_adapters_of_earlier_versions_are_read(caplog):
     """Format 1, written by version 0.1.0: `tests/data/adapters/make.py`."""
     data = Path(__file__).parent / "data" / "adapters" / "format1"
     base = Every(nnx.Rngs(3))
@@ -245,6 +245,7 @@ def test_adapters_of_earlier_versions_are_read():
         variable.set_value(jnp.asarray(arrays[path]))
     expected = np.load(data / "expected.npz")
     model = snella.load(base, data / "adapter")
+    assert "is of format 1: whether the rest of the base" in caplog.text
     model.eval()
     found = model(expected["images"])
     np.testing.assert_allclose(found, expected["outputs"], atol=1e-5)
@@ -252,6 +253,14 @@ def test_adapters_of_earlier_versions_are_read():
     merged.eval()
     found = merged(expected["images"])
     np.testing.assert_allclose(found, expected["outputs"], atol=1e-5)
+    base.norm.scale[...] += 1  # which format 1 does not know
+    snella.load(base, data / "adapter")
+    base.qkv.kernel[...] += 1
+    with pytest.raises(snella.CheckpointError, match=r"qkv(.|\n)*its SHA-256 differs"):
+        snella.load(base, data / "adapter")
+    caplog.clear()
+    snella.load(base, data / "adapter", allow_base_mismatch=True)
+    assert "qkv: the weight, float32, is not that of the base" in caplog.text
 
 
 def test_a_model_that_evaluates_still_does_with_other_adapters(tmp_path):

@@ -13,6 +13,7 @@ from flax import nnx
 import snella_jax as snella
 from snella_jax import models
 from snella_jax.models import convnext, swin, vit
+from snella_jax.rules import variables_of, weights_of
 
 SMALL = vit.ViTConfig(
     width=8, depth=2, heads=2, patch_size=4, image_size=8, channels=3, num_classes=3
@@ -24,7 +25,7 @@ UNSTACK = {r"blocks/(.*)\[(\d+)\]": r"blocks/\2/\1"}
 def drawn(make, seed=0):
     """With numbers of its own in every weight, those that start at 0 or 1 too."""
     model, rng = nnx.eval_shape(make), np.random.default_rng(seed)
-    for _, value in snella.rules.variables_of(model, nnx.Param):
+    for _, value in variables_of(model, nnx.Param):
         numbers = rng.normal(size=value.shape)
         value.set_value(jnp.asarray(numbers, value.dtype))
     return model
@@ -39,7 +40,7 @@ def small(**changes):
 def nudged(model, path, index=-1):
     """A copy with one number of one variable moved to the next that there is."""
     model = nnx.clone(model)
-    variable = dict(snella.rules.variables_of(model, nnx.Variable))[path]
+    variable = dict(variables_of(model, nnx.Variable))[path]
     value = np.array(variable[...])
     flat = value.reshape(-1)
     flat[index] = np.nextafter(flat[index], np.float32(9))
@@ -77,9 +78,9 @@ def test_any_number_of_the_rest_counts(path, saved, caplog):
     refused(lambda: snella.load(other, saved), rf"\n  {path}: its numbers are not")
     loaded = snella.load(other, saved, allow_base_mismatch=True)
     assert f"has another base:\n  {path}: its numbers" in caplog.text
-    for name, value in snella.rules.variables_of(other, nnx.Variable):
+    for name, value in variables_of(other, nnx.Variable):
         if name == path:
-            own = dict(snella.rules.variables_of(loaded, nnx.Variable))[path]
+            own = dict(variables_of(loaded, nnx.Variable))[path]
             np.testing.assert_array_equal(own[...], value[...])
     trained = nudged(small(), "head/kernel")  # which the file brings
     snella.load(trained, saved)
@@ -94,7 +95,7 @@ def test_an_adapted_weight_may_be_let_through_too(saved, caplog):
     merged = snella.merge(loaded).blocks.attn.query.kernel[...]
     base = other.blocks.attn.query.kernel[...]
     moved = snella.adapt(small(), CONFIG, rngs=nnx.Rngs(1))
-    delta = {w.path: w for w in snella.rules.weights_of(moved)}["blocks/attn/query"]
+    delta = {w.path: w for w in weights_of(moved)}["blocks/attn/query"]
     np.testing.assert_array_equal(merged, base + delta.delta())
 
 
@@ -157,7 +158,7 @@ def test_models_of_stages_are_compared_and_take_any_size(make, changes, tmp_path
 def test_a_base_is_known_by_its_rounding(dtype, names, tmp_path):
     def narrow(model):
         model = nnx.clone(model)
-        for _, value in snella.rules.variables_of(model, nnx.Param):
+        for _, value in variables_of(model, nnx.Param):
             value.set_value(value[...].astype(dtype))
         return model
 
@@ -194,8 +195,8 @@ def test_unstacked_models_are_compared_by_their_numbers(saved):
 def test_positions_of_another_size_are_no_other_base(shapes, tmp_path, caplog):
     """Frozen, they follow from the base's at any size; trained, from the file's."""
     one, other = (small(image_size=(4 * h, 4 * w)) for h, w in shapes)
-    same = dict(snella.rules.variables_of(one, nnx.Param))
-    for path, value in snella.rules.variables_of(other, nnx.Param):
+    same = dict(variables_of(one, nnx.Param))
+    for path, value in variables_of(other, nnx.Param):
         value[...] = value[...] + 1 if path == "pos_embed" else same[path][...]
     for folder, trainable in (("frozen", "head"), ("trained", "head|pos_embed")):
         own = dataclasses.replace(CONFIG, trainable=trainable)

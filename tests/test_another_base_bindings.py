@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 import snella_jax as snella
 from snella_jax import linen, pytree
 from snella_jax.base import Base, differences
+from snella_jax.rules import variables_of
 
 X = jnp.ones((2, 6))
 CONFIG = snella.SnellaConfig(
@@ -68,7 +69,7 @@ def nnx_of(tree):
     for kind in tree.values():
         flat |= flatten_dict(kind, sep="/")
     for kind in (nnx.Param, nnx.BatchStat):
-        for path, variable in snella.rules.variables_of(model, kind):
+        for path, variable in variables_of(model, kind):
             name = path.removeprefix("one/")
             for ours, theirs in PLACES.items():
                 name = theirs + path[len(ours) :] if path.startswith(ours) else name

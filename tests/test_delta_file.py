@@ -127,6 +127,59 @@ def test_arrays_may_lie_in_memory_as_they_like(tmp_path):
     assert all(np.array_equal(before[name], after[name]) for name in after)
 
 
+@pytest.mark.parametrize("order", [">", "<"])
+@pytest.mark.parametrize("kind", ["f4", "f8", "f2", "i2"])
+def test_arrays_may_have_any_byte_order(kind, order, tmp_path):
+    """As HDF5, FITS and `.npy` files of other machines have them."""
+    rng, dtype = np.random.default_rng(0), f"{order}{kind}"
+    before = {"w": rng.normal(size=(4, 6), scale=50).astype(dtype), "b": np.ones(3)}
+    after = {"w": before["w"].T.copy().T, "b": np.ones(3), "head": np.ones(2, dtype)}
+    after["w"][1] += np.ones((), dtype)
+    path = tmp_path / "delta.safetensors"
+    snella.save_delta(path, before, after)
+    native = {name: value.astype(value.dtype.newbyteorder("=")) for name, value in
+              before.items()}  # fmt: skip
+    (code,) = re.findall(r"```python\n(import json.*?)```", DOCS.read_text(), re.S)
+    names = {}
+    exec(code, names)
+    for weights in (before, native):
+        found = snella.apply_delta(weights, path)
+        assert all(np.array_equal(found[name], after[name]) for name in after)
+        back = snella.unmerge(found, path)
+        assert all(np.array_equal(back[name], before[name]) for name in back)
+        alone = {name: value.copy() for name, value in weights.items()}
+        names["apply_delta"](alone, path)
+        assert all(np.array_equal(alone[name], after[name]) for name in after)
+
+
+def test_other_weights_that_it_does_not_change_are_refused(models, path, caplog):
+    base, merged = models
+    other = nnx.clone(base)
+    other.norm.scale[...] += 1
+    message = "for another base: norm/scale, which it does not change, has another SHA"
+    refused(snella.apply_delta, other, path, message)
+    found = snella.apply_delta(other, path, allow_base_mismatch=True)
+    assert "norm/scale, which it does not change" in caplog.text
+    np.testing.assert_array_equal(found.qkv.kernel[...], merged.qkv.kernel[...])
+    np.testing.assert_array_equal(found.norm.scale[...], other.norm.scale[...])
+    after = nnx.clone(merged)
+    after.norm.bias[...] += 1
+    refused(snella.unmerge, after, path, "norm/bias, which it does not change")
+    some = {n: v for n, v in by_name(base).items() if not n.startswith("norm/bias")}
+    found = snella.apply_delta(some, path)  # a part, as before
+    assert found.keys() == some.keys()
+
+
+def test_files_of_before_say_nothing_of_what_they_do_not_change(caplog):
+    """Format 1, which has such a delta file: `tests/data/adapters/make.py`."""
+    data = Path(__file__).parent / "data" / "adapters" / "format1"
+    with np.load(data / "base.npz") as arrays:
+        base = dict(arrays)
+    base["norm/scale"] = base["norm/scale"] + 1
+    snella.apply_delta(base, data / "delta.safetensors")
+    assert "was not compared" in caplog.text
+
+
 def test_a_new_head_is_written_whole(tmp_path):
     before = {"w": np.zeros((2, 2), np.float32), "head": np.zeros((2, 3), np.float32)}
     after = {"w": before["w"], "head": np.ones((2, 5), np.float32), "b": np.ones(3)}

@@ -158,3 +158,21 @@ def test_statistics_of_another_binding_do_not_train(tmp_path):
     np.testing.assert_array_equal(loaded["scale"], 2)
     trainable, _, frozen = again.partition(loaded)
     assert "scale" in frozen and set(trainable) == {"layers", "out"}
+
+
+def test_parameters_may_have_any_byte_order(tmp_path):
+    """JAX takes none but the machine's; files of other machines have theirs."""
+    own = jax.tree.map(np.asarray, parameters())
+    big = jax.tree.map(lambda x: np.asfortranarray(x).astype(">f4"), own)
+    config = snella.SnellaConfig(rank=4, targets="layers/fc", trainable="out")
+    both = []
+    for params in (own, big):
+        adapters, adapted = pytree.adapt(params, config, key=jax.random.key(0))
+        both.append(forward(adapters.summed(adapted), X))
+        adapters.save(adapted, tmp_path / str(len(both)))
+    np.testing.assert_array_equal(*both)
+    for params in (own, big):
+        for folder in "12":
+            adapters, loaded = pytree.load(params, tmp_path / folder)
+            found = forward(adapters.summed(loaded), X)
+            np.testing.assert_array_equal(found, both[0])

@@ -120,6 +120,29 @@ def test_what_does_not_go_together_is_refused(models):
         snella.combine(models | {"never": never}, {"never": 1}, rest="pets")
 
 
+def test_other_weights_without_adapters_are_another_base(models):
+    base = nnx.clone(models["none"])
+    base.norm.scale[...] += 1
+    other = snella.adapt(base, settings(), rngs=nnx.Rngs(1))
+    together = models | {"other": other}
+    message = r"'other' has another base than 'pets':\n  norm/scale: its numbers"
+    with pytest.raises(ValueError, match=message):
+        snella.combine(together, {"pets": 0.5, "other": 0.5}, rest="pets")
+    with pytest.raises(ValueError, match="another base than 'other'"):
+        snella.combine(together, {"pets": 1.0}, rest="other")
+    trained = snella.adapt(base, settings(trainable="norm|head"), rngs=nnx.Rngs(1))
+    snella.combine(models | {"t": trained}, {"t": 1.0}, rest="pets")  # it may differ
+
+
+def test_a_trained_weight_is_not_the_base_of_another_s_update(models):
+    """The head of `pets` trained; `head` has an adapter on that of the base."""
+    own = settings(targets="head", trainable="")
+    head = snella.adapt(models["none"], own, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"than 'pets':\n  head/kernel: its numbers"):
+        snella.combine(models | {"head": head}, {"head": 1.0}, rest="pets")
+    snella.combine(models | {"head": head}, {"head": 1.0}, rest="none")
+
+
 def test_the_rest_may_be_the_base(models):
     found = snella.combine(models, {"pets": 1.0}, rest="none")
     base, pets = models["none"], snella.merge(models["pets"])
