@@ -24,7 +24,7 @@ from snella_jax.base import Base
 from snella_jax.config import Rule
 from snella_jax.fingerprint import Digest, Fingerprint, sha256
 from snella_jax.hosts import once, to_host
-from snella_jax.models.atomic import leftovers, whole_folder
+from snella_jax.models.atomic import check_exchangeable, leftovers, whole_folder
 from snella_jax.models.checkpoint_error import CheckpointError
 from snella_jax.models.loading import read_json, read_safetensors
 from snella_jax.weight import AdaptedWeight, indexed
@@ -106,16 +106,11 @@ def write(
         have one key.
     """
     folder = Path(folder)
-    tensors: dict[str, np.ndarray] = {}
-    described = {}
-    for weight in weights:
-        described[weight.path] = _described(weight)
-        for name, value in weight.factors.items():
-            _put(tensors, _key(weight.path, f"snella_{name}"), to_host(value))
-    carried = {**trained, **stats}
-    for path, value in (*trained.items(), *stats.items()):
-        _put(tensors, _key(path), to_host(value))
-    rest = model.rest(described, carried).fingerprints()
+    once(lambda: _check_free(folder))
+    weights = list(weights)
+    tensors = _tensors(weights, trained, stats)
+    described = {weight.path: _described(weight) for weight in weights}
+    rest = model.rest(described, {**trained, **stats}).fingerprints()
     from snella_jax import __version__
 
     config = {
@@ -135,7 +130,7 @@ def write(
     metadata = {"format": "pt", "config_sha256": _sha256(content)}
 
     def save() -> None:
-        _check_free(folder)
+        _check_free(folder)  # still
         with whole_folder(folder) as new:
             (new / CONFIG).write_bytes(content)
             save_file(tensors, new / TENSORS, metadata)
@@ -197,6 +192,21 @@ def _sha256(*parts: Any) -> str:
 
 def _key(path: str, name: str = "") -> str:
     return PREFIX + ".".join(filter(None, (path.replace("/", "."), name)))
+
+
+def _tensors(
+    weights: Iterable[AdaptedWeight],
+    trained: Mapping[str, Any],
+    stats: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+    """By key, what is written."""
+    found: dict[str, np.ndarray] = {}
+    for weight in weights:
+        for name, value in weight.factors.items():
+            _put(found, _key(weight.path, f"snella_{name}"), to_host(value))
+    for path, value in (*trained.items(), *stats.items()):
+        _put(found, _key(path), to_host(value))
+    return found
 
 
 def _put(tensors: dict[str, np.ndarray], key: str, value: np.ndarray) -> None:
@@ -326,6 +336,7 @@ def _bases(own: Mapping[str, Any]) -> list[Digest | Fingerprint]:
 
 
 def _check_free(folder: Path) -> None:
+    check_exchangeable(folder)
     if folder.is_dir():
         other = sorted(
             p.name for p in folder.iterdir() if p.name not in (CONFIG, TENSORS)

@@ -130,6 +130,12 @@ def test_the_rest_is_known_in_other_bindings_and_another_is_not(
     load(changed(tree, "params", "head", "bias"), folders / folder, rename=rename)
 
 
+def test_a_rule_of_names_that_is_meant_for_adapters_does_no_harm(tree, folders):
+    """It gives two weights of the rest one name, which a third has."""
+    names = {"(heads|before)/.*": "scale", **TO_NNX}
+    snella.load(nnx_of(tree), folders / "linen", rename=names)
+
+
 def test_what_changes_when_a_model_is_called_is_not_compared(tree, folders):
     model = nnx_of(tree)
     model.one.norm.mean[...] += 1  # the file has them
