@@ -65,6 +65,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def check_exchangeable(folder: Path) -> None:
     """Raises a `FileExistsError` for a folder that no other can take the place of."""
+    folder = folder.resolve()
     if folder.exists() and folder.samefile(os.curdir):
         kind = "the current folder"
     elif folder.is_mount():
