@@ -38,7 +38,10 @@ class Base:
     configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def rest(self, adapted: Iterable[str], carried: Collection[str]) -> "Base":
-        """Without the weights of the layers at `adapted`, and what a file carries."""
+        """Without the weights of the layers at `adapted`, and what a file carries.
+
+        Integers become `others`: indices, which another binding computes.
+        """
         kernels = {name for path in adapted for name in variables_at(path)}
         weights, others = (
             {
@@ -48,7 +51,13 @@ class Base:
             }
             for kind in (self.weights, self.others)
         )
-        return dataclasses.replace(self, weights=weights, others=others)
+        indices = {
+            name: value
+            for name, value in weights.items()
+            if not jnp.issubdtype(dtype_of(value), jnp.inexact)
+        }
+        weights = {n: value for n, value in weights.items() if n not in indices}
+        return dataclasses.replace(self, weights=weights, others=others | indices)
 
     def named(self, name: Callable[[str], str]) -> "Base":
         """The same with other names."""
@@ -190,6 +199,9 @@ def _configs(
     """How configs differ, and the weights that need not be the same for it."""
     problems, resized = [], set()
     if len(known.configs) != len(found.configs):  # another binding, or a part
+        if known.configs and found.configs:
+            numbers = len(known.configs), len(found.configs)
+            log.warning("%s and %s models: their configs were not compared", *numbers)
         return problems, resized
     for one, other in zip(sorted(known.configs), sorted(found.configs), strict=True):
         ours, theirs = known.configs[one], found.configs[other]

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 import snella_jax as snella
 from snella_jax import models
 from snella_jax.models import vit
+from snella_jax.rules import variables_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SMALL = vit.ViTConfig(
@@ -236,31 +237,49 @@ def test_unloaded_the_base_speaks_again(model):
         snella.unload(base)
 
 
-def test_adapters_of_earlier_versions_are_read(caplog):
-    """Format 1, written by version 0.1.0: `tests/data/adapters/make.py`."""
-    data = Path(__file__).parent / "data" / "adapters" / "format1"
+DATA = Path(__file__).parent / "data" / "adapters"
+
+
+def committed(name):
+    """The base of an adapter that `tests/data/adapters/make.py` made."""
     base = Every(nnx.Rngs(3))
-    arrays = np.load(data / "base.npz")
-    for path, variable in snella.rules.variables_of(base, nnx.Variable):
-        variable.set_value(jnp.asarray(arrays[path]))
-    expected = np.load(data / "expected.npz")
-    model = snella.load(base, data / "adapter")
+    with np.load(DATA / name / "base.npz") as arrays:
+        for path, variable in variables_of(base, nnx.Variable):
+            variable.set_value(jnp.asarray(arrays[path]))
+    return base
+
+
+@pytest.mark.parametrize("name", ["format1", "format2"])
+def test_adapters_of_earlier_versions_are_read(name):
+    base, expected = committed(name), np.load(DATA / name / "expected.npz")
+    for model in (
+        snella.load(base, DATA / name / "adapter"),
+        snella.apply_delta(base, DATA / name / "delta.safetensors"),
+    ):
+        model.eval()
+        found = model(expected["images"])
+        np.testing.assert_allclose(found, expected["outputs"], atol=1e-5)
+
+
+def test_format_1_knows_the_adapted_weights_alone(caplog):
+    base, folder = committed("format1"), DATA / "format1" / "adapter"
+    base.norm.scale[...] += 1
+    snella.load(base, folder)
     assert "is of format 1: whether the rest of the base" in caplog.text
-    model.eval()
-    found = model(expected["images"])
-    np.testing.assert_allclose(found, expected["outputs"], atol=1e-5)
-    merged = snella.apply_delta(base, data / "delta.safetensors")
-    merged.eval()
-    found = merged(expected["images"])
-    np.testing.assert_allclose(found, expected["outputs"], atol=1e-5)
-    base.norm.scale[...] += 1  # which format 1 does not know
-    snella.load(base, data / "adapter")
     base.qkv.kernel[...] += 1
-    with pytest.raises(snella.CheckpointError, match=r"qkv(.|\n)*its SHA-256 differs"):
-        snella.load(base, data / "adapter")
+    wrong(base, folder, r"qkv(.|\n)*its SHA-256 differs")
     caplog.clear()
-    snella.load(base, data / "adapter", allow_base_mismatch=True)
+    snella.load(base, folder, allow_base_mismatch=True)
     assert "qkv: the weight, float32, is not that of the base" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "path", ["norm/scale", "qkv/bias", "blocks/fc/bias", "conv/kernel"]
+)
+def test_format_2_knows_all_of_the_base(path):
+    base, folder = committed("format2"), DATA / "format2" / "adapter"
+    dict(variables_of(base, nnx.Param))[path][...] += 1
+    wrong(base, folder, path.removesuffix("/kernel") + ": ")
 
 
 def test_a_model_that_evaluates_still_does_with_other_adapters(tmp_path):

@@ -18,7 +18,9 @@ from snella_jax.rules import variables_of, weights_of
 SMALL = vit.ViTConfig(
     width=8, depth=2, heads=2, patch_size=4, image_size=8, channels=3, num_classes=3
 )
-CONFIG = snella.SnellaConfig(rank=4, allocation="fixed", targets=".*/(query|fc1)")
+CONFIG = snella.SnellaConfig(
+    rank=4, allocation="fixed", targets=".*/(query|fc1)", trainable="(body/)?head"
+)
 UNSTACK = {r"blocks/(.*)\[(\d+)\]": r"blocks/\2/\1"}
 
 
@@ -114,6 +116,19 @@ def test_configs_that_change_outputs_are_compared(changes, message, saved, caplo
     refused(lambda: snella.load(other, saved), rf"\n  {message}")
     snella.load(other, saved, allow_base_mismatch=True)
     assert message.split(":")[0] in caplog.text
+
+
+def test_a_model_that_is_part_of_another_is_compared(tmp_path):
+    class Whole(nnx.Module):
+        def __init__(self, **changes):
+            self.body, self.more = small(**changes), nnx.Param(jnp.ones(3))
+
+    adapted = snella.adapt(Whole(), CONFIG, rngs=nnx.Rngs(1))
+    snella.save(adapted, tmp_path / "a")
+    snella.load(Whole(), tmp_path / "a")
+    message = r"\n  body/heads: 2 in the file and 4 in the model\n  allow"
+    refused(lambda: snella.load(Whole(heads=4), tmp_path / "a"), message)
+    refused(lambda: snella.load(nudged(Whole(), "more"), tmp_path / "a"), "more: its n")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Made the adapter of format 1 beside this file; every later version has to read it.
+"""Made the adapters beside this file; every later version has to read each format.
 
 `python tests/data/adapters/make.py FOLDER` with `tests` on the path. An adapter of
 `every_kind.Every` (its parameters in `base.npz`, since initial values are not promised
