@@ -40,39 +40,37 @@ class Base:
     def rest(self, adapted: Iterable[str], carried: Collection[str]) -> "Base":
         """Without the weights of the layers at `adapted`, and what a file carries.
 
-        Integers become `others`: indices, which another binding computes.
+        Integers count among weights as `others`, for another binding may compute its
+        indices; among others not at all: they may be counters.
         """
-        kernels = {name for path in adapted for name in variables_at(path)}
-        weights, others = (
-            {
+        taken = {name for path in adapted for name in variables_at(path)} | {*carried}
+        kept = self._changed(
+            lambda kind: {
                 name: value
                 for name, value in kind.items()
-                if name not in kernels and name not in carried and _is_number(value)
+                if name not in taken and _is_number(value)
             }
-            for kind in (self.weights, self.others)
         )
-        indices = {
-            name: value
-            for name, value in weights.items()
-            if not jnp.issubdtype(dtype_of(value), jnp.inexact)
-        }
-        weights = {n: value for n, value in weights.items() if n not in indices}
-        return dataclasses.replace(self, weights=weights, others=others | indices)
+        floats = kept._changed(
+            lambda kind: {name: x for name, x in kind.items() if _is_inexact(x)}
+        )
+        indices = kept.weights.keys() - floats.weights.keys()
+        others = {name: kept.weights[name] for name in kept.weights if name in indices}
+        return dataclasses.replace(floats, others={**floats.others, **others})
 
     def named(self, name: Callable[[str], str]) -> "Base":
         """The same with other names."""
-        weights, others = (
-            {name(old): value for old, value in kind.items()}
-            for kind in (self.weights, self.others)
-        )
-        return dataclasses.replace(self, weights=weights, others=others)
+        return self._changed(lambda kind: {name(old): x for old, x in kind.items()})
 
     def fingerprints(self) -> "Base":
         """The same with fingerprints for arrays."""
-        weights, others = (
-            {name: Fingerprint.of(value) for name, value in kind.items()}
-            for kind in (self.weights, self.others)
+        return self._changed(
+            lambda kind: {name: Fingerprint.of(x) for name, x in kind.items()}
         )
+
+    def _changed(self, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> "Base":
+        """With other `weights` and `others`, each made from what it was."""
+        weights, others = map(change, (self.weights, self.others))
         return dataclasses.replace(self, weights=weights, others=others)
 
     def as_json(self) -> dict[str, Any]:
@@ -246,3 +244,7 @@ def _is_number(value: Any) -> bool:
     key = value.dtype == np.uint32 and value.shape[-1:] in ((2,), (4,))
     counter = not value.shape and jnp.issubdtype(value.dtype, jnp.integer)
     return not key and not counter
+
+
+def _is_inexact(value: Any) -> bool:
+    return jnp.issubdtype(dtype_of(value), jnp.inexact)

@@ -178,7 +178,7 @@ def base_of(model: nnx.Module) -> Base:
     }
     return Base(
         {path: variable.get_value() for path, variable in params.items()},
-        {p: x for p, x in others.items() if jnp.issubdtype(x.dtype, jnp.inexact)},
+        others,
         arithmetic.of(model),
     )
 
