@@ -27,7 +27,7 @@ ORDERS = {
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_what_is_written_is_read(suffix, order, tmp_path):
     path = tmp_path / f"weights{suffix}"
-    writing.write_file(path, {"w": ORDERS[order]})
+    writing.write_file(path, {"w": ORDERS[order]}, {})
     found = loading.read(path).tensors["w"]
     np.testing.assert_array_equal(found, NUMBERS)
     assert found.dtype.isnative and jnp.asarray(found).dtype == np.float32
