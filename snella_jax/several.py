@@ -57,14 +57,14 @@ def combine(models: Mapping[str, M], weights: Mapping[str, float], rest: str) ->
     """
     if unknown := sorted({*weights, rest} - models.keys()):
         raise ValueError(f"No model is called {unknown}: there are {sorted(models)}.")
-    plain, trained = _taken_apart(models[rest])
+    plain, moved = _taken_apart(models[rest])
     variables = dict(variables_of(plain, nnx.Param))
     sums: dict[str, Array] = {}
     for name, factor in weights.items():
         own = weights_of(models[name])
         for weight in own:
             weight.check_moved()
-        _check_base((rest, plain, trained), (name, models[name]))
+        _check_base((rest, plain, moved), (name, models[name]))
         for weight in own:
             kernel = next(k for k in variables_at(weight.path) if k in variables)
             sums[kernel] = sums.get(kernel, 0) + factor * weight.delta()
@@ -74,24 +74,26 @@ def combine(models: Mapping[str, M], weights: Mapping[str, float], rest: str) ->
 
 
 def _taken_apart(model: M) -> tuple[M, set[str]]:
-    """A plain copy of a model, and the paths of what trained in it."""
+    """A plain copy of a model, and the paths of what may have moved in it."""
+    stats, params, factors = (
+        {path for path, _ in variables_of(model, kind)}
+        for kind in (nnx.BatchStat, nnx.Param, Factor)
+    )
     if not has_adapters(model):
-        return nnx.clone(model), set()
-    factors = {path for path, _ in variables_of(model, Factor)}
-    trained = {path for path, _ in variables_of(model, nnx.Param)} - factors
-    return unload(model), trained
+        return nnx.clone(model), stats
+    return unload(model), stats | params - factors
 
 
 def _check_base(rest: tuple[str, M, set[str]], other: tuple[str, M]) -> None:
     """Raises a `ValueError` unless two models are of one base.
 
     Args:
-      rest: a name, a plain model, and the paths of what trained in it.
+      rest: a name, a plain model, and the paths of what may have moved in it.
       other: a name and a model, adapted.
     """
-    plain, trained = _taken_apart(other[1])
+    plain, moved = _taken_apart(other[1])
     adapted = {name for w in weights_of(other[1]) for name in variables_at(w.path)}
-    apart = (trained | rest[2]) - adapted
+    apart = (moved | rest[2]) - adapted
     ours, theirs = (base_of(model).rest((), apart) for model in (rest[1], plain))
     names = repr(rest[0]), repr(other[0])
     if found := differences(ours.fingerprints(), theirs, sides=names):
