@@ -66,7 +66,13 @@ def combine(models: Mapping[str, M], weights: Mapping[str, float], rest: str) ->
             weight.check_moved()
         _check_base((rest, plain, moved), (name, models[name]))
         for weight in own:
-            kernel = next(k for k in variables_at(weight.path) if k in variables)
+            places = [k for k in variables_at(weight.path) if k in variables]
+            if not places or variables[places[0]].shape != weight.w0.shape:
+                raise ValueError(
+                    f"{name!r} has another base than {rest!r}, stacked or named "
+                    f"otherwise: there is no {weight.path} {list(weight.w0.shape)}."
+                )
+            kernel = places[0]
             sums[kernel] = sums.get(kernel, 0) + factor * weight.delta()
     for kernel, update in sums.items():
         variables[kernel][...] = add(kernel, variables[kernel][...], update)

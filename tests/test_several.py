@@ -136,6 +136,26 @@ def test_other_weights_without_adapters_are_another_base(models):
     np.testing.assert_array_equal(found.norm.mean[...], models["pets"].norm.mean[...])
 
 
+def test_a_base_that_is_stacked_otherwise_is_another():
+    """The same numbers; but a sum of updates needs the same places."""
+
+    class Rows(nnx.Module):
+        def __init__(self, *shapes):
+            rng = np.random.default_rng(0)
+            for index, shape in enumerate(shapes):
+                layer = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
+                layer.kernel.set_value(jax.numpy.asarray(rng.normal(size=shape), "f4"))
+                setattr(self, f"fc{index}", layer)
+
+    own = settings(targets="fc.*", trainable="")
+    one, two = (
+        snella.adapt(Rows(*shapes), own, rngs=nnx.Rngs(1))
+        for shapes in ([(2, 4, 4)], [(4, 4), (4, 4)])
+    )
+    with pytest.raises(ValueError, match=r"stacked or named otherwise: there is no fc"):
+        snella.combine({"one": one, "two": two}, {"two": 1.0}, rest="one")
+
+
 def test_a_trained_weight_is_not_the_base_of_another_s_update(models):
     """The head of `pets` trained; `head` has an adapter on that of the base."""
     own = settings(targets="head", trainable="")
