@@ -16,18 +16,24 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from snella_jax import adapter_file
 from snella_jax.base import Base
+from snella_jax.binding import check_binding
 from snella_jax.config import Rule, SnellaConfig
 from snella_jax.fitting import any_of, fit
+from snella_jax.importance import path_of
 from snella_jax.layout import Layout
-from snella_jax.rules import chosen
+from snella_jax.rules import chosen, listed, matches_or_holds
+from snella_jax.targets import is_added
 from snella_jax.trees import (
     Adapters,
     Key,
@@ -38,12 +44,15 @@ from snella_jax.trees import (
     flat,
     join,
     layer_path,
+    name_of,
+    nested,
     place,
     site,
+    unboxed,
 )
 from snella_jax.weight import Site
 
-__all__ = ["Adapters", "adapt", "join", "load"]
+__all__ = ["Adapters", "adapt", "flattened", "join", "load"]
 
 
 def adapt(
@@ -56,7 +65,8 @@ def adapt(
     """Parameters with adapters for the weights that `config.targets` matches.
 
     Args:
-      params: nested dicts of arrays.
+      params: nested dicts of arrays; `flattened` makes them of other trees. Of boxes
+        (`nn.Partitioned`) the names go into `Adapters.specs`.
       config: what to adapt and how. `path="parallel"` and what drops need a layer, and
         are refused.
       key: draws the factors.
@@ -64,11 +74,14 @@ def adapt(
         axes in front of a layout's are a stack.
 
     Raises:
-      ValueError: a rule that matches nothing or needs a layer, a weight whose axes are
-        not known, or something where an adapter goes.
-      TypeError: lists among the parameters.
+      ValueError: a rule that matches nothing or needs a layer, a weight that the
+        targets match and whose axes nothing says, or something where an adapter goes.
+      TypeError: a model of another binding, lists among the parameters, or a key that
+        is none.
     """
+    check_binding(params, "pytree")
     matrices = _Matrices(params, layouts)
+    matrices.check_known(config.targets, config.trainable)
     sites = {
         matrices.keys[path]: matrices.site(path, config.rule(path), config.must_move)
         for path in chosen(matrices.keys, config.targets)
@@ -95,7 +108,9 @@ def load(
 
     Raises:
       FileNotFoundError, CheckpointError: as `snella.load`.
+      TypeError: a model of another binding.
     """
+    check_binding(params, "pytree")
     matrices = _Matrices(params, layouts)
 
     def locate(path: str, rule: Rule, must_move: bool) -> tuple[Site, Array]:
@@ -104,7 +119,7 @@ def load(
         found = matrices.site(path, rule, must_move)
         return found, matrices.leaves[matrices.keys[path]]
 
-    leaves = by_name(flat(params))
+    leaves = by_name(matrices.leaves)
     weights, trained, stats = fit(
         adapter_file.read(folder),
         locate,
@@ -118,14 +133,68 @@ def load(
     return dataclasses.replace(adapters, trainable=any_of(trained)), tree
 
 
+def flattened(tree: Any) -> tuple[Tree, Callable[[Tree], Any]]:
+    """The arrays of any pytree as nested dicts, and the way back.
+
+    For an equinox module, a list of layers, a named tuple: whatever else they hold
+    stays as it is. The way back takes plain parameters (`Adapters.summed`, `merge`).
+
+    Raises:
+      ValueError: two arrays have one path.
+
+    >>> layers = [{"w": jnp.ones((2, 3))}, {"w": jnp.ones((3, 2)), "act": jnp.tanh}]
+    >>> params, restored = flattened(layers)
+    >>> params["1"]["w"].shape, restored(params)[1]["act"] is jnp.tanh
+    ((3, 2), True)
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    keys = {
+        i: path_of(path)
+        for i, (path, leaf) in enumerate(leaves)
+        if isinstance(leaf, jax.Array | np.ndarray)
+    }
+    params = {key: leaves[i][1] for i, key in keys.items()}
+    if len(params) < len(keys):
+        raise ValueError(f"Two arrays have one path: {listed(map(name_of, params))}")
+
+    def restored(params: Tree) -> Any:
+        found = flat(params)
+        return structure.unflatten(
+            found[keys[i]] if i in keys else leaf for i, (_, leaf) in enumerate(leaves)
+        )
+
+    return nested(params), restored
+
+
 class _Matrices:
     """The leaves of a tree that can be adapted, by path of their layer."""
 
     def __init__(self, params: Tree, layouts: Mapping[str, Layout] | None):
         self.layouts = layouts or {}
-        self.leaves = arrays_of(flat(params))
+        self.leaves = unboxed(arrays_of(flat(params)))
         by_name(self.leaves)  # or two layers would be one
         self.keys = {layer_path(key): key for key in self.leaves if self._layout(key)}
+
+    def check_known(self, targets: str, trainable: str) -> None:
+        """Raises a `ValueError` for weights that are matched, and are no matrices.
+
+        Their names say whether they are weights: nothing else is known of them.
+        """
+        missed = [
+            f"{name_of(key)} {list(jnp.shape(leaf))}"
+            for key, leaf in self.leaves.items()
+            if layer_path(key) not in self.keys
+            and any(re.fullmatch(targets, p) for p in (layer_path(key), name_of(key)))
+            and _is_weight(key, leaf)
+            and not matches_or_holds(trainable, name_of(key))
+        ]
+        if missed:
+            raise ValueError(
+                f"targets={targets!r} matches weights of which nothing says what their "
+                f"axes are: {listed(missed)}\nPass their layouts, layouts={{regex of "
+                "the path: snella.Layout(inputs=(...), outputs=(...))}, or take them "
+                "out of the targets."
+            )
 
     def site(self, path: str, rule: Rule, must_move: bool) -> Site:
         """Of the weight of a layer; errors as of `adapt`."""
@@ -145,3 +214,9 @@ class _Matrices:
             if re.fullmatch(regex, path):
                 return layout
         return Layout(shape[:1], shape[1:]) if len(shape) == 2 else None
+
+
+def _is_weight(key: Key, leaf: Any) -> bool:
+    wide = sum(size > 1 for size in jnp.shape(leaf)) > 1
+    floats = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return wide and floats and not is_added(str(key[-1]))

@@ -172,19 +172,32 @@ def is_weight(path: str, shape: tuple[int, ...], dtype: Any, layer: Any) -> bool
     """
     wide = sum(size > 1 for size in shape) > 1 and jnp.issubdtype(dtype, jnp.floating)
     kind = type(layer).__name__.lower()
-    names = [name for name in path.lower().split("/") if not name.isdigit()]
-    words = re.findall("[a-z]+", names[-1] if names else "")
+    names = [name for name in path.split("/") if not name.isdigit()]
+    name = names[-1] if names else ""
     looks_up = "embed" in kind and "patch" not in kind
-    added = any(map(NO_WEIGHT.fullmatch, words)) or "norm" in kind or looks_up
-    if added or not wide:
+    if is_added(name) or "norm" in kind or looks_up or not wide:
         return False
-    return any(map(WEIGHT.fullmatch, words)) or not _holds_layers(layer)
+    return any(map(WEIGHT.fullmatch, _words(name))) or not _holds_layers(layer)
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter of this name is added, looked up, or scales channels.
+
+    >>> is_added("pos_embedding"), is_added("layer_scale1"), is_added("kernel")
+    (True, True, False)
+    """
+    return any(map(NO_WEIGHT.fullmatch, _words(name)))
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z]+", name.lower())
 
 
 # Words in the names of parameters that are added, looked up, or scale channels,
 NO_WEIGHT = re.compile(
     "bias(es)?|beta|scale|gamma|norm|ln|emb|embed(dings?)?|pos|positions?|positional"
-    "|tokens?|cls|table|mean|var|temperature"
+    "|posemb|posembed|relpos|tokens?|cls|latents?|probe|prompts?|table|mean|var"
+    "|temperature"
 )
 # and of those that multiply.
 WEIGHT = re.compile(

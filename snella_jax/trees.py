@@ -11,8 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax.core import meta
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
 from snella_jax import adapter_file
@@ -28,6 +31,7 @@ from snella_jax.rules import (
     listed,
     matches_or_holds,
 )
+from snella_jax.specs import adapter_spec, names_in
 from snella_jax.weight import AdaptedWeight, Site, start
 
 Tree = dict[str, Any]
@@ -42,10 +46,14 @@ class Adapters:
     Attributes:
       sites: by key of the weight, `("fc", "kernel")`.
       trainable: regex of what trains besides the factors.
+      names: specs that the base's boxes (`nn.Partitioned`) had, by key.
     """
 
     sites: Mapping[Key, Site] = dataclasses.field(hash=False)
     trainable: str
+    names: Mapping[Key, PartitionSpec] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
 
     def partition(self, params: Tree) -> tuple[Tree, Tree, Tree]:
         """`trainable`, `budgets` and `frozen` of adapted parameters.
@@ -54,7 +62,7 @@ class Adapters:
         `reallocate`; `join` puts them together again.
         """
         trainable, budgets, frozen = {}, {}, {}
-        adapters = {_adapter(key): site for key, site in self.sites.items()}
+        adapters = {adapter_key(key): site for key, site in self.sites.items()}
         for key, leaf in flat(params).items():
             site = adapters.get(key[:-1])
             if site is None:
@@ -76,11 +84,28 @@ class Adapters:
             own.setdefault(key[:-1], {})[key[-1]] = leaf
         found = []
         for key, site in self.sites.items():
-            factors = dict(own[_adapter(key)])
+            factors = dict(own[adapter_key(key)])
             counts = [factors.pop(count) for count in COUNTS]
             weight = layer_path(key), site, leaves[key], factors, *counts
             found.append(AdaptedWeight(*weight))
         return found
+
+    def specs(self, params: Tree) -> Tree:
+        """A `PartitionSpec` for every leaf of adapted parameters, or of a part of them.
+
+        What the names of the base's boxes say (`nn.get_partition_spec`): where they are
+        logical ones, `nn.logical_to_mesh` makes axes of a mesh of them. Adapters follow
+        their weights, and what had no box is not split.
+        """
+        adapters = {adapter_key(key): key for key in self.sites}
+        found = {}
+        for key in arrays_of(flat(params)):
+            weight = adapters.get(key[:-1], key)
+            spec = self.names.get(weight, PartitionSpec())
+            if weight != key:
+                spec = adapter_spec(self.sites[weight], spec, key[-1])
+            found[key] = spec
+        return nested(found)
 
     def summed(self, params: Tree) -> Tree:
         """Plain parameters, `w0 + delta` for every adapted weight; differentiable.
@@ -133,7 +158,7 @@ class Adapters:
         adapter_file.write(folder, weights, trained, stats, Base(leaves), base)
 
     def _with(self, params: Tree, value: Callable[[AdaptedWeight], Array]) -> Tree:
-        adapters = set(map(_adapter, self.sites))
+        adapters = set(map(adapter_key, self.sites))
         new = {k: x for k, x in flat(params).items() if k[:-1] not in adapters}
         weights = zip(self.sites, self.weights(params), strict=True)
         return nested(new | {key: value(weight) for key, weight in weights})
@@ -145,21 +170,34 @@ def join(*parts: Tree) -> Tree:
 
 
 def site(
-    path: str, shape: tuple[int, ...], layout: Layout, rule: Rule, must_move: bool
+    path: str,
+    shape: tuple[int, ...],
+    layout: Layout,
+    rule: Rule,
+    must_move: bool,
+    axes: tuple[int, ...] | None = None,
 ) -> Site:
     """The site of a weight of this shape.
+
+    Args:
+      path, shape: of the weight.
+      layout: its axes, without the stack.
+      rule, must_move: as of `Site`.
+      axes: of the stack; None for all that are in front of the layout's.
 
     Raises:
       ValueError: the layout does not fit the shape, or `split` the layout.
     """
     layout = layout.split(rule.split) if rule.split > 1 else layout
-    stack = shape[: len(shape) - len(layout.shape)]
-    if shape != stack + layout.shape:
+    if axes is None:
+        axes = tuple(range(len(shape) - len(layout.shape)))
+    found = Site(rule, layout, tuple(shape[axis] for axis in axes), must_move, axes)
+    if found.shape != shape:
         raise ValueError(
             f"{path} has shape {shape}: expected {layout.shape} behind the axes of the "
-            "stack; stack blocks along axis 0."
+            "stack."
         )
-    return Site(rule, layout, stack, must_move)
+    return found
 
 
 def place(
@@ -170,16 +208,19 @@ def place(
     Raises:
       ValueError: an override or `config.trainable` matches nothing, or an adapted
         weight; there is an adapter, or something in its place.
+      TypeError: the key is none.
     """
+    check_key(key)
+    names = names_in(flat(params))
     leaves = _plain(params)
-    names = by_name(leaves)
+    arrays = by_name(leaves)
     check_overrides(config, map(layer_path, sites))
     check_trainable(config.trainable, map(name_of, sites))
-    trainable = {name for name in names if matches_or_holds(config.trainable, name)}
+    trainable = {name for name in arrays if matches_or_holds(config.trainable, name)}
     if config.trainable and not trainable:
         raise ValueError(
             f"trainable={config.trainable!r} matches nothing; pass trainable='' if "
-            f"only the adapters train. There are: {listed(names)}"
+            f"only the adapters train. There are: {listed(arrays)}"
         )
     if config.frozen_dtype is not None:
         for name, leaf in arrays_of(leaves).items():
@@ -191,7 +232,7 @@ def place(
         sites, start(by_path, config, key).values(), strict=True
     ):
         _put(leaves, own, factors | dict(zip(COUNTS, counts, strict=True)))
-    return Adapters(dict(sites), config.trainable), nested(leaves)
+    return Adapters(dict(sites), config.trainable, names), nested(leaves)
 
 
 def fill(
@@ -202,6 +243,7 @@ def fill(
     Raises:
       ValueError: there is an adapter, or something in its place.
     """
+    names = names_in(flat(params))
     leaves = _plain(params)
     keys = {layer_path(key): key for key in leaves}
     sites = {keys[path]: weight.site for path, weight in weights.items()}
@@ -211,7 +253,15 @@ def fill(
     for path, weight in weights.items():
         counts = zip(COUNTS, (weight.budget, weight.allocated_at), strict=True)
         _put(leaves, keys[path], weight.factors | dict(counts))
-    return Adapters(sites, any_of(trained)), nested(leaves)
+    return Adapters(sites, any_of(trained), names), nested(leaves)
+
+
+def check_key(key: Any) -> None:
+    """Raises a `TypeError` where a random key is none, such as a number."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and not (jnp.ndim(key) == 1 and dtype == jnp.uint32):
+        raise TypeError(f"key={key!r} is no random key: expected jax.random.key(0).")
 
 
 def _plain(params: Tree) -> dict[Key, Any]:
@@ -220,7 +270,13 @@ def _plain(params: Tree) -> dict[Key, Any]:
             f"The parameters have adapters already: {listed(sorted(adapters))}\n"
             "Merge them first."
         )
-    return flat(params)
+    return unboxed(flat(params))
+
+
+def unboxed(leaves: Mapping[Key, Any]) -> dict[Key, Any]:
+    """Arrays in the place of boxes (`nn.Partitioned`), in the order of the leaves."""
+    boxes = {k: x for k, x in leaves.items() if isinstance(x, meta.AxisMetadata)}
+    return {**leaves, **{k: native(meta.unbox(box)) for k, box in boxes.items()}}
 
 
 def flat(params: Tree) -> dict[Key, Any]:
@@ -272,14 +328,14 @@ def layer_path(key: Key) -> str:
     return name_of(key[:-1] if key[-1] == "kernel" else key)
 
 
-def _adapter(key: Key) -> Key:
+def adapter_key(key: Key) -> Key:
     """Where the adapter of a weight sits."""
     *parent, name = key
     return (*parent, "adapter" if name == "kernel" else f"{name}_adapter")
 
 
 def _put(leaves: dict[Key, Any], key: Key, values: Mapping[str, Any]) -> None:
-    place = _adapter(key)
+    place = adapter_key(key)
     if any(other[: len(place)] == place for other in leaves):
         raise ValueError(
             f"There is something at {name_of(place)}, where the adapter of "

@@ -1,4 +1,4 @@
-"""The README's whole program, as it stands there, for models of one's own."""
+"""The programs of the README and of docs, as they stand there, for one's own models."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,10 @@ import optax
 from flax import nnx
 
 import snella_jax as snella
+from snella_jax import linen
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def program() -> str:
@@ -30,3 +32,20 @@ def trained(model, config, x, y, epochs):
     exec(first + rest, space)
     parts = (space[name] for name in ("graphdef", "trainable", "budgets", "frozen"))
     return space | {"adapted": nnx.merge(*parts, copy=True)}
+
+
+def trained_linen(adapters, params, **given):
+    """Everything that docs/adapters.md names, from the split to the end of training.
+
+    `given`: `variables`, `inputs`, `targets`, `config` and `epochs`.
+    """
+    page = (ROOT / "docs/adapters.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    (block,) = (b for b in blocks if b.startswith("import flax.linen"))
+    _, first, rest = block.partition("trainable, budgets, frozen =")
+    training, _, _ = (first + rest).partition("params = linen.join(")
+    space = {"jax": jax, "linen": linen, "optax": optax, "snella": snella}
+    space |= {"adapters": adapters, "params": params, **given}
+    exec(training, space)
+    parts = (space[name] for name in ("trainable", "budgets", "frozen"))
+    return space | {"params": linen.join(*parts)}

@@ -209,7 +209,7 @@ def test_names_with_slashes_and_statistics_of_the_same_name(tmp_path):
     assert again.trainable == "ema" and loaded["batch_stats"]["mean"] == 1
 
 
-def test_partitioned_parameters_are_taken_without_their_names():
+def test_partitioned_parameters_are_arrays_and_their_names_are_kept():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -223,6 +223,11 @@ def test_partitioned_parameters_are_taken_without_their_names():
     )
     assert isinstance(own["params"]["fc"]["kernel"], nn.Partitioned)
     assert isinstance(params["fc"]["kernel"], jax.Array)
+    specs = adapters.specs(params)["fc"]
+    spec = jax.sharding.PartitionSpec
+    assert specs["kernel"] == spec("in", "out")
+    assert specs["adapter"]["a"] == spec(None, "in", None)
+    assert specs["adapter"]["b"] == spec(None, "out", None)
     found = run(adapters, params, x)
     expected = run(Net(), adapters.merge(params), x)
     np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 
 import snella_jax as snella
 from snella_jax import pytree
@@ -176,3 +178,110 @@ def test_parameters_may_have_any_byte_order(tmp_path):
             adapters, loaded = pytree.load(params, tmp_path / folder)
             found = forward(adapters.summed(loaded), X)
             np.testing.assert_array_equal(found, both[0])
+
+
+def test_matched_weights_without_a_layout_are_named():
+    params = {
+        "conv": {"kernel": jnp.ones((3, 3, 2, 4)), "bias": jnp.ones(4)},
+        "fc": {"kernel": jnp.ones((4, 4))},
+        "norms": {"scale": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 3, 4))},
+        "pos_embedding": jnp.ones((1, 5, 4)),
+        "cls_token": jnp.ones((1, 2, 4)),
+        "gate": jnp.ones((1, 1, 4)),
+        "counts": jnp.ones((2, 3, 4), int),
+        "experts": jnp.ones((2, 3, 4)),
+    }
+
+    def adapt(targets, **changes):
+        config = snella.SnellaConfig(
+            **({"rank": 4, "targets": targets, "trainable": ""} | changes)
+        )
+        key = jax.random.key(0)
+        return pytree.adapt(params, config, key=key, layouts=changes.pop("layouts", {}))
+
+    with pytest.raises(
+        ValueError, match=r"axes are: \n  conv/kernel.*\n  experts"
+    ) as e:
+        adapt(".*")
+    named = [line.split()[0] for line in str(e.value).splitlines()[1:-1]]
+    assert named == ["conv/kernel", "experts"]
+    adapters, _ = adapt(".*", trainable="conv|experts")  # those train themselves
+    assert set(adapters.sites) == {("fc", "kernel")}
+    assert set(adapt("fc|norms.*|.*bias")[0].sites) == {("fc", "kernel")}
+
+
+def test_a_model_of_another_binding_is_told_its_own():
+    config = snella.SnellaConfig(rank=4, targets="fc", trainable="")
+    models = [
+        (nn.Dense(3), "call snella_jax.linen.adapt"),
+        (nnx.Linear(3, 3, rngs=nnx.Rngs(0)), "call snella_jax.adapt"),
+        (object(), "make its arrays a dict"),
+    ]
+    for model, message in models:
+        with pytest.raises(TypeError, match=message):
+            pytree.adapt(model, config, key=jax.random.key(0))
+
+
+def test_names_of_boxed_parameters_are_kept():
+    spec = jax.sharding.PartitionSpec
+    box = nn.Partitioned(jnp.ones((4, 6)), ("data", ("fsdp", "tensor")))
+    params = {"fc": {"kernel": box, "bias": jnp.ones(6)}}
+    config = snella.SnellaConfig(rank=4, targets="fc", trainable="")
+    adapters, adapted = pytree.adapt(params, config, key=jax.random.key(0))
+    assert isinstance(adapted["fc"]["kernel"], jax.Array)
+    specs = adapters.specs(adapted)["fc"]
+    assert specs["kernel"] == spec("data", ("fsdp", "tensor"))
+    assert specs["adapter"]["a"] == spec(None, "data", None)
+    assert specs["adapter"]["b"] == spec(None, ("fsdp", "tensor"), None)
+    assert specs["bias"] == specs["adapter"]["alpha"] == spec()
+
+
+def test_a_weight_stacked_behind_its_inputs_is_a_layout_with_slices(tmp_path):
+    """As `nn.scan(variable_axes={"params": 1})` stacks it."""
+    weights = jax.random.normal(jax.random.key(3), (3, 6, 4))
+    params = {"w": weights.swapaxes(0, 1)}
+    layouts = {"w": snella.Layout((6,), (4,), (3,), order=(1, 0, 2))}
+    config = snella.SnellaConfig(
+        rank=4, targets="w", trainable="", allocation="fixed", target_density=0.3
+    )
+    adapters, adapted = pytree.adapt(
+        params, config, key=jax.random.key(0), layouts=layouts
+    )
+    (weight,) = adapters.weights(adapted)
+    np.testing.assert_array_equal(weight.matrices(), weights)
+    moved = np.asarray(adapters.merge(adapted)["w"]).swapaxes(0, 1) != weights
+    assert moved.sum((1, 2)).tolist() == [8, 7, 7]  # 0.3 of 72
+    adapters.save(adapted, tmp_path / "a")
+    _, loaded = pytree.load(params, tmp_path / "a", layouts=layouts)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapted)
+
+
+@pytest.mark.reference
+def test_an_equinox_module_by_way_of_a_dict():
+    eqx = pytest.importorskip("equinox")
+    mlp = eqx.nn.MLP(6, 3, 8, 2, key=jax.random.key(0))
+    params, restored = pytree.flattened(mlp)
+    config = snella.SnellaConfig(
+        rank=4, targets=r"layers/[01]/weight", trainable="layers/2", allocation="fixed"
+    )
+    with pytest.raises(TypeError, match="make its arrays a dict"):
+        pytree.adapt(mlp, config, key=jax.random.key(1))
+    adapters, adapted = pytree.adapt(params, config, key=jax.random.key(1))
+    trainable, budgets, frozen = adapters.partition(adapted)
+
+    def loss(trainable):
+        plain = adapters.summed(pytree.join(trainable, budgets, frozen))
+        return jnp.square(jax.vmap(restored(plain))(X)).mean()
+
+    grads = jax.grad(loss)(trainable)
+    assert all((np.asarray(leaf) != 0).any() for leaf in jax.tree.leaves(grads))
+    merged = restored(adapters.merge(adapted))
+    weights = [layer.weight + 0 for layer in mlp.layers]
+    for index, weight in enumerate(adapters.weights(adapted)):
+        weights[index] = weights[index] + weight.delta()
+    y = X
+    for index, layer in enumerate(mlp.layers):
+        y = y @ weights[index].T + layer.bias
+        y = jax.nn.relu(y) if index < 2 else y
+    np.testing.assert_allclose(jax.vmap(merged)(X), y, atol=1e-5)
+    assert np.abs(np.asarray(jax.vmap(mlp)(X) - y)).max() > 1e-3
