@@ -181,8 +181,8 @@ class Transformer(nn.Module):
 class PooledBlock(nn.Module):
     @nn.compact
     def __call__(self, x, train):
-        y = nn.MultiHeadDotProductAttention(2, name="attn")(nn.LayerNorm()(x))
-        y = nn.Dropout(0.2, deterministic=not train)(nn.Dense(D, name="fc")(y))
+        y = nn.Dense(D, name="fc")(nn.LayerNorm()(x))
+        y = nn.Dropout(0.2, deterministic=not train)(nn.gelu(y))
         scale = self.param("layer_scale", nn.initializers.constant(0.5), (D,))
         return x + scale * y, None
 
@@ -342,7 +342,7 @@ ZOO = {
         Pooled(),
         TOKENS,
         "(?!head).*",
-        {"blocks/fc/kernel": same} | attention("blocks/attn") | attention("pool"),
+        {"blocks/fc/kernel": same} | attention("pool"),
     ),
     "tied_head": Member(
         Biased(),
