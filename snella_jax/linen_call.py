@@ -113,7 +113,9 @@ def called(
     return _whole(context, sites, held, args, kwargs)
 
 
-def _product(layer: Any, site: Site, held: Held, x: Array, *args: Any, **kwargs: Any):
+def _product(
+    layer: Any, site: Site, held: Held, x: Array, *args: Any, **kwargs: Any
+) -> Array:
     """The layer's own call on a copy with another weight, see `layers.Adapted`."""
     own = {
         name: nn.meta.unbox(value)
