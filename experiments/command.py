@@ -201,7 +201,7 @@ def _base(
     if not path.is_file():
         raise SystemExit(f"{program}: no preset or file is called {name!r}. {choices}")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise SystemExit(f"{program}: {path} is not JSON: {error}") from error
     if not isinstance(values, dict):

@@ -39,7 +39,7 @@ def write(path: Path, values: Any) -> None:
 def replace(path: Path, text: str) -> None:
     """Puts a text file in the place of another, at once and on the disk."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -67,7 +67,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 def read(path: Path) -> Any:
     """What JSON there is at a path; None where there is no file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
 @contextlib.contextmanager

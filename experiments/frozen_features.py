@@ -29,7 +29,7 @@ from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from experiments import dinov2_saliency, figures
+from experiments import dinov2_saliency, figures, folder
 from experiments.data import elpv
 from snella_jax.models import vit
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     config.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1) + "\n"
-    (config.out / "frozen_features.json").write_text(text)
+    folder.replace(config.out / "frozen_features.json", text)
     figures.frozen_features(config.out / "frozen_features.png", result)
     console.print(_table(result))
     console.print(f"frozen_features.json and .png are in {config.out}", soft_wrap=True)

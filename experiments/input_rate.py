@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import step, targets, throughput
+from experiments import folder, step, targets, throughput
 from experiments.data import catalogue, pipeline
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         runs[name] = _images_of(throughput.compiled(setting)[1], config.batch)
     rows = _timed(runs, config, console)
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "input_rate.json").write_text(json.dumps(rows, indent=1) + "\n")
+    folder.replace(config.out / "input_rate.json", json.dumps(rows, indent=1) + "\n")
     console.print(_table(rows))
     console.print(f"input_rate.json is in {config.out}", soft_wrap=True)
     return rows

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cost_figures, step, targets
+from experiments import cost_figures, folder, step, targets
 
 GIB = 2**30
 PARTS = ("total", "argument", "temporary", "locating")
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         for setting in track(settings, "compiling", console=console)
     ]
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+    folder.replace(config.out / "memory.json", json.dumps(rows, indent=1) + "\n")
     cost_figures.memory(config.out / "memory.png", rows)
     console.print(_table(rows))
     console.print(f"memory.json and memory.png are in {config.out}", soft_wrap=True)

@@ -19,7 +19,7 @@ NAME = "metrics.jsonl"
 
 def log(out: Path, row: dict[str, Any]) -> None:
     """Appends a row; it is on the disk when this returns."""
-    with (out / NAME).open("a") as file:
+    with (out / NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -111,5 +111,5 @@ def _wandb(project: str, out: Path, method: str) -> Any:
 
 def _read(out: Path) -> list[dict[str, Any]]:
     path = out / NAME
-    lines = path.read_text().split("\n") if path.exists() else []
+    lines = path.read_text("utf-8").split("\n") if path.exists() else []
     return [json.loads(line) for line in lines[:-1]]  # a line cut short is no row

@@ -21,7 +21,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command, figures, targets
+from experiments import command, figures, folder, targets
 from experiments.data import source
 from experiments.fit import VAL, Setting, fit
 from experiments.methods.trained import METHODS
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "device": targets.describe("local"),
         "jax": jax.__version__,
     }
-    (setting.out / "overfit.json").write_text(json.dumps(found, indent=1) + "\n")
+    folder.replace(setting.out / "overfit.json", json.dumps(found, indent=1) + "\n")
     titled = {METHODS[method].title: own for method, own in rows.items()}
     figures.curves(
         setting.out / "overfit.png", titled, f"{config.model}, {setting.task.name}"

@@ -64,7 +64,7 @@ def main(config: PretrainConfig) -> None:
     batches = _batches(*train, config)
     key = jax.random.key(config.seed)
     config.out.mkdir(parents=True, exist_ok=True)
-    with (config.out / "log.jsonl").open("w") as log:
+    with (config.out / "log.jsonl").open("w", encoding="utf-8") as log:
         for epoch in range(config.epochs):
             start = time.perf_counter()
             losses = []

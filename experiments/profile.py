@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cost_figures, step, targets
+from experiments import cost_figures, folder, step, targets
 
 # The first that is found in the name of an operation is its part.
 PARTS = {
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     ]
     rows = _in_turns(runs, config.steps, console)
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "profile.json").write_text(json.dumps(rows, indent=1) + "\n")
+    folder.replace(config.out / "profile.json", json.dumps(rows, indent=1) + "\n")
     cost_figures.profile(config.out / "profile.png", rows)
     console.print(_table(rows))
     console.print(f"profile.json and profile.png are in {config.out}", soft_wrap=True)

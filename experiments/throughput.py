@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cost_figures, step, targets
+from experiments import cost_figures, folder, step, targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         runs.append(peer)
     rows = _timed(runs, config.repetitions, console)
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "throughput.json").write_text(json.dumps(rows, indent=1) + "\n")
+    folder.replace(config.out / "throughput.json", json.dumps(rows, indent=1) + "\n")
     cost_figures.throughput(config.out / "throughput.png", rows)
     console.print(_table(rows))
     console.print(f"throughput.json and throughput.png are in {config.out}")
