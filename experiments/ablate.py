@@ -40,6 +40,7 @@ from experiments import (
     metrics,
     models,
     search,
+    showing,
     suite,
 )
 from experiments import config as configs
@@ -49,6 +50,7 @@ from experiments.fit import VAL, Setting
 from experiments.grid import Grid
 from experiments.kernelized import Kernelized
 from experiments.methods.trained import METHODS
+from experiments.paths import Given
 from experiments.run import begin
 from experiments.settings import Masked
 from experiments.tune import tune
@@ -97,7 +99,7 @@ class Ablation:
     rate and the decay may be set."""
     table_only: bool = False
     """Run nothing; write the tables of what is done."""
-    out: Path = Path("runs/ablations")
+    out: Given = Path("runs/ablations")
     """Folder for results.json, the tables, the pictures and the runs."""
 
     @property
@@ -139,7 +141,7 @@ class Ablation:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and runs what is left."""
     config = tyro.cli(Ablation, prog=PROGRAM, args=argv, description=__doc__)
-    console = Console()
+    console = showing.console()
     try:
         config.check()
         if not config.table_only:

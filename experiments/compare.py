@@ -29,6 +29,7 @@ from experiments import (
     models,
     report,
     search,
+    showing,
     suite,
 )
 from experiments.comparison import Comparison, Name, Row, Table
@@ -42,7 +43,7 @@ PROGRAM = "python -m experiments.compare"
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and runs what is left."""
     config = tyro.cli(Comparison, prog=PROGRAM, args=argv, description=__doc__)
-    console = Console()
+    console = showing.console()
     try:
         config.check()
         memory = _memory(config.memory)

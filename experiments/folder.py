@@ -25,6 +25,10 @@ from experiments import mesh as meshes
 LOCK = ".lock"
 
 
+class MismatchError(ValueError):
+    """What is in a run folder is of another run, or damaged."""
+
+
 def is_primary() -> bool:
     """Whether this is the process that writes."""
     return jax.process_index() == 0
@@ -66,8 +70,15 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def read(path: Path) -> Any:
-    """What JSON there is at a path; None where there is no file."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    """What JSON there is at a path; None where there is no file.
+
+    Raises:
+      MismatchError: it is none.
+    """
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise MismatchError(f"{path} is damaged, no JSON: {error}") from error
 
 
 @contextlib.contextmanager

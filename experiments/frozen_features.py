@@ -29,8 +29,9 @@ from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from experiments import dinov2_saliency, figures, folder
+from experiments import dinov2_saliency, figures, folder, showing
 from experiments.data import elpv
+from experiments.paths import Given
 from snella_jax.models import vit
 
 BATCH = 32
@@ -50,7 +51,7 @@ class FeaturesConfig:
     """Cells to train on in each split."""
     test: int = 200
     """Cells to test on in each split."""
-    out: Path = Path("runs/frozen_features")
+    out: Given = Path("runs/frozen_features")
     """Folder for frozen_features.json and frozen_features.png."""
 
     def check(self) -> None:
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         cells = elpv.photographs()
     except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
-    console = Console()
+    console = showing.console()
     drawn, draws = _draw(config)
     labels = {
         "defective": cells.defect[drawn] >= 2,  # a probability of 2/3 or 1

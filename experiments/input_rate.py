@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import folder, step, targets, throughput
+from experiments import folder, showing, step, targets, throughput
 from experiments.data import catalogue, pipeline
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
+from experiments.paths import Given
 from snella_jax import models
 
 
@@ -50,7 +51,7 @@ class RateConfig:
     """That make batches."""
     workers: int = 0
     """Processes that make batches besides; 0 for threads alone."""
-    out: Path = Path("runs/input_rate")
+    out: Given = Path("runs/input_rate")
     """Folder for input_rate.json."""
 
 
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         streams = {f"stream, {crop}": _stream(crop, task, config) for crop in CROPS}
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
-    console = Console()
+    console = showing.console()
     runs = dict(streams)
     for name, setting in track(steps.items(), "compiling", console=console):
         runs[name] = _images_of(throughput.compiled(setting)[1], config.batch)

@@ -18,6 +18,7 @@ import tyro
 
 import snella_jax as snella
 from experiments import folder, kernel_figures
+from experiments.paths import Given
 
 POINTS = 101
 NORMALIZED = ("normalized_rbf", "mix_k")
@@ -29,7 +30,7 @@ class CurvesConfig:
 
     reach: float = 5.0
     """The largest x."""
-    out: Path = Path("runs/kernel_curves")
+    out: Given = Path("runs/kernel_curves")
     """Folder for kernel_curves.json and .png."""
 
 

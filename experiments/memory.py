@@ -20,11 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cost_figures, folder, step, targets
+from experiments import cost_figures, folder, showing, step, targets
+from experiments.paths import Given
 
 GIB = 2**30
 PARTS = ("total", "argument", "temporary", "locating")
@@ -39,7 +39,7 @@ class MemoryConfig(step.Options):
     its figures rank methods badly."""
     model: tuple[str, ...] = ("vit_b16",)
     """Presets of snella_jax.models."""
-    out: Path = Path("runs/memory")
+    out: Given = Path("runs/memory")
     """Folder for memory.json and memory.png."""
 
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         where = targets.sharding(config.target)
     except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"python -m experiments.memory: {error}") from error
-    console = Console()
+    console = showing.console()
     rows = [
         row(setting, config.target, where)
         for setting in track(settings, "compiling", console=console)

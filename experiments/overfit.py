@@ -18,10 +18,9 @@ from typing import Any
 
 import jax
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
-from experiments import command, figures, folder, targets
+from experiments import command, figures, folder, showing, targets
 from experiments.data import source
 from experiments.fit import VAL, Setting, fit
 from experiments.methods.trained import METHODS
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     own, words = first.parse_known_args(words)
     name, config = command.parse(PROGRAM, VTAB, words)
     config = dataclasses.replace(config, out=config.out or Path("runs/overfit"))
-    console = Console()
+    console = showing.console()
     try:
         setting = _small(command.prepared(name, config, console), own.images)
         staged = [m for m in config.adapted if METHODS[m].stage]

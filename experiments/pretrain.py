@@ -12,7 +12,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from rich.progress import track
 
 from experiments import weights
 from experiments.data import fashion_mnist
+from experiments.paths import Given
 from experiments.small_vit import SMALL, normalise
 from snella_jax.models.vit import ViT
 
@@ -33,9 +33,9 @@ from snella_jax.models.vit import ViT
 class PretrainConfig:
     """Options of `python -m experiments.pretrain`."""
 
-    out: Path
+    out: Given
     """Folder for the weights and the log."""
-    data_dir: Path = fashion_mnist.DEBIAN
+    data_dir: Given = fashion_mnist.DEBIAN
     """Folder with the four gzipped IDX files."""
     epochs: int = 30
     batch: int = 256

@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cost_figures, folder, step, targets
+from experiments import cost_figures, folder, showing, step, targets
+from experiments.paths import Given
 
 # The first that is found in the name of an operation is its part.
 PARTS = {
@@ -57,7 +58,7 @@ class ProfileConfig(step.Options):
     """A preset of snella_jax.models."""
     steps: int = 7
     """How many steps of each method are profiled."""
-    out: Path = Path("runs/profile")
+    out: Given = Path("runs/profile")
     """Folder for profile.json and profile.png."""
 
 
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         settings = config.settings(config.model)
     except ValueError as error:
         raise SystemExit(f"{program}: {error}") from error
-    console = Console()
+    console = showing.console()
     runs = [
         compiled(setting) for setting in track(settings, "compiling", console=console)
     ]

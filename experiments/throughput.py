@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cost_figures, folder, step, targets
+from experiments import cost_figures, folder, showing, step, targets
+from experiments.paths import Given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ThroughputConfig(step.Options):
     """How often each step is timed."""
     peer: Literal["none", "torch"] = "none"
     """What else is timed beside JAX."""
-    out: Path = Path("runs/throughput")
+    out: Given = Path("runs/throughput")
     """Folder for throughput.json and throughput.png."""
 
 
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         peer = _torch_peer(settings[0]) if config.peer == "torch" else None
     except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
-    console = Console()
+    console = showing.console()
     runs: list[tuple[dict[str, Any], Callable[[], None]]] = [
         compiled(setting) for setting in track(settings, "compiling", console=console)
     ]

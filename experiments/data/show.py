@@ -16,11 +16,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from rich.console import Console
 
+from experiments import showing
 from experiments.data import catalogue, check, pipeline
 from experiments.data.task import Task
 from experiments.data.transforms import NORMALISATIONS, Transform
+from experiments.paths import Given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +48,13 @@ class ShowConfig:
     """Decode every image of every split first."""
     skip_corrupt: bool = False
     """Leave out images that cannot be decoded, and count them."""
-    out: Path | None = None
+    out: Given | None = None
     """The PNG. Default: runs/show/TASK.png."""
 
 
 def main(argv: list[str] | None = None) -> Path | None:
     """Parses the command line, writes the sheet and returns its path."""
-    program, console = "python -m experiments.data.show", Console()
+    program, console = "python -m experiments.data.show", showing.console()
     config = tyro.cli(ShowConfig, prog=program, args=argv, description=__doc__)
     if config.list:
         console.print(catalogue.listing())
