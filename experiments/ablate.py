@@ -242,8 +242,16 @@ def measured(
       0.1% of their weights moved), `rank` (mean numerical rank of the updates: singular
       values above 1% of the largest), `change` (mean `||delta|| / ||W0||`), `device`
       and `versions`.
+
+    Raises:
+      MismatchError: rows of the folder's `metrics.jsonl` are lost.
     """
     fitted = tune(method, setting)
+    if lost := metrics.lacking(fitted.rows, fitted.last_row["epoch"]):
+        raise folder.MismatchError(
+            f"{setting.out} has lost {lost} of {metrics.NAME}: delete that folder for "
+            "the seed to begin anew."
+        )
     merged = METHODS[method].merged(fitted.model)
     source, transform = setting.task.test, setting.transforms[1]
     accuracy = evaluation.evaluate(merged, source, transform, setting.mesh)
@@ -253,7 +261,7 @@ def measured(
     return {
         "test_accuracy": accuracy,
         "unmerged_accuracy": unmerged,
-        "train_loss": fitted.rows[-1]["train_loss"],
+        "train_loss": fitted.last_row["train_loss"],
         "seconds_per_step": metrics.median(fitted.rows, "seconds_per_step"),
         "gradient_norms": [row["gradient_norm"] for row in fitted.rows],
         "moves": sum(row.get("moves", 0) for row in fitted.rows),

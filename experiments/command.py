@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from experiments import folder, models
+from experiments import folder, models, paths
 from experiments import mesh as meshes
 from experiments.config import RunConfig
 from experiments.data import catalogue, check, source
@@ -42,7 +42,7 @@ def interrupted(program: str, argv: Sequence[str]) -> tuple[Path | None, list[st
       SystemExit: it does not stand alone, or is no run's folder.
     """
     first = parser(program)
-    first.add_argument("--resume", type=Path)
+    first.add_argument("--resume", type=paths.at_home)
     known, rest = first.parse_known_args(list(argv))
     out = known.resume
     files = ("config.json", "suite.json")
@@ -121,6 +121,8 @@ def prepared(name: str, config: RunConfig, console: Console) -> Setting:
     """
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ModuleNotFoundError("--wandb needs Weights & Biases: pip install wandb")
+    out = config.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+    paths.check_out(out)
     mesh = meshes.make(config.mesh)
     task = _sampled(catalogue.load(config.task, config.data_dir), config.test_images)
     check_classes(task)
@@ -131,7 +133,6 @@ def prepared(name: str, config: RunConfig, console: Console) -> Setting:
     check_methods(config, base)
     task = check.checked(task, console, config.skip_corrupt, to_train=True)
     check_batch(config, task, mesh)
-    out = config.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
     return Setting(config, task, base, mesh, console, out)
 
 
@@ -197,7 +198,7 @@ def _base(
     """The preset of that name, or the defaults and the flags that a file stands for."""
     if name in presets:
         return presets[name].config, []
-    path = Path(name)
+    path = paths.at_home(name)
     if not path.is_file():
         raise SystemExit(f"{program}: no preset or file is called {name!r}. {choices}")
     try:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 import snella_jax as snella
 from experiments import mesh as meshes
+from experiments.showing import shown
 
 LOCK = ".lock"
 
@@ -41,10 +42,10 @@ def write(path: Path, values: Any) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Puts a text file in the place of another, at once and on the disk."""
+    """Puts a text file in UTF-8 in the place of another, at once and on the disk."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(shown(text))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -15,7 +15,7 @@ import tyro
 from experiments import showing
 from experiments.data import catalogue, fgvc, vtab
 from experiments.data.tfds import FORMAT, Builder
-from experiments.paths import Given
+from experiments.paths import Given, at_home
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
                 'preparing needs TensorFlow: pip install -e ".[prepare]"'
             )
         for builder in builders:
-            prepare(builder, config.data_dir.expanduser(), config.manual_dir)
+            prepare(builder, at_home(config.data_dir), config.manual_dir)
     except (ValueError, AssertionError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
     showing.console().print(f"Everything is in {config.data_dir}", soft_wrap=True)

@@ -103,8 +103,10 @@ def sheet(path: Path, task: Task, transform: Transform, images: int, seed: int) 
         axes.axis("off")
     for axes, image, label in zip(panels.flat, pixels, batch["label"], strict=False):
         axes.imshow(np.squeeze(image), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(task.names[label] if task.names else str(label), fontsize=8)
-    figure.suptitle(f"{task.name}, training images ({transform.crop})")
+        title = task.names[label] if task.names else str(label)
+        axes.set_title(showing.drawn(title), fontsize=8)
+    title = f"{task.name}, training images ({transform.crop})"
+    figure.suptitle(showing.drawn(title))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)

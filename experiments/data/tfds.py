@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.data.source import Example, Source, decoding, pixels_of, take
+from experiments.paths import at_home
 
 LabelOf = Callable[[dict[str, Any]], int]
 FORMAT, INFO = "array_record", "dataset_info.json"
@@ -72,7 +73,7 @@ class Builder:
         Raises:
           FileNotFoundError: it is not prepared in `data_dir`; says how to do it.
         """
-        data_dir = data_dir.expanduser()
+        data_dir = at_home(data_dir)
         folders = [data_dir / self.name / version for version in self.versions]
         there = [folder for folder in folders if (folder / INFO).is_file()]
         if not there:
