@@ -39,6 +39,7 @@ from experiments import (
     folder,
     metrics,
     models,
+    paths,
     search,
     showing,
     suite,
@@ -144,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = showing.console()
     try:
         config.check()
+        paths.check_out(config.out)
         if not config.table_only:
             if lacking := suite.missing(config.run):
                 raise ValueError(lacking)
@@ -171,12 +173,13 @@ def _tried(
 
     def choose(place: Path) -> cells.Done:
         if variant.searched:
-            return _searched(variant, config, place, console)
+            return _searched(variant, config, store, place, console)
         return {"chosen": _base_choice(config, store)}
 
     def train(out: Path, seed: int, chosen: cells.Done) -> cells.Done:
         own = dataclasses.replace(variant.config(config.run, seed, **chosen), out=out)
         setting = command.prepared(config.run.task, own, console)
+        store.begin(config.run.task, setting.inputs, console)
         with folder.held(out, resume=True):
             begin(setting)
             return measured(variant.method, setting)
@@ -201,13 +204,18 @@ def _base_choice(config: Ablation, store: cells.Store) -> dict[str, float]:
 
 
 def _searched(
-    variant: Variant, config: Ablation, place: Path, console: Console
+    variant: Variant,
+    config: Ablation,
+    store: cells.Store,
+    place: Path,
+    console: Console,
 ) -> cells.Done:
     """The trials of a variant's search, and the rate that follows from them."""
     console.rule(f"{variant.name}, search")
     own = variant.config(config.run, config.run.seed)
     own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
     setting = command.prepared(config.run.task, own, console)
+    store.begin(config.run.task, setting.inputs, console)
     search.chosen(variant.method, setting)
     trials = folder.read(place / search.FILE)[variant.method]
     rate = cautious(trials, len(setting.task.validation))

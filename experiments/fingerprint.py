@@ -70,9 +70,9 @@ def differences(known: Inputs, now: Inputs) -> list[str]:
         for split, own in now["data"].items()
         if own != known["data"][split]
     ]
-    files = known["weights"].keys() | now["weights"].keys()
-    other = [f for f in files if known["weights"].get(f) != now["weights"].get(f)]
-    if other:
+    before, after = known["weights"], now["weights"]
+    other = [f for f in before.keys() | after.keys() if before.get(f) != after.get(f)]
+    if before and after and other:  # none: random ones, of a control
         found.append(f"the base's weights differ ({', '.join(sorted(other))})")
     if found and known.get("pillow") != now.get("pillow"):
         found.append(

@@ -59,7 +59,9 @@ class Setting:
     @cached_property
     def inputs(self) -> fingerprint.Inputs:
         """Fingerprints of the data and of the base's weights."""
-        splits = self.task.fingerprint or {}
+        splits = self.task.fingerprint
+        if splits is None:
+            raise ValueError(f"{self.task.name} was not looked at by check.checked.")
         return fingerprint.of(splits, models.files(self.config))
 
     @property

@@ -107,8 +107,10 @@ def held(out: Path, resume: bool) -> Iterator[None]:
 
 def environment(mesh: Mesh) -> dict[str, Any]:
     """Devices and versions, which a run's numbers depend on."""
+    count = jax.process_count()
+    processes = f", {count} processes" if count > 1 else ""
     return {
-        "device": f"{meshes.describe(mesh)}, {os.cpu_count()} host cores",
+        "device": f"{meshes.describe(mesh)}{processes}, {os.cpu_count()} host cores",
         "versions": {m.__name__: m.__version__ for m in (snella, jax, flax)},
     }
 

@@ -31,7 +31,7 @@ from sklearn.preprocessing import StandardScaler
 
 from experiments import dinov2_saliency, figures, folder, showing
 from experiments.data import elpv
-from experiments.paths import Given
+from experiments.paths import Given, check_out
 from snella_jax.models import vit
 
 BATCH = 32
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(FeaturesConfig, prog=program, args=argv, description=__doc__)
     try:
         config.check()
+        check_out(config.out)
         models = {
             "pre-trained": dinov2_saliency.load(image_size=config.image_size),
             "random": vit.create(

@@ -25,7 +25,7 @@ from experiments import folder, showing, step, targets, throughput
 from experiments.data import catalogue, pipeline
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
-from experiments.paths import Given
+from experiments.paths import Given, check_out
 from snella_jax import models
 
 
@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     program = "python -m experiments.input_rate"
     config = tyro.cli(RateConfig, prog=program, args=argv, description=__doc__)
     try:
+        check_out(config.out)
         for name in ("batches", "repetitions", "threads"):
             if getattr(config, name) < 1:
                 raise ValueError(

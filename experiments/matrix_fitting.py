@@ -28,7 +28,7 @@ from rich.table import Table
 
 import snella_jax as snella
 from experiments import folder, kernel_figures, showing
-from experiments.paths import Given
+from experiments.paths import Given, check_out
 
 Name = Literal[
     "linear", "piecewise_linear", "rbf", "sigmoid", "normalized_rbf", "mix_k"
@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(FittingConfig, prog=PROGRAM, args=argv, description=__doc__)
     try:
         config.check()
+        check_out(config.out)
         result = _begun(config)
     except ValueError as error:
         raise SystemExit(f"{PROGRAM}: {error}") from error

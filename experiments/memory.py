@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import cost_figures, folder, showing, step, targets
-from experiments.paths import Given
+from experiments.paths import Given, check_out
 
 GIB = 2**30
 PARTS = ("total", "argument", "temporary", "locating")
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         description=__doc__,
     )
     try:
+        check_out(config.out)
         if not config.model:
             raise ValueError("--model names nothing: expected at least one.")
         settings = [each for name in config.model for each in config.settings(name)]

@@ -113,7 +113,7 @@ def _wandb(project: str, out: Path, method: str) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]
 
     name = f"{out.name}/{method}"
-    key = hashlib.sha256(f"{out.absolute()}/{method}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode(f"{out.absolute()}/{method}")).hexdigest()[:16]
     config = folder.read(out / "config.json")
     return wandb.init(
         project=project, name=name, id=key, resume="allow", config=config, dir=str(out)

@@ -36,22 +36,21 @@ Given = Annotated[
 
 
 def check_out(out: Path) -> None:
-    """Raises a `ValueError` where a run folder could not be made or filled.
-
-    Nothing is made.
-    """
+    """Raises a `ValueError` where a folder could not be made or filled."""
     whole = out.absolute()
-    longest = os.pathconf("/", "PC_PATH_MAX") if hasattr(os, "pathconf") else 4096
-    try:
-        kind = "folder" if not out.exists() or out.is_dir() else "file"
-    except OSError as error:  # a name that is too long
-        raise ValueError(f"--out {out}: {error.strerror}; choose another.") from error
-    if kind == "file":
-        raise ValueError(f"--out {out} is a file: expected a folder, or a new name.")
-    if len(os.fsencode(whole)) + DEEPEST > longest:
+    there = next(path for path in (whole, *whole.parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise ValueError(f"--out {out}: {there} is a file, expected a folder.")
+    name, total = (_limit(there, which) for which in ("PC_NAME_MAX", "PC_PATH_MAX"))
+    if long := [part for part in whole.parts if len(os.fsencode(part)) > name]:
         raise ValueError(
-            f"--out {out} is {len(os.fsencode(whole))} bytes long: what lies in it "
-            f"would have paths of more than {longest}. Choose a shorter one."
+            f"--out {out}: {long[0]!r} has more than the {name} bytes that a name may "
+            "have. Choose a shorter one."
+        )
+    if len(os.fsencode(whole)) + DEEPEST > total:
+        raise ValueError(
+            f"--out {out}: what lies in it would have a path of more than {total} "
+            "bytes. Choose a shorter one."
         )
     if jax.process_count() > 1 and is_unreadable(out):
         raise ValueError(
@@ -61,6 +60,21 @@ def check_out(out: Path) -> None:
         )
 
 
+def shortened(name: str, room: int) -> str:
+    """A name of at most so many bytes, cut at its end.
+
+    >>> shortened("pets", 255), shortened("äpfel", 2)
+    ('pets', 'ä')
+    """
+    data = os.fsencode(name)
+    return name if len(data) <= room else data[:room].decode("utf-8", "ignore")
+
+
 def is_unreadable(path: Path) -> bool:
     """Whether Orbax would write into a folder what it cannot read again."""
     return bool(UNREADABLE.search(path.absolute().as_posix()))
+
+
+def _limit(folder: Path, which: str) -> int:
+    usual = {"PC_NAME_MAX": 255, "PC_PATH_MAX": 4096}[which]
+    return os.pathconf(folder, which) if hasattr(os, "pathconf") else usual

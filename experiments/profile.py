@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import cost_figures, folder, showing, step, targets
-from experiments.paths import Given
+from experiments.paths import Given, check_out
 
 # The first that is found in the name of an operation is its part.
 PARTS = {
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     program = "python -m experiments.profile"
     config = tyro.cli(ProfileConfig, prog=program, args=argv, description=__doc__)
     try:
+        check_out(config.out)
         if config.steps < 1:
             raise ValueError(f"steps={config.steps}: expected at least 1.")
         settings = config.settings(config.model)

@@ -29,7 +29,7 @@ def main(
     if resumed is not None and (resumed / suite.FILE).exists():
         return suite.resume(resumed, console)
     if resumed is not None:
-        words = ["--config", str(resumed / "config.json"), "--out", str(resumed)]
+        words = [f"--config={resumed / 'config.json'}", f"--out={resumed}"]
     elif _names(words, suite_name):
         tasks = {name: presets[name] for name in SUITES[suite_name]}
         found = suite.of(program, tasks, suite_name, words)

@@ -25,7 +25,7 @@ from rich.console import Console
 from experiments import finished, folder, paper, report_text, showing
 from experiments.data import catalogue
 from experiments.finished import Run
-from experiments.paths import Given
+from experiments.paths import Given, check_out
 
 Accuracy = Literal["last", "best", "ema"]
 KEYS = {
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     try:
         if not options.runs:
             raise ValueError("name at least one run folder.")
+        if options.out is not None:
+            check_out(options.out)
         runs = finished.collect(options.runs)
         made = table(runs, options.accuracy)
     except (ValueError, OSError) as error:

@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import cost_figures, folder, showing, step, targets
-from experiments.paths import Given
+from experiments.paths import Given, check_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     program = "python -m experiments.throughput"
     config = tyro.cli(ThroughputConfig, prog=program, args=argv, description=__doc__)
     try:
+        check_out(config.out)
         if config.repetitions < 1:
             raise ValueError(f"repetitions={config.repetitions}: expected at least 1.")
         settings = config.settings(config.model)

@@ -26,7 +26,7 @@ from experiments import (
     search,
 )
 from experiments.config import RunConfig
-from experiments.data import catalogue
+from experiments.data import catalogue, check
 from experiments.settings import Ranked
 
 SMALL = ["--run.model", "vit_fashion_mnist", "--run.image_size", "None"]
@@ -268,7 +268,8 @@ def test_a_task_of_ones_own_runs_in_the_comparisons_folder(tmp_path):
 
 def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
     """On whatever devices, and whatever methods that do not run are set to."""
-    quiet, task = Console(quiet=True), catalogue.load("digits")
+    quiet = Console(quiet=True)
+    task = check.checked(catalogue.load("digits"), quiet)
     began = RunConfig(methods=("lora",), lora=Ranked(lr=1e-3))
 
     def begin(config):
@@ -345,8 +346,8 @@ def test_the_density_of_a_mask_is_searched(tmp_path, monkeypatch):
         own = getattr(setting.config, method)
         density = getattr(own, "target_density", None)
         trials.append((own.lr, density))
-        rows = [{"val_accuracy": own.lr * (1 + (density == 0.1)), "train_loss": 0}]
-        return SimpleNamespace(rows=rows)
+        accuracy = own.lr * (1 + (density == 0.1))
+        return SimpleNamespace(last_row={"val_accuracy": accuracy, "train_loss": 0})
 
     monkeypatch.setattr(search, "tune", tune)
     run = dataclasses.replace(comparison.RUN, grid=grid.Grid((2.0,), 0, (), (0.1, 0.6)))

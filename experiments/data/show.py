@@ -21,7 +21,7 @@ from experiments import showing
 from experiments.data import catalogue, check, pipeline
 from experiments.data.task import Task
 from experiments.data.transforms import NORMALISATIONS, Transform
-from experiments.paths import Given
+from experiments.paths import Given, shortened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,10 @@ def main(argv: list[str] | None = None) -> Path | None:
             check.tell(task, console)
         mean, std = NORMALISATIONS[config.normalise]
         transform = Transform((config.size, config.size), config.crop, mean, std)
-        path = config.out or Path("runs/show") / f"{Path(config.task).stem}.png"
+        path = (
+            config.out
+            or Path("runs/show") / f"{shortened(Path(config.task).stem, 240)}.png"
+        )
         sheet(path, task, transform, config.images, config.seed)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
