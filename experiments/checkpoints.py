@@ -7,6 +7,7 @@ followed.
 import contextlib
 import logging
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ class Checkpoints:
         try:
             return self.manager.restore(epoch, args=what)
         except Exception as error:  # Orbax's and TensorStore's are of many kinds
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = textwrap.shorten(str(error) or type(error).__name__, 250)
             raise MismatchError(
                 f"The checkpoint of epoch {epoch} in {self.folder} is of another model "
                 f"or of other data, or is damaged: {reason}"
