@@ -292,7 +292,7 @@ def test_a_disk_that_is_full_leaves_what_is_done(tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", program, *words],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert process.returncode == 1
