@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,9 @@ def interrupted(program: str, argv: Sequence[str]) -> tuple[Path | None, list[st
     known, rest = first.parse_known_args(list(argv))
     out = known.resume
     files = ("config.json", "suite.json")
-    if out is not None and (rest or not any((out / name).is_file() for name in files)):
+    if out is not None and (
+        rest or not any(os.path.isfile(out / name) for name in files)
+    ):
         raise SystemExit(
             f"{program}: --resume FOLDER stands alone, and FOLDER is that of an "
             "interrupted run, with its config.json or suite.json."
@@ -199,7 +202,7 @@ def _base(
     if name in presets:
         return presets[name].config, []
     path = paths.at_home(name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SystemExit(f"{program}: no preset or file is called {name!r}. {choices}")
     try:
         values = json.loads(path.read_text("utf-8"))

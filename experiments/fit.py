@@ -20,7 +20,7 @@ from rich.progress import Task as BarTask
 from rich.table import Column
 from rich.text import Text
 
-from experiments import fingerprint, metrics, models, train
+from experiments import fingerprint, models, train
 from experiments.checkpoints import Checkpoints
 from experiments.competition import Competition
 from experiments.config import RunConfig
@@ -140,13 +140,6 @@ def fit(
         stack.callback(trainer.close)
         tracker = Tracker(setting.out, name, trainer.passed, setting.config.wandb)
         stack.callback(tracker.close)
-        if lost := metrics.lacking(tracker.rows, trainer.passed):
-            setting.console.print(
-                f"{title}: {setting.out / metrics.NAME} has lost {lost}, which curves "
-                "and results lack.",
-                style="yellow",
-                soft_wrap=True,
-            )
         _watched(title, trainer, tracker, setting)
         epoch, best = trainer.best_model()
         rows = {row["epoch"]: row for row in tracker.rows}

@@ -7,6 +7,7 @@ are finished, `summary.json` that all are. Of several processes the first one wr
 import contextlib
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,16 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """What `save` wrote."""
-    with np.load(path) as arrays:
-        return dict(arrays)
+    """What `save` wrote.
+
+    Raises:
+      MismatchError: the file is damaged.
+    """
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise MismatchError(f"{path} is damaged: {error}") from error
 
 
 def read(path: Path) -> Any:

@@ -242,11 +242,19 @@ def _accuracies(
 
 
 def _draw(setting: Setting) -> None:
-    """The pictures of a run."""
-    pictures = setting.out / "figures"
-    rows = {
-        method: metrics.of(setting.out, method) for method in setting.config.adapted
+    """The pictures of a run; says of which epochs there is nothing to draw."""
+    config, pictures = setting.config, setting.out / "figures"
+    rows: dict[Name, list[dict[str, Any]]] = {
+        method: metrics.of(setting.out, method) for method in config.adapted
     }
+    for method, own in rows.items():
+        if lost := metrics.lacking(own, config.recipe(method).total_epochs):
+            setting.console.print(
+                f"{TITLES[method]}: {setting.out / metrics.NAME} has lost {lost}, "
+                "which curves and results lack.",
+                style="yellow",
+                soft_wrap=True,
+            )
     if rows:
         titled = {TITLES[method]: own for method, own in rows.items()}
         figures.curves(pictures / "curves.png", titled, setting.task.name)
