@@ -52,7 +52,7 @@ def check_out(out: Path) -> None:
             f"--out {out}: what lies in it would have a path of more than {total} "
             "bytes. Choose a shorter one."
         )
-    if jax.process_count() > 1 and is_unreadable(out):
+    if is_unreadable(out) and jax.process_count() > 1:
         raise ValueError(
             f"--out {out}: several processes can share no checkpoints below a name "
             "with *, ?, [, a backslash, a colon at its end or bytes that are no UTF-8. "
@@ -72,7 +72,7 @@ def shortened(name: str, room: int) -> str:
 
 def is_unreadable(path: Path) -> bool:
     """Whether Orbax would write into a folder what it cannot read again."""
-    return bool(UNREADABLE.search(path.absolute().as_posix()))
+    return bool(UNREADABLE.search("/".join(path.absolute().parts[1:])))
 
 
 def _limit(folder: Path, which: str) -> int:

@@ -60,8 +60,8 @@ def tell(task: Task, console: Console) -> None:
 
 
 def _say(console: Console, text: str) -> None:
-    shown = text.encode(errors="backslashreplace").decode()  # of names that are no text
-    console.print(shown, style="yellow", markup=False, soft_wrap=True)
+    text = showing.shown(text)
+    console.print(text, style="yellow", markup=False, emoji=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
