@@ -107,13 +107,14 @@ class Store:
                     style="yellow",
                     soft_wrap=True,
                 )
-            if known is None or not known["weights"]:
+            other = known and fingerprint.differences(known, inputs)
+            if other:
+                raise folder.MismatchError(
+                    f"{self.path} was begun with others: {'; '.join(other)}. It goes "
+                    "on only with what it began with; for these, name another --out."
+                )
+            if known is None or not known["weights"]:  # those of a random control
                 found["inputs"][task] = inputs
-        if known is not None and (other := fingerprint.differences(known, inputs)):
-            raise folder.MismatchError(
-                f"{self.path} was begun with others: {'; '.join(other)}. It goes on "
-                "only with what it began with; for these, name another --out."
-            )
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pathlib
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pictures
@@ -14,9 +15,19 @@ from PIL import Image
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from experiments import cells, fingerprint, models, vtab
+from experiments import (
+    ablate,
+    cells,
+    command,
+    compare,
+    fingerprint,
+    models,
+    search,
+    vtab,
+)
+from experiments.ablations import SNELLA
 from experiments.config import RunConfig
-from experiments.data import check, folders
+from experiments.data import catalogue, check, folders
 from experiments.data.source import Arrays
 from experiments.data.task import Task
 from experiments.folder import MismatchError
@@ -263,3 +274,37 @@ def test_cells_of_a_task_share_images_and_weights(tmp_path, capsys):
     assert "does not say on which images cars was begun" in capsys.readouterr().out
     with pytest.raises(MismatchError, match="data of train differ"):
         store.begin("cars", inputs(sha="b"), console)
+
+
+def test_a_comparison_adds_no_seed_on_other_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures.draw(tmp_path / "pets")
+    words = ["--tasks=pets", "--methods", "linear", "--controls", "--out=run"]
+    words += ["--run.model=vit_fashion_mnist", "--run.image_size=None"]
+    words += ["--run.linear.strengths=1", "--run.batch=4", "--seeds=0"]
+    compare.main(words)
+    (tmp_path / "pets/test/dark/0.png").unlink()
+    compare.main(words)  # nothing is left to run
+    path = tmp_path / "run/results.json"
+    known = json.loads(path.read_text("utf-8"))
+    del known["rows"]["pets"]["linear"]["seeds"]["0"]
+    path.write_text(json.dumps(known), "utf-8")
+    with pytest.raises(SystemExit, match=r"test differ \(8 images then, 7 now\)"):
+        compare.main(words)
+
+
+def test_an_ablation_searches_and_trains_on_the_images_it_began_with(
+    tmp_path, monkeypatch
+):
+    task = check.checked(catalogue.load("digits"), Console(quiet=True))
+    config = ablate.Ablation(out=tmp_path)
+    setting = SimpleNamespace(task=task, inputs=inputs(), out=tmp_path / "x")
+    monkeypatch.setattr(command, "prepared", lambda *_: setting)
+    monkeypatch.setattr(search, "chosen", lambda *_: pytest.fail("it was searched"))
+    store = cells.Store(tmp_path, {}, {})
+    store.begin(config.run.task, inputs(sha="b"), Console(quiet=True))
+    with pytest.raises(SystemExit, match="data of train differ"):
+        ablate._tried(SNELLA, config, store, Console(quiet=True))
+    store.keep(config.run.task, SNELLA.name, {"chosen": {"lr": 0.1}})
+    with pytest.raises(SystemExit, match="data of train differ"):
+        ablate._tried(SNELLA, config, store, Console(quiet=True))
