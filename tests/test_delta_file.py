@@ -143,7 +143,9 @@ def test_arrays_may_have_any_byte_order(kind, order, tmp_path):
     snella.save_delta(path, before, after)
     native = {name: value.astype(value.dtype.newbyteorder("=")) for name, value in
               before.items()}  # fmt: skip
-    (code,) = re.findall(r"```python\n(import json.*?)```", DOCS.read_text(), re.S)
+    (code,) = re.findall(
+        r"```python\n(import json.*?)```", DOCS.read_text("utf-8"), re.S
+    )
     names = {}
     exec(code, names)
     for weights in (before, native):
