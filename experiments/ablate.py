@@ -39,7 +39,9 @@ from experiments import (
     folder,
     metrics,
     models,
+    paths,
     search,
+    showing,
     suite,
 )
 from experiments import config as configs
@@ -49,6 +51,7 @@ from experiments.fit import VAL, Setting
 from experiments.grid import Grid
 from experiments.kernelized import Kernelized
 from experiments.methods.trained import METHODS
+from experiments.paths import Given
 from experiments.run import begin
 from experiments.settings import Masked
 from experiments.tune import tune
@@ -97,7 +100,7 @@ class Ablation:
     rate and the decay may be set."""
     table_only: bool = False
     """Run nothing; write the tables of what is done."""
-    out: Path = Path("runs/ablations")
+    out: Given = Path("runs/ablations")
     """Folder for results.json, the tables, the pictures and the runs."""
 
     @property
@@ -139,9 +142,10 @@ class Ablation:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and runs what is left."""
     config = tyro.cli(Ablation, prog=PROGRAM, args=argv, description=__doc__)
-    console = Console()
+    console = showing.console()
     try:
         config.check()
+        paths.check_out(config.out)
         if not config.table_only:
             if lacking := suite.missing(config.run):
                 raise ValueError(lacking)
@@ -169,12 +173,13 @@ def _tried(
 
     def choose(place: Path) -> cells.Done:
         if variant.searched:
-            return _searched(variant, config, place, console)
+            return _searched(variant, config, store, place, console)
         return {"chosen": _base_choice(config, store)}
 
     def train(out: Path, seed: int, chosen: cells.Done) -> cells.Done:
         own = dataclasses.replace(variant.config(config.run, seed, **chosen), out=out)
         setting = command.prepared(config.run.task, own, console)
+        store.begin(config.run.task, setting.inputs, console)
         with folder.held(out, resume=True):
             begin(setting)
             return measured(variant.method, setting)
@@ -199,13 +204,18 @@ def _base_choice(config: Ablation, store: cells.Store) -> dict[str, float]:
 
 
 def _searched(
-    variant: Variant, config: Ablation, place: Path, console: Console
+    variant: Variant,
+    config: Ablation,
+    store: cells.Store,
+    place: Path,
+    console: Console,
 ) -> cells.Done:
     """The trials of a variant's search, and the rate that follows from them."""
     console.rule(f"{variant.name}, search")
     own = variant.config(config.run, config.run.seed)
     own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
     setting = command.prepared(config.run.task, own, console)
+    store.begin(config.run.task, setting.inputs, console)
     search.chosen(variant.method, setting)
     trials = folder.read(place / search.FILE)[variant.method]
     rate = cautious(trials, len(setting.task.validation))
@@ -240,8 +250,16 @@ def measured(
       0.1% of their weights moved), `rank` (mean numerical rank of the updates: singular
       values above 1% of the largest), `change` (mean `||delta|| / ||W0||`), `device`
       and `versions`.
+
+    Raises:
+      MismatchError: rows of the folder's `metrics.jsonl` are lost.
     """
     fitted = tune(method, setting)
+    if lost := metrics.lacking(fitted.rows, fitted.last_row["epoch"]):
+        raise folder.MismatchError(
+            f"{setting.out} has lost {lost} of {metrics.NAME}: delete that folder for "
+            "the seed to begin anew."
+        )
     merged = METHODS[method].merged(fitted.model)
     source, transform = setting.task.test, setting.transforms[1]
     accuracy = evaluation.evaluate(merged, source, transform, setting.mesh)
@@ -251,7 +269,7 @@ def measured(
     return {
         "test_accuracy": accuracy,
         "unmerged_accuracy": unmerged,
-        "train_loss": fitted.rows[-1]["train_loss"],
+        "train_loss": fitted.last_row["train_loss"],
         "seconds_per_step": metrics.median(fitted.rows, "seconds_per_step"),
         "gradient_norms": [row["gradient_norm"] for row in fitted.rows],
         "moves": sum(row.get("moves", 0) for row in fitted.rows),

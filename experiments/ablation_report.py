@@ -16,6 +16,7 @@ from experiments.ablations import STUDIES, Study, Variant
 from experiments.cells import Done, Store
 from experiments.figures import plt
 from experiments.report_text import MISSING
+from experiments.showing import drawn
 
 COLUMNS = {  # of a table: the measure, its factor and its format
     "as trained, %": ("unmerged_accuracy", 100, ".1f"),
@@ -195,5 +196,5 @@ def picture(path: Path, study: Study, made: dict[str, Any], setup: str) -> None:
     left.set(xlabel="test accuracy, %", title="accuracy of each seed, and their mean")
     right.set(xlabel="epoch", yscale="log", title="norm of the factors' gradient")
     right.legend(fontsize=7)
-    figure.suptitle(f"{heading(study)}\n{setup}", fontsize=10)
+    figure.suptitle(f"{heading(study)}\n{drawn(setup)}", fontsize=10)
     figures.save(figure, path)

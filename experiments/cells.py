@@ -16,8 +16,10 @@ from typing import Any
 import filelock
 from rich.console import Console
 
-from experiments import folder
+from experiments import fingerprint, folder
 from experiments.data import catalogue
+from experiments.fingerprint import Inputs
+from experiments.paths import shortened
 from experiments.run import RunFailed
 
 FILE = "results.json"
@@ -90,6 +92,30 @@ class Store:
         with self._open() as found:
             found["rows"].setdefault(task, {})[row] = done
 
+    def begin(self, task: str, inputs: Inputs, console: Console) -> None:
+        """Keeps what the cells of a task begin with, or compares it.
+
+        Raises:
+          MismatchError: what is done of the task began with something else.
+        """
+        with self._open() as found:
+            known = found.setdefault("inputs", {}).get(task)
+            if known is None and found["rows"].get(task):
+                console.print(
+                    f"{self.path} does not say on which images {task} was begun: it "
+                    "goes on, whether they are these or not.",
+                    style="yellow",
+                    soft_wrap=True,
+                )
+            other = known and fingerprint.differences(known, inputs)
+            if other:
+                raise folder.MismatchError(
+                    f"{self.path} was begun with others: {'; '.join(other)}. It goes "
+                    "on only with what it began with; for these, name another --out."
+                )
+            if known is None or not known["weights"]:  # those of a random control
+                found["inputs"][task] = inputs
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[dict[str, Any]]:
         """The file's values, to change; other processes wait."""
@@ -124,8 +150,9 @@ def place(out: Path, task: str, row: str) -> Path:
     'out/runs/pets-2b9c5331/lora'
     """
     if task not in catalogue.ENTRIES:
-        digest = hashlib.sha256(task.encode()).hexdigest()[:8]
-        task = f"{Path(task).stem}-{digest}"
+        whole = task.encode("utf-8", "surrogateescape")
+        digest = hashlib.sha256(whole).hexdigest()[:8]
+        task = f"{shortened(Path(task).stem, 240)}-{digest}"
     return out / "runs" / task / row
 
 

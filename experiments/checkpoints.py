@@ -6,6 +6,8 @@ followed.
 
 import contextlib
 import logging
+import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+
+from experiments import paths
+from experiments.folder import MismatchError
 
 METRIC = "accuracy"
 
@@ -35,7 +40,11 @@ class Checkpoints:
             preservation_policy=keep,
             cleanup_tmp_directories=True,
         )
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._link = contextlib.ExitStack()
+        place = folder.absolute()
+        if paths.is_unreadable(place):
+            place = self._link.enter_context(_linked(place))
+        self.manager = ocp.CheckpointManager(place, options=options)
 
     def save(
         self, epoch: int, state: Any, position: dict[str, Any], accuracy: float | None
@@ -64,6 +73,9 @@ class Checkpoints:
 
         Args:
           like: a state of the same structure, shapes, dtypes and shardings.
+
+        Raises:
+          MismatchError: it is of another state, or damaged; so does `best`.
         """
         epoch = self.manager.latest_step()
         if epoch is None:
@@ -86,7 +98,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is written."""
-        with self._writing():
+        with self._link, self._writing():
             self.manager.close()
 
     @contextlib.contextmanager
@@ -104,7 +116,24 @@ class Checkpoints:
         what = ocp.args.Composite(
             state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
         )
-        return self.manager.restore(epoch, args=what)
+        try:
+            return self.manager.restore(epoch, args=what)
+        except Exception as error:  # Orbax's and TensorStore's are of many kinds
+            reason = textwrap.shorten(str(error) or type(error).__name__, 250)
+            raise MismatchError(
+                f"The checkpoint of epoch {epoch} in {self.folder} is of another model "
+                f"or of other data, or is damaged: {reason}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _linked(folder: Path) -> Iterator[Path]:
+    """A link to a folder, whose path Orbax can read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        link = Path(elsewhere) / "checkpoints"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
 
 
 def _accuracy(metrics: dict[str, float]) -> float:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from experiments import folder, models
+from experiments import folder, models, paths
 from experiments import mesh as meshes
 from experiments.config import RunConfig
 from experiments.data import catalogue, check, source
@@ -42,11 +43,13 @@ def interrupted(program: str, argv: Sequence[str]) -> tuple[Path | None, list[st
       SystemExit: it does not stand alone, or is no run's folder.
     """
     first = parser(program)
-    first.add_argument("--resume", type=Path)
+    first.add_argument("--resume", type=paths.at_home)
     known, rest = first.parse_known_args(list(argv))
     out = known.resume
     files = ("config.json", "suite.json")
-    if out is not None and (rest or not any((out / name).is_file() for name in files)):
+    if out is not None and (
+        rest or not any(os.path.isfile(out / name) for name in files)
+    ):
         raise SystemExit(
             f"{program}: --resume FOLDER stands alone, and FOLDER is that of an "
             "interrupted run, with its config.json or suite.json."
@@ -121,6 +124,8 @@ def prepared(name: str, config: RunConfig, console: Console) -> Setting:
     """
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ModuleNotFoundError("--wandb needs Weights & Biases: pip install wandb")
+    out = config.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+    paths.check_out(out)
     mesh = meshes.make(config.mesh)
     task = _sampled(catalogue.load(config.task, config.data_dir), config.test_images)
     check_classes(task)
@@ -131,7 +136,6 @@ def prepared(name: str, config: RunConfig, console: Console) -> Setting:
     check_methods(config, base)
     task = check.checked(task, console, config.skip_corrupt, to_train=True)
     check_batch(config, task, mesh)
-    out = config.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
     return Setting(config, task, base, mesh, console, out)
 
 
@@ -197,11 +201,11 @@ def _base(
     """The preset of that name, or the defaults and the flags that a file stands for."""
     if name in presets:
         return presets[name].config, []
-    path = Path(name)
-    if not path.is_file():
+    path = paths.at_home(name)
+    if not os.path.isfile(path):
         raise SystemExit(f"{program}: no preset or file is called {name!r}. {choices}")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise SystemExit(f"{program}: {path} is not JSON: {error}") from error
     if not isinstance(values, dict):

@@ -27,8 +27,10 @@ from experiments import (
     cost_figures,
     folder,
     models,
+    paths,
     report,
     search,
+    showing,
     suite,
 )
 from experiments.comparison import Comparison, Name, Row, Table
@@ -42,12 +44,13 @@ PROGRAM = "python -m experiments.compare"
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and runs what is left."""
     config = tyro.cli(Comparison, prog=PROGRAM, args=argv, description=__doc__)
-    console = Console()
+    console = showing.console()
     try:
         config.check()
         memory = _memory(config.memory)
         rows = [Row(method) for method in config.methods]
         rows += [Row(method, random=True) for method in config.controls]
+        paths.check_out(config.out)
         if not config.table_only:
             _check_inputs(config)
         table = Table(config)
@@ -86,12 +89,13 @@ def _tried(
     """Completes a cell; says what failed."""
 
     def search(place: Path) -> cells.Done:
-        return _searched(task, row, config, place, console)
+        return _searched(task, row, config, store, place, console)
 
     def train(out: Path, seed: int, chosen: cells.Done) -> cells.Done:
         own = _with(_config(task, row, config, seed), row.method, chosen)
         own = dataclasses.replace(own, out=out)
         setting = command.prepared(task, own, console)
+        store.begin(task, setting.inputs, console)
         summary = complete(setting, resume=(out / "config.json").exists())
         where = {name: summary[name] for name in ("device", "versions")}
         return summary["methods"][row.method] | where
@@ -121,7 +125,12 @@ def _memory(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _searched(
-    task: str, row: Row, config: Comparison, place: Path, console: Console
+    task: str,
+    row: Row,
+    config: Comparison,
+    store: cells.Store,
+    place: Path,
+    console: Console,
 ) -> dict[str, Any]:
     """The trials of a method's search, and what was best."""
     if row.method == "linear":  # whose fit chooses its strength itself
@@ -130,6 +139,7 @@ def _searched(
     own = _config(task, row, config, config.run.seed)
     own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
     setting = command.prepared(task, own, console)
+    store.begin(task, setting.inputs, console)
     best = getattr(search.chosen(row.method, setting), row.method)
     return {
         "trials": folder.read(place / search.FILE)[row.method],

@@ -9,6 +9,7 @@ from experiments import finished, report
 from experiments.cells import Store
 from experiments.config import RunConfig
 from experiments.grid import Grid
+from experiments.paths import Given
 from experiments.settings import Located, Masked, Parted, Plain, Ranked, Trained
 
 Name = Literal["linear"] | Trained
@@ -64,10 +65,10 @@ class Comparison:
     """What all runs share."""
     table_only: bool = False
     """Run nothing; write the table of what is done, with all that is missing."""
-    memory: Path | None = None
+    memory: Given | None = None
     """A memory.json of experiments.memory, of one model: draws accuracy.png, accuracy
     against memory."""
-    out: Path = Path("runs/comparison")
+    out: Given = Path("runs/comparison")
     """Folder for results.json, the table and the runs."""
 
     def check(self) -> None:

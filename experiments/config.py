@@ -12,6 +12,7 @@ from experiments.data.catalogue import DATA_DIR
 from experiments.data.mix import Mix
 from experiments.grid import Grid
 from experiments.kernelized import DENSE, RELEASED, Kernelized
+from experiments.paths import Given
 from experiments.recipe import Recipe
 from experiments.settings import (
     Linear,
@@ -151,7 +152,7 @@ class RunConfig:
     """Where the preset's rates and densities come from; for the record."""
     wandb: str | None = None
     """Project in Weights & Biases to log to as well (pip install wandb)."""
-    out: Path | None = None
+    out: Given | None = None
     """Run folder, new or empty. Default: runs/NAME/DATE-TIME."""
 
     @property

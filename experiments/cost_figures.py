@@ -11,6 +11,7 @@ from matplotlib import patheffects
 
 from experiments import figures
 from experiments.figures import plt
+from experiments.showing import drawn
 
 
 def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -133,10 +134,10 @@ def accuracy_memory(
         labels[axes] = [_point(axes, point) for point in learnt]
         for point in not_learnt:
             _arrow(axes, point)
-        axes.set(title=task, ylabel="test accuracy (%)")
+        axes.set(title=drawn(task), ylabel="test accuracy (%)")
         axes.margins(x=0.15, y=0.1)
     figure.supxlabel("peak memory of a step or first stage (GiB)", fontsize="medium")
-    what = f"accuracy: {setup}\nmemory: {memory['model']}, {_setting(memory)}"
+    what = f"accuracy: {drawn(setup)}\nmemory: {memory['model']}, {_setting(memory)}"
     figure.suptitle(what, fontsize="medium")
     figure.canvas.draw()  # now the panels are where they will be
     figure.set_layout_engine("none")

@@ -13,18 +13,22 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from experiments.showing import drawn
+
 
 def allocation(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Draws budget and importance of every matrix over the epochs.
 
     Args:
       path: the PNG to write.
-      rows: of `metrics.jsonl`, of the epochs that began with a reallocation.
+      rows: of `metrics.jsonl`, of the epochs that began with a reallocation; each
+        stands until the next of them.
     """
     epochs = [row["epoch"] for row in rows]
-    names = [name.removeprefix("blocks/") for name in rows[0]["importance"]]
+    paths = list(rows[0]["importance"])
+    names = [path.removeprefix("blocks/") for path in paths]
     scores, budgets, capacities = (  # [L, rows]
-        np.array([list(row[kind].values()) for row in rows], float).T
+        np.array([[row[kind][path] for row in rows] for path in paths], float)
         for kind in ("importance", "budget", "capacity")
     )
     shares = scores / np.maximum(scores.sum(0), np.finfo(float).tiny)
@@ -34,15 +38,15 @@ def allocation(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, height), sharey=True, layout="constrained"
     )
-    extent = (epochs[0] - 0.5, epochs[-1] + 0.5, len(names) - 0.5, -0.5)
-    settings = {"aspect": "auto", "extent": extent, "interpolation": "nearest"}
+    edges = np.array([*epochs, epochs[-1] + 1]) - 0.5, np.arange(len(names) + 1) - 0.5
     norm = LogNorm(vmin=1e-4, vmax=1, clip=True)
-    drawn = left.imshow(np.maximum(shares, 1e-4), norm=norm, cmap="magma", **settings)
-    figure.colorbar(drawn, ax=left, label="share of the importance of all matrices")
+    mesh = left.pcolormesh(*edges, np.maximum(shares, 1e-4), norm=norm, cmap="magma")
+    figure.colorbar(mesh, ax=left, label="share of the importance of all matrices")
     left.set(title="Importance before the epoch", xlabel="epoch")
     left.set_yticks(range(len(names)), names, fontsize=7)
-    drawn = right.imshow(density, vmin=0, vmax=1, cmap="viridis", **settings)
-    figure.colorbar(drawn, ax=right, label="fraction of the matrix that may move")
+    left.invert_yaxis()
+    mesh = right.pcolormesh(*edges, density, vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(mesh, ax=right, label="fraction of the matrix that may move")
     totals = f"{total[0]:.2f} to {total[-1]:.2f} of all weights"
     right.set(title=f"Budget in the epoch ({totals})", xlabel="epoch")
     for axes in (left, right):
@@ -79,7 +83,7 @@ def curves(path: Path, methods: dict[str, list[dict[str, Any]]], task: str) -> N
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    figure.suptitle(task)
+    figure.suptitle(drawn(task))
     save(figure, path)
 
 
@@ -117,7 +121,7 @@ def sparsity(path: Path, row: dict[str, Any], task: str) -> None:
         line = [start + slope * b for b in blocks]
         axes.plot(blocks, line, color="black", label=f"fit, {slope:+.3f} a block")
     axes.set(xlabel="block", ylabel="share that may not move", ylim=(-0.03, 1.03))
-    axes.set_title(f"{task}: sparsity in epoch {row['epoch']}")
+    axes.set_title(f"{drawn(task)}: sparsity in epoch {row['epoch']}")
     labels = [".".join(map(str, block)) for block in every]
     axes.set_xticks(blocks, labels, rotation=90 * any("." in text for text in labels))
     figure.legend(loc="outside right upper", fontsize=8)

@@ -20,7 +20,7 @@ from rich.progress import Task as BarTask
 from rich.table import Column
 from rich.text import Text
 
-from experiments import models, train
+from experiments import fingerprint, models, train
 from experiments.checkpoints import Checkpoints
 from experiments.competition import Competition
 from experiments.config import RunConfig
@@ -56,6 +56,14 @@ class Setting:
         """Of training images, and of all others."""
         return models.transforms(self.config, self.base)
 
+    @cached_property
+    def inputs(self) -> fingerprint.Inputs:
+        """Fingerprints of the data and of the base's weights."""
+        splits = self.task.fingerprint
+        if splits is None:
+            raise ValueError(f"{self.task.name} was not looked at by check.checked.")
+        return fingerprint.of(splits, models.files(self.config))
+
     @property
     def followed(self) -> str | None:
         """The split that is evaluated while training."""
@@ -80,11 +88,12 @@ class Fitted:
     """What training left.
 
     Attributes:
-      rows: of all epochs, as in `metrics.jsonl`.
+      rows: of the epochs, as in `metrics.jsonl`, but those that it has lost.
       model: of the last epoch.
       ema_model: with the running mean of the weights, where there is one.
       best_model: of the best epoch on what was followed, where anything was.
-      best_row: its row.
+      best_row: its row; its epoch alone where the row is lost.
+      last_row: of the last epoch; its epoch alone where the row is lost.
     """
 
     rows: list[dict[str, Any]]
@@ -92,6 +101,7 @@ class Fitted:
     ema_model: Any
     best_model: Any
     best_row: dict[str, Any] | None
+    last_row: dict[str, Any]
 
 
 def fit(
@@ -132,12 +142,14 @@ def fit(
         stack.callback(tracker.close)
         _watched(title, trainer, tracker, setting)
         epoch, best = trainer.best_model()
+        rows = {row["epoch"]: row for row in tracker.rows}
         return Fitted(
             rows=tracker.rows,
             model=trainer.model,
             ema_model=trainer.ema_model,
             best_model=best,
-            best_row=tracker.rows[epoch - 1] if epoch else None,
+            best_row=rows.get(epoch, {"epoch": epoch}) if epoch else None,
+            last_row=rows.get(trainer.passed, {"epoch": trainer.passed}),
         )
 
 
@@ -161,7 +173,7 @@ def _watched(
 
         def on_step(loss: float) -> None:
             losses.append(loss)
-            now = len(tracker.rows) + 1, recipe.total_epochs
+            now = trainer.passed + 1, recipe.total_epochs
             bar.update(shown, advance=1, description=_brief(now, losses, tracker.rows))
 
         for epoch in trainer.epochs(on_step):

@@ -7,6 +7,7 @@ are finished, `summary.json` that all are. Of several processes the first one wr
 import contextlib
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,13 @@ from rich.console import Console
 
 import snella_jax as snella
 from experiments import mesh as meshes
+from experiments.showing import shown
 
 LOCK = ".lock"
+
+
+class MismatchError(ValueError):
+    """What is in a run folder is of another run, or damaged."""
 
 
 def is_primary() -> bool:
@@ -37,10 +43,10 @@ def write(path: Path, values: Any) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Puts a text file in the place of another, at once and on the disk."""
+    """Puts a text file in UTF-8 in the place of another, at once and on the disk."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(shown(text))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -60,14 +66,28 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """What `save` wrote."""
-    with np.load(path) as arrays:
-        return dict(arrays)
+    """What `save` wrote.
+
+    Raises:
+      MismatchError: the file is damaged.
+    """
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise MismatchError(f"{path} is damaged: {error}") from error
 
 
 def read(path: Path) -> Any:
-    """What JSON there is at a path; None where there is no file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """What JSON there is at a path; None where there is no file.
+
+    Raises:
+      MismatchError: it is none.
+    """
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise MismatchError(f"{path} is damaged, no JSON: {error}") from error
 
 
 @contextlib.contextmanager
@@ -95,8 +115,10 @@ def held(out: Path, resume: bool) -> Iterator[None]:
 
 def environment(mesh: Mesh) -> dict[str, Any]:
     """Devices and versions, which a run's numbers depend on."""
+    count = jax.process_count()
+    processes = f", {count} processes" if count > 1 else ""
     return {
-        "device": f"{meshes.describe(mesh)}, {os.cpu_count()} host cores",
+        "device": f"{meshes.describe(mesh)}{processes}, {os.cpu_count()} host cores",
         "versions": {m.__name__: m.__version__ for m in (snella, jax, flax)},
     }
 

@@ -29,8 +29,9 @@ from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from experiments import dinov2_saliency, figures
+from experiments import dinov2_saliency, figures, folder, showing
 from experiments.data import elpv
+from experiments.paths import Given, check_out
 from snella_jax.models import vit
 
 BATCH = 32
@@ -50,7 +51,7 @@ class FeaturesConfig:
     """Cells to train on in each split."""
     test: int = 200
     """Cells to test on in each split."""
-    out: Path = Path("runs/frozen_features")
+    out: Given = Path("runs/frozen_features")
     """Folder for frozen_features.json and frozen_features.png."""
 
     def check(self) -> None:
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(FeaturesConfig, prog=program, args=argv, description=__doc__)
     try:
         config.check()
+        check_out(config.out)
         models = {
             "pre-trained": dinov2_saliency.load(image_size=config.image_size),
             "random": vit.create(
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         cells = elpv.photographs()
     except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
-    console = Console()
+    console = showing.console()
     drawn, draws = _draw(config)
     labels = {
         "defective": cells.defect[drawn] >= 2,  # a probability of 2/3 or 1
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     }
     config.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1) + "\n"
-    (config.out / "frozen_features.json").write_text(text)
+    folder.replace(config.out / "frozen_features.json", text)
     figures.frozen_features(config.out / "frozen_features.png", result)
     console.print(_table(result))
     console.print(f"frozen_features.json and .png are in {config.out}", soft_wrap=True)

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import step, targets, throughput
+from experiments import folder, showing, step, targets, throughput
 from experiments.data import catalogue, pipeline
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
+from experiments.paths import Given, check_out
 from snella_jax import models
 
 
@@ -50,7 +51,7 @@ class RateConfig:
     """That make batches."""
     workers: int = 0
     """Processes that make batches besides; 0 for threads alone."""
-    out: Path = Path("runs/input_rate")
+    out: Given = Path("runs/input_rate")
     """Folder for input_rate.json."""
 
 
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     program = "python -m experiments.input_rate"
     config = tyro.cli(RateConfig, prog=program, args=argv, description=__doc__)
     try:
+        check_out(config.out)
         for name in ("batches", "repetitions", "threads"):
             if getattr(config, name) < 1:
                 raise ValueError(
@@ -80,13 +82,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         streams = {f"stream, {crop}": _stream(crop, task, config) for crop in CROPS}
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
-    console = Console()
+    console = showing.console()
     runs = dict(streams)
     for name, setting in track(steps.items(), "compiling", console=console):
         runs[name] = _images_of(throughput.compiled(setting)[1], config.batch)
     rows = _timed(runs, config, console)
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "input_rate.json").write_text(json.dumps(rows, indent=1) + "\n")
+    folder.replace(config.out / "input_rate.json", json.dumps(rows, indent=1) + "\n")
     console.print(_table(rows))
     console.print(f"input_rate.json is in {config.out}", soft_wrap=True)
     return rows

@@ -17,7 +17,8 @@ import numpy as np
 import tyro
 
 import snella_jax as snella
-from experiments import folder, kernel_figures
+from experiments import folder, kernel_figures, showing
+from experiments.paths import Given
 
 POINTS = 101
 NORMALIZED = ("normalized_rbf", "mix_k")
@@ -29,7 +30,7 @@ class CurvesConfig:
 
     reach: float = 5.0
     """The largest x."""
-    out: Path = Path("runs/kernel_curves")
+    out: Given = Path("runs/kernel_curves")
     """Folder for kernel_curves.json and .png."""
 
 
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     folder.write(config.out / "kernel_curves.json", result)
     kernel_figures.curves(config.out / "kernel_curves.png", x, rows)
-    print(f"kernel_curves.json and .png are in {config.out}")
+    text = f"kernel_curves.json and .png are in {config.out}"
+    showing.console().print(text, soft_wrap=True)
     return result
 
 

@@ -27,7 +27,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import snella_jax as snella
-from experiments import folder, kernel_figures
+from experiments import folder, kernel_figures, showing
+from experiments.paths import Given, check_out
 
 Name = Literal[
     "linear", "piecewise_linear", "rbf", "sigmoid", "normalized_rbf", "mix_k"
@@ -63,7 +64,7 @@ class FittingConfig:
     """Its rate."""
     seed: int = 0
     """Of the matrices and of the factors' start."""
-    out: Path = Path("runs/matrix_fitting")
+    out: Given = Path("runs/matrix_fitting")
     """Folder for matrix_fitting.json and .png."""
 
     def check(self) -> None:
@@ -90,10 +91,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(FittingConfig, prog=PROGRAM, args=argv, description=__doc__)
     try:
         config.check()
+        check_out(config.out)
         result = _begun(config)
     except ValueError as error:
         raise SystemExit(f"{PROGRAM}: {error}") from error
-    console = Console()
+    console = showing.console()
     targets = np.concatenate([matrices(config, rank) for rank in config.ranks])
     result["targets"] = {
         "rank": np.linalg.matrix_rank(targets).tolist(),

@@ -20,11 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cost_figures, step, targets
+from experiments import cost_figures, folder, showing, step, targets
+from experiments.paths import Given, check_out
 
 GIB = 2**30
 PARTS = ("total", "argument", "temporary", "locating")
@@ -39,7 +39,7 @@ class MemoryConfig(step.Options):
     its figures rank methods badly."""
     model: tuple[str, ...] = ("vit_b16",)
     """Presets of snella_jax.models."""
-    out: Path = Path("runs/memory")
+    out: Given = Path("runs/memory")
     """Folder for memory.json and memory.png."""
 
 
@@ -52,19 +52,20 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         description=__doc__,
     )
     try:
+        check_out(config.out)
         if not config.model:
             raise ValueError("--model names nothing: expected at least one.")
         settings = [each for name in config.model for each in config.settings(name)]
         where = targets.sharding(config.target)
     except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"python -m experiments.memory: {error}") from error
-    console = Console()
+    console = showing.console()
     rows = [
         row(setting, config.target, where)
         for setting in track(settings, "compiling", console=console)
     ]
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+    folder.replace(config.out / "memory.json", json.dumps(rows, indent=1) + "\n")
     cost_figures.memory(config.out / "memory.png", rows)
     console.print(_table(rows))
     console.print(f"memory.json and memory.png are in {config.out}", soft_wrap=True)

@@ -19,15 +19,26 @@ NAME = "metrics.jsonl"
 
 def log(out: Path, row: dict[str, Any]) -> None:
     """Appends a row; it is on the disk when this returns."""
-    with (out / NAME).open("a") as file:
+    with (out / NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def of(out: Path, method: str) -> list[dict[str, Any]]:
-    """The rows of a method."""
-    return [row for row in _read(out) if row["method"] == method]
+    """The rows that are there of a method that is trained by steps, by epoch."""
+    rows = {row["epoch"]: row for row in _read(out) if row["method"] == method}
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
+def lacking(rows: list[dict[str, Any]], epochs: int) -> str:
+    """What rows are missing of so many epochs, to print; empty where all are there.
+
+    >>> lacking([{"epoch": 2}, {"epoch": 6}], 6)
+    'epochs 1, 3, 4, 5'
+    """
+    gone = sorted(set(range(1, epochs + 1)) - {row["epoch"] for row in rows})
+    return f"epoch{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}" if gone else ""
 
 
 def keep(out: Path, method: str, epochs: int) -> None:
@@ -40,16 +51,16 @@ def keep(out: Path, method: str, epochs: int) -> None:
     folder.replace(out / NAME, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def median(rows: list[dict[str, Any]], name: str) -> float:
-    """Of a value over the rows."""
-    return float(np.median([row[name] for row in rows]))
+def median(rows: list[dict[str, Any]], name: str) -> float | None:
+    """Of a value over the rows; None where there are none."""
+    return float(np.median([row[name] for row in rows])) if rows else None
 
 
 class Tracker:
     """The log of a method that is trained by steps.
 
     Attributes:
-      rows: of all its epochs.
+      rows: of its epochs, but those that the file has lost.
     """
 
     def __init__(self, out: Path, method: str, passed: int, wandb: str | None = None):
@@ -102,7 +113,7 @@ def _wandb(project: str, out: Path, method: str) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]
 
     name = f"{out.name}/{method}"
-    key = hashlib.sha256(f"{out.absolute()}/{method}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(os.fsencode(f"{out.absolute()}/{method}")).hexdigest()[:16]
     config = folder.read(out / "config.json")
     return wandb.init(
         project=project, name=name, id=key, resume="allow", config=config, dir=str(out)
@@ -110,6 +121,16 @@ def _wandb(project: str, out: Path, method: str) -> Any:
 
 
 def _read(out: Path) -> list[dict[str, Any]]:
+    """Every row that is whole; a line cut short, when a run was killed, is none."""
     path = out / NAME
-    lines = path.read_text().split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1]]  # a line cut short is no row
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [row for line in lines if (row := _row(line))]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(row, dict) and "method" in row
+    return row if whole else None

@@ -10,6 +10,7 @@ from flax import nnx
 from experiments import dinov2_saliency, small_vit
 from experiments.config import RunConfig
 from experiments.data.transforms import Transform
+from experiments.paths import at_home
 from snella_jax import models
 
 SHOWN = 5
@@ -27,6 +28,7 @@ PUBLISHED = {
         "MIT",
     ),
 }
+SUFFIXES = (".json", ".safetensors", ".bin")  # of a Hugging Face folder's files
 
 
 def load(config: RunConfig, classes: int) -> models.Model:
@@ -92,15 +94,33 @@ def _pretrained(name: str, options: dict[str, Any]) -> models.Model:
             f"--model {name}: published weights are known of {known}; give a path, or "
             "--random_weights."
         )
-    named = PUBLISHED.get(name)
-    file = named[0] if named else name
+    file = given(name)
     for expected, folder, licence in PUBLISHED.values():
-        if file == expected and not Path(file).exists():
+        if file == Path(expected) and not file.exists():
             raise FileNotFoundError(
                 f"There is no {file} here: get it from {folder}/{file} ({licence}), or "
                 "give other weights with --model."
             )
     return models.load(file, **options)
+
+
+def given(name: str) -> Path:
+    """The file or folder that `--model` means, where it is none of the demos."""
+    return at_home(PUBLISHED[name][0] if name in PUBLISHED else name)
+
+
+def files(config: RunConfig) -> list[Path]:
+    """What `load` reads; nothing where all weights are random."""
+    if config.model == small_vit.NAME:
+        return [small_vit.WEIGHTS]
+    if config.random_weights and config.model in models.PRESETS:
+        return []
+    if config.model == "dinov2_saliency":
+        return [dinov2_saliency.path()]
+    path = given(config.model)
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
 
 
 def transforms(config: RunConfig, model: models.Model) -> tuple[Transform, Transform]:

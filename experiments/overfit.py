@@ -18,10 +18,9 @@ from typing import Any
 
 import jax
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
-from experiments import command, figures, targets
+from experiments import command, figures, folder, showing, targets
 from experiments.data import source
 from experiments.fit import VAL, Setting, fit
 from experiments.methods.trained import METHODS
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     own, words = first.parse_known_args(words)
     name, config = command.parse(PROGRAM, VTAB, words)
     config = dataclasses.replace(config, out=config.out or Path("runs/overfit"))
-    console = Console()
+    console = showing.console()
     try:
         setting = _small(command.prepared(name, config, console), own.images)
         staged = [m for m in config.adapted if METHODS[m].stage]
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "device": targets.describe("local"),
         "jax": jax.__version__,
     }
-    (setting.out / "overfit.json").write_text(json.dumps(found, indent=1) + "\n")
+    folder.replace(setting.out / "overfit.json", json.dumps(found, indent=1) + "\n")
     titled = {METHODS[method].title: own for method, own in rows.items()}
     figures.curves(
         setting.out / "overfit.png", titled, f"{config.model}, {setting.task.name}"

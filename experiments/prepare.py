@@ -11,10 +11,11 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 import tyro
-from rich.console import Console
 
+from experiments import showing
 from experiments.data import catalogue, fgvc, vtab
 from experiments.data.tfds import FORMAT, Builder
+from experiments.paths import Given, at_home
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class PrepareConfig:
     """Tasks of VTAB-1k or FGVC; `--list` of experiments.data.show prints them."""
     data_dir: Path = catalogue.DATA_DIR
     """Where the prepared sets go."""
-    manual_dir: Path | None = None
+    manual_dir: Given | None = None
     """Where files lie that have to be downloaded by hand. Default:
     DATA_DIR/downloads/manual."""
 
@@ -41,10 +42,10 @@ def main(argv: list[str] | None = None) -> None:
                 'preparing needs TensorFlow: pip install -e ".[prepare]"'
             )
         for builder in builders:
-            prepare(builder, config.data_dir.expanduser(), config.manual_dir)
+            prepare(builder, at_home(config.data_dir), config.manual_dir)
     except (ValueError, AssertionError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
-    Console().print(f"Everything is in {config.data_dir}", soft_wrap=True)
+    showing.console().print(f"Everything is in {config.data_dir}", soft_wrap=True)
 
 
 def prepare(builder: Builder, data_dir: Path, manual_dir: Path | None = None) -> None:

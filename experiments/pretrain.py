@@ -12,7 +12,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from rich.progress import track
 
 from experiments import weights
 from experiments.data import fashion_mnist
+from experiments.paths import Given
 from experiments.small_vit import SMALL, normalise
 from snella_jax.models.vit import ViT
 
@@ -33,9 +33,9 @@ from snella_jax.models.vit import ViT
 class PretrainConfig:
     """Options of `python -m experiments.pretrain`."""
 
-    out: Path
+    out: Given
     """Folder for the weights and the log."""
-    data_dir: Path = fashion_mnist.DEBIAN
+    data_dir: Given = fashion_mnist.DEBIAN
     """Folder with the four gzipped IDX files."""
     epochs: int = 30
     batch: int = 256
@@ -64,7 +64,7 @@ def main(config: PretrainConfig) -> None:
     batches = _batches(*train, config)
     key = jax.random.key(config.seed)
     config.out.mkdir(parents=True, exist_ok=True)
-    with (config.out / "log.jsonl").open("w") as log:
+    with (config.out / "log.jsonl").open("w", encoding="utf-8") as log:
         for epoch in range(config.epochs):
             start = time.perf_counter()
             losses = []

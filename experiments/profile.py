@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cost_figures, step, targets
+from experiments import cost_figures, folder, showing, step, targets
+from experiments.paths import Given, check_out
 
 # The first that is found in the name of an operation is its part.
 PARTS = {
@@ -57,7 +58,7 @@ class ProfileConfig(step.Options):
     """A preset of snella_jax.models."""
     steps: int = 7
     """How many steps of each method are profiled."""
-    out: Path = Path("runs/profile")
+    out: Given = Path("runs/profile")
     """Folder for profile.json and profile.png."""
 
 
@@ -66,18 +67,19 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     program = "python -m experiments.profile"
     config = tyro.cli(ProfileConfig, prog=program, args=argv, description=__doc__)
     try:
+        check_out(config.out)
         if config.steps < 1:
             raise ValueError(f"steps={config.steps}: expected at least 1.")
         settings = config.settings(config.model)
     except ValueError as error:
         raise SystemExit(f"{program}: {error}") from error
-    console = Console()
+    console = showing.console()
     runs = [
         compiled(setting) for setting in track(settings, "compiling", console=console)
     ]
     rows = _in_turns(runs, config.steps, console)
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "profile.json").write_text(json.dumps(rows, indent=1) + "\n")
+    folder.replace(config.out / "profile.json", json.dumps(rows, indent=1) + "\n")
     cost_figures.profile(config.out / "profile.png", rows)
     console.print(_table(rows))
     console.print(f"profile.json and profile.png are in {config.out}", soft_wrap=True)

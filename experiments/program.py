@@ -4,9 +4,7 @@ import itertools
 import sys
 from typing import Any
 
-from rich.console import Console
-
-from experiments import command, suite
+from experiments import command, showing, suite
 from experiments.presets import SUITES
 from experiments.run import run
 
@@ -26,12 +24,12 @@ def main(
       SystemExit: with a message, where something does not fit, is missing or fails.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    console = Console()
+    console = showing.console()
     resumed, words = command.interrupted(program, words)
     if resumed is not None and (resumed / suite.FILE).exists():
         return suite.resume(resumed, console)
     if resumed is not None:
-        words = ["--config", str(resumed / "config.json"), "--out", str(resumed)]
+        words = [f"--config={resumed / 'config.json'}", f"--out={resumed}"]
     elif _names(words, suite_name):
         tasks = {name: presets[name] for name in SUITES[suite_name]}
         found = suite.of(program, tasks, suite_name, words)

@@ -22,9 +22,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from experiments import finished, folder, paper, report_text
+from experiments import finished, folder, paper, report_text, showing
 from experiments.data import catalogue
 from experiments.finished import Run
+from experiments.paths import Given, check_out
 
 Accuracy = Literal["last", "best", "ema"]
 KEYS = {
@@ -38,12 +39,12 @@ KEYS = {
 class Options:
     """Options of `python -m experiments.report`."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Given, ...], tyro.conf.Positional]
     """Run folders, or folders that hold some."""
     accuracy: Accuracy = "last"
     """last: of the last epoch. best: of the best epoch on what was followed. ema: of
     the running mean of the weights."""
-    out: Path | None = None
+    out: Given | None = None
     """Folder for report.md and report.json. Default: print only."""
 
 
@@ -51,10 +52,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parses the command line, prints the table, returns what `report.json` holds."""
     program = "python -m experiments.report"
     options = tyro.cli(Options, prog=program, args=argv, description=__doc__)
-    console = Console()
+    console = showing.console()
     try:
         if not options.runs:
             raise ValueError("name at least one run folder.")
+        if options.out is not None:
+            check_out(options.out)
         runs = finished.collect(options.runs)
         made = table(runs, options.accuracy)
     except (ValueError, OSError) as error:

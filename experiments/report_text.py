@@ -4,6 +4,8 @@ from typing import Any
 
 from rich.table import Table
 
+from experiments.showing import celled
+
 MISSING = "–"  # noqa: RUF001
 
 
@@ -45,7 +47,8 @@ def markdown(made: dict[str, Any]) -> str:
     """A Markdown table, and its caption below."""
     header, rows, _ = _lines(made)
     ruler = ["---"] + ["--:"] * (len(header) - 1)
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ruler, *rows)]
+    cells = [[*map(celled, row)] for row in (header, ruler, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([*lines, "", caption(made), ""])
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 import snella_jax as snella
 from experiments import config as configs
-from experiments import evaluation, figures, folder, metrics, search
+from experiments import evaluation, figures, fingerprint, folder, metrics, search
 from experiments.fit import TEST, VAL, Fitted, Setting
 from experiments.methods import linear_probe
 from experiments.methods.trained import METHODS, Name
@@ -39,7 +39,8 @@ class Result:
         the head that was fitted without it); None where it was trained on.
       best_val_accuracy: likewise, of the best epoch.
       trainable: parameters that train, the head's among them.
-      seconds_per_step: median; of an L-BFGS iteration for the linear probe.
+      seconds_per_step: median; of an L-BFGS iteration for the linear probe; None, as
+        whatever else only the rows of `metrics.jsonl` say, where these are lost.
       density: fraction of the adapted weights that may move; None without budgets.
       weights_moved: weights of the targeted kernels that differ after training.
       settings: rate, decay and density that were used, perhaps those of a search.
@@ -47,7 +48,7 @@ class Result:
 
     test_accuracy: float
     trainable: int
-    seconds_per_step: float
+    seconds_per_step: float | None
     weights_moved: int
     val_accuracy: float | None = None
     best_epoch: int | None = None
@@ -67,13 +68,16 @@ def run(setting: Setting, resume: bool = False) -> dict[str, Any]:
         `results.json` are not trained again.
 
     Raises:
-      RunFailed: a loss was not finite, a fit did not converge, or memory ran out.
+      RunFailed: a loss was not finite, a fit did not converge, memory ran out, or
+        what began in the folder had other data or weights.
       SystemExit: the folder holds something already or cannot be written to, or the run
         was interrupted; says how to go on.
     """
     out = setting.out
     try:
         return complete(setting, resume)
+    except folder.MismatchError as error:
+        raise RunFailed(str(error)) from error
     except OSError as error:
         raise SystemExit(
             f"{error}\nWhat is done is in {out}; go on with --resume {out} once that "
@@ -118,18 +122,39 @@ def begin(setting: Setting) -> dict[str, Any]:
     """Writes what runs and on what, or reads what began; gives the environment.
 
     Raises:
-      ValueError: what began in the folder has other settings.
+      MismatchError: what began in the folder has other settings, data or weights.
     """
     config, path = setting.config, setting.out / "config.json"
     known = folder.read(path)
     if known is None:
         folder.write(path, configs.as_dict(config))
     elif other := configs.differing(known, config):
-        raise ValueError(
+        raise folder.MismatchError(
             f"{setting.out} was begun with another {', '.join(other)}: expected those "
             f"of {path}. Without that folder it begins anew."
         )
+    _same_inputs(setting, begun=known is not None)
     return folder.started(setting.out, setting.mesh, setting.console)
+
+
+def _same_inputs(setting: Setting, begun: bool) -> None:
+    """Writes fingerprints of the data and the weights, or compares them."""
+    path, now = setting.out / "inputs.json", setting.inputs
+    known = folder.read(path)
+    if known is None:
+        folder.write(path, now)
+        if begun:
+            setting.console.print(
+                f"{setting.out} has no {path.name}: it goes on, whether its images, "
+                "labels and weights are those that it began with or not.",
+                style="yellow",
+                soft_wrap=True,
+            )
+    elif found := fingerprint.differences(known, now):
+        raise folder.MismatchError(
+            f"{setting.out} was begun with others: {'; '.join(found)}. It goes on only "
+            "with what it began with; with these, begin another run."
+        )
 
 
 def _result(method: Literal["linear"] | Name, setting: Setting) -> Result:
@@ -176,7 +201,7 @@ def _by_steps(method: Name, setting: Setting) -> Result:
         snella.save(fitted.model, place, base=name)
     merged = table.merged(fitted.model)
     moved = table.moved(setting.config, setting.base, fitted.model, merged)
-    own, last = getattr(setting.config, method), fitted.rows[-1]
+    own, last = getattr(setting.config, method), fitted.last_row
     return Result(
         **_accuracies(method, setting, fitted, merged),
         trainable=_size(fitted.model),
@@ -192,7 +217,7 @@ def _accuracies(
 ) -> dict[str, Any]:
     """What the test split says of the last epoch, the best one and the mean weights."""
 
-    table, last, best = METHODS[method], fitted.rows[-1], fitted.best_row
+    table, last, best = METHODS[method], fitted.last_row, fitted.best_row
 
     def tested(model: Any, merged: bool = False) -> float:
         model = model if merged else table.merged(model)
@@ -206,7 +231,7 @@ def _accuracies(
     if best is not None:
         accuracy = best.get(TEST)
         if accuracy is None:  # validation was followed
-            same = best is last
+            same = best["epoch"] == last["epoch"]
             accuracy = found["test_accuracy"] if same else tested(fitted.best_model)
         found |= {
             "best_epoch": best["epoch"],
@@ -217,11 +242,19 @@ def _accuracies(
 
 
 def _draw(setting: Setting) -> None:
-    """The pictures of a run."""
-    pictures = setting.out / "figures"
-    rows = {
-        method: metrics.of(setting.out, method) for method in setting.config.adapted
+    """The pictures of a run; says of which epochs there is nothing to draw."""
+    config, pictures = setting.config, setting.out / "figures"
+    rows: dict[Name, list[dict[str, Any]]] = {
+        method: metrics.of(setting.out, method) for method in config.adapted
     }
+    for method, own in rows.items():
+        if lost := metrics.lacking(own, config.recipe(method).total_epochs):
+            setting.console.print(
+                f"{TITLES[method]}: {setting.out / metrics.NAME} has lost {lost}, "
+                "which curves and results lack.",
+                style="yellow",
+                soft_wrap=True,
+            )
     if rows:
         titled = {TITLES[method]: own for method, own in rows.items()}
         figures.curves(pictures / "curves.png", titled, setting.task.name)
@@ -257,12 +290,16 @@ def _table(setting: Setting, results: dict[str, Result]) -> Table:
             f"{result.test_accuracy:.2%}",
             *(_percent(getattr(result, attribute)) for _, attribute in extra),
             f"{result.trainable:,}",
-            f"{result.seconds_per_step:.4f}",
+            _seconds(result.seconds_per_step),
             f"{result.weights_moved:,} ({result.weights_moved / targeted:.0%})",
         )
     if "linear" in results:
         table.caption = "a step of the linear probe is an L-BFGS iteration on features"
     return table
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.4f}"
 
 
 def _percent(share: float | None) -> str:

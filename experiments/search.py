@@ -31,6 +31,7 @@ def chosen(method: Name, setting: Setting) -> RunConfig:
 
     Raises:
       FloatingPointError: all trials failed.
+      MismatchError: what is left of an interrupted trial does not say how good it was.
     """
     path = setting.out / FILE
     found = folder.read(path) or {}
@@ -77,7 +78,12 @@ def _trial(method: Name, setting: Setting, settings: Any, index: int) -> dict[st
     setting.console.print(f"trial {index + 1}: {_text(described)}")
     trial = dataclasses.replace(setting, config=config, out=out, located=out.parent)
     try:
-        last = tune(method, trial).rows[-1]
+        last = tune(method, trial).last_row
+        if VAL not in last:
+            raise folder.MismatchError(
+                f"{out} has lost the accuracy of its last epoch, by which a trial is "
+                "judged: delete that folder for it to begin anew."
+            )
         result = {VAL: last[VAL], "train_loss": last["train_loss"]}
     except FloatingPointError as error:
         setting.console.print(f"failed: {error}", style="yellow", soft_wrap=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import command, finished, folder, models, report
+from experiments import command, finished, folder, models, paths, report
 from experiments import config as configs
 from experiments import mesh as meshes
 from experiments.config import RunConfig
@@ -39,11 +39,12 @@ def start(
             f"{program}: {len(lacking)} of {len(tasks)} tasks cannot be run; --tasks "
             "runs some of them.\n  " + "\n  ".join(lacking)
         )
+    out = some.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
     try:
+        paths.check_out(out)
         models.load(some, classes=2)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
-    out = some.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
     if folder.is_primary():
         if folder.in_use(out):
             raise SystemExit(

@@ -56,7 +56,7 @@ def sharding(target: Target) -> SingleDeviceSharding:
         topology = topologies.get_topology_desc("v5e:2x2", "tpu")
     else:
         topology = topologies.get_topology_desc(
-            "h100", "cuda", target_config=H100.read_text(), topology="1x1x1"
+            "h100", "cuda", target_config=H100.read_text("utf-8"), topology="1x1x1"
         )
     return SingleDeviceSharding(topology.devices[0])
 

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cost_figures, step, targets
+from experiments import cost_figures, folder, showing, step, targets
+from experiments.paths import Given, check_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ThroughputConfig(step.Options):
     """How often each step is timed."""
     peer: Literal["none", "torch"] = "none"
     """What else is timed beside JAX."""
-    out: Path = Path("runs/throughput")
+    out: Given = Path("runs/throughput")
     """Folder for throughput.json and throughput.png."""
 
 
@@ -49,13 +50,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     program = "python -m experiments.throughput"
     config = tyro.cli(ThroughputConfig, prog=program, args=argv, description=__doc__)
     try:
+        check_out(config.out)
         if config.repetitions < 1:
             raise ValueError(f"repetitions={config.repetitions}: expected at least 1.")
         settings = config.settings(config.model)
         peer = _torch_peer(settings[0]) if config.peer == "torch" else None
     except (ValueError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
-    console = Console()
+    console = showing.console()
     runs: list[tuple[dict[str, Any], Callable[[], None]]] = [
         compiled(setting) for setting in track(settings, "compiling", console=console)
     ]
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         runs.append(peer)
     rows = _timed(runs, config.repetitions, console)
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "throughput.json").write_text(json.dumps(rows, indent=1) + "\n")
+    folder.replace(config.out / "throughput.json", json.dumps(rows, indent=1) + "\n")
     cost_figures.throughput(config.out / "throughput.png", rows)
     console.print(_table(rows))
     console.print(f"throughput.json and throughput.png are in {config.out}")

@@ -20,6 +20,7 @@ from experiments.data import pipeline
 from experiments.data.mix import Mix
 from experiments.data.source import Source
 from experiments.data.transforms import Transform
+from experiments.folder import MismatchError
 from experiments.readings import NotFinite, Readings
 from experiments.recipe import Recipe
 from experiments.update import training_step
@@ -111,6 +112,9 @@ class Trainer:
           competition: when and how budgets move; None where nothing has budgets, or
             they stay.
           checkpoints: where each epoch's end is saved.
+
+        Raises:
+          MismatchError: there is one of another model or of other data.
         """
         self.data, self.recipe, self.mesh = data, recipe, mesh
         self.competition, self.checkpoints = competition, checkpoints
@@ -142,7 +146,7 @@ class Trainer:
         self.passed = 0
         if checkpoints and (found := checkpoints.newest(self.state)):
             self.passed, self.state, position = found
-            self.stream.set_state(position)
+            self._seek(position)
 
     @property
     def model(self) -> Any:
@@ -258,6 +262,17 @@ class Trainer:
             "moves": turn.moves if turn else 0,
             "moved": turn.moved if turn else None,
         }
+
+    def _seek(self, position: dict[str, Any]) -> None:
+        """Goes on in the stream where a checkpoint was."""
+        taken, expected = position.get("next_index"), self.passed * self.steps
+        if taken != expected:
+            raise MismatchError(
+                f"The checkpoint of epoch {self.passed} was made after {taken} steps; "
+                f"of {self.steps} an epoch there would have been {expected}. There are "
+                "more or fewer training images, or other batches, than it began with."
+            )
+        self.stream.set_state(position)
 
     def _take(
         self, epoch: int, index: int, turn: Round | None, readings: Readings

@@ -22,7 +22,7 @@ SMALL += ["--run.batch", "100"]
 
 
 def read(path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text("utf-8"))
 
 
 def test_every_study_can_be_asked_for():
@@ -99,7 +99,9 @@ def test_ablations_go_on_with_their_results_alone(tmp_path, monkeypatch, capsys)
     assert [len(own.get("seeds", {})) for own in done.values()] == [1, 0]
     assert [trial["lr"] for trial in done["snella"]["trials"]] == [0.01, 0.001]
     second.mkdir()
-    (second / "results.json").write_text((first / "results.json").read_text())
+    (second / "results.json").write_text(
+        (first / "results.json").read_text("utf-8"), "utf-8"
+    )
     ablate.main([*options, "--out", str(second)])
     assert [own.power for own, _ in runs] == [3, 3, 3, 1, 2]
     assert [own.initial_density for own, _ in runs] == [1, 0.3, 0.3, 1, 1]
@@ -109,7 +111,7 @@ def test_ablations_go_on_with_their_results_alone(tmp_path, monkeypatch, capsys)
     assert own["density"] == pytest.approx(0.3, abs=1e-3) and own["moves"] == 1
     assert len(own["gradient_norms"]) == 2 and 0 < own["change"] < 1
     assert 1 <= own["rank"] <= 96 and 0 <= own["dead"] <= 0.7
-    report = (second / "report.md").read_text()
+    report = (second / "report.md").read_text("utf-8")
     assert (
         "| cubic | 63.88 | " in report and "The paper has cubic > quadratic" in report
     )

@@ -113,7 +113,7 @@ def test_a_missing_file_is_named(saved, name):
 
 def consistent(folder, change):
     """Changes the config and signs it anew, as another program would write it."""
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text("utf-8"))
     change(config)
     content = json.dumps(config).encode()
     (folder / CONFIG).write_bytes(content)
@@ -247,7 +247,7 @@ def test_what_is_left_of_another_adapter_is_not_offered(tmp_path):
 
 
 def test_a_folder_of_something_else_is_left_alone(model, tmp_path):
-    (tmp_path / "notes.md").write_text("mine")
+    (tmp_path / "notes.md").write_text("mine", "utf-8")
     with pytest.raises(FileExistsError, match=r"notes\.md"):
         snella.save(model, tmp_path)
     with pytest.raises(FileExistsError, match="is no folder"):

@@ -97,7 +97,7 @@ def test_a_wider_base_is_known_by_its_rounding(caplog, tmp_path):
 
 
 def test_what_the_files_say(model, saved):
-    config = json.loads((saved / CONFIG).read_text())
+    config = json.loads((saved / CONFIG).read_text("utf-8"))
     assert config["peft_type"] == "SNELLA"
     assert config["base_model_name_or_path"] == "our/base"
     assert config["snella_jax_version"] == snella.__version__

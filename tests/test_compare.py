@@ -26,7 +26,7 @@ from experiments import (
     search,
 )
 from experiments.config import RunConfig
-from experiments.data import catalogue
+from experiments.data import catalogue, check
 from experiments.settings import Ranked
 
 SMALL = ["--run.model", "vit_fashion_mnist", "--run.image_size", "None"]
@@ -38,7 +38,7 @@ OPTIONS = [*SMALL, *SHORT, *GRID, *TABLE, "--tasks", "digits"]
 
 
 def read(path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text("utf-8"))
 
 
 def test_a_comparison_goes_on_with_its_results_alone(tmp_path, monkeypatch, capsys):
@@ -80,7 +80,7 @@ def test_a_comparison_goes_on_with_its_results_alone(tmp_path, monkeypatch, caps
     columns = {c["method"]: c["tasks"].get("digits") for c in table(out)["columns"]}
     ours = {method for method, cell in columns.items() if cell}
     assert ours == {"linear probe", "linear probe, random weights", "LoRA-8"}
-    lines = (out / "report.md").read_text().splitlines()
+    lines = (out / "report.md").read_text("utf-8").splitlines()
     missing = {line.split(" |")[0]: line for line in lines}
     assert missing["| GPS"].count(" – ") == 1  # noqa: RUF001
     assert columns["LoRA-8"]["mean"] == pytest.approx(100 * np.mean(accuracies))
@@ -129,7 +129,7 @@ def test_accuracy_is_drawn_against_memory(tmp_path):
     cost_figures.accuracy_memory(path, table.points(made, memory), setting, "here")
     assert path.stat().st_size > 10_000
     two = [{"model": "a", "method": "lora"}, {"model": "b", "method": "lora"}]
-    (tmp_path / "two.json").write_text(json.dumps(two))
+    (tmp_path / "two.json").write_text(json.dumps(two), "utf-8")
     for name in ("two.json", "none.json"):
         with pytest.raises(SystemExit, match=rf"{name}: expected a memory.json of one"):
             compare.main(["--out", str(tmp_path), "--memory", str(tmp_path / name)])
@@ -197,7 +197,7 @@ def test_a_new_method_joins_an_old_comparison(tmp_path):
     found = read(table.store.path)
     del found["shared"]["vqt"]
     del found["shared"]["clip"]  # a setting that there was not, as if it was 0
-    table.store.path.write_text(json.dumps(found))
+    table.store.path.write_text(json.dumps(found), "utf-8")
     for name in ("epochs", "clip"):
         wrong = dataclasses.replace(comparison.RUN, **{name: 99})
         with pytest.raises(ValueError, match=f"another {name}:"):
@@ -268,7 +268,8 @@ def test_a_task_of_ones_own_runs_in_the_comparisons_folder(tmp_path):
 
 def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
     """On whatever devices, and whatever methods that do not run are set to."""
-    quiet, task = Console(quiet=True), catalogue.load("digits")
+    quiet = Console(quiet=True)
+    task = check.checked(catalogue.load("digits"), quiet)
     began = RunConfig(methods=("lora",), lora=Ranked(lr=1e-3))
 
     def begin(config):
@@ -280,7 +281,7 @@ def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
     begin(dataclasses.replace(began, dora=Ranked(lr=1.0)))
     known = read(tmp_path / "config.json")
     del known["clip"], known["vqt"]  # of an earlier version
-    (tmp_path / "config.json").write_text(json.dumps(known))
+    (tmp_path / "config.json").write_text(json.dumps(known), "utf-8")
     begin(began)
     other = dataclasses.replace(began, lora=Ranked(lr=1e-4), clip=2.0)
     with pytest.raises(
@@ -345,8 +346,8 @@ def test_the_density_of_a_mask_is_searched(tmp_path, monkeypatch):
         own = getattr(setting.config, method)
         density = getattr(own, "target_density", None)
         trials.append((own.lr, density))
-        rows = [{"val_accuracy": own.lr * (1 + (density == 0.1)), "train_loss": 0}]
-        return SimpleNamespace(rows=rows)
+        accuracy = own.lr * (1 + (density == 0.1))
+        return SimpleNamespace(last_row={"val_accuracy": accuracy, "train_loss": 0})
 
     monkeypatch.setattr(search, "tune", tune)
     run = dataclasses.replace(comparison.RUN, grid=grid.Grid((2.0,), 0, (), (0.1, 0.6)))

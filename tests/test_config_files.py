@@ -28,9 +28,11 @@ def timm(tmp_path):
         tensors = {name: np.ascontiguousarray(t) for name, t in tensors.items()}
         save_file(tensors, tmp_path / "model.safetensors")
         said = {"architecture": "vit_tiny_patch16_224"} | config
-        (tmp_path / "config.json").write_text(json.dumps(said))
+        (tmp_path / "config.json").write_text(json.dumps(said), "utf-8")
         if images:
-            (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+            (tmp_path / "preprocessor_config.json").write_text(
+                json.dumps(images), "utf-8"
+            )
         return models.load(tmp_path)
 
     return load
@@ -203,9 +205,9 @@ def folder(tmp_path):
 
     def load(name, images=None, **config):
         new = shutil.copytree(DATA / name, tmp_path / "new", dirs_exist_ok=True)
-        said = json.loads((DATA / name / "config.json").read_text()) | config
-        (new / "config.json").write_text(json.dumps(said))
-        (new / "preprocessor_config.json").write_text(json.dumps(images or {}))
+        said = json.loads((DATA / name / "config.json").read_text("utf-8")) | config
+        (new / "config.json").write_text(json.dumps(said), "utf-8")
+        (new / "preprocessor_config.json").write_text(json.dumps(images or {}), "utf-8")
         return models.load(new)
 
     return load

@@ -71,7 +71,7 @@ def test_every_method_trains_what_it_says(method):
 def test_memory_writes_rows_and_a_figure(tmp_path, capsys):
     methods = ("--method", "lora", "gps", "snella_stored")
     rows = memory.main([*SMALL, *methods, "--out", str(tmp_path)])
-    assert json.loads((tmp_path / "memory.json").read_text()) == rows
+    assert json.loads((tmp_path / "memory.json").read_text("utf-8")) == rows
     assert (tmp_path / "memory.png").stat().st_size > 10_000
     assert [row["method"] for row in rows] == list(methods[1:])
     for row in rows:
@@ -88,7 +88,7 @@ def test_throughput_times_in_turns(tmp_path):
         *SMALL, "--method", "lora", "snella_released", "--repetitions", "2",
         "--out", str(tmp_path),
     ])  # fmt: skip
-    assert json.loads((tmp_path / "throughput.json").read_text()) == rows
+    assert json.loads((tmp_path / "throughput.json").read_text("utf-8")) == rows
     assert (tmp_path / "throughput.png").stat().st_size > 5_000
     assert [row["method"] for row in rows] == ["lora", "snella_released"]
     assert rows[0]["of_lora"] == 1 and "of_full" not in rows[0]
@@ -100,7 +100,7 @@ def test_profile_finds_every_part(tmp_path):
     rows = profile.main([
         *SMALL, "--method", "lora", "snella", "--steps", "1", "--out", str(tmp_path),
     ])  # fmt: skip
-    assert json.loads((tmp_path / "profile.json").read_text()) == rows
+    assert json.loads((tmp_path / "profile.json").read_text("utf-8")) == rows
     assert (tmp_path / "profile.png").stat().st_size > 10_000
     lora, snella = (row["parts"] for row in rows)
     own = {"threshold", "delta and its gradient"}
@@ -193,17 +193,17 @@ def test_memory_draws_one_model_or_several(tmp_path):
     """Of figures that are in the repository; SPT's first stage is part of its bar."""
     results = Path(__file__).parents[1] / "experiments/results/memory"
     for name in ("h100_vit_b16_batch64", "h100_swin_b_convnext_b_batch32"):
-        rows = json.loads((results / name / "memory.json").read_text())
+        rows = json.loads((results / name / "memory.json").read_text("utf-8"))
         cost_figures.memory(tmp_path / f"{name}.png", rows)
         assert (tmp_path / f"{name}.png").stat().st_size > 20_000
-    one = json.loads((results / "h100_vit_b16_batch64/memory.json").read_text())
+    one = json.loads((results / "h100_vit_b16_batch64/memory.json").read_text("utf-8"))
     by_method = {row["method"]: row for row in one}
     assert by_method.keys() == set(get_args(step.Method))
     assert by_method["gps"]["total_bytes"] == by_method["gps"]["locating_bytes"]
     assert by_method["snella"]["total_bytes"] < 1.05 * by_method["lora"]["total_bytes"]
     for name in ("h100", "v5e"):
         folder = results / f"{name}_swin_b_convnext_b_batch32"
-        rows = json.loads((folder / "memory.json").read_text())
+        rows = json.loads((folder / "memory.json").read_text("utf-8"))
         total = {(row["model"], row["method"]): row["total_bytes"] for row in rows}
         for model in ("swin_b", "convnext_b"):
             assert total[model, "snella"] <= 1.08 * total[model, "lora"]

@@ -41,7 +41,7 @@ def write_lists(folder, name="cifar100", classes=3):
             file = f"images/{part}/{i}.png"
             picture(folder / name / file, (i, 0, 0))
             lines.append(f"{file} {i % classes}")
-        (folder / name / f"{part}.txt").write_text("\n".join(lines) + "\n")
+        (folder / name / f"{part}.txt").write_text("\n".join(lines) + "\n", "utf-8")
     return folder / name
 
 
@@ -65,7 +65,7 @@ def test_a_folder_of_the_tasks_name_goes_before_tfds(tmp_path):
     assert catalogue.load(str(tmp_path / "dtd")).classes == 6
     for part, count in (("train800", 800), ("val200", 200)):
         lines = [f"images/{part}/{i}.png {i % 2}" for i in range(count)]
-        (folder / f"{part}.txt").write_text("\r\n".join(lines))
+        (folder / f"{part}.txt").write_text("\r\n".join(lines), "utf-8")
     task = catalogue.load("patch_camelyon", tmp_path)
     assert task.name == "patch_camelyon" and len(task.full) == 1000
 
@@ -73,20 +73,20 @@ def test_a_folder_of_the_tasks_name_goes_before_tfds(tmp_path):
 def test_one_list_of_both_is_cut_and_must_not_contradict(tmp_path):
     lines = [f"images/{i}.png {i % 3}" for i in range(1000)]
     (tmp_path / "train800val200.txt").write_text("\ufeff" + "\n".join(lines), "utf-8")
-    (tmp_path / "test.txt").write_text("images/x.png 2\n")
+    (tmp_path / "test.txt").write_text("images/x.png 2\n", "utf-8")
     task = folders.load(tmp_path)
     assert [len(s) for s in (task.train, task.validation, task.test)] == [800, 200, 1]
     assert task.train.paths[0] == tmp_path / "images/0.png"
     assert task.validation.paths[0] == tmp_path / "images/800.png"
-    (tmp_path / "train800.txt").write_text("\n".join(lines[:800]))
-    (tmp_path / "val200.txt").write_text("\n".join(lines[800:999]))
+    (tmp_path / "train800.txt").write_text("\n".join(lines[:800]), "utf-8")
+    (tmp_path / "val200.txt").write_text("\n".join(lines[800:999]), "utf-8")
     with pytest.raises(ValueError, match="does not list what"):
         folders.load(tmp_path)
 
 
 def test_a_file_in_two_splits(tmp_path):
     folder = write_lists(tmp_path)
-    with (folder / "test.txt").open("a") as file:
+    with (folder / "test.txt").open("a", encoding="utf-8") as file:
         file.write("images/train800/3.png 0\n")
     with pytest.raises(ValueError, match=r"train800/3\.png is in two splits"):
         folders.load(folder)
@@ -97,7 +97,7 @@ def test_class_folders(tmp_path):
         for name in ("cat", "ant", "dog"):
             for i in range(count):
                 picture(tmp_path / part / name / f"{i:02}.PNG", (i, 1, 2))
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image", "utf-8")
     task = folders.load(tmp_path, "animals")
     assert task.names == ("ant", "cat", "dog")
     assert [len(s) for s in (task.train, task.validation, task.test)] == [54, 6, 6]
@@ -125,8 +125,10 @@ def write_cub(folder):
         picture(folder / "images" / file, (number, 0, 0))
     for name, column in tables.items():
         lines = [f"{image} {row[column]}" for image, row in rows.items()]
-        (folder / name).write_text("\n".join(lines))
-    (folder / "classes.txt").write_text("295 Some Bird (Adult)\n817 Other Bird\n9 None")
+        (folder / name).write_text("\n".join(lines), "utf-8")
+    (folder / "classes.txt").write_text(
+        "295 Some Bird (Adult)\n817 Other Bird\n9 None", "utf-8"
+    )
     return folder
 
 
@@ -139,10 +141,10 @@ def test_archives_of_cub_and_nabirds(tmp_path):
     with pytest.raises(ValueError, match="has 2 classes, expected 555"):
         catalogue.load("nabirds", tmp_path)
     split = tmp_path / "nabirds" / "train_test_split.txt"
-    split.write_text(split.read_text().replace("0a-1 1", "0a-1 2"))
+    split.write_text(split.read_text("utf-8").replace("0a-1 1", "0a-1 2"), "utf-8")
     with pytest.raises(ValueError, match=r"split\.txt: '2', expected 0 or 1"):
         folders.load(tmp_path / "nabirds")
-    split.write_text("0a-1 1\n")
+    split.write_text("0a-1 1\n", "utf-8")
     with pytest.raises(ValueError, match="do not list the same images"):
         folders.load(tmp_path / "nabirds")
 
@@ -170,7 +172,7 @@ def test_archive_of_stanford_cars(tmp_path):
 
 
 def write_csv(path, rows):
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "split"])
         writer.writerows(rows)
@@ -191,13 +193,13 @@ def test_csv(tmp_path):
     rows[3] = ("x/3.png", "a", "dev")
     with pytest.raises(ValueError, match=r"bad\.csv, line 5: split 'dev'"):
         folders.load(write_csv(tmp_path / "bad.csv", rows))
-    (tmp_path / "none.csv").write_text("file,class\nx,1\n")
+    (tmp_path / "none.csv").write_text("file,class\nx,1\n", "utf-8")
     with pytest.raises(ValueError, match="expected a header with path, label, split"):
         folders.load(tmp_path / "none.csv")
     (tmp_path / "none.csv").write_bytes(b"path,label,split\n\xff,1,test\n")
     with pytest.raises(ValueError, match="no CSV file in UTF-8"):
         folders.load(tmp_path / "none.csv")
-    excel = (tmp_path / "mine.csv").read_text().replace("x/10.png", '"x/10.png"')
+    excel = (tmp_path / "mine.csv").read_text("utf-8").replace("x/10.png", '"x/10.png"')
     (tmp_path / "excel.csv").write_text("\ufeff" + excel, "utf-8")
     assert folders.load(tmp_path / "excel.csv").classes == 2
 
@@ -212,10 +214,10 @@ def test_labels_that_are_no_numbers_among_numbers(label, tmp_path):
 
 def test_lists_that_cannot_be(tmp_path):
     folder = write_lists(tmp_path)
-    (folder / "val200.txt").write_text("images/0.png zero\n")
+    (folder / "val200.txt").write_text("images/0.png zero\n", "utf-8")
     with pytest.raises(ValueError, match=r"val200\.txt, line 1: .*expected a path and"):
         folders.load(folder)
-    (folder / "val200.txt").write_text("\n")
+    (folder / "val200.txt").write_text("\n", "utf-8")
     with pytest.raises(ValueError, match=r"val200\.txt is empty"):
         folders.load(folder)
     (folder / "val200.txt").unlink()

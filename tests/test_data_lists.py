@@ -31,7 +31,7 @@ def written(folder, sizes=SPLITS, classes=3):
             pixels = np.full((5, 4, 3), colour, np.uint8)
             Image.fromarray(pixels).save(place / f"{i:06d}.png")
             lines.append(f"images/{name}/{i:06d}.png {label}\n")
-        (folder / f"{name}.txt").write_text("".join(lines))
+        (folder / f"{name}.txt").write_text("".join(lines), "utf-8")
     return labels
 
 
@@ -72,17 +72,17 @@ def test_every_list_has_its_own_copies(tmp_path):
 def test_a_list_of_both_that_contradicts_its_parts(tmp_path, change, message):
     written(tmp_path)
     path = tmp_path / "train800val200.txt"
-    path.write_text("\n".join(change(path.read_text().splitlines())))
+    path.write_text("\n".join(change(path.read_text("utf-8").splitlines())), "utf-8")
     with pytest.raises(ValueError, match=rf"train800val200\.txt does not.*{message}"):
         folders.load(tmp_path)
 
 
 def test_a_list_of_both_may_be_absent_or_alone(tmp_path):
     labels = written(tmp_path)
-    whole = (tmp_path / "train800val200.txt").read_text()
+    whole = (tmp_path / "train800val200.txt").read_text("utf-8")
     (tmp_path / "train800val200.txt").unlink()
     assert labels_of(folders.load(tmp_path).train) == labels["train800"].tolist()
-    (tmp_path / "train800val200.txt").write_text(whole)
+    (tmp_path / "train800val200.txt").write_text(whole, "utf-8")
     (tmp_path / "train800.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"train800\.txt is missing: expected"):
         folders.load(tmp_path)
@@ -126,7 +126,7 @@ def test_folders_of_the_field_have_names_of_their_own(tmp_path, task, shared):
     for name, count in (("train800", 800), ("val200", 200), ("test", 100)):
         lines = [f"images/{name}/{i}.jpg {i % classes}" for i in range(count)]
         (tmp_path / shared).mkdir(exist_ok=True)
-        (tmp_path / shared / f"{name}.txt").write_text("\n".join(lines))
+        (tmp_path / shared / f"{name}.txt").write_text("\n".join(lines), "utf-8")
     found = catalogue.load(task, tmp_path)
     assert (found.name, found.classes, len(found.full)) == (task, classes, 1000)
     assert found.notes == (

@@ -269,7 +269,7 @@ def write_tfds(root, builder, splits, file_format="array_record"):
         written.append({"name": split, "filepathTemplate": shards, **sizes})
     info = {"name": name, "version": version, "splits": written}
     info |= {"fileFormat": file_format}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "dataset_info.json").write_text(json.dumps(info), "utf-8")
 
 
 def encoded(mode, kind="PNG", side=4):

@@ -60,7 +60,9 @@ def test_every_way_round_is_exact(models, path, tmp_path):
 def test_numpy_alone_applies_it(models, path):
     """The lines in docs/adapters.md, as they stand there."""
     base, merged = models
-    (code,) = re.findall(r"```python\n(import json.*?)```", DOCS.read_text(), re.S)
+    (code,) = re.findall(
+        r"```python\n(import json.*?)```", DOCS.read_text("utf-8"), re.S
+    )
     names = {}
     exec(code, names)
     weights = {name: value.copy() for name, value in by_name(base).items()}
@@ -120,7 +122,9 @@ def test_arrays_may_lie_in_memory_as_they_like(tmp_path):
     snella.save_delta(path, before, after)
     found = snella.apply_delta(before, path)
     assert all(np.array_equal(found[name], after[name]) for name in after)
-    (code,) = re.findall(r"```python\n(import json.*?)```", DOCS.read_text(), re.S)
+    (code,) = re.findall(
+        r"```python\n(import json.*?)```", DOCS.read_text("utf-8"), re.S
+    )
     names = {}
     exec(code, names)
     names["apply_delta"](before, path)
@@ -139,7 +143,9 @@ def test_arrays_may_have_any_byte_order(kind, order, tmp_path):
     snella.save_delta(path, before, after)
     native = {name: value.astype(value.dtype.newbyteorder("=")) for name, value in
               before.items()}  # fmt: skip
-    (code,) = re.findall(r"```python\n(import json.*?)```", DOCS.read_text(), re.S)
+    (code,) = re.findall(
+        r"```python\n(import json.*?)```", DOCS.read_text("utf-8"), re.S
+    )
     names = {}
     exec(code, names)
     for weights in (before, native):

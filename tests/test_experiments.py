@@ -41,7 +41,7 @@ def test_a_runs_own_config_reads_back(tmp_path):
     changed += ("--snella.no_learn_piece_coeff", "--grid.densities", "--mesh", "data=2")
     _, config = parse("--config", "quickstart", *changed)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(configs.as_dict(config)))
+    path.write_text(json.dumps(configs.as_dict(config)), "utf-8")
     name, again = parse("--config", str(path))
     assert (name, again) == ("config", config)
     assert parse("--config", str(path), "--seed", "4")[1].seed == 4
@@ -158,7 +158,7 @@ def test_a_value_of_no_field_is_refused(capsys):
 )
 def test_bad_config_files_say_why(tmp_path, text, message):
     path = tmp_path / "mine.json"
-    path.write_text(text)
+    path.write_text(text, "utf-8")
     with pytest.raises(SystemExit) as error:
         parse("--config", str(path))
     assert message in str(error.value)
@@ -336,7 +336,9 @@ def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
     lines, others = (
         [
             json.loads(x)
-            for x in (tmp_path / run / "metrics.jsonl").read_text().split("\n")[:-1]
+            for x in (tmp_path / run / "metrics.jsonl")
+            .read_text("utf-8")
+            .split("\n")[:-1]
         ]
         for run in "ab"
     )
@@ -346,7 +348,7 @@ def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
     assert [row["epoch"] for row in lines] == [1, 2]
     assert [row["density"] for row in lines] == [1.0, pytest.approx(0.3, abs=1e-5)]
     assert len(lines[1]["importance"]) == len(lines[1]["budget"]) == 36
-    assert json.loads((tmp_path / "a/summary.json").read_text()) == summary
+    assert json.loads((tmp_path / "a/summary.json").read_text("utf-8")) == summary
     assert summary["task"] == digits.NAME
     result = summary["methods"]["snella"]
     assert set(result) >= {
@@ -366,7 +368,7 @@ def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
     test, alone = digits.load().test, mesh.make("data=1")
     accuracy = evaluation.evaluate(model, test, small_vit.TRANSFORM, alone)
     assert accuracy == result["test_accuracy"]
-    assert json.loads((tmp_path / "a/config.json").read_text())["epochs"] == 2
+    assert json.loads((tmp_path / "a/config.json").read_text("utf-8"))["epochs"] == 2
     with pytest.raises(SystemExit, match="is not empty: name another folder"):
         run(tmp_path / "a", *short)
 
@@ -380,7 +382,7 @@ def test_ones_own_images_and_checkpoint(tmp_path):
             red[..., i % 3] = rng.integers(100, 256, (30, 40))
             Image.fromarray(red).save(tmp_path / f"{part}{i}.png")
             lines.append(f"{part}{i}.png,{('red', 'green', 'blue')[i % 3]},{part}")
-    (tmp_path / "colours.csv").write_text("\n".join(lines))
+    (tmp_path / "colours.csv").write_text("\n".join(lines), "utf-8")
     checkpoint = Path(__file__).parent / "data" / "vit" / "classifier"
     summary = run(
         tmp_path / "run",

@@ -152,7 +152,7 @@ def test_a_new_head_size_and_window_of_models_with_stages(name, tmp_path):
     same(again, base)
     if (tmp_path / out).is_dir():
         assert again.config == base.config
-        said = json.loads((tmp_path / out / "config.json").read_text())
+        said = json.loads((tmp_path / out / "config.json").read_text("utf-8"))
         assert said["image_size"] == [90, 84] and len(said["id2label"]) == 8
         assert said.get("window_size", 5) == 5
     elif window:
@@ -176,9 +176,9 @@ def test_what_only_pretraining_has_goes_with_a_new_head(tmp_path):
     del tensors["classifier.weight"], tensors["classifier.bias"]
     source = shutil.copytree(DATA / "staged/swin", tmp_path / "simmim")
     save_file(tensors, source / "model.safetensors")
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text("utf-8"))
     config |= {"architectures": ["SwinForMaskedImageModeling"]}
-    (source / "config.json").write_text(json.dumps(config))
+    (source / "config.json").write_text(json.dumps(config), "utf-8")
 
     def written(name, classes):
         model = models.load(source, num_classes=classes)
@@ -202,7 +202,7 @@ def test_what_shapes_do_not_say_goes_into_the_config(tmp_path):
     small = swin.SwinConfig(4, (2, 4, 2), (2, 2, 4), 3, image_size=48, num_classes=3)
     model = swin.Swin(small, rngs=nnx.Rngs(0))
     models.export(model, tmp_path / "swin", like=DATA / "staged/swin")
-    said = json.loads((tmp_path / "swin" / "config.json").read_text())
+    said = json.loads((tmp_path / "swin" / "config.json").read_text("utf-8"))
     assert said["num_heads"] == [2, 2, 4] and said["image_size"] == 48
 
 
@@ -214,7 +214,9 @@ def test_large_models_are_written_in_shards(tmp_path):
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 2
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
-    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    index = json.loads(
+        (tmp_path / "out/model.safetensors.index.json").read_text("utf-8")
+    )
     assert set(index["weight_map"].values()) == {path.name for path in shards}
     sizes = [sum(t.nbytes for t in read(path).tensors.values()) for path in shards]
     largest = max(t.nbytes for t in read(tmp_path / "out").tensors.values())

@@ -35,12 +35,12 @@ def timm(folder, name="vit/moco.pth.tar", **config):
     folder.mkdir()
     tensors = {n: np.ascontiguousarray(t) for n, t in tensors.items()}
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
     return folder
 
 
 def config_of(folder):
-    return json.loads((folder / "config.json").read_text())
+    return json.loads((folder / "config.json").read_text("utf-8"))
 
 
 # Grids
@@ -187,16 +187,18 @@ def test_a_timm_folder_that_did_not_change_says_what_it_said(tmp_path):
 def test_other_constants_go_into_the_preprocessor(name, tmp_path):
     source = shutil.copytree(DATA / name, tmp_path / "source")
     images = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_rescale": False}
-    (source / "preprocessor_config.json").write_text(json.dumps(images | {"size": 9}))
+    (source / "preprocessor_config.json").write_text(
+        json.dumps(images | {"size": 9}), "utf-8"
+    )
     model = models.load(source)
     models.export(model, tmp_path / "same", like=source)
-    said = json.loads((tmp_path / "same/preprocessor_config.json").read_text())
+    said = json.loads((tmp_path / "same/preprocessor_config.json").read_text("utf-8"))
     assert said == images | {"size": 9}
     constants = {name: CHANGED[name] for name in ("pixel_mean", "pixel_std")}
     model = models.load(source, **constants)
     models.export(model, tmp_path / "out", like=source)
     assert models.load(tmp_path / "out").config == model.config
-    said = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    said = json.loads((tmp_path / "out/preprocessor_config.json").read_text("utf-8"))
     assert said["image_mean"] == [0.1, 0.2, 0.3] and said["size"] == 9
     assert said["do_rescale"] is True and said["rescale_factor"] == 1 / 255
 
@@ -210,7 +212,7 @@ def named(tmp_path):
     folder = shutil.copytree(DATA / "vit/classifier", tmp_path / "named")
     ids = {name: int(i) for i, name in OLD.items()}
     said = config_of(folder) | {"id2label": OLD, "label2id": ids, "num_labels": 3}
-    (folder / "config.json").write_text(json.dumps(said))
+    (folder / "config.json").write_text(json.dumps(said), "utf-8")
     return folder
 
 

@@ -79,7 +79,7 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
         matrix_fitting.main(words)
     result = matrix_fitting.main(words)
     assert fitted == ["linear", "mix_k", "mix_k"]
-    assert json.loads((tmp_path / matrix_fitting.FILE).read_text()) == result
+    assert json.loads((tmp_path / matrix_fitting.FILE).read_text("utf-8")) == result
     own = result["kernels"]["mix_k"]
     assert np.shape(own["errors"]) == np.shape(own["fitted_ranks"]) == (2, 2)
     assert np.shape(own["curves"]) == (2, len(own["steps"])) and own["steps"][-1] == 40

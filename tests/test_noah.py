@@ -252,7 +252,7 @@ def test_the_supernet_trains_before_the_subnet(setting, protocol, monkeypatch):
     transform = Transform((8, 8), mean=(0.5,), std=(0.5,))
     vars(setting)["transforms"] = (transform, transform)
     fitted = tune.tune("noah", setting)
-    lines = (setting.out / "metrics.jsonl").read_text().splitlines()
+    lines = (setting.out / "metrics.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     of = {name: [row for row in rows if row["method"] == name]
           for name in (noah.SUPERNET, "noah")}  # fmt: skip

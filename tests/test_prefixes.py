@@ -241,7 +241,9 @@ def test_an_encoder_of_a_larger_model_is_refused(tmp_path):
     """Its own config is inside the other's."""
     source = shutil.copytree(DATA / "vit/classifier", tmp_path / "source")
     for key in ("encoder", "vision_config"):
-        (source / "config.json").write_text(f'{{"{key}": {{"hidden_act": "relu"}}}}')
+        (source / "config.json").write_text(
+            f'{{"{key}": {{"hidden_act": "relu"}}}}', "utf-8"
+        )
         with pytest.raises(CheckpointError, match=f"larger model, with {key}"):
             models.load(source)
 

@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_ten_lines_load_a_checkpoint_and_train(tmp_path, monkeypatch):
-    lines = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[
-        0
-    ]
+    lines = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S
+    )[0]
     shutil.copy(ROOT / "tests/data/vit/original.npz", tmp_path / "ViT-B_16.npz")
     monkeypatch.chdir(tmp_path)
     images = np.load(ROOT / "tests/data/vit/expected.npz")["images"]
@@ -52,7 +52,7 @@ def test_the_ten_lines_load_a_checkpoint_and_train(tmp_path, monkeypatch):
 
 def test_the_program_of_the_data_guide_runs():
     blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.S
+        r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text("utf-8"), re.S
     )
     assert len(blocks) == 1
     space = {}
@@ -66,7 +66,7 @@ def test_the_program_of_the_data_guide_runs():
 
 def test_the_page_on_adapters_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs/adapters.md").read_text()
+    page = (ROOT / "docs/adapters.md").read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     space = {}
     for block in blocks:

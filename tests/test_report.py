@@ -22,9 +22,9 @@ def write_run(folder, task="cifar100", seed=0, accuracy=0.7, method="snella", **
         "ema_test_accuracy": None,
         "trainable": 1234,
     }
-    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "config.json").write_text(json.dumps(values), "utf-8")
     summary = {"task": task, "seed": seed, "methods": {method: result}}
-    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
     return folder
 
 
@@ -89,7 +89,7 @@ def test_cells_with_fewer_seeds_say_so(tmp_path):
     for seed, task in ((0, "dtd"), (1, "dtd"), (0, "eurosat")):
         write_run(tmp_path / f"{task}{seed}", task, seed, 0.5 + seed / 10)
     report.main([str(tmp_path), "--out", str(tmp_path / "report")])
-    text = (tmp_path / "report/report.md").read_text()
+    text = (tmp_path / "report/report.md").read_text("utf-8")
     assert "| dtd | 55.0 ± 7.1 | 72.3 |" in text
     assert "| eurosat | 50.0 (1) | " in text
     assert "Seeds: 2 (in parentheses where fewer)." in text
@@ -136,9 +136,9 @@ def test_there_is_no_mean_without_all_of_its_tasks(tmp_path):
 def test_parameters_that_differ_between_tasks_are_a_range(tmp_path):
     for task, count in (("dtd", 1234), ("eurosat", 987)):
         folder = write_run(tmp_path / task, task, method="lora")
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text("utf-8"))
         summary["methods"]["lora"]["trainable"] = count
-        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
     table = made(tmp_path)
     assert table["columns"][0]["trainable"] == [987, 1234]
     assert "| trainable | 987 to 1,234 |" in report_text.markdown(table)
@@ -161,7 +161,7 @@ def test_many_methods_on_few_tasks_are_rows(tmp_path):
         write_run(tmp_path / method, "dtd", method=method)
     out = tmp_path / "report"
     report.main([str(tmp_path), "--out", str(out)])
-    lines = (out / "report.md").read_text().splitlines()
+    lines = (out / "report.md").read_text("utf-8").splitlines()
     assert (
         lines[0] == "|  | dtd | trainable |" and lines[2] == "| Full | 70.0 | 1,234 |"
     )
@@ -180,8 +180,8 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
         write_run(tmp_path / f"runs/e{seed}", "eurosat", seed, 0.8)
     out = tmp_path / "new" / "report"
     value = report.main([str(tmp_path / "runs"), "--out", str(out)])
-    assert json.loads((out / "report.json").read_text()) == value
-    text = (out / "report.md").read_text()
+    assert json.loads((out / "report.json").read_text("utf-8")) == value
+    text = (out / "report.md").read_text("utf-8")
     assert "| dtd | 55.0 ± 7.1 | 72.3 |" in text
     assert "| mean, natural (1) | 55.0 | 72.3 |" in text
     assert "| mean of groups | 67.5 | 84.4 |" in text

@@ -40,7 +40,7 @@ def started(*options):
 def kill_after(process, out, rows, delay):
     """SIGKILL some time after so many epochs were logged."""
     path, deadline = out / metrics.NAME, time.monotonic() + 120
-    while not path.exists() or path.read_text().count("\n") < rows:
+    while not path.exists() or path.read_text("utf-8").count("\n") < rows:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(delay)
@@ -81,7 +81,9 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(devices, kills, tmp_path
     ):
         np.testing.assert_array_equal(one, other)
     result = summary["methods"]["snella"]
-    expected = json.loads((whole / "summary.json").read_text())["methods"]["snella"]
+    expected = json.loads((whole / "summary.json").read_text("utf-8"))["methods"][
+        "snella"
+    ]
     for name in ("test_accuracy", "weights_moved", "density", "val_accuracy"):
         assert result[name] == expected[name]
     assert (broken / "figures/allocation.png").exists()
@@ -98,7 +100,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(devices, kills, tmp_path
 def test_resume_stands_alone_and_needs_a_run(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "nowhere" not in options:
-        pathlib.Path("config.json").write_text("{}")
+        pathlib.Path("config.json").write_text("{}", "utf-8")
     with pytest.raises(SystemExit, match="--resume FOLDER stands alone"):
         vtab.main(options)
 
@@ -107,7 +109,7 @@ def test_rows_after_the_checkpoint_and_half_written_ones_are_dropped(tmp_path):
     for epoch in (1, 2, 3):
         metrics.log(tmp_path, {"method": "lora", "epoch": epoch})
         metrics.log(tmp_path, {"method": "snella", "epoch": epoch})
-    with (tmp_path / metrics.NAME).open("a") as file:
+    with (tmp_path / metrics.NAME).open("a", encoding="utf-8") as file:
         file.write('{"method": "snella", "ep')
     metrics.keep(tmp_path, "snella", 2)
     assert [row["epoch"] for row in metrics.of(tmp_path, "snella")] == [1, 2]

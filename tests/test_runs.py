@@ -22,7 +22,7 @@ SHORT = [*QUICK, "--epochs", "2", "--warmup-epochs", "1"]
 
 
 def read(path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text("utf-8"))
 
 
 @pytest.fixture
@@ -73,7 +73,9 @@ def test_protocols_train_follow_and_test_what_they_say(protocol, tmp_path, teste
     options = ("--methods", "lora", "--protocol", protocol, "--ema", "0.9")
     summary = vtab.main([*SHORT, "--out", str(out), *options])
     result = summary["methods"]["lora"]
-    rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(x) for x in (out / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     steps = {"choose": 8, "final": 10, "released": 10}[protocol]
     followed = {"choose": "validation", "released": "test"}
     assert summary["followed"] == followed.get(protocol)
@@ -203,14 +205,14 @@ def test_a_suite_that_was_interrupted_goes_on(data, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(suite, "run", interrupt)
     with pytest.raises(SystemExit, match="Go on with it by --resume"):
         fgvc.main(words)
-    first = (out / "flowers/summary.json").read_text()
+    first = (out / "flowers/summary.json").read_text("utf-8")
     assert not (out / "dogs/summary.json").exists()
     monkeypatch.setattr(suite, "run", inner)
     fgvc.main(["--resume", str(out)])
-    assert (out / "flowers/summary.json").read_text() == first
+    assert (out / "flowers/summary.json").read_text("utf-8") == first
     summary = read(out / "dogs/summary.json")
     assert 0 <= summary["methods"]["snella"]["ema_test_accuracy"] <= 1
-    report = (out / "report.md").read_text()
+    report = (out / "report.md").read_text("utf-8")
     assert "| flowers |" in report and "| dogs |" in report
     assert "mean of tasks" in capsys.readouterr().out
 
@@ -257,7 +259,9 @@ def test_a_task_that_fails_does_not_stop_the_others(data, tmp_path):
 def test_two_processes_do_not_share_a_folder(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "config.json").write_text(json.dumps({"epochs": 2, "warmup_epochs": 1}))
+    (out / "config.json").write_text(
+        json.dumps({"epochs": 2, "warmup_epochs": 1}), "utf-8"
+    )
     holds = (
         "import filelock, sys, time\n"
         f"lock = filelock.FileLock({str(out / '.lock')!r}); lock.acquire()\n"
@@ -288,13 +292,15 @@ def test_a_disk_that_is_full_leaves_what_is_done(tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", program, *words],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert process.returncode == 1
     assert "A checkpoint could not be written into" in process.stderr
     assert f"go on with --resume {out}" in process.stderr
-    rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(x) for x in (out / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     assert rows[0]["epoch"] == 1
     whole = vtab.main([*words[:-1], str(tmp_path / "whole")])
     assert (
@@ -309,7 +315,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(tmp_path, capsys):
     vtab.main(words)
     began = read(out / "environment.json")
     began["versions"]["jax"] = "0.9.0"
-    (out / "environment.json").write_text(json.dumps(began))
+    (out / "environment.json").write_text(json.dumps(began), "utf-8")
     summary = vtab.main(["--resume", str(out)])
     said = " ".join(capsys.readouterr().out.split())
     assert "The run began on" in said and "'jax': '0.9.0'" in said

@@ -150,7 +150,7 @@ def test_normalisation_is_that_of_imagenet_or_of_the_folder(tmp_path):
         close(load(name).normalise(half)[0, 0, 0], expected)
         own = shutil.copytree(DATA / name, tmp_path / name)
         said = {"image_mean": [0.5, 0.25, 0.0], "image_std": [1.0, 2.0, 0.5]}
-        (own / "preprocessor_config.json").write_text(json.dumps(said))
+        (own / "preprocessor_config.json").write_text(json.dumps(said), "utf-8")
         model = models.load(own)
         close(model.normalise(half)[0, 0, 0], [0, 0.125, 1])
         assert hash(model.config) and model.config.pixel_mean == (0.5, 0.25, 0.0)
@@ -161,10 +161,10 @@ def test_what_does_not_fit_is_said(tmp_path):
         tensors = load_file(DATA / name / "model.safetensors")
         new = shutil.copytree(DATA / name, tmp_path / "new", dirs_exist_ok=True)
         save_file((change or (lambda t: t))(tensors), new / "model.safetensors")
-        said = json.loads((new / "config.json").read_text()) | (config or {})
-        (new / "config.json").write_text(json.dumps(said))
+        said = json.loads((new / "config.json").read_text("utf-8")) | (config or {})
+        (new / "config.json").write_text(json.dumps(said), "utf-8")
         if images:
-            (new / "preprocessor_config.json").write_text(json.dumps(images))
+            (new / "preprocessor_config.json").write_text(json.dumps(images), "utf-8")
         with pytest.raises(CheckpointError, match=message):
             models.load(new)
         (new / "preprocessor_config.json").unlink(missing_ok=True)

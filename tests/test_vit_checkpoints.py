@@ -117,7 +117,7 @@ def test_normalisation_comes_with_the_weights(tmp_path):
         np.testing.assert_allclose(model.normalise(half)[0, 0, 0], expected, rtol=1e-5)
     folder = shutil.copytree(DATA / "dinov2", tmp_path / "own")
     own = {"image_mean": [0.5, 0.25, 0.0], "image_std": [1.0, 2.0, 0.5]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(own))
+    (folder / "preprocessor_config.json").write_text(json.dumps(own), "utf-8")
     got = vit.load(folder).normalise(half)
     np.testing.assert_allclose(got[0, 0, 0], [0, 0.125, 1])
 
@@ -173,7 +173,7 @@ def test_a_timm_folder_brings_its_constants(tmp_path):
     tensors = {**timm_small(), "mask_token": np.zeros((1, 384), np.float32)}
     save_file(tensors, tmp_path / "model.safetensors")
     config = {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     config = vit.load(tmp_path).config
     assert tuple(config.pixel_mean) == (0.5, 0.5, 0.5)
     assert tuple(config.pixel_std) == (0.25, 0.25, 0.25)
@@ -185,7 +185,7 @@ def test_maes_decoder_is_left_out(tmp_path):
     renamed |= {"decoder.mask_token": np.zeros((1, 1, 8), np.float32)}
     save_file(renamed, tmp_path / "model.safetensors")
     shape = {"model_type": "vit_mae", "num_attention_heads": 2, "layer_norm_eps": 1e-6}
-    (tmp_path / "config.json").write_text(json.dumps(shape))
+    (tmp_path / "config.json").write_text(json.dumps(shape), "utf-8")
     model = vit.load(tmp_path)
     close(model.features(EXPECTED["images"]), EXPECTED["tokens"])
     assert model.config.pixel_std == (0.229, 0.224, 0.225)

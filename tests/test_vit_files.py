@@ -102,8 +102,8 @@ def test_a_missing_package_is_named(monkeypatch):
 def changed_folder(tmp_path, file="config.json", **changes):
     folder = shutil.copytree(DATA / "classifier", tmp_path / "changed")
     path = folder / file
-    config = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(config | changes))
+    config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(config | changes), "utf-8")
     return folder
 
 
@@ -158,13 +158,13 @@ def test_folders_of_shards_and_of_pytorch_files(tmp_path):
         own = {name: tensors[name] for name, file in files.items() if file == part}
         save_file(own, folder / part)
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": files}))
+    index.write_text(json.dumps({"weight_map": files}), "utf-8")
     close(vit.load(folder).features(EXPECTED["images"]), EXPECTED["tokens"])
     for bad in ([], None, {"x": 3}, {"x": "../x"}, {"x": "nowhere.safetensors"}):
-        index.write_text(json.dumps({"weight_map": bad}))
+        index.write_text(json.dumps({"weight_map": bad}), "utf-8")
         with pytest.raises(CheckpointError, match=r"weight_map|it names"):
             vit.load(folder)
-    index.write_text("{")
+    index.write_text("{", "utf-8")
     with pytest.raises(CheckpointError, match=r"index\.json: damaged"):
         vit.load(folder)
     index.unlink()

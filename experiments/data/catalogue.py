@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from experiments.data import (
@@ -24,6 +23,7 @@ from experiments.data import (
     vtab,
 )
 from experiments.data.task import Task
+from experiments.paths import at_home
 
 DATA_DIR = Path("~/tensorflow_datasets")
 
@@ -124,7 +124,7 @@ def load(name: str, data_dir: Path = DATA_DIR) -> Task:
       FileNotFoundError, ModuleNotFoundError: its data are not there; says how to get
         them.
     """
-    data_dir, path = data_dir.expanduser(), Path(name).expanduser()
+    data_dir, path = at_home(data_dir), at_home(name)
     if name not in ENTRIES:
         if path.exists():
             return folders.load(path)
@@ -182,5 +182,5 @@ def listing() -> Table:
         table.add_column(column, no_wrap=column in ("task", "group"), overflow="fold")
     for name, entry in ENTRIES.items():
         row = (name, entry.group, str(entry.classes), entry.licence, entry.get)
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     return table

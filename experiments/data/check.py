@@ -7,21 +7,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
 
+from experiments import fingerprint, showing
 from experiments.data.source import CorruptImageError, Source, take
 from experiments.data.task import Task
 
 SHOWN, MISSING_SHOWN = 5, 50
 SPLITS = "train", "validation", "test"
 THREADS, AT_ONCE = 8, 1024
+Seen = tuple[int, bytes]  # label and fingerprint of an example
 
 
 def checked(
     task: Task, console: Console, skip_corrupt: bool = False, to_train: bool = False
 ) -> Task:
     """The task, every image of which can be decoded and every label is a class.
+
+    It knows its fingerprint.
 
     Args:
       console: where progress, the task's notes and what was skipped are shown.
@@ -35,12 +37,10 @@ def checked(
     """
     tell(task, console)
     looked = {}
-    with Progress(console=console, transient=True) as progress:
+    with showing.progress(console) as progress:
         for name in SPLITS:
             source: Source = getattr(task, name)
-            bar = progress.add_task(
-                f"checking {escape(task.name)}, {name}", total=len(source)
-            )
+            bar = progress.add_task(f"checking {task.name}, {name}", total=len(source))
             looked[name] = _looked(source, lambda bar=bar: progress.advance(bar))
     _check_read(task, [error for look in looked.values() for error in look.unread])
     splits = {
@@ -49,7 +49,8 @@ def checked(
     }
     _tell_classes(task, splits["train"][1], console, to_train)
     sources = {name: source for name, (source, _) in splits.items()}
-    return dataclasses.replace(task, **sources)
+    fingerprints = {n: fingerprint.of_split(look.digests) for n, look in looked.items()}
+    return dataclasses.replace(task, **sources, fingerprint=fingerprints)
 
 
 def tell(task: Task, console: Console) -> None:
@@ -59,8 +60,8 @@ def tell(task: Task, console: Console) -> None:
 
 
 def _say(console: Console, text: str) -> None:
-    shown = text.encode(errors="backslashreplace").decode()  # of names that are no text
-    console.print(shown, style="yellow", markup=False, soft_wrap=True)
+    text = showing.shown(text)
+    console.print(text, style="yellow", markup=False, emoji=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +70,18 @@ class _Look:
 
     Attributes:
       good: indices of the examples that are whole.
-      labels: of those.
+      labels, digests: of those.
     """
 
     unread: list[OSError]
     corrupt: list[CorruptImageError]
     good: np.ndarray
     labels: np.ndarray
+    digests: list[bytes]
 
 
 def _looked(source: Source, advance: Callable[[], None]) -> _Look:
-    unread, corrupt, good, labels = [], [], [], []
+    unread, corrupt, good, labels, digests = [], [], [], [], []
     for index, result in enumerate(_results(source)):
         advance()
         match result:
@@ -87,10 +89,11 @@ def _looked(source: Source, advance: Callable[[], None]) -> _Look:
                 unread.append(result)
             case CorruptImageError():
                 corrupt.append(result)
-            case _:
+            case label, digest:
                 good.append(index)
-                labels.append(result)
-    return _Look(unread, corrupt, np.array(good, int), np.array(labels, int))
+                labels.append(label)
+                digests.append(digest)
+    return _Look(unread, corrupt, np.array(good, int), np.array(labels, int), digests)
 
 
 def _check_read(task: Task, errors: list[OSError]) -> None:
@@ -119,8 +122,8 @@ def _tell_classes(
             _say(console, f"{task.name}: {have} ({_first(few)})")
 
 
-def _results(source: Source) -> Iterator[int | OSError | CorruptImageError]:
-    def look(index: int) -> int | OSError | CorruptImageError:
+def _results(source: Source) -> Iterator[Seen | OSError | CorruptImageError]:
+    def look(index: int) -> Seen | OSError | CorruptImageError:
         try:
             example = source[index]
         except (OSError, CorruptImageError) as error:
@@ -129,7 +132,7 @@ def _results(source: Source) -> Iterator[int | OSError | CorruptImageError]:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
             shape = f"{image.dtype} {list(image.shape)}"
             return CorruptImageError("decoded", index, f"{shape}, not [H, W, 1 or 3]")
-        return example["label"]
+        return example["label"], fingerprint.of_image(image, example["label"])
 
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(source), AT_ONCE):

@@ -16,11 +16,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from rich.console import Console
 
+from experiments import showing
 from experiments.data import catalogue, check, pipeline
 from experiments.data.task import Task
 from experiments.data.transforms import NORMALISATIONS, Transform
+from experiments.paths import Given, shortened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +48,13 @@ class ShowConfig:
     """Decode every image of every split first."""
     skip_corrupt: bool = False
     """Leave out images that cannot be decoded, and count them."""
-    out: Path | None = None
+    out: Given | None = None
     """The PNG. Default: runs/show/TASK.png."""
 
 
 def main(argv: list[str] | None = None) -> Path | None:
     """Parses the command line, writes the sheet and returns its path."""
-    program, console = "python -m experiments.data.show", Console()
+    program, console = "python -m experiments.data.show", showing.console()
     config = tyro.cli(ShowConfig, prog=program, args=argv, description=__doc__)
     if config.list:
         console.print(catalogue.listing())
@@ -70,7 +71,10 @@ def main(argv: list[str] | None = None) -> Path | None:
             check.tell(task, console)
         mean, std = NORMALISATIONS[config.normalise]
         transform = Transform((config.size, config.size), config.crop, mean, std)
-        path = config.out or Path("runs/show") / f"{Path(config.task).stem}.png"
+        path = (
+            config.out
+            or Path("runs/show") / f"{shortened(Path(config.task).stem, 240)}.png"
+        )
         sheet(path, task, transform, config.images, config.seed)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
@@ -102,8 +106,10 @@ def sheet(path: Path, task: Task, transform: Transform, images: int, seed: int) 
         axes.axis("off")
     for axes, image, label in zip(panels.flat, pixels, batch["label"], strict=False):
         axes.imshow(np.squeeze(image), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(task.names[label] if task.names else str(label), fontsize=8)
-    figure.suptitle(f"{task.name}, training images ({transform.crop})")
+        title = task.names[label] if task.names else str(label)
+        axes.set_title(showing.drawn(title), fontsize=8)
+    title = f"{task.name}, training images ({transform.crop})"
+    figure.suptitle(showing.drawn(title))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)

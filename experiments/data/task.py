@@ -1,6 +1,7 @@
 """A classification task: what is trained on, chosen by and tested on."""
 
 import dataclasses
+from typing import Any
 
 from experiments.data.source import Joined, Source
 
@@ -17,6 +18,7 @@ class Task:
       test: used once.
       names: of the classes, where the set has any.
       notes: what the user should be told of how it was read.
+      fingerprint: of each split, by its name, once every image was looked at.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Task:
     test: Source
     names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    fingerprint: dict[str, Any] | None = None
 
     @property
     def full(self) -> Source:

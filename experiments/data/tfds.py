@@ -13,6 +13,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.data.source import Example, Source, decoding, pixels_of, take
+from experiments.paths import at_home
+from experiments.showing import shown
 
 LabelOf = Callable[[dict[str, Any]], int]
 FORMAT, INFO = "array_record", "dataset_info.json"
@@ -71,8 +73,14 @@ class Builder:
 
         Raises:
           FileNotFoundError: it is not prepared in `data_dir`; says how to do it.
+          ValueError: the path is no UTF-8.
         """
-        data_dir = data_dir.expanduser()
+        data_dir = at_home(data_dir)
+        if shown(str(data_dir)) != str(data_dir):
+            raise ValueError(
+                f"TFDS reads nothing below {shown(str(data_dir))!r}: expected a "
+                "--data_dir in UTF-8."
+            )
         folders = [data_dir / self.name / version for version in self.versions]
         there = [folder for folder in folders if (folder / INFO).is_file()]
         if not there:

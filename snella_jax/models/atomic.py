@@ -26,7 +26,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     >>> with tempfile.TemporaryDirectory() as here:
     ...     with whole_folder(Path(here, "made")) as new:
     ...         _ = (new / "file").write_text("content")
-    ...     Path(here, "made", "file").read_text()
+    ...     Path(here, "made", "file").read_text("utf-8")
     'content'
     """
     folder = folder.resolve()

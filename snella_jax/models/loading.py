@@ -363,7 +363,7 @@ def read_json(path: Path) -> dict[str, Any]:
       CheckpointError: it is damaged, or holds something else.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError.damaged(path, error) from error
     if not isinstance(value, dict):

@@ -64,7 +64,7 @@ def write_folder(
             save_file(shard, new / name, metadata)
             index["weight_map"] |= dict.fromkeys(shard, name)
         text = json.dumps(index, indent=2)
-        (new / "model.safetensors.index.json").write_text(text + "\n")
+        (new / "model.safetensors.index.json").write_text(text + "\n", "utf-8")
 
 
 def _shards(

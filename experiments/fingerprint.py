@@ -1,0 +1,91 @@
+"""Fingerprints of what a run begins with: its images and labels, its base's weights.
+
+A run that goes on has to meet the same ones: `inputs.json` in its folder holds them.
+Devices and versions may change (`environment.json`).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from jaxtyping import UInt8
+
+Inputs = dict[str, Any]
+
+
+def of_image(image: UInt8[np.ndarray, "H W C"], label: int) -> bytes:
+    """SHA-256 of an image, its shape and its label."""
+    hashed = hashlib.sha256(repr((image.shape, int(label))).encode())
+    hashed.update(np.ascontiguousarray(image).data)
+    return hashed.digest()
+
+
+def of_split(images: Sequence[bytes]) -> dict[str, Any]:
+    """The fingerprint of images, from that of each.
+
+    Returns:
+      `images`, how many; `sha256`, of all in their order; `in_any_order`, the same
+      for the same images in another.
+    """
+    whole, sorted_ = (hashlib.sha256(b"".join(x)) for x in (images, sorted(images)))
+    return {
+        "images": len(images),
+        "sha256": whole.hexdigest(),
+        "in_any_order": sorted_.hexdigest(),
+    }
+
+
+def of_files(paths: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of files, by name."""
+    found = {}
+    for path in paths:
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def of(splits: dict[str, Any], weights: Sequence[Path]) -> Inputs:
+    """What `inputs.json` holds.
+
+    Args:
+      splits: what `of_split` gives, by split.
+      weights: the files that the base is read from.
+    """
+    return {"data": splits, "weights": of_files(weights), "pillow": PIL.__version__}
+
+
+def differences(known: Inputs, now: Inputs) -> list[str]:
+    """What is not as it was, to print.
+
+    >>> images = {"images": 2, "sha256": "ab", "in_any_order": "b"}
+    >>> known = {"data": {"train": images}, "weights": {}}
+    >>> now = {"data": {"train": images | {"sha256": "ba"}}, "weights": {}}
+    >>> differences(known, now)
+    ['the data of train differ (the same images in another order)']
+    """
+    found = [
+        f"the data of {split} differ ({_how(known['data'][split], own)})"
+        for split, own in now["data"].items()
+        if own != known["data"][split]
+    ]
+    before, after = known["weights"], now["weights"]
+    other = [f for f in before.keys() | after.keys() if before.get(f) != after.get(f)]
+    if before and after and other:  # none: random ones, of a control
+        found.append(f"the base's weights differ ({', '.join(sorted(other))})")
+    if found and known.get("pillow") != now.get("pillow"):
+        found.append(
+            f"Pillow, which decodes images, was {known.get('pillow')} and is "
+            f"{now.get('pillow')}"
+        )
+    return found
+
+
+def _how(known: dict[str, Any], now: dict[str, Any]) -> str:
+    if known["images"] != now["images"]:
+        return f"{known['images']} images then, {now['images']} now"
+    if known["in_any_order"] == now["in_any_order"]:
+        return "the same images in another order"
+    return "other images or labels"

@@ -1,0 +1,80 @@
+"""Paths that users give: `~`, and what a run folder may be called."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+import jax
+from tyro.constructors import PrimitiveConstructorSpec
+
+# Orbax takes these for patterns, separators and URLs, TensorStore wants UTF-8.
+UNREADABLE = re.compile(r"[*?\[\\\ud800-\udfff]|:(?=/|$)")
+DEEPEST = 400  # bytes; the longest path below a run folder is shorter
+
+
+def at_home(path: str | Path) -> Path:
+    """The path, in the user's home where it begins with `~`.
+
+    >>> at_home("runs/~").as_posix()
+    'runs/~'
+    """
+    return Path(os.path.expanduser(path))
+
+
+Given = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: at_home(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+"""A path on a command line."""
+
+
+def check_out(out: Path) -> None:
+    """Raises a `ValueError` where a folder could not be made or filled."""
+    whole = out.absolute()
+    there = next(path for path in (whole, *whole.parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise ValueError(f"--out {out}: {there} is a file, expected a folder.")
+    name, total = (_limit(there, which) for which in ("PC_NAME_MAX", "PC_PATH_MAX"))
+    if long := [part for part in whole.parts if len(os.fsencode(part)) > name]:
+        raise ValueError(
+            f"--out {out}: {long[0]!r} has more than the {name} bytes that a name may "
+            "have. Choose a shorter one."
+        )
+    if len(os.fsencode(whole)) + DEEPEST > total:
+        raise ValueError(
+            f"--out {out}: what lies in it would have a path of more than {total} "
+            "bytes. Choose a shorter one."
+        )
+    if is_unreadable(out) and jax.process_count() > 1:
+        raise ValueError(
+            f"--out {out}: several processes can share no checkpoints below a name "
+            "with *, ?, [, a backslash, a colon at its end or bytes that are no UTF-8. "
+            "Choose another."
+        )
+
+
+def shortened(name: str, room: int) -> str:
+    """A name of at most so many bytes, cut at its end.
+
+    >>> shortened("pets", 255), shortened("äpfel", 2)
+    ('pets', 'ä')
+    """
+    data = os.fsencode(name)
+    return name if len(data) <= room else data[:room].decode("utf-8", "ignore")
+
+
+def is_unreadable(path: Path) -> bool:
+    """Whether Orbax would write into a folder what it cannot read again."""
+    return bool(UNREADABLE.search("/".join(path.absolute().parts[1:])))
+
+
+def _limit(folder: Path, which: str) -> int:
+    usual = {"PC_NAME_MAX": 255, "PC_PATH_MAX": 4096}[which]
+    return os.pathconf(folder, which) if hasattr(os, "pathconf") else usual
