@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from snella_jax.binding import check_binding
@@ -41,6 +42,7 @@ from snella_jax.layers import (
 )
 from snella_jax.layout import Layout
 from snella_jax.own_layers import AdaptedOwn
+from snella_jax.placement import beside
 from snella_jax.rules import (
     adapted_layers,
     adapted_variables,
@@ -54,6 +56,7 @@ from snella_jax.rules import (
     variables_of,
     weights_of,
 )
+from snella_jax.specs import adapter_spec
 from snella_jax.targets import Target, chosen_targets
 from snella_jax.weight import Site, Start, start
 
@@ -76,7 +79,8 @@ def adapt(
     what `config.trainable` matches stays an `nnx.Param`; every other parameter becomes
     `Frozen`, so Flax's default `wrt=nnx.Param` is exactly what trains. `model` itself
     is not changed, and the arrays of the two are shared (but those that
-    `config.frozen_dtype` casts).
+    `config.frozen_dtype` casts). Adapters lie on the devices of their weights, split as
+    these are.
 
     Args:
       model: any NNX module, without adapters.
@@ -142,8 +146,24 @@ def attach(
         else:
             become(first.layer, mixed_class(Adapted, cls))
     for path, target in targets.items():
-        adapter = Adapter(sites[path], starts[path])
+        adapter = _beside(target, sites[path], starts[path])
         setattr(target.layer, adapter_of(target.name), adapter)
+
+
+def _beside(target: Target, site: Site, start: Start) -> Adapter:
+    """An adapter that lies, and says that it lies, as the weight does."""
+    given = target.weight.get_metadata("out_sharding", None)
+    names = PartitionSpec(*getattr(given, "spec", given or ()))
+    if len(names) != len(site.shape):  # a stack that metadata do not know, or none
+        return Adapter(site, beside(site, target.weight[...], start))
+    adapter = Adapter(site, beside(site, target.weight[...], start, names))
+    for name in adapter.names:
+        factor = getattr(adapter, name)
+        factor.set_metadata("out_sharding", (*adapter_spec(site, names, name),))
+        for other in ("sharding_rules", "mesh"):
+            if target.weight.has_metadata(other):
+                factor.set_metadata(other, target.weight.get_metadata(other))
+    return adapter
 
 
 def partition(
@@ -215,7 +235,9 @@ def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
     """Gives every adapter that drops something a key of its own for this step.
 
     Call it inside the step on the freshly merged model, with a fresh key every step.
-    Layers of a stack get different keys. Changes `model` in place.
+    Layers of a stack get different keys. Changes `model` in place: it has keys that it
+    had not, so where `nnx.jit` is given the model itself, seed it once before, too, or
+    the second step is traced again.
     """
     for index, (_, adapter, _) in enumerate(adapted_variables(model)):
         if adapter.rule.dropout or adapter.rule.drop_path:

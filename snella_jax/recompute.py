@@ -23,10 +23,11 @@ def opened(op: Callable[[Any, Any], Any], x: Any, w: Any) -> tuple[Callable, Any
       x, w: trees like those that `run` will be given.
     """
     closed, shapes = jax.make_jaxpr(op, return_shape=True)(x, w)
-    outputs = jax.tree.structure(shapes)
+    # Not `closed` itself, whose constants are tracers: `run` outlives them.
+    jaxpr, outputs = closed.jaxpr, jax.tree.structure(shapes)
 
     def run(x, w, extras):
-        flat = eval_jaxpr(closed.jaxpr, extras, *jax.tree.leaves((x, w)))
+        flat = eval_jaxpr(jaxpr, extras, *jax.tree.leaves((x, w)))
         return jax.tree.unflatten(outputs, flat)
 
     return run, closed.consts
@@ -49,11 +50,14 @@ def recomputed(forward: Callable) -> Callable:
 
     def keep(x, w0, factors, extras, budget, key):
         y, tau = forward(x, w0, factors, extras, budget, key, None)
-        return y, (x, w0, factors, extras, budget, key, tau)
+        return y, ((x, w0, factors, budget, key, tau), extras)
 
     def pull(kept, cotangent):
+        kept, extras = kept
+        # The extras stay outside: a barrier would make them vary over a mesh's axes
+        # inside `jax.shard_map`, where `op` was opened with ones that do not.
         kept, cotangent = _together(kept, cotangent)
-        x, w0, factors, extras, budget, key, tau = kept
+        x, w0, factors, budget, key, tau = kept
         # Never true, but XLA cannot know: the update made here needs tau, so it is not
         # the update that tau was found in.
         never = jnp.zeros((), bool)
