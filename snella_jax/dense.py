@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax import stochastic
 from snella_jax.contraction import matmul
+from snella_jax.dtypes import at_least_float32
 from snella_jax.kernels import Factors, Kernel
 from snella_jax.layout import Layout
 from snella_jax.recompute import opened, recomputed
@@ -81,6 +82,12 @@ def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
     return layout.place(delta), tau
 
 
+def summed(w0: Array, delta: Array) -> Array:
+    """`w0 + delta` in at least float32, whatever JAX promotes by itself."""
+    wide = at_least_float32(w0.dtype, delta.dtype)
+    return w0.astype(wide) + delta.astype(wide)
+
+
 def adapted(
     op: Op, layout: Layout | None = None, update_op: Op | None = None
 ) -> Callable[..., Array]:
@@ -118,7 +125,8 @@ def adapted(
         _check_shapes(w0, factors, layout)
 
         budget = _counted(budget, w0)
-        # Outside `recomputed`, for the transpose to add up the gradients.
+        # Outside `recomputed`, for the transpose to add up the gradients. (Not the
+        # extras: as traced, `op` itself makes of them what it needs.)
         x, w0, factors, budget, key = varying_alike(x, w0, factors, budget, key)
         parallel = path == "parallel"
         cast = w0.astype(x.dtype)
@@ -131,7 +139,7 @@ def adapted(
                 delta = jax.lax.with_sharding_constraint(delta, sharding)
             if not parallel:
                 with jax.named_scope("snella_delta"):
-                    merged = (w0 + delta).astype(x.dtype)
+                    merged = summed(w0, delta).astype(x.dtype)
                 return base(x, merged, extras[0]), tau
             with jax.named_scope("snella_delta"):
                 update = delta.astype(x.dtype)
@@ -143,8 +151,7 @@ def adapted(
             moved = branch(dropped, update, extras[1])
             return y + stochastic.drop_path(key_y, moved, drop_path), tau
 
-        extras = varying_alike(x, (extras, more))[1]
-        return recomputed(forward)(x, w0, factors, extras, budget, key)
+        return recomputed(forward)(x, w0, factors, (extras, more), budget, key)
 
     return apply
 

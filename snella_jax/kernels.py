@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
+from snella_jax.dtypes import at_least_float32
+
 Factors = dict[str, Array]
 
 
@@ -267,7 +269,8 @@ def _pull_distance(cotangent: Array, a: Array, b: Array) -> tuple[Array, Array]:
     m_axes = tuple(range(a.ndim - 1, cotangent.ndim))
     value = jnp.sqrt(_squared_distance(a, b))
     norm_a, norm_b = (jnp.sqrt(_squares(jax.lax.stop_gradient(x))) for x in (a, b))
-    noise = 4 * jnp.finfo(value.dtype).eps * (_columns(norm_a, b) + norm_b)
+    norm_a, norm_b = _crossed(norm_a, norm_b)
+    noise = 4 * jnp.finfo(value.dtype).eps * (norm_a + norm_b)
     apart = value > noise
     ratio = cotangent * jnp.where(apart, 1 / jnp.where(apart, value, 1), 0)
     # The column of ones makes the sums of `ratio` part of the same two matmuls.
@@ -282,12 +285,14 @@ def _squared_distance(a: Array, b: Array) -> Array:
     # The sum of squared differences never cancels, and XLA fuses it into one loop when
     # the few columns are written out.
     columns = range(a.shape[-1])
-    return _sum((_columns(a[..., i], b) - b[..., i]) ** 2 for i in columns)
+    pairs = (_crossed(a[..., i], b[..., i]) for i in columns)
+    return _sum((x - y) ** 2 for x, y in pairs)
 
 
-def _columns(x: Array, b: Array) -> Array:
-    """`x[*n]` with an axis of size 1 for each of the outputs `b[*m, d]`."""
-    return x.reshape(*x.shape, *(1,) * (b.ndim - 1))
+def _crossed(x: Float[Array, "*n"], y: Float[Array, "*m"]) -> tuple[Array, Array]:
+    """`x[*n, 1...]` and `y[1..., *m]`: of one rank, for every pair of their elements."""
+    outer = x.reshape(*x.shape, *(1,) * y.ndim)
+    return outer, y.reshape(*(1,) * x.ndim, *y.shape)
 
 
 def _sum(terms: Iterable[Array]) -> Array:
@@ -330,7 +335,7 @@ def _softmax(logits: Array, factors: Factors, over: str) -> Array:
 
 def _at_least_float32(factors: Factors) -> Factors:
     return {
-        name: value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        name: value.astype(at_least_float32(value.dtype))
         for name, value in factors.items()
     }
 

@@ -22,6 +22,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from snella_jax.dtypes import at_least_float32
 from snella_jax.varying import varying_alike
 
 TAU = "snella_tau"  # the threshold's name for checkpoint policies
@@ -72,7 +73,8 @@ def threshold(
     low, high, pattern, budget = varying_alike(low, high, pattern, budget)
     bits = jnp.iinfo(unsigned).bits - 1
     low, _ = jax.lax.fori_loop(0, bits, halve, (low, high))
-    return jax.lax.bitcast_convert_type(low, _widened(delta)).astype(delta.dtype)
+    found = jax.lax.bitcast_convert_type(low, at_least_float32(delta.dtype))
+    return found.astype(delta.dtype)
 
 
 def sparsify(
@@ -157,11 +159,7 @@ def _count(mask: Bool[Array, "..."]) -> Int[Array, ""]:
 
 def _pattern(x: Array) -> Array:
     """The magnitude's bits as an unsigned integer: monotone in `|x|`."""
-    wide = jax.lax.stop_gradient(x).astype(_widened(x))
+    wide = jax.lax.stop_gradient(x).astype(at_least_float32(x.dtype))
     unsigned = jnp.uint64 if wide.dtype == jnp.float64 else jnp.uint32
     bits = jax.lax.bitcast_convert_type(wide, unsigned)
     return bits & jnp.asarray(jnp.iinfo(unsigned).max >> 1, unsigned)
-
-
-def _widened(x: Array) -> np.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)

@@ -21,8 +21,7 @@ def dropout(
     >>> dropout(jax.random.key(0), jax.numpy.ones(3), 0.0).tolist()
     [1.0, 1.0, 1.0]
     """
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), 0)
+    return _kept(key, x, rate, x.shape)
 
 
 def drop_path(
@@ -38,5 +37,10 @@ def drop_path(
     >>> sorted(set(y.sum(1).tolist()))
     [0.0, 6.0]
     """
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape[:1] + (1,) * (x.ndim - 1))
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), 0)
+    return _kept(key, x, rate, x.shape[:1] + (1,) * (x.ndim - 1))
+
+
+def _kept(key: PRNGKeyArray, x: Array, rate: ArrayLike, shape: tuple) -> Array:
+    share = jnp.asarray(1 - rate, jnp.float32)  # in float64 the mask is another
+    keep = jax.random.bernoulli(key, share, shape)
+    return jnp.where(keep, x / share.astype(x.dtype), 0)

@@ -21,6 +21,7 @@ from jaxtyping import Array, PRNGKeyArray
 from snella_jax import adapter_file
 from snella_jax.base import Base
 from snella_jax.config import Rule, SnellaConfig
+from snella_jax.dense import summed
 from snella_jax.fitting import any_of
 from snella_jax.hosts import native
 from snella_jax.importance import factor_paths
@@ -114,7 +115,9 @@ class Adapters:
         every update and every sum: as much memory as the adapted weights take twice.
         `adapted_dense` at the matmul, Linen's and NNX's bindings keep none of it.
         """
-        return self._with(params, lambda w: (w.w0 + w.delta()).astype(w.w0.dtype))
+        return self._with(
+            params, lambda w: summed(w.w0, w.delta()).astype(w.w0.dtype)
+        )
 
     def merge(self, params: Tree, *, unmoved_budgets: bool = False) -> Tree:
         """Plain parameters for good: as `summed`, with the checks of `snella.merge`.

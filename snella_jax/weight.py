@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax.budget import FIXED, allocate
 from snella_jax.config import Rule, SnellaConfig
-from snella_jax.dense import sparse_delta
+from snella_jax.dense import sparse_delta, summed
 from snella_jax.hosts import to_host
 from snella_jax.kernels import Factors, Kernel
 from snella_jax.layout import Layout
@@ -246,7 +246,7 @@ def _for_each(factors: Factors, budget: Array, axes: int, one: Callable) -> Any:
 
 def add(path: str, w0: Array, delta: Array) -> Array:
     """`w0 + delta` in the dtype of `w0`; logs what rounding lost."""
-    merged = (w0 + delta).astype(w0.dtype)
+    merged = summed(w0, delta).astype(w0.dtype)
     moved = jnp.count_nonzero(delta)
     lost = jnp.count_nonzero((delta != 0) & (merged == w0)) / jnp.maximum(moved, 1)
     if w0.dtype.itemsize < delta.dtype.itemsize and lost > 0:

@@ -1,0 +1,18 @@
+"""In which dtype numbers of several dtypes meet.
+
+Said rather than left to JAX, which under `jax_numpy_dtype_promotion="strict"` promotes
+nothing by itself.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import DTypeLike
+
+
+def at_least_float32(*dtypes: DTypeLike) -> jnp.dtype:
+    """float64 where one of the dtypes is, else float32.
+
+    >>> at_least_float32("bfloat16"), at_least_float32("float32", "float64")
+    (dtype('float32'), dtype('float64'))
+    """
+    wide = any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
