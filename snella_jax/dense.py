@@ -224,10 +224,9 @@ def adapted_call(
                 made = _delta_and_tau(factors[name], budgets[name], tau, *how)
                 delta, found[name] = made
                 with jax.named_scope("snella_delta"):
-                    merged[name] = (w0[name] + delta).astype(w0[name].dtype)
+                    merged[name] = summed(w0[name], delta).astype(w0[name].dtype)
             return run(x, merged, extras), found
 
-        extras = varying_alike(x, extras)[1]
         return recomputed(forward)(x, weights, own, extras, counts, None)
 
     return apply

@@ -49,11 +49,14 @@ def recomputed(forward: Callable) -> Callable:
 
     def keep(x, w0, factors, extras, budget, key):
         y, tau = forward(x, w0, factors, extras, budget, key, None)
-        return y, (x, w0, factors, extras, budget, key, tau)
+        return y, ((x, w0, factors, budget, key, tau), extras)
 
     def pull(kept, cotangent):
+        kept, extras = kept
+        # The extras stay outside: a barrier would make them vary over a mesh's axes
+        # inside `jax.shard_map`, where `op` was opened with ones that do not.
         kept, cotangent = _together(kept, cotangent)
-        x, w0, factors, extras, budget, key, tau = kept
+        x, w0, factors, budget, key, tau = kept
         # Never true, but XLA cannot know: the update made here needs tau, so it is not
         # the update that tau was found in.
         never = jnp.zeros((), bool)
