@@ -23,10 +23,11 @@ def opened(op: Callable[[Any, Any], Any], x: Any, w: Any) -> tuple[Callable, Any
       x, w: trees like those that `run` will be given.
     """
     closed, shapes = jax.make_jaxpr(op, return_shape=True)(x, w)
-    outputs = jax.tree.structure(shapes)
+    # Not `closed` itself, whose constants are tracers: `run` outlives them.
+    jaxpr, outputs = closed.jaxpr, jax.tree.structure(shapes)
 
     def run(x, w, extras):
-        flat = eval_jaxpr(closed.jaxpr, extras, *jax.tree.leaves((x, w)))
+        flat = eval_jaxpr(jaxpr, extras, *jax.tree.leaves((x, w)))
         return jax.tree.unflatten(outputs, flat)
 
     return run, closed.consts
