@@ -24,7 +24,7 @@ from experiments.folder import MismatchError
 from experiments.readings import NotFinite, Readings
 from experiments.recipe import Recipe
 from experiments.update import training_step
-from snella_jax.importance import factors
+from snella_jax.importance import factor_leaves
 
 NORM = "gradient_norm"
 
@@ -316,7 +316,7 @@ def _here(indices: jax.Array) -> list[int]:
 
 def _gradient_norm(tree: Any) -> jax.Array:
     """Of the factors where there are any: those of the head would drown them."""
-    return optax.tree.norm(factors(tree) or tree)
+    return optax.tree.norm(factor_leaves(tree) or tree)
 
 
 def _density(budgets: nnx.State, weights: int) -> float | None:

@@ -10,6 +10,7 @@
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from operator import index
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -47,7 +48,7 @@ def budget_schedule(
       ValueError: a negative budget or hold, a power that is not positive, or too few
         steps to get from `initial` to `target`; from the function, a negative step.
     """
-    initial, target = index(initial), index(target)
+    initial, target = whole(initial, "initial"), whole(target, "target")
     if min(initial, target, warmup, cooldown) < 0 or not power > 0:
         raise ValueError(
             f"initial={initial}, target={target}, power={power}, warmup={warmup}, "
@@ -103,7 +104,8 @@ def allocate(
         negative total or capacity, or a floor outside [0, 1].
     """
     weights = np.asarray(scores, np.float64)
-    room = [index(capacity) for capacity in capacities]
+    room = [whole(capacity, "capacity") for capacity in capacities]
+    total = whole(total)
     if weights.ndim != 1 or len(weights) != len(room) or not room:
         raise ValueError(
             f"{weights.shape} scores and {len(room)} capacities: expected one of each "
@@ -121,7 +123,7 @@ def allocate(
     if not 0 <= floor <= 1:
         raise ValueError(f"floor={floor}: expected 0 to 1.")
 
-    total = min(index(total), sum(room))
+    total = min(total, sum(room))
     even = Fraction(float(floor)) * Fraction(total, sum(room) or 1)
     above = [capacity * (1 - even) for capacity in map(Fraction, room)]
     exact = [Fraction(float(w)) for w in weights]
@@ -134,6 +136,24 @@ def allocate(
         for i, share in enumerate(_fill(idle, left, above)):
             shares[i] += share
     return _round([s + even * c for s, c in zip(shares, room, strict=True)], total)
+
+
+def whole(count: Any, name: str = "total") -> int:
+    """A number of weights as an `int`.
+
+    Raises:
+      TypeError: it is no integer.
+
+    >>> whole(np.int32(3))
+    3
+    """
+    try:
+        return index(count)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}={count!r}: expected a number of weights, an integer. A density is "
+            "a fraction of them: round(density * snella.adapted_weights(model))."
+        ) from error
 
 
 def _fill(weights: list[Fraction], total: Fraction | int, room: list[Fraction]):

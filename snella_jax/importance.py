@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Smoothed = dict[str, dict[str, Array]]  # path of a matrix -> {"a": ..., "b": ...}
 
@@ -31,7 +31,7 @@ class ImportanceState(NamedTuple):
     """State of `track_importance`.
 
     Attributes:
-      step: int32 scalar, updates seen so far.
+      step: int32 scalar, updates observed so far; skipped ones do not count.
       sensitivity: `I_bar`, float32, shaped like each matrix's `a` and `b`.
       uncertainty: `U_bar`, likewise.
     """
@@ -50,6 +50,13 @@ def track_importance(
     `I_bar <- beta1 * I_bar + (1 - beta1) * I` (Eq. 9) and
     `U_bar <- beta2 * U_bar + (1 - beta2) * |I_bar - I|` (Eq. 10, with the new `I_bar`),
     starting from `I_bar = I`, `U_bar = 0` at the first update (Eq. 8).
+
+    An update with a number that is not finite, anywhere in its tree, is skipped for all
+    matrices: smoothed, one NaN would stay for good, and scores are only fit to compare
+    if they saw the same steps. That is also what `optax.apply_if_finite` does with the
+    parameters, so it may stand around this transformation or behind it. Factors that
+    are not finite themselves are observed: no later step would mend them, so
+    `reallocate` has to see it.
 
     Args:
       beta1: smoothing of the sensitivity, in [0, 1].
@@ -92,22 +99,48 @@ def track_importance(
             theta, grad = theta.astype(jnp.float32), grad.astype(jnp.float32)
             return jnp.abs(theta * grad if metric == "sensitivity" else theta)
 
+        def smooth(old, new, beta):
+            return beta * old + (1 - beta) * new
+
+        one, two = map(_in_float32, (beta1, beta2))
         first = state.step == 0
         now = jax.tree.map(observe, thetas, grads)
         sensitivity = jax.tree.map(
-            lambda old, new: jnp.where(first, new, beta1 * old + (1 - beta1) * new),
+            lambda old, new: jnp.where(first, new, smooth(old, new, one)),
             state.sensitivity,
             now,
         )
         uncertainty = jax.tree.map(
-            lambda old, smooth, new: beta2 * old + (1 - beta2) * jnp.abs(smooth - new),
+            lambda old, mean, new: smooth(old, jnp.abs(mean - new), two),
             state.uncertainty,
             sensitivity,
             now,
         )
-        return updates, ImportanceState(state.step + 1, sensitivity, uncertainty)
+        seen = ImportanceState(state.step + 1, sensitivity, uncertainty)
+        use = _finite((updates, now)) | ~_finite(thetas)
+        return updates, jax.tree.map(
+            lambda new, old: jnp.where(use, new, old), seen, state
+        )
 
     return optax.GradientTransformation(init, update)
+
+
+def _in_float32(beta: Any) -> Any:
+    """A number as it is; an array (a hyperparameter) in the dtype of the state."""
+    return (
+        jnp.asarray(beta, jnp.float32) if isinstance(beta, jax.Array) else float(beta)
+    )
+
+
+def _finite(tree: Any) -> Bool[Array, ""]:
+    """Whether all floating-point numbers of a tree are finite."""
+    floats = (
+        x
+        for x in jax.tree.leaves(tree)
+        if jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    )
+    finite = [jnp.isfinite(x).all() for x in floats]
+    return jnp.stack(finite).all() if finite else jnp.array(True)
 
 
 def importance(opt_state: Any) -> dict[str, Float[Array, " *lead"]]:
@@ -172,6 +205,25 @@ def factors(tree: Any) -> Smoothed:
         if name in ("a", "b"):
             found.setdefault("/".join(parent), {})[name] = leaf
     return {path: pair for path, pair in found.items() if _is_pair(**pair)}
+
+
+def factor_leaves(tree: Any) -> dict[tuple[str, ...], Any]:
+    """`a` and `b` of adapters, and of LoRA's branches, `[*stack, n, r]`, by path.
+
+    LoRA's go by the name of what holds them, `lora`: unstacked they have two axes, as
+    two stacked vectors have.
+
+    >>> pair = {"a": jnp.ones((6, 2)), "b": jnp.ones((4, 2))}
+    >>> list(factor_leaves({"fc": {"lora": pair}, "affine": pair}))
+    [('fc', 'lora', 'a'), ('fc', 'lora', 'b')]
+    """
+    adapters, found = factor_paths(tree), {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        *parent, name = path_of(key_path) or ("",)
+        holds = "/".join(parent) in adapters or parent[-1:] == ["lora"]
+        if holds and name in ("a", "b"):
+            found[*parent, name] = leaf
+    return found
 
 
 def _is_pair(a: Any = None, b: Any = None) -> bool:

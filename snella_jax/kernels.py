@@ -290,7 +290,7 @@ def _squared_distance(a: Array, b: Array) -> Array:
 
 
 def _crossed(x: Float[Array, "*n"], y: Float[Array, "*m"]) -> tuple[Array, Array]:
-    """`x[*n, 1...]` and `y[1..., *m]`: of one rank, for every pair of their elements."""
+    """`x[*n, 1...]` and `y[1..., *m]`: of one rank, to meet in every pair."""
     outer = x.reshape(*x.shape, *(1,) * y.ndim)
     return outer, y.reshape(*(1,) * x.ndim, *y.shape)
 

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from snella_jax.budget import FIXED, allocate
+from snella_jax.budget import FIXED, allocate, whole
 from snella_jax.hosts import to_host
 from snella_jax.importance import (
     ImportanceState,
-    factor_paths,
+    factor_leaves,
     importance,
     importance_state,
     path_of,
@@ -22,6 +22,10 @@ from snella_jax.importance import (
 from snella_jax.weight import indexed
 
 log = logging.getLogger("snella_jax")
+
+# Layers that hold no matrix, whatever their leaves are called; in lower case.
+NORMS = r".*norm.*|(ln|bn|gn)(\d.*|_.*)?"
+POSITIONS = r"wpe|(.*_)?pos(ition(al|s)?)?(_?(emb|enc).*|_.*)?|.*bias.*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,20 +84,31 @@ def reallocate(
 
     Raises:
       TypeError: `total` is no integer (a density, say).
-      ValueError: no step was taken yet, the budgets are fixed, budgets and optimizer
-        belong to different models, or scores or total are not fit to allocate by (see
-        `allocate`).
+      ValueError: no step was taken yet, no gradient reached the factors, the budgets
+        are fixed, budgets and optimizer belong to different models, or scores or total
+        are not fit to allocate by (see `allocate`).
     """
+    total = whole(total)
     state = importance_state(opt_state)
     step = int(state.step)
     if step == 0:
         raise ValueError(
-            "reallocate was called before any step: there is no importance to go by. "
-            "Train a step with snella.track_importance() in the optimizer first."
+            "reallocate was called before any step whose gradients were finite: there "
+            "is no importance to go by. Train a step with snella.track_importance() in "
+            "the optimizer first."
         )
+    measured = scores is None
     scores = importance(opt_state) if scores is None else scores
     old = _competing(budgets, state, scores)
     given = {path: to_host(scores[path]).astype(np.float64) for path in old}
+    if measured and step > 1 and not any(score.any() for score in given.values()):
+        raise ValueError(
+            f"no gradient reached the factors in {step} steps: all scores are 0, and "
+            "nothing but chance would divide the budget. Is the loss computed by the "
+            "adapted model (its call or `adapters.apply`, not the plain module's apply "
+            "nor code that reads a layer's kernel itself), and are the factors among "
+            "the parameters that it is differentiated by?"
+        )
     room = {path: np.full(old[path].shape, _capacity(state, path)) for path in old}
     counts = allocate(_flat(given), total, _flat(room), floor)
 
@@ -139,22 +154,45 @@ def steps_since_reallocation(budgets: Any, opt_state: Any) -> int:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the leaves that weight decay is for: `a`, `b`, kernels and embeddings.
+    """True for the leaves that weight decay is for: matrices, by what they are called.
 
-    By name and not by rank, because in stacked blocks a bias has two axes and `alpha`
-    one. For `optax.adamw(..., mask=snella.decay_mask)`.
+    Factors (`a` and `b` of an adapter or of a `lora`, `lora_a`, `lora_b`), and what is
+    called `kernel`, `embedding`, `w` or `weight`. Not what a `norm` holds, or a table
+    of positions; nor a `weight` that has the shape of its bias, so only scales. Never
+    by rank: in stacked blocks a bias has two axes and `alpha` one. For
+    `optax.adamw(..., mask=snella.decay_mask)`.
 
     >>> decay_mask({"head": {"kernel": 0.0, "bias": 0.0}, "cls_token": 0.0})
     {'cls_token': False, 'head': {'bias': False, 'kernel': True}}
     """
-    adapters = factor_paths(params)
+    pairs, shapes = factor_leaves(params), _shapes(params)
 
     def decays(key_path, _):
-        *parent, name = path_of(key_path)
-        in_adapter = "/".join(parent) in adapters
-        return name in (("a", "b") if in_adapter else ("kernel", "embedding"))
+        path = path_of(key_path) or ("",)
+        *parent, name = path
+        if path in pairs or name in ("kernel", "lora_a", "lora_b"):
+            return True
+        if name not in ("embedding", "w", "weight"):
+            return False
+        if any(re.fullmatch(POSITIONS, part.lower()) for part in parent):
+            return False
+        return name == "embedding" or not _scales(path, shapes)
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _shapes(params: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {path_of(key_path): np.shape(leaf) for key_path, leaf in leaves}
+
+
+def _scales(path: tuple[str, ...], shapes: Mapping[tuple, tuple[int, ...]]) -> bool:
+    """Whether a `w` or `weight` scales: a norm's, or a vector as its bias is one."""
+    *parent, name = path
+    bias = (*parent, "b" if name == "w" else "bias")
+    if any(re.fullmatch(NORMS, part.lower()) for part in parent[-1:]):
+        return True
+    return len(shapes[path]) < 2 or shapes[path] == shapes.get(bias)
 
 
 def _competing(

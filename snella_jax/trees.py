@@ -115,9 +115,7 @@ class Adapters:
         every update and every sum: as much memory as the adapted weights take twice.
         `adapted_dense` at the matmul, Linen's and NNX's bindings keep none of it.
         """
-        return self._with(
-            params, lambda w: summed(w.w0, w.delta()).astype(w.w0.dtype)
-        )
+        return self._with(params, lambda w: summed(w.w0, w.delta()).astype(w.w0.dtype))
 
     def merge(self, params: Tree, *, unmoved_budgets: bool = False) -> Tree:
         """Plain parameters for good: as `summed`, with the checks of `snella.merge`.

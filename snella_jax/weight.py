@@ -160,9 +160,11 @@ class AdaptedWeight:
             raise BudgetsNeverMoved(
                 f"The budget of {self.path} was never reallocated, so the model is not "
                 "as sparse as its config says. Call snella.reallocate(budgets, "
-                "opt_state, total) once an epoch while training. For no competition "
-                'between matrices use SnellaConfig(allocation="fixed"); to merge the '
-                "model as it is, give merge unmoved_budgets=True."
+                "opt_state, total) once an epoch while training, and put the budgets "
+                "that it returns back: nnx.update(model, budgets), or into the tree "
+                "that is merged. For no competition between matrices use "
+                'SnellaConfig(allocation="fixed"); to merge the model as it is, give '
+                "merge unmoved_budgets=True."
             )
 
 

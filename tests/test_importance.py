@@ -1,88 +1,14 @@
-"""Importance against a NumPy loop, inside optax, and the reallocation that uses it."""
-
-import logging
+"""Importance against a NumPy loop, alone and inside optax."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from observed import SHAPES, assert_scores, at, broken, expected_scores, observe, tree
 
-import snella_jax as snella
-from snella_jax import (
-    importance,
-    reallocate,
-    steps_since_reallocation,
-    track_importance,
-)
+from snella_jax import importance, track_importance
 from snella_jax.importance import importance_state
-
-SHAPES = {  # a and b of one plain matrix and of a stack of three
-    "fc1": ((2, 6, 2), (2, 4, 2)),
-    "blocks/query": ((3, 1, 5, 3), (3, 1, 7, 3)),
-}
-
-
-def tree(seed, dtype=jnp.float32):
-    """Random parameters or gradients: two adapters and a head."""
-    rng = np.random.default_rng(seed)
-
-    def adapter(name):
-        a, b = SHAPES[name]
-        alpha = a[:-3]
-        shapes = {"a": a, "b": b, "alpha": alpha}
-        return {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
-
-    return {
-        "fc1": adapter("fc1"),
-        "blocks": {"query": adapter("blocks/query")},
-        "head": {"kernel": jnp.asarray(rng.normal(size=(4, 3)), dtype)},
-    }
-
-
-def at(params, path):
-    for name in path.split("/"):
-        params = params[name]
-    return params
-
-
-def expected_scores(thetas, grads, beta1, beta2, metric="sensitivity"):
-    """Eq. 7 to 11 in float64 for the trees of every step."""
-    scores = {}
-    for path in SHAPES:
-        total = 0
-        for name in ("a", "b"):
-            smooth = uncertain = None
-            for theta, grad in zip(thetas, grads, strict=True):
-                theta = np.float64(at(theta, path)[name])
-                grad = np.float64(at(grad, path)[name])
-                seen = np.abs(theta * grad if metric == "sensitivity" else theta)
-                if smooth is None:
-                    smooth, uncertain = seen, np.zeros_like(seen)
-                else:
-                    smooth = beta1 * smooth + (1 - beta1) * seen
-                    change = np.abs(smooth - seen)
-                    uncertain = beta2 * uncertain + (1 - beta2) * change
-            total += (smooth * uncertain).mean((-3, -2, -1))
-        scores[path] = total
-    return scores
-
-
-def observe(tx, thetas, grads):
-    """The state after one update for every pair of trees."""
-    state = tx.init(thetas[0])
-    for theta, grad in zip(thetas, grads, strict=True):
-        _, state = tx.update(grad, state, theta)
-    return state
-
-
-def assert_scores(state, expected, rtol=2e-6):
-    scores = importance(state)
-    assert scores.keys() == expected.keys()
-    for path, score in scores.items():
-        assert score.dtype == np.float32
-        assert score.shape == SHAPES[path][0][:-3]
-        np.testing.assert_allclose(score, expected[path], rtol=rtol)
 
 
 @pytest.mark.parametrize("metric", ["sensitivity", "magnitude"])
@@ -221,192 +147,56 @@ def test_errors():
         track_importance(metric="gradient")
 
 
-# Reallocation
-
-NAMES = ("blocks/query[0]", "blocks/query[1]", "blocks/query[2]", "fc1")
-
-
-def toy_budgets():
-    """Everything may move, since the start."""
-
-    def adapter(lead, capacity):
-        return {
-            "budget": jnp.full(lead, capacity, jnp.int32),
-            "allocated_at": jnp.zeros(lead, jnp.int32),
-        }
-
-    return {"blocks": {"query": adapter((3,), 35)}, "fc1": adapter((), 24)}
+@pytest.mark.parametrize("bad", [0, 2, 4], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("path, name", [("fc1", "a"), ("head", "kernel")])
+def test_what_is_not_finite_is_skipped_for_all(path, name, value, bad):
+    """As if the step had not been: its scores, its count and the first of them."""
+    thetas = [tree(seed) for seed in range(5)]
+    grads = [tree(seed) for seed in range(10, 15)]
+    grads[bad] = broken(grads[bad], value, path, name)
+    state = observe(track_importance(), thetas, grads)
+    assert state.step == 4
+    del thetas[bad], grads[bad]
+    assert_scores(state, expected_scores(thetas, grads, 0.85, 0.85))
 
 
-def toy_state(steps=4):
-    seeds = range(steps)
-    return observe(
-        track_importance(), [tree(s) for s in seeds], [tree(10 + s) for s in seeds]
-    )
+@pytest.mark.parametrize("around", [True, False], ids=["around", "behind"])
+def test_with_apply_if_finite(around, x64):
+    """Around the chain or behind the tracker: the step is left out of both."""
+    tracker, adam = track_importance(), optax.adam(0.1)
+    if around:
+        tx = optax.apply_if_finite(optax.chain(tracker, adam), 3)
+    else:
+        tx = optax.chain(tracker, optax.apply_if_finite(adam, 3))
+    params, thetas, seen = tree(0), [], []
+    state, update = tx.init(params), jax.jit(tx.update)
+    for seed in range(10, 15):
+        grads = tree(seed)
+        if seed == 12:
+            grads = broken(grads, np.nan)
+        else:
+            thetas.append(params)
+            seen.append(grads)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert importance_state(state).step == 4
+    assert_scores(state, expected_scores(thetas, seen, 0.85, 0.85), rtol=2e-5)
 
 
-def test_reallocate_refuses_fixed_budgets():
-    """-1 in `allocated_at` says that budgets do not compete."""
-    budgets = toy_budgets()
-    budgets["fc1"]["allocated_at"] -= 1
-    with pytest.raises(ValueError, match=r"budgets of \['fc1'\] are fixed"):
-        reallocate(budgets, toy_state(), 60)
-    assert steps_since_reallocation(budgets, toy_state(4)) == 4
+def test_a_product_that_overflows_is_skipped():
+    """Finite factors and gradients, whose product float32 cannot hold."""
+    thetas, grads = [tree(s) for s in range(4)], [tree(s) for s in range(10, 14)]
+    thetas[1]["fc1"]["a"] *= 1e30
+    grads[1]["fc1"]["a"] *= 1e30
+    state = observe(track_importance(), thetas, grads)
+    del thetas[1], grads[1]
+    assert state.step == 3
+    assert_scores(state, expected_scores(thetas, grads, 0.85, 0.85))
 
 
-def test_reallocate_divides_by_importance():
-    """The budgets are `allocate`'s, and the report says what went where."""
-    state, budgets = toy_state(), toy_budgets()
-    new, report = reallocate(budgets, state, 60)
-
-    scores = importance(state)
-    flat = np.append(np.float64(scores["blocks/query"]), np.float64(scores["fc1"]))
-    expected = snella.allocate(flat, 60, [35, 35, 35, 24])
-    assert len(set(expected.tolist())) > 2 and expected.sum() == 60
-    np.testing.assert_array_equal(new["blocks"]["query"]["budget"], expected[:3])
-    assert new["fc1"]["budget"] == expected[3]
-
-    assert report.step == report.steps_since == 4
-    assert report.names == NAMES
-    np.testing.assert_array_equal(report.scores, flat)
-    np.testing.assert_array_equal(report.budgets, expected)
-    np.testing.assert_array_equal(report.capacities, [35, 35, 35, 24])
-    assert report.budgets.dtype == report.capacities.dtype == np.int64
-    assert report.died == ()
-    assert report.density == 60 / 129
-
-
-def test_reallocate_keeps_structure_dtype_and_devices(x64):
-    """int32 even where NumPy's int64 would stay; the old budgets are not touched."""
-    device = jax.devices()[1]
-    budgets = jax.device_put(toy_budgets(), device)
-    new, _ = reallocate(budgets, toy_state(), 60)
-    assert jax.tree.structure(new) == jax.tree.structure(budgets)
-    for old_leaf, new_leaf in zip(*map(jax.tree.leaves, (budgets, new)), strict=True):
-        assert new_leaf.dtype == old_leaf.dtype == np.int32
-        assert new_leaf.shape == old_leaf.shape
-        assert new_leaf.sharding == old_leaf.sharding
-        assert new_leaf.weak_type == old_leaf.weak_type
-    assert budgets["fc1"]["budget"] == 24 and budgets["fc1"]["allocated_at"] == 0
-
-
-@pytest.mark.parametrize("committed", [True, False])
-def test_reallocate_does_not_recompile_the_step(committed):
-    """Nor does a budget that was on no particular device get committed to one."""
-    budgets = toy_budgets()
-    if committed:
-        budgets = jax.device_put(budgets, jax.devices()[0])
-    step = jax.jit(lambda budgets: budgets["fc1"]["budget"] + 1)
-    assert step(budgets) == 25
-    new, _ = reallocate(budgets, toy_state(), 60)
-    assert new["fc1"]["budget"].committed == committed
-    assert step(new) == new["fc1"]["budget"] + 1 != 25
-    assert step._cache_size() == 1
-
-
-def test_steps_since_reallocation():
-    budgets, state = toy_budgets(), toy_state(4)
-    assert steps_since_reallocation(budgets, state) == 4
-    budgets, _ = reallocate(budgets, state, 60)
-    assert steps_since_reallocation(budgets, state) == 0
-    later = toy_state(6)
-    assert steps_since_reallocation(budgets, later) == 2
-    _, report = reallocate(budgets, later, 60)
-    assert (report.step, report.steps_since) == (6, 2)
-    # A new optimizer knows nothing of the steps of the one before.
-    assert steps_since_reallocation(budgets, toy_state(3)) == 3
-    with pytest.raises(ValueError, match="There are no budgets"):
-        steps_since_reallocation({}, state)
-
-
-def test_reallocate_with_scores_of_ones_own():
-    """After the first step every score is 0: the uniform density is the same in all."""
-    scores = {"blocks/query": np.array([1.0, 0.0, 3.0]), "fc1": np.array(2.0)}
-    new, report = reallocate(toy_budgets(), toy_state(1), 12, scores=scores)
-    assert new["blocks"]["query"]["budget"].tolist() == [2, 0, 6]
-    assert new["fc1"]["budget"] == 4
-    np.testing.assert_array_equal(report.scores, [1, 0, 3, 2])
-
-    _, report = reallocate(toy_budgets(), toy_state(1), 129 // 3)
-    np.testing.assert_allclose(report.budgets / report.capacities, 1 / 3, atol=0.02)
-
-
-def test_reallocate_says_what_died(caplog):
-    """Once, when the budget falls to 0."""
-    scores = {"blocks/query": np.array([1.0, 0.0, 3.0]), "fc1": np.array(0.0)}
-    state = toy_state()
-    with caplog.at_level(logging.WARNING, "snella_jax"):
-        budgets, report = reallocate(toy_budgets(), state, 12, scores=scores)
-    assert report.died == ("blocks/query[1]", "fc1")
-    assert "may never come back: blocks/query[1], fc1" in caplog.text
-
-    caplog.clear()
-    _, report = reallocate(budgets, state, 12, scores=scores)
-    assert report.died == () and not caplog.records
-
-
-def test_reallocate_refuses():
-    budgets, state = toy_budgets(), toy_state()
-    with pytest.raises(ValueError, match="before any step"):
-        reallocate(budgets, track_importance().init(tree(0)), 60)
-    with pytest.raises(ValueError, match="expected the same adapters"):
-        reallocate({"fc1": budgets["fc1"]}, state, 60)
-    with pytest.raises(ValueError, match="expected the same adapters"):
-        reallocate(budgets | {"fc2": budgets["fc1"]}, state, 60)
-    with pytest.raises(ValueError, match="expected the same adapters"):
-        reallocate(budgets, state, 60, scores={"fc1": np.array(1.0)})
-    with pytest.raises(ValueError, match="total=-1"):
-        reallocate(budgets, state, -1)
-    with pytest.raises(TypeError):
-        reallocate(budgets, state, 0.3)
-    broken = {"blocks/query": np.array([1, np.nan, 1]), "fc1": np.array(1.0)}
-    with pytest.raises(ValueError, match=r"matrices \[1\] are \[nan\]"):
-        reallocate(budgets, state, 60, scores=broken)
-
-
-def test_a_nan_gradient_is_not_hidden():
-    """One NaN in a gradient makes its matrix's score NaN, which is refused."""
-    grads = tree(10)
-    grads["fc1"]["a"] = grads["fc1"]["a"].at[0, 0, 0].set(jnp.nan)
-    state = observe(track_importance(), [tree(0)] * 2, [grads, tree(11)])
-    assert np.isnan(importance(state)["fc1"])
-    with pytest.raises(ValueError, match=r"matrices \[3\] are \[nan\]"):
-        reallocate(toy_budgets(), state, 60)
-
-
-def test_decay_mask_goes_by_name():
-    """In stacked blocks a bias has two axes and alpha one: no rank tells them apart."""
-    stacked = jnp.ones((12, 8))
-    params = {
-        "blocks": {
-            "fc1": {
-                "kernel": jnp.ones((12, 8, 8)),
-                "bias": stacked,
-                "adapter": {
-                    **{name: jnp.ones((12, 2, 8, 4)) for name in "ab"},
-                    **{name: jnp.ones(12) for name in ("alpha", "beta", "gamma")},
-                    "piece_coeff": jnp.ones((12, 2)),
-                },
-            },
-            "norm": {"scale": stacked, "bias": stacked},
-        },
-        "embed": {"embedding": stacked},
-        "a": jnp.ones(3),  # not a factor: there is no b beside it
-        "cls_token": jnp.ones((1, 1, 8)),
-        "pos_embed": jnp.ones((1, 9, 8)),
-        "head": {"kernel": stacked, "bias": jnp.ones(8)},
-    }
-    decayed = {
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, value in jax.tree_util.tree_leaves_with_path(
-            snella.decay_mask(params)
-        )
-        if value
-    }
-    assert decayed == {
-        "blocks/fc1/kernel",
-        "blocks/fc1/adapter/a",
-        "blocks/fc1/adapter/b",
-        "embed/embedding",
-        "head/kernel",
-    }
+@pytest.mark.parametrize("wrapper", ["betas as hyperparameters", "chain"])
+def test_the_state_stays_float32_under_x64(wrapper, x64):
+    """Whatever dtype optax gives hyperparameters, and none of it compiles twice."""
+    state, thetas, grads = run_chain(WRAPPERS[wrapper])
+    assert_scores(state, expected_scores(thetas, grads, 0.85, 0.85), rtol=2e-5)

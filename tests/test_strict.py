@@ -208,7 +208,9 @@ def in_a_tree(dtype):
     rng = np.random.default_rng(0)
     x = IMAGES.reshape(len(IMAGES), -1).astype(dtype)
     shapes = {"fc": (32, 6), "w": (6, 6), "head": (6, 3)}
-    params = {k: jnp.asarray(0.3 * rng.normal(size=s), dtype) for k, s in shapes.items()}
+    params = {
+        k: jnp.asarray(0.3 * rng.normal(size=s), dtype) for k, s in shapes.items()
+    }
     config = snella.SnellaConfig(targets="fc|w", **CONFIG)
     adapters, adapted = pytree.adapt(params, config, key=jax.random.key(0))
     trainable, budgets, frozen = adapters.partition(adapted)
@@ -290,7 +292,10 @@ def test_every_binding(binding, setting):
 def test_bfloat16_parameters_under_strict_dtypes(binding):
     """Where the base needs no promotion, its adapters need none from JAX."""
     expected, told = usual_life(binding, jnp.bfloat16)
-    assert {leaf.dtype.name for leaf in expected["trainable"]} == {"bfloat16", "float32"}
+    assert {leaf.dtype.name for leaf in expected["trainable"]} == {
+        "bfloat16",
+        "float32",
+    }
     with jax.numpy_dtype_promotion("strict"):
         got, text = life(binding, jnp.bfloat16)
     assert_same(got, expected, "strict dtypes")
