@@ -25,6 +25,7 @@ from experiments import (
     cells,
     command,
     cost_figures,
+    finished,
     folder,
     models,
     paths,
@@ -80,6 +81,8 @@ def _draw(
         console.print(f"No method of the table is in {config.memory}: no accuracy.png.")
         return
     setting, setup = next(iter(memory.values())), "; ".join(made["setups"])
+    if any(point["method"].endswith("*") for point in points):
+        setup += f"; *: {finished.UNDECAYED_NOTE}"
     cost_figures.accuracy_memory(config.out / "accuracy.png", points, setting, setup)
 
 

@@ -94,6 +94,8 @@ class Row:
 
     method: Name
     random: bool = False
+    undecayed: bool = False
+    """Made when LoRA's factors did not decay; of `finished.UNDECAYED` alone."""
 
     @property
     def fixed(self) -> bool:
@@ -102,11 +104,26 @@ class Row:
 
     @property
     def name(self) -> str:
-        """In `results.json` and among the folders."""
-        return self.method + "_random" * self.random
+        """In `results.json` and among the folders; another where factors decay."""
+        decayed = self.method in finished.UNDECAYED and not self.undecayed
+        return self.method + "_decayed" * decayed + "_random" * self.random
+
+    @property
+    def note(self) -> str:
+        """What its label adds to that of its method."""
+        return (
+            f", {finished.UNDECAYED_NOTE}" * self.undecayed
+            + ", random weights" * self.random
+        )
 
 
-ROWS = [Row(m, r) for m in ("linear", *get_args(Trained)) for r in (False, True)]
+METHODS = ("linear", *get_args(Trained))
+ROWS = [
+    Row(method, random, undecayed)
+    for method in METHODS
+    for undecayed in (False, True)[: 1 + (method in finished.UNDECAYED)]
+    for random in (False, True)
+]
 
 
 class Table:
@@ -123,7 +140,7 @@ class Table:
         shared = {k: v for k, v in fields.items() if k not in finished.IRRELEVANT}
         shared["search_epochs"] = config.search_epochs
         self.store = Store(config.out, shared, configs.as_dict(RUN))
-        self.rows = [Row(method) for method in ("linear", *get_args(Trained))]
+        self.rows = [Row(method) for method in METHODS]
         self.rows += [Row(method, random=True) for method in config.controls]
         self.columns = config.tasks
 
@@ -139,26 +156,29 @@ class Table:
     def points(
         self, made: dict[str, Any], memory: dict[str, dict[str, Any]]
     ) -> list[dict[str, Any]]:
-        """Mean accuracies of a table's rows, with the memory of their methods."""
+        """Mean accuracies of a table's rows, with the memory of their methods.
+
+        Methods whose factors did not decay have a star.
+        """
         ours = [column for column in made["columns"] if not column["paper"]]
         columns = {column["method"]: column["tasks"] for column in ours}
         return [
             {
                 "task": task,
-                "method": label,
+                "method": label.removesuffix(row.note) + "*" * row.undecayed,
                 "accuracy": cell["mean"],
                 "deviation": cell["deviation"],
                 "bytes": memory[method]["total_bytes"],
             }
-            for method in ("linear", *get_args(Trained))
-            if method in memory
-            for label in [self._label(Row(method))]
-            for task, cell in columns[label].items()
+            for row in ROWS
+            if not row.random and (method := row.method) in memory
+            for label in [self._label(row)]
+            for task, cell in columns.get(label, {}).items()
         ]
 
     def _label(self, row: Row) -> str:
         settings = self.store.shared[row.method]
-        return finished.label(row.method, settings) + ", random weights" * row.random
+        return finished.label(row.method, settings) + row.note
 
     def _runs(self) -> list[finished.Run]:
         shared = self.store.shared

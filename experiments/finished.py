@@ -10,6 +10,10 @@ from experiments.config import WHERE, RunConfig
 from experiments.data import catalogue
 from experiments.methods.trained import METHODS
 
+# Of these, LoRA's factors did not decay while decay went by the number of their axes:
+# runs from then are no seeds of later ones.
+UNDECAYED = ("spt_lora", "noah")
+UNDECAYED_NOTE = "factors without decay"
 IRRELEVANT = (*WHERE, "seed", "methods", "source")
 
 
@@ -71,6 +75,8 @@ def _runs(where: Path) -> list[Run]:
         shared = {k: v for k, v in config.items() if not isinstance(v, dict)}
         settings = {k: v for k, v in shared.items() if k not in IRRELEVANT}
         settings |= {f"{method}.{name}": value for name, value in own.items()}
+        if method in UNDECAYED:
+            settings["decay of LoRA's factors"] = result.get("decayed") is not None
         if config["search"] or method == "linear":  # whose strengths go on, too
             settings["grid"] = config.get("grid")
         runs.append(

@@ -13,6 +13,7 @@ from experiments import evaluation, figures, fingerprint, folder, metrics, searc
 from experiments.fit import TEST, VAL, Fitted, Setting
 from experiments.methods import linear_probe
 from experiments.methods.trained import METHODS, Name
+from experiments.recipe import Recipe
 from experiments.tune import tune
 from snella_jax.rules import has_adapters, select
 
@@ -39,6 +40,7 @@ class Result:
         the head that was fitted without it); None where it was trained on.
       best_val_accuracy: likewise, of the best epoch.
       trainable: parameters that train, the head's among them.
+      decayed: those of them that weight decay is for; None in older folders.
       seconds_per_step: median; of an L-BFGS iteration for the linear probe; None, as
         whatever else only the rows of `metrics.jsonl` say, where these are lost.
       density: fraction of the adapted weights that may move; None without budgets.
@@ -56,6 +58,7 @@ class Result:
     best_test_accuracy: float | None = None
     ema_test_accuracy: float | None = None
     density: float | None = None
+    decayed: int | None = None
     settings: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -204,7 +207,8 @@ def _by_steps(method: Name, setting: Setting) -> Result:
     own, last = getattr(setting.config, method), fitted.last_row
     return Result(
         **_accuracies(method, setting, fitted, merged),
-        trainable=_size(fitted.model),
+        trainable=_size(nnx.state(fitted.model, nnx.Param)),
+        decayed=_decayed(setting.config.recipe(method), fitted.model),
         seconds_per_step=metrics.median(fitted.rows, "seconds_per_step"),
         density=last.get("density"),
         weights_moved=moved,
@@ -306,5 +310,11 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
-def _size(model: nnx.Module) -> int:
-    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+def _size(tree: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _decayed(recipe: Recipe, model: nnx.Module) -> int:
+    state = nnx.state(model, nnx.Param)
+    sizes = jax.tree.map(lambda x, decays: x.size * decays, state, recipe.decays(state))
+    return sum(jax.tree.leaves(sizes))
