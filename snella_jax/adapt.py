@@ -41,6 +41,7 @@ from snella_jax.layers import (
 )
 from snella_jax.layout import Layout
 from snella_jax.own_layers import AdaptedOwn
+from snella_jax.placement import beside, split_axes
 from snella_jax.rules import (
     adapted_layers,
     adapted_variables,
@@ -142,8 +143,22 @@ def attach(
         else:
             become(first.layer, mixed_class(Adapted, cls))
     for path, target in targets.items():
-        adapter = Adapter(sites[path], starts[path])
+        adapter = _beside(target, sites[path], starts[path])
         setattr(target.layer, adapter_of(target.name), adapter)
+
+
+def _beside(target: Target, site: Site, start: Start) -> Adapter:
+    """An adapter that lies, and says that it lies, as the weight does."""
+    given = target.weight.get_metadata("out_sharding", None)
+    names = [*getattr(given, "spec", given or ())]
+    if len(names) != len(site.shape):  # a stack that metadata do not know, or none
+        return Adapter(site, beside(site, target.weight[...], start))
+    adapter = Adapter(site, beside(site, target.weight[...], start, names))
+    for name in adapter.names:
+        factor = getattr(adapter, name)
+        axes = split_axes(name, site, names, factor.ndim)
+        factor.set_metadata("out_sharding", tuple(axes))
+    return adapter
 
 
 def partition(

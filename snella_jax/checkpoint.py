@@ -36,6 +36,7 @@ from snella_jax.layers import Factor
 from snella_jax.layout import Layout
 from snella_jax.models import arithmetic
 from snella_jax.models.checkpoint_error import CheckpointError
+from snella_jax.placement import like
 from snella_jax.rules import (
     adapted_variables,
     freeze,
@@ -148,7 +149,8 @@ def load(
     for path, own, _ in adapted_variables(model):
         own.deterministic = modes.get(path, own.deterministic)
     for path, value in (*trained.items(), *stats.items()):
-        (params | statistics)[path].set_value(jnp.asarray(value))
+        variable = (params | statistics)[path]
+        variable.set_value(like(jnp.asarray(value), variable[...]))
     freeze(model, any_of(trained))
     return model
 

@@ -24,6 +24,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from snella_jax.placement import everywhere
+
 Smoothed = dict[str, dict[str, Array]]  # path of a matrix -> {"a": ..., "b": ...}
 
 
@@ -84,9 +86,10 @@ def track_importance(
             )
 
         def zeros():  # arrays of its own for each tree: a step may donate them
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), found)
+            return jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), found)
 
-        return ImportanceState(jnp.zeros((), jnp.int32), zeros(), zeros())
+        step = everywhere(jnp.zeros((), jnp.int32), jax.tree.leaves(found)[0])
+        return ImportanceState(step, zeros(), zeros())
 
     def update(updates: Any, state: Any, params: Any = None):
         if params is None:

@@ -26,6 +26,7 @@ from snella_jax.fitting import any_of
 from snella_jax.hosts import native
 from snella_jax.importance import factor_paths
 from snella_jax.layout import Layout
+from snella_jax.placement import beside, like
 from snella_jax.rules import (
     check_overrides,
     check_trainable,
@@ -229,9 +230,8 @@ def place(
             if floats and name_of(name) not in trainable:
                 leaves[name] = jnp.asarray(leaf, config.frozen_dtype)
     by_path = {layer_path(key): site for key, site in sites.items()}
-    for own, (factors, *counts) in zip(
-        sites, start(by_path, config, key).values(), strict=True
-    ):
+    for own, drawn in zip(sites, start(by_path, config, key).values(), strict=True):
+        factors, *counts = beside(sites[own], leaves[own], drawn)
         _put(leaves, own, factors | dict(zip(COUNTS, counts, strict=True)))
     return Adapters(dict(sites), config.trainable, names), nested(leaves)
 
@@ -250,10 +250,11 @@ def fill(
     sites = {keys[path]: weight.site for path, weight in weights.items()}
     for key in leaves:
         if name_of(key) in trained:
-            leaves[key] = jnp.asarray(trained[name_of(key)])
+            leaves[key] = like(jnp.asarray(trained[name_of(key)]), leaves[key])
     for path, weight in weights.items():
-        counts = zip(COUNTS, (weight.budget, weight.allocated_at), strict=True)
-        _put(leaves, keys[path], weight.factors | dict(counts))
+        own = weight.factors, weight.budget, weight.allocated_at
+        factors, *counts = beside(weight.site, weight.w0, own)
+        _put(leaves, keys[path], factors | dict(zip(COUNTS, counts, strict=True)))
     return Adapters(sites, any_of(trained), names), nested(leaves)
 
 
