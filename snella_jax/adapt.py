@@ -230,7 +230,9 @@ def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
     """Gives every adapter that drops something a key of its own for this step.
 
     Call it inside the step on the freshly merged model, with a fresh key every step.
-    Layers of a stack get different keys. Changes `model` in place.
+    Layers of a stack get different keys. Changes `model` in place: it has keys that it
+    had not, so where `nnx.jit` is given the model itself, seed it once before, too, or
+    the second step is traced again.
     """
     for index, (_, adapter, _) in enumerate(adapted_variables(model)):
         if adapter.rule.dropout or adapter.rule.drop_path:

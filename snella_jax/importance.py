@@ -19,6 +19,7 @@ it sees the raw gradient.
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -41,6 +42,12 @@ class ImportanceState(NamedTuple):
     step: Int[Array, ""]
     sensitivity: Smoothed
     uncertainty: Smoothed
+
+
+# For `jax.export`; Flax's and optax's states are not registered by their libraries.
+jax.export.register_namedtuple_serialization(
+    ImportanceState, serialized_name="snella_jax.ImportanceState"
+)
 
 
 def track_importance(
