@@ -4,17 +4,22 @@ import math
 import re
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from modules import Doubled, Holder
 
+import snella_jax as snella
 from snella_jax import (
     adapted_dense,
     importance,
     kernels,
+    linen,
     reallocate,
     threshold,
     track_importance,
@@ -244,3 +249,88 @@ def test_shard_map_over_examples_gives_the_same_gradients(path, differentiate):
         sharded = manual(gradients(loss))
     got, expected = (jax.jit(f)(factors, w0, x) for f in (sharded, gradients(loss)))
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def biased(layer):
+    """A layer whose bias is not 0."""
+    layer.bias[...] = jax.random.normal(jax.random.key(3), layer.bias.shape)
+    return Holder(layer)
+
+
+def of_linen():
+    """`loss(trainable, frozen, x)` of an adapted Linen layer, and the first two."""
+    net = nn.Sequential([nn.Dense(6), nn.tanh, nn.Dense(4)])
+    variables = net.init(jax.random.key(0), X)
+    bias = variables["params"]["layers_0"]["bias"]
+    variables["params"]["layers_0"]["bias"] = bias + 0.3
+    config = snella.SnellaConfig(rank=4, targets="layers_0", trainable=".*/bias")
+    key = jax.random.key(1)
+    adapters, params = linen.adapt(net, variables, config, X, key=key)
+    trainable, budgets, frozen = adapters.partition(params)
+
+    def loss(trainable, frozen, x):
+        params = linen.join(trainable, budgets, frozen)
+        return jnp.sin(adapters.apply({"params": params}, x)).sum()
+
+    return loss, trainable, frozen
+
+
+def of_nnx(layer, trainable="layer/bias", **changes):
+    settings = {"rank": 4, "targets": "layer", "trainable": trainable} | changes
+    config = snella.SnellaConfig(**settings)
+    model = snella.adapt(biased(layer), config, rngs=nnx.Rngs(1))
+    graphdef, trainable, budgets, frozen = snella.partition(model)
+
+    def loss(trainable, frozen, x):
+        model = nnx.merge(graphdef, trainable, budgets, frozen, copy=True)
+        return sum(jnp.sin(y).sum() for y in jax.tree.leaves(model(x)))
+
+    return loss, trainable, frozen
+
+
+class Pair(nnx.Linear):
+    """Returns more than an array, with a bias that is closed over."""
+
+    def __call__(self, x):
+        y = super().__call__(x)
+        return y, y**2
+
+
+X = np.random.default_rng(5).normal(size=(8, 8)).astype(np.float32)
+RNGS = nnx.Rngs(0)
+LAYERS = {
+    "Linen": of_linen,
+    "Linear": lambda: of_nnx(nnx.Linear(8, 4, rngs=RNGS)),
+    "frozen bias": lambda: of_nnx(nnx.Linear(8, 4, rngs=RNGS), trainable=""),
+    "parallel": lambda: of_nnx(nnx.Linear(8, 4, rngs=RNGS), path="parallel"),
+    "heads": lambda: of_nnx(nnx.LinearGeneral(8, (2, 2), rngs=RNGS)),
+    "einsum": lambda: of_nnx(nnx.Einsum("bi,io->bo", (8, 4), (4,), rngs=RNGS)),
+    "own call": lambda: of_nnx(Doubled(8, 4, rngs=RNGS)),
+    "a tuple": lambda: of_nnx(Pair(8, 4, rngs=RNGS)),
+}
+
+
+@pytest.mark.parametrize("differentiate", ["outside", "inside"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_shard_map_with_a_bias(layer, differentiate):
+    """What is closed over does not vary over the mesh, and its gradients add up."""
+    loss, trainable, frozen = LAYERS[layer]()
+    devices = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def manual(body, out):
+        specs = (P(), P(), P("data"))
+        return jax.shard_map(body, mesh=devices, in_specs=specs, out_specs=out)
+
+    def gradients(loss):
+        return jax.grad(loss, (0, 2))
+
+    if differentiate == "outside":
+        sharded = gradients(
+            manual(lambda *arguments: jax.lax.psum(loss(*arguments), "data"), P())
+        )
+    else:
+        sharded = manual(gradients(loss), (P(), P("data")))
+    arguments = trainable, frozen, X
+    got, expected = (jax.jit(f)(*arguments) for f in (sharded, gradients(loss)))
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(expected[0]))
