@@ -17,7 +17,7 @@ from flax import nnx
 from generic import generic_factors, generic_inputs, run
 
 import snella_jax as snella
-from snella_jax import adapted_dense, kernels, linen, pytree
+from snella_jax import adapted_dense, kernels, linen, models, pytree
 from snella_jax.sparsify import GATES
 
 SETTINGS = {
@@ -300,3 +300,25 @@ def test_bfloat16_parameters_under_strict_dtypes(binding):
         got, text = life(binding, jnp.bfloat16)
     assert_same(got, expected, "strict dtypes")
     assert text == told
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    {
+        "vit_ti16": {"depth": 1, "image_size": 32},
+        "dinov2_s14": {"depth": 1, "image_size": 28},  # which scales its branches
+        "swin_b": {
+            **{"depths": (2, 2), "width": 8, "heads": (1, 2)},
+            **{"image_size": 32, "window": 2},
+        },
+        "convnext_b": {"depths": (1,) * 4, "widths": (8,) * 4, "image_size": 32},
+    }.items(),
+)
+@pytest.mark.parametrize("setting", ["rank promotion raises", "strict dtypes"])
+def test_our_models_can_be_traced(name, shape, setting):
+    model = models.create(name, num_classes=3, rngs=nnx.Rngs(0), **shape)
+    images = jnp.zeros((2, *model.config.image_hw, 3))
+    with SETTINGS[setting]():
+        graphdef, state = nnx.split(model)
+        made = jax.eval_shape(lambda s, x: nnx.merge(graphdef, s)(x), state, images)
+    assert (made.shape, made.dtype) == ((2, 3), jnp.float32)

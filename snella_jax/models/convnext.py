@@ -146,7 +146,7 @@ class Block(nnx.Module):
         """`drop`: None, or a key and the rate of stochastic depth in this block."""
         y = self.mlp(self.norm(self.dwconv(x)))
         if self.layer_scale:
-            y = y * self.scale[...].astype(y.dtype)
+            y = parts.scaled(y, self.scale[...])
         return x + stack.dropped(y, drop, 0)
 
 

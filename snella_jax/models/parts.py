@@ -43,6 +43,16 @@ def norm(width: int, eps: float, config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
+def scaled(y: Float[Array, "... D"], scale: Float[Array, " D"]) -> Array:
+    """`y * scale` in the dtype of `y`, both of one rank, as JAX can be told to demand.
+
+    >>> import jax.numpy as jnp
+    >>> scaled(jnp.ones((2, 3)), jnp.arange(3.0)).tolist()
+    [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]
+    """
+    return y * scale.astype(y.dtype).reshape(*(1,) * (y.ndim - 1), -1)
+
+
 def convolution(
     n: int, m: int, size: tuple[int, int], config: Any, rngs: nnx.Rngs
 ) -> nnx.Conv:

@@ -189,7 +189,7 @@ class Block(nnx.Module):
 
     def _branch(self, y: Array, scale: str, drop: Any, salt: int) -> Array:
         if self.layer_scale:
-            y = y * getattr(self, scale)[...].astype(y.dtype)
+            y = parts.scaled(y, getattr(self, scale)[...])
         return stack.dropped(y, drop, salt)
 
 
