@@ -253,6 +253,22 @@ def test_masks_differ_between_steps_and_layers_and_repeat_with_the_key(rate):
     assert not np.allclose(first[1], first[2], atol=1e-6)
 
 
+def test_a_model_that_was_seeded_before_is_traced_once():
+    """By `nnx.jit`, which is given the model itself: its keys are there from then on."""
+    model, traces = dropping(dropout=0.5), []
+    x = jnp.ones((4, 6))
+
+    @nnx.jit
+    def step(model, key):
+        traces.append(key)
+        snella.seed(model, key)
+        return model(x)
+
+    snella.seed(model, jax.random.key(9))
+    first, second = (step(model, jax.random.key(k)) for k in (0, 1))
+    assert len(traces) == 1 and not np.allclose(first, second, atol=1e-6)
+
+
 def test_masks_agree_between_forward_and_recompute():
     """The gradient is the output's: central differences with the same key."""
     model = dropping(dropout=0.5, drop_path=0.3)

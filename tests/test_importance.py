@@ -1,6 +1,7 @@
 """Importance against a NumPy loop, alone and inside optax."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -200,3 +201,15 @@ def test_the_state_stays_float32_under_x64(wrapper, x64):
     """Whatever dtype optax gives hyperparameters, and none of it compiles twice."""
     state, thetas, grads = run_chain(WRAPPERS[wrapper])
     assert_scores(state, expected_scores(thetas, grads, 0.85, 0.85), rtol=2e-5)
+
+
+def test_an_exported_update_knows_the_state():
+    """`jax.export` writes the type of the state, and reads it."""
+    tx, grads, theta = track_importance(), [tree(1), tree(2)], tree(0)
+    state = tx.init(theta)
+    exported = jax.export.export(jax.jit(tx.update))(grads[0], state, theta)
+    again = jax.export.deserialize(exported.serialize())
+    for grad in grads:
+        _, state = again.call(grad, state, theta)
+    assert_scores(state, expected_scores([theta] * 2, grads, 0.85, 0.85))
+    assert state.step == 2

@@ -161,8 +161,16 @@ def test_forgetting_to_reallocate_is_seen():
     for _ in range(2):
         trainable, opt_state, _ = step(trainable, opt_state, budgets, frozen)
     assert snella.steps_since_reallocation(budgets, opt_state) == 2
-    with pytest.raises(snella.BudgetsNeverMoved):
-        snella.merge(nnx.merge(graphdef, trainable, budgets, frozen))
+    # New budgets that were not put back are the same mistake.
+    model = nnx.merge(graphdef, trainable, budgets, frozen)
+    new, _ = snella.reallocate(budgets, opt_state, 100)
+    with pytest.raises(
+        snella.BudgetsNeverMoved, match=r"nnx\.update\(model, budgets\)"
+    ):
+        snella.merge(model)
+    nnx.update(model, new)
+    assert sum(matrix.budget for matrix in snella.sparsity(model)) == 100
+    snella.merge(model)
 
 
 def moments(opt_state):
