@@ -77,7 +77,8 @@ def adapt(
     what `config.trainable` matches stays an `nnx.Param`; every other parameter becomes
     `Frozen`, so Flax's default `wrt=nnx.Param` is exactly what trains. `model` itself
     is not changed, and the arrays of the two are shared (but those that
-    `config.frozen_dtype` casts).
+    `config.frozen_dtype` casts). Adapters lie on the devices of their weights, split as
+    these are.
 
     Args:
       model: any NNX module, without adapters.
@@ -158,6 +159,9 @@ def _beside(target: Target, site: Site, start: Start) -> Adapter:
         factor = getattr(adapter, name)
         axes = split_axes(name, site, names, factor.ndim)
         factor.set_metadata("out_sharding", tuple(axes))
+        for other in ("sharding_rules", "mesh"):
+            if target.weight.has_metadata(other):
+                factor.set_metadata(other, target.weight.get_metadata(other))
     return adapter
 
 

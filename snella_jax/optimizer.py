@@ -33,7 +33,8 @@ class Reallocation:
     """What `reallocate` did, one entry for each of `L` matrices.
 
     Attributes:
-      step: optimizer steps seen when it was called.
+      step: optimizer steps when it was called, but those that `track_importance`
+        skipped because a gradient was not finite.
       steps_since: steps since the reallocation before it (or since the start).
       names: path of the weight, with the index of the matrix where it has several.
       scores: float64 `[L]`, importance.

@@ -53,14 +53,14 @@ def _constrained(site: Site, start: Start, names: Sequence[Any] | None) -> Start
     known = {None, *mesh.axis_names}
     if not names or mesh.empty or not mesh.are_all_axes_auto or {*names} - known:
         return start
-    factors, *counts = start
+    factors, budget, since = start
     placed = {
         name: jax.lax.with_sharding_constraint(
             value, PartitionSpec(*split_axes(name, site, names, value.ndim))
         )
         for name, value in factors.items()
     }
-    return placed, counts[0], counts[1]
+    return placed, budget, since
 
 
 def everywhere(value: Any, other: Any) -> Any:
@@ -76,11 +76,8 @@ def like(value: Any, other: Any) -> Any:
 
 
 def _is_placed(value: Any) -> bool:
-    return (
-        isinstance(value, jax.Array)
-        and not isinstance(value, Tracer)
-        and (value.committed)
-    )
+    known = isinstance(value, jax.Array) and not isinstance(value, Tracer)
+    return known and value.committed
 
 
 def _put(value: Any, sharding: Sharding | None) -> Any:

@@ -254,7 +254,7 @@ def test_masks_differ_between_steps_and_layers_and_repeat_with_the_key(rate):
 
 
 def test_a_model_that_was_seeded_before_is_traced_once():
-    """By `nnx.jit`, which is given the model itself: its keys are there from then on."""
+    """By `nnx.jit`, given the model itself: its keys are there from then on."""
     model, traces = dropping(dropout=0.5), []
     x = jnp.ones((4, 6))
 
