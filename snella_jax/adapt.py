@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from snella_jax.binding import check_binding
@@ -41,7 +42,7 @@ from snella_jax.layers import (
 )
 from snella_jax.layout import Layout
 from snella_jax.own_layers import AdaptedOwn
-from snella_jax.placement import beside, split_axes
+from snella_jax.placement import beside
 from snella_jax.rules import (
     adapted_layers,
     adapted_variables,
@@ -55,6 +56,7 @@ from snella_jax.rules import (
     variables_of,
     weights_of,
 )
+from snella_jax.specs import adapter_spec
 from snella_jax.targets import Target, chosen_targets
 from snella_jax.weight import Site, Start, start
 
@@ -151,14 +153,13 @@ def attach(
 def _beside(target: Target, site: Site, start: Start) -> Adapter:
     """An adapter that lies, and says that it lies, as the weight does."""
     given = target.weight.get_metadata("out_sharding", None)
-    names = [*getattr(given, "spec", given or ())]
+    names = PartitionSpec(*getattr(given, "spec", given or ()))
     if len(names) != len(site.shape):  # a stack that metadata do not know, or none
         return Adapter(site, beside(site, target.weight[...], start))
     adapter = Adapter(site, beside(site, target.weight[...], start, names))
     for name in adapter.names:
         factor = getattr(adapter, name)
-        axes = split_axes(name, site, names, factor.ndim)
-        factor.set_metadata("out_sharding", tuple(axes))
+        factor.set_metadata("out_sharding", (*adapter_spec(site, names, name),))
         for other in ("sharding_rules", "mesh"):
             if target.weight.has_metadata(other):
                 factor.set_metadata(other, target.weight.get_metadata(other))

@@ -4,7 +4,6 @@ A factor that began on one device and came out of the first step on all of a mes
 compile the step a second time.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +11,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
+from snella_jax.specs import adapter_spec
 from snella_jax.weight import Site, Start
 
 
 def beside(
-    site: Site, w0: Any, start: Start, names: Sequence[Any] | None = None
+    site: Site, w0: Any, start: Start, names: PartitionSpec | None = None
 ) -> Start:
     """Factors and counts where the weight has them, as committed as it is.
 
@@ -40,14 +40,14 @@ def beside(
     factors, budget, since = start
     placed = {}
     for name, value in factors.items():
-        axes = [None] * np.ndim(value)
+        spec = PartitionSpec()
         if isinstance(w0.sharding, NamedSharding):
-            axes = split_axes(name, site, [*w0.sharding.spec], np.ndim(value))
-        placed[name] = _put(value, _named(w0.sharding, axes))
+            spec = adapter_spec(site, w0.sharding.spec, name)
+        placed[name] = _put(value, _named(w0.sharding, spec, np.ndim(value)))
     return placed, everywhere(budget, w0), everywhere(since, w0)
 
 
-def _constrained(site: Site, start: Start, names: Sequence[Any] | None) -> Start:
+def _constrained(site: Site, start: Start, names: PartitionSpec | None) -> Start:
     """The same under `jax.jit`, as far as the mesh of `jax.set_mesh` has the names."""
     mesh = jax.sharding.get_abstract_mesh()
     known = {None, *mesh.axis_names}
@@ -55,9 +55,7 @@ def _constrained(site: Site, start: Start, names: Sequence[Any] | None) -> Start
         return start
     factors, budget, since = start
     placed = {
-        name: jax.lax.with_sharding_constraint(
-            value, PartitionSpec(*split_axes(name, site, names, value.ndim))
-        )
+        name: jax.lax.with_sharding_constraint(value, adapter_spec(site, names, name))
         for name, value in factors.items()
     }
     return placed, budget, since
@@ -67,7 +65,7 @@ def everywhere(value: Any, other: Any) -> Any:
     """A value on every device of another array, if that is committed to some."""
     if not _is_placed(other):
         return value
-    return _put(value, _named(other.sharding, [None] * np.ndim(value)))
+    return _put(value, _named(other.sharding, PartitionSpec(), np.ndim(value)))
 
 
 def like(value: Any, other: Any) -> Any:
@@ -89,8 +87,8 @@ def _put(value: Any, sharding: Sharding | None) -> Any:
     return jax.jit(lambda x: x, out_shardings=sharding)(value)
 
 
-def _named(sharding: Sharding, axes: list[Any]) -> Sharding | None:
-    """A sharding of other axes on the same devices; None for several without a mesh.
+def _named(sharding: Sharding, spec: PartitionSpec, ndim: int) -> Sharding | None:
+    """A sharding by a spec on the same devices; None for several without a mesh.
 
     Written as `jax.jit` writes those of its outputs, or the two would be different.
     """
@@ -98,51 +96,8 @@ def _named(sharding: Sharding, axes: list[Any]) -> Sharding | None:
         return sharding if len(sharding.device_set) == 1 else None
     mesh = sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
-        return NamedSharding(mesh, PartitionSpec(*[None] * len(axes)))
+        return NamedSharding(mesh, PartitionSpec(*[None] * ndim))
+    axes = [*spec]
     while axes and axes[-1] is None:
-        axes = axes[:-1]
+        axes.pop()
     return NamedSharding(mesh, PartitionSpec(*axes))
-
-
-def split_axes(name: str, site: Site, spec: Sequence[Any], ndim: int) -> list[Any]:
-    """How a factor or scalar of this name is split.
-
-    Args:
-      name: as in the factors.
-      site: of the weight.
-      spec: how the weight's axes are split, the last ones perhaps left out.
-      ndim: axes of the factor.
-    """
-    split = _by_kind(site, spec)
-    axes = [*split["lead"], *[None] * (ndim - len(site.lead))]
-    if name in ("a", "b"):
-        axes[-2] = split["inputs" if name == "a" else "outputs"]
-    return axes
-
-
-def _by_kind(site: Site, spec: Sequence[Any]) -> Mapping[str, Any]:
-    """How a weight's stack and slices, its inputs and its outputs are split."""
-    layout = site.layout
-    given = [*spec, *[None] * (len(site.shape) - len(spec))]
-    stack = [given[axis] for axis in site.axes]
-    rest = [part for axis, part in enumerate(given) if axis not in site.axes]
-    if layout.fused:  # its slices share an axis with the outputs
-        inputs, outputs = rest[: len(layout.inputs)], [None]
-        slices = [None] * len(layout.slices)
-    else:
-        order = layout.order or range(len(rest))
-        sorted_axes = [rest[list(order).index(i)] for i in range(len(rest))]
-        ends = len(layout.slices), len(layout.slices) + len(layout.inputs)
-        slices, outputs = sorted_axes[: ends[0]], sorted_axes[ends[1] :]
-        inputs = sorted_axes[ends[0] : ends[1]]
-    return {
-        "lead": [*stack, *slices],
-        "inputs": _outermost(inputs),
-        "outputs": _outermost(outputs),
-    }
-
-
-def _outermost(parts: list[Any]) -> Any:
-    """How the rows that several axes make are split: by the first of them or not."""
-    first, *others = parts
-    return None if any(others) else first
