@@ -16,3 +16,15 @@ def at_least_float32(*dtypes: DTypeLike) -> jnp.dtype:
     """
     wide = any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def wider(one: DTypeLike, other: DTypeLike) -> jnp.dtype:
+    """The one of two floating-point dtypes that has more bits; float32 for two halves.
+
+    >>> wider("bfloat16", "float32"), wider("bfloat16", "float16")
+    (dtype('float32'), dtype('float32'))
+    """
+    one, other = jnp.dtype(one), jnp.dtype(other)
+    if one == other:
+        return one
+    return max(one, other, jnp.dtype(jnp.float32), key=lambda dtype: dtype.itemsize)

@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from snella_jax.contraction import dot_general
 from snella_jax.dense import Update, adapted, adapted_call
+from snella_jax.dtypes import wider
 from snella_jax.kernels import Factors
 from snella_jax.linen_layers import STOCK, positions
 from snella_jax.linen_trace import ADAPTABLE
@@ -186,7 +187,7 @@ def _whole(
                 scopes = scope_of((own,), rngs)
                 result = core(scopes, *given.filled(arrays))
                 results = _Arrays((result, packed(scopes)))
-                return results.arrays
+                return results.taken()
 
             arrays = adapted_call(op, updates)(given.arrays, weights, factors, budgets)
             return results.filled(arrays)
@@ -205,6 +206,13 @@ class _Arrays:
             i for i, x in enumerate(self._leaves) if isinstance(x, Array | np.ndarray)
         ]
         self.arrays = [self._leaves[i] for i in self._where]
+
+    def taken(self) -> list[Array]:
+        """The arrays, which are kept no longer: as tracers they must not outlive."""
+        arrays, self.arrays = self.arrays, []
+        for i in self._where:
+            self._leaves[i] = None
+        return arrays
 
     def filled(self, arrays: list[Array]) -> Any:
         """The tree with other arrays."""
@@ -237,7 +245,7 @@ def _widened(
     wide = {}
     for name, weight in weights.items():
         dtype = layer.dtype or jnp.result_type(weight, *floats)
-        wide[name] = weight.astype(jnp.promote_types(weight.dtype, dtype))
+        wide[name] = weight.astype(wider(weight.dtype, dtype))
     return wide
 
 

@@ -257,9 +257,16 @@ def biased(layer):
     return Holder(layer)
 
 
-def of_linen():
+class Tanh(nn.Dense):
+    """A call of its own, of which nothing is known."""
+
+    def __call__(self, x):
+        return jnp.tanh(super().__call__(x))
+
+
+def of_linen(layer):
     """`loss(trainable, frozen, x)` of an adapted Linen layer, and the first two."""
-    net = nn.Sequential([nn.Dense(6), nn.tanh, nn.Dense(4)])
+    net = nn.Sequential([layer, nn.Dense(4)])
     variables = net.init(jax.random.key(0), X)
     bias = variables["params"]["layers_0"]["bias"]
     variables["params"]["layers_0"]["bias"] = bias + 0.3
@@ -299,7 +306,8 @@ class Pair(nnx.Linear):
 X = np.random.default_rng(5).normal(size=(8, 8)).astype(np.float32)
 RNGS = nnx.Rngs(0)
 LAYERS = {
-    "Linen": of_linen,
+    "Linen": lambda: of_linen(nn.Dense(6)),
+    "own call in Linen": lambda: of_linen(Tanh(6)),
     "Linear": lambda: of_nnx(nnx.Linear(8, 4, rngs=RNGS)),
     "frozen bias": lambda: of_nnx(nnx.Linear(8, 4, rngs=RNGS), trainable=""),
     "parallel": lambda: of_nnx(nnx.Linear(8, 4, rngs=RNGS), path="parallel"),
