@@ -31,6 +31,11 @@ def mesh(kind=AxisType.Auto):
     return jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
 
 
+def split(axes):
+    """The examples, over a mesh's axis `data`."""
+    return jax.device_put(X, NamedSharding(axes, P("data")))
+
+
 class Net(nnx.Module):
     def __init__(self, rngs, init=lambda *names: nnx.initializers.lecun_normal()):
         self.fc = nnx.Linear(8, 16, kernel_init=init(None, "model"), rngs=rngs)
@@ -53,9 +58,8 @@ def placed(tree, specs, axes):
     return jax.tree_util.tree_map_with_path(where, tree)
 
 
-def compilations(trainable, budgets, logits, axes):
+def compilations(trainable, budgets, logits, x):
     """Of three steps, with new budgets before the last."""
-    x = jax.device_put(X, NamedSharding(axes, P("data")))
     tx = optax.chain(snella.track_importance(), optax.trace(0.9), optax.scale(-0.1))
     opt_state = tx.init(trainable)
 
@@ -92,7 +96,7 @@ def test_a_step_over_a_sharded_model_compiles_once(name, tmp_path):
         def logits(trainable, budgets, x, graphdef=graphdef, frozen=frozen):
             return nnx.merge(graphdef, trainable, budgets, frozen)(x)
 
-        assert compilations(trainable, budgets, logits, axes) == 1
+        assert compilations(trainable, budgets, logits, split(axes)) == 1
 
 
 class LinenNet(nn.Module):
@@ -126,7 +130,7 @@ def test_the_other_bindings(binding, tmp_path):
                 return adapters.apply({"params": params}, x)
             return net.apply({"params": adapters.summed(params)}, x)
 
-        assert compilations(trainable, budgets, logits, axes) == 1
+        assert compilations(trainable, budgets, logits, split(axes)) == 1
 
 
 def test_a_model_made_under_jit():
@@ -151,7 +155,7 @@ def test_a_model_made_under_jit():
         def logits(trainable, budgets, x):
             return nnx.merge(graphdef, trainable, budgets, frozen)(x)
 
-        assert compilations(trainable, budgets, logits, axes) == 1
+        assert compilations(trainable, budgets, logits, split(axes)) == 1
 
 
 @pytest.mark.parametrize(
@@ -208,6 +212,25 @@ def test_one_device(device):
     for leaf in jax.tree.leaves(nnx.state(adapted)):
         assert leaf.committed == (device is not None)
         assert leaf.devices() == {jax.devices()[device or 0]}
+
+
+@pytest.mark.parametrize("in_a_mesh", [True, False])
+def test_a_step_on_one_device_compiles_once(in_a_mesh):
+    device = jax.devices()[0]
+    alone = jax.make_mesh(
+        (1,), ("data",), axis_types=(AxisType.Auto,), devices=[device]
+    )
+    model = Net(nnx.Rngs(0))
+    place = NamedSharding(alone, P()) if in_a_mesh else device
+    nnx.update(model, jax.device_put(nnx.state(model), place))
+    adapted = snella.adapt(model, CONFIG, rngs=nnx.Rngs(1))
+    graphdef, trainable, budgets, frozen = snella.partition(adapted)
+
+    def logits(trainable, budgets, x):
+        return nnx.merge(graphdef, trainable, budgets, frozen)(x)
+
+    x = jax.device_put(X, place)
+    assert compilations(trainable, budgets, logits, x) == 1
 
 
 def test_explicit_axes_have_whole_factors():
