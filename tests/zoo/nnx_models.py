@@ -182,10 +182,15 @@ class Balanced(nnx.Module):
     def __init__(self, rngs):
         auto = (jax.sharding.AxisType.Auto,)
         mesh = jax.make_mesh((1,), ("model",), axis_types=auto)
-        draw = nnx.initializers.lecun_normal()
-        spread = nnx.with_partitioning(draw, (None, "model"), mesh=mesh)
-        self.fc = Pair(D, 12, kernel_init=spread, rngs=rngs)
-        self.head = nnx.Linear(12, CLASSES, rngs=rngs)
+        draw, zeros = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
+
+        def linear(cls, n, m):
+            kernel = nnx.with_partitioning(draw, (None, "model"), mesh=mesh)
+            bias = nnx.with_partitioning(zeros, ("model",), mesh=mesh)
+            return cls(n, m, kernel_init=kernel, bias_init=bias, rngs=rngs)
+
+        self.fc = linear(Pair, D, 12)
+        self.head = linear(nnx.Linear, 12, CLASSES)
 
     def __call__(self, x):
         out = self.fc(x)
