@@ -55,7 +55,7 @@ from experiments.paths import Given
 from experiments.run import begin
 from experiments.settings import Masked
 from experiments.tune import tune
-from snella_jax.rules import select
+from snella_jax.targets import select
 
 PROGRAM = "python -m experiments.ablate"
 Name = Literal[

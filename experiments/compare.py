@@ -37,7 +37,7 @@ from experiments import (
 from experiments.comparison import Comparison, Name, Row, Table
 from experiments.config import RunConfig
 from experiments.run import complete
-from snella_jax.rules import select
+from snella_jax.targets import select
 
 PROGRAM = "python -m experiments.compare"
 

@@ -15,7 +15,8 @@ from experiments.methods import linear_probe
 from experiments.methods.trained import METHODS, Name
 from experiments.recipe import Recipe
 from experiments.tune import tune
-from snella_jax.rules import has_adapters, select
+from snella_jax.rules import has_adapters
+from snella_jax.targets import select
 
 TITLES = {"linear": "linear probe"} | {n: m.title for n, m in METHODS.items()}
 

@@ -49,7 +49,6 @@ from snella_jax.rules import (
     check_overrides,
     check_trainable,
     freeze,
-    has_adapters,
     join,
     require_adapters,
     thaw,
@@ -102,8 +101,6 @@ def adapt(
     check_binding(model, "NNX")
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs={rngs!r}: expected nnx.Rngs, such as nnx.Rngs(0).")
-    if has_adapters(model):
-        raise ValueError("The model has adapters already: merge() it first.")
     model = nnx.clone(model)
     targets = chosen_targets(model, config.targets, layouts)
     check_overrides(config, targets)

@@ -16,7 +16,6 @@ from jaxtyping import DTypeLike
 from snella_jax.config import SnellaConfig
 from snella_jax.importance import factor_paths, path_of
 from snella_jax.layers import (
-    ADAPTABLE,
     AdaptedLayer,
     Adapter,
     Factor,
@@ -24,22 +23,6 @@ from snella_jax.layers import (
     become,
 )
 from snella_jax.weight import AdaptedWeight
-
-
-def select(model: nnx.Module, targets: str) -> dict[str, Any]:
-    """The layers that can be adapted and whose path the regex matches in full.
-
-    Raises:
-      ValueError: it matches none (the message lists them), or the model has adapters.
-    """
-    if has_adapters(model):
-        raise ValueError("The model has adapters already: merge() it first.")
-    layers = {
-        join(path): node
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, ADAPTABLE)
-    }
-    return {path: layers[path] for path in chosen(layers, targets)}
 
 
 def chosen(paths: Iterable[str], targets: str) -> list[str]:

@@ -12,7 +12,14 @@ from snella_jax.config import Rule
 from snella_jax.layers import ADAPTABLE, check_layer, layout_of
 from snella_jax.layout import Layout
 from snella_jax.own_layers import AdaptedOwn
-from snella_jax.rules import adapted_layers, chosen, join, listed
+from snella_jax.rules import (
+    adapted_layers,
+    chosen,
+    has_adapters,
+    join,
+    listed,
+    variables_of,
+)
 from snella_jax.weight import Site
 
 Layouts = Mapping[str, Layout]
@@ -97,10 +104,11 @@ def targets_of(model: nnx.Module, layouts: Layouts | None = None) -> dict[str, T
     layouts = layouts or {}
     found: dict[str, Target] = {}
     used = set()
-    for whole, layer, weight in _parameters(model):
+    for whole, layer, weight in _variables(model):
         *_, name = whole.split("/")
         short = _parent(whole) if name == "kernel" else whole
-        fitting = (r for r, layout in layouts.items() if weight.ndim >= layout.ndim)
+        axes = getattr(weight, "ndim", 0)  # of a variable that is no array
+        fitting = (r for r, layout in layouts.items() if axes >= layout.ndim)
         given = next((r for r in fitting if _matches(r, whole, short)), None)
         if getattr(layer, name, None) is not weight:  # in a list or a dict
             continue
@@ -113,7 +121,7 @@ def targets_of(model: nnx.Module, layouts: Layouts | None = None) -> dict[str, T
         raise ValueError(
             f"layouts: {', '.join(map(repr, unused))} matches no weight that is an "
             "attribute of a module (regexes match a whole path). There are: "
-            f"{listed([path for path, *_ in _parameters(model)])}"
+            f"{listed([path for path, _ in variables_of(model, nnx.Param)])}"
         )
     return found
 
@@ -131,21 +139,33 @@ def layouts_of(model: nnx.Module) -> dict[str, Layout]:
     return given
 
 
+def select(model: nnx.Module, regex: str) -> dict[str, Any]:
+    """Selects the layers of Flax's whose path the regex matches in full, by path.
+
+    Raises:
+      ValueError: the model has adapters, or as of `chosen_targets`.
+    """
+    return {path: target.layer for path, target in chosen_targets(model, regex).items()}
+
+
 def chosen_targets(
     model: nnx.Module, regex: str, layouts: Layouts | None = None
 ) -> dict[str, Target]:
     """Selects the targets whose path, or whose layer's path, the regex matches.
 
     Raises:
-      ValueError: there is none; or it matches a weight that cannot be adapted as it is,
-        which would be left out without a word. Messages list them.
+      ValueError: there is none, the model has adapters, or the regex matches a weight
+        that cannot be adapted as it is and would be left out. Messages list them.
     """
+    if has_adapters(model):
+        raise ValueError("The model has adapters already: merge() it first.")
     targets = targets_of(model, layouts)
     known = {id(target.weight) for target in targets.values()}
     missed = [
         f"{path} {list(weight.shape)}"
-        for path, layer, weight in _parameters(model)
-        if id(weight) not in known
+        for path, layer, weight in _variables(model)
+        if isinstance(weight, nnx.Param)
+        and id(weight) not in known
         and _matches(regex, path, _parent(path))
         and is_weight(path, weight.shape, weight.dtype, layer)
     ]
@@ -218,8 +238,8 @@ def _widest(module: nnx.Module) -> int:
     return max((v.ndim for v in own), default=0)
 
 
-def _parameters(model: nnx.Module) -> Iterator[tuple[str, Any, nnx.Variable]]:
-    """Yields path, holder and variable of every parameter, once for each holder."""
+def _variables(model: nnx.Module) -> Iterator[tuple[str, Any, nnx.Variable]]:
+    """Yields path, holder and variable of every variable, once for each holder."""
     for path, holder in nnx.iter_graph(model):
         match holder:
             case nnx.Module():
@@ -231,7 +251,7 @@ def _parameters(model: nnx.Module) -> Iterator[tuple[str, Any, nnx.Variable]]:
             case _:
                 continue
         for name, variable in held:
-            if isinstance(variable, nnx.Param):
+            if isinstance(variable, nnx.Variable):
                 yield join((*path, name)), holder, variable
 
 

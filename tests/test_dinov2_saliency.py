@@ -20,7 +20,7 @@ from experiments.config import RunConfig
 from experiments.data import elpv
 from experiments.methods import lora
 from snella_jax.models import vit
-from snella_jax.rules import select
+from snella_jax.targets import select
 
 RULES = RunConfig()
 

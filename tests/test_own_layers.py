@@ -313,3 +313,17 @@ def test_a_pickled_model_loads_in_a_process_that_knows_nothing(tmp_path):
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
     expected = model(np.ones((2, 6), np.float32))
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, atol=1e-6)
+
+
+def test_a_kernel_of_a_kind_of_the_users_own_is_adapted():
+    class Held(nnx.Variable):
+        """Frozen before, in the user's own way."""
+
+    layer = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+    layer.kernel = Held(layer.kernel[...])
+    model = adapted(layer)
+    plain = snella.merge(model).layer
+    assert type(plain.kernel) is Held
+    weight = np.asarray(layer.kernel[...]) + oracle_deltas(model.layer.adapter, 6, 8)
+    np.testing.assert_allclose(plain.kernel[...], weight, atol=1e-6)
+    np.testing.assert_allclose(model(X), plain(X), atol=1e-5)

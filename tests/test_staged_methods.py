@@ -19,7 +19,7 @@ from experiments.methods import plain_vit, spt
 from experiments.methods.trained import METHODS
 from experiments.settings import Located
 from snella_jax.models import convnext, of, swin
-from snella_jax.rules import select
+from snella_jax.targets import select
 
 TINY = {
     "swin": swin.SwinConfig(8, (2, 2), (2, 4), 2, image_size=20, num_classes=3),

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from experiments.methods import lora
 from snella_jax.contraction import matmul
 from snella_jax.layers import Factor, become, mixed_class, plain_class
-from snella_jax.rules import select, thaw
+from snella_jax.rules import thaw
+from snella_jax.targets import select
 
 
 class Dora(nnx.Module):

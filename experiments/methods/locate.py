@@ -23,7 +23,8 @@ from experiments.data.source import Source
 from experiments.data.transforms import Transform
 from experiments.fit import Setting
 from experiments.methods.stage import Places
-from snella_jax.rules import join, select
+from snella_jax.rules import join
+from snella_jax.targets import select
 
 Rule = Literal["squares", "contrastive"]
 Scores = dict[str, np.ndarray]  # [*stack, n, m] by the targeted layer's path

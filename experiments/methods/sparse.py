@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from snella_jax.contraction import matmul
 from snella_jax.layers import Factor, Frozen, become, mixed_class, plain_class
-from snella_jax.rules import select, thaw
+from snella_jax.rules import thaw
+from snella_jax.targets import select
 
 
 class Weights(nnx.Module):

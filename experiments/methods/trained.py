@@ -31,7 +31,8 @@ from experiments.methods.stage import Places, Stage
 from experiments.settings import Trained
 from snella_jax import models
 from snella_jax.models import swin
-from snella_jax.rules import freeze, select
+from snella_jax.rules import freeze
+from snella_jax.targets import select
 
 Name = Trained
 
