@@ -29,18 +29,11 @@ from jaxtyping import PRNGKeyArray
 
 from snella_jax.binding import check_binding
 from snella_jax.config import SnellaConfig
+from snella_jax.flax_layers import Adapted
 from snella_jax.hosts import to_host
-from snella_jax.layers import (
-    Adapted,
-    Adapter,
-    Budget,
-    DropKey,
-    adapter_of,
-    become,
-    mixed_class,
-    plain_class,
-)
+from snella_jax.layers import Adapter, Budget, DropKey, adapter_of, adapters_of
 from snella_jax.layout import Layout
+from snella_jax.mixed import become, mixed_class, plain_class
 from snella_jax.own_layers import AdaptedOwn
 from snella_jax.placement import beside
 from snella_jax.rules import (
@@ -141,7 +134,7 @@ def attach(
             names = sorted(target.name for target in (first, *others))
             become(first.layer, mixed_class(AdaptedOwn, cls, *names))
         else:
-            become(first.layer, mixed_class(Adapted, cls))
+            become(first.layer, mixed_class(Adapted, cls, "kernel"))
     for path, target in targets.items():
         adapter = _beside(target, sites[path], starts[path])
         setattr(target.layer, adapter_of(target.name), adapter)
@@ -222,7 +215,7 @@ def merge(model: M, *, unmoved_budgets: bool = False) -> M:
 def remove(model: nnx.Module) -> None:
     """Makes a model plain again, in place: no adapters, nothing frozen."""
     for _, layer in list(adapted_layers(model)):
-        for name in layer.adapters():
+        for name in adapters_of(layer):
             delattr(layer, adapter_of(name))
         become(layer, plain_class(type(layer)))
     thaw(model)
@@ -257,7 +250,7 @@ def merged_magnitude(model: nnx.Module) -> dict[str, np.ndarray]:
     require_adapters(model)
     found = {}
     for path, layer in adapted_layers(model):
-        for name, adapter in layer.adapters().items():
+        for name, adapter in adapters_of(layer).items():
             delta = adapter.on(path, getattr(layer, name)[...])
             within = f"{path}/{adapter_of(name)}".lstrip("/")
             found[within] = to_host(delta.per_matrix(_mean_magnitude))

@@ -1,25 +1,19 @@
-"""Flax NNX layers with an adapter inside: variables, layouts and the adapted call.
+"""Flax NNX layers with an adapter inside: variables, layouts, and what fits a layer.
 
 An adapted layer is an instance of a subclass of its own class: it keeps its variables,
 their names and its arithmetic, and gains an `adapter`. Its weight and whatever else
 does not train are `Frozen`, its factors are `Factor`, its budgets `Budget`.
 """
 
-import copyreg
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.errors import TraceContextError
 from jaxtyping import Array, PRNGKeyArray
 
 from snella_jax.config import Rule
-from snella_jax.contraction import dot_general
-from snella_jax.dense import adapted
 from snella_jax.kernels import Factors
 from snella_jax.layout import Layout
 from snella_jax.weight import AdaptedWeight, Site, Start
@@ -134,110 +128,17 @@ class Adapter(nnx.Module):
 
 
 class AdaptedLayer(nnx.Module):
-    """Mixin for the class of an adapted layer: it computes with `w0 + delta`.
+    """Marks the class of an adapted layer: it computes with `w0 + delta`.
 
-    The adapter of a weight `kernel` is called `adapter`, that of a weight `w`
-    `w_adapter`.
+    It has no attributes, for the layer may have some of any name. The adapter of a
+    weight `kernel` is called `adapter`, that of a weight `w` `w_adapter`.
     """
 
-    def adapters(self) -> dict[str, Adapter]:
-        """The adapters of this layer, by name of their weight."""
-        names = sorted(k for k, v in vars(self).items() if isinstance(v, Adapter))
-        return {weight_of(name): getattr(self, name) for name in names}
 
-    def stand_in(self, **changes: Any) -> Any:
-        """Returns the plain layer without adapters, with some attributes replaced."""
-        layer = object.__new__(plain_class(type(self)))
-        own = {k: v for k, v in vars(self).items() if not isinstance(v, Adapter)}
-        vars(layer).update(own, **changes)
-        return layer
-
-    def run(
-        self, call: Callable, weights: dict[str, Array], *args: Any, **kwargs: Any
-    ) -> tuple[Any, nnx.State]:
-        """Calls a function of the plain layer with other weights.
-
-        Returns:
-          What the call returns; and what it has moved: random streams, running
-          statistics, caches, what it has sown.
-
-        Raises:
-          ValueError: it changes the state of something that it was given.
-        """
-        params = {name: nnx.Param(value) for name, value in weights.items()}
-        layer = nnx.clone(self.stand_in(**params))
-        before = {id(v.get_raw_value()) for _, v in _moving(layer)}
-        try:
-            result = call(layer, *args, **kwargs)
-        except TraceContextError as error:
-            raise ValueError(
-                f"{type(layer).__name__} has an adapter, and its call changes state "
-                f"outside it ({error}). The call is made again on the way back, and "
-                "would change it twice: take the layer out of the targets."
-            ) from error
-        new = [(p, v) for p, v in _moving(layer) if id(v.get_raw_value()) not in before]
-        return result, nnx.from_flat_state(new)
-
-
-class Adapted(AdaptedLayer):
-    """Mixin for Flax's layers and subclasses of them."""
-
-    adapter: Adapter
-    kernel: nnx.Variable
-    bias: nnx.Variable | None
-    dtype: Any
-
-    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Any:
-        """What the plain layer computes, with the update; same arguments and results.
-
-        Raises:
-          ValueError: its kernel is that of a whole stack, or as `run`.
-        """
-        adapter, rule = self.adapter, self.adapter.rule
-        call = plain_class(type(self)).__call__
-        weight, bias = self.kernel[...], self.bias
-        adapter.check_called(weight)
-        usual = getattr(self, "dot_general", None) is jax.lax.dot_general
-        ours = {"dot_general": dot_general} if usual else {}
-
-        def op(x: Array, w: Array, **changes: Any) -> Any:
-            # The layer's own call on a stand-in with another weight: its precision,
-            # padding, bias and einsum stay its own business.
-            if call not in STOCK:
-                return self.run(call, {"kernel": w}, x, *args, **kwargs)
-            layer = self.stand_in(kernel=nnx.Param(w), **ours, **changes)
-            return call(layer, x, *args, **kwargs)
-
-        operands = (inputs, weight) if bias is None else (inputs, weight, bias[...])
-        dtype = self.dtype or jnp.result_type(*operands)
-        result = adapted(
-            op,
-            adapter.site.layout,
-            update_op=functools.partial(op, bias=None, use_bias=False),
-        )(
-            inputs.astype(dtype),
-            weight,
-            adapter.factors(),
-            adapter.budget[...],
-            kernel=adapter.site.kernel,
-            gate=rule.gate,
-            path=rule.path,
-            dropout=rule.dropout,
-            drop_path=rule.drop_path,
-            key=adapter.training_key(),
-        )
-        return result if call in STOCK else moved(self, *result)
-
-
-def _moving(layer: nnx.Module) -> Any:
-    return nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.Any(nnx.Param, Frozen))))
-
-
-def moved(layer: nnx.Module, result: Any, state: nnx.State) -> Any:
-    """Puts the state that a call moved into the layer, and returns its result."""
-    if state:
-        nnx.update(layer, state)
-    return result
+def adapters_of(layer: AdaptedLayer) -> dict[str, Adapter]:
+    """The adapters of a layer, by name of their weight."""
+    names = sorted(k for k, v in vars(layer).items() if isinstance(v, Adapter))
+    return {weight_of(name): getattr(layer, name) for name in names}
 
 
 def weight_of(adapter: str) -> str:
@@ -252,50 +153,6 @@ def weight_of(adapter: str) -> str:
 def adapter_of(weight: str) -> str:
     """The name of the adapter beside a weight of this name."""
     return "adapter" if weight == "kernel" else f"{weight}_adapter"
-
-
-class _Mixed(type(nnx.Module)):
-    """Metaclass of mixed classes: they pickle as the classes they are made of."""
-
-
-def _mixed_again(cls: Any) -> tuple[Callable, tuple]:
-    return mixed_class, cls.mixed_from
-
-
-copyreg.pickle(_Mixed, _mixed_again)
-
-
-@functools.cache
-def mixed_class(mixin: Any, cls: type, *weights: str) -> type:
-    """The subclass of a layer's class with `mixin` in front, made once.
-
-    Args:
-      mixin: a module's class.
-      cls: of the layer.
-      weights: names, for a mixin whose `methods(cls, weights)` gives further ones.
-    """
-    own = {"__doc__": cls.__doc__, "mixed_from": (mixin, cls, *weights)}
-    if weights:
-        own |= mixin.methods(cls, weights)
-    meta = _Mixed
-    if not issubclass(meta, type(cls)):  # a metaclass of the user's own
-        meta = type("_Mixed", (_Mixed, type(cls)), {})
-        copyreg.pickle(meta, _mixed_again)
-    return meta(f"{mixin.__name__}{cls.__name__}", (mixin, cls), own)
-
-
-def plain_class(cls: Any) -> type:
-    """The layer's class that `mixed_class` was given."""
-    return cls.mixed_from[1]
-
-
-def become(node: nnx.Module | nnx.Variable, cls: type) -> None:
-    """Changes the class of a module or variable in place.
-
-    Whoever holds the object, by whatever path, then holds the adapted or frozen one, so
-    modules that are shared need no bookkeeping.
-    """
-    object.__setattr__(node, "__class__", cls)
 
 
 def check_layer(layer: Any, rule: Rule, own: bool = False) -> None:

@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from flax.core import lift
 from flax.linen.transforms import lift_direct_transform
@@ -25,6 +23,7 @@ from snella_jax.dtypes import wider
 from snella_jax.kernels import Factors
 from snella_jax.linen_layers import STOCK, positions
 from snella_jax.linen_trace import ADAPTABLE
+from snella_jax.recompute import Arrays
 from snella_jax.trees import COUNTS, Key, name_of
 from snella_jax.weight import Site
 
@@ -175,7 +174,7 @@ def _whole(
             scope_of: Any, packed: Any, groups: Any, rngs: Any, *inputs: Any
         ) -> tuple[Any, Any]:
             (variables,) = groups
-            given = _Arrays(inputs)
+            given = Arrays(inputs)
             weights = _weights(variables, held)
             if isinstance(context.module, ADAPTABLE):
                 weights = _widened(context.module, weights, given.arrays)
@@ -186,7 +185,7 @@ def _whole(
                 own = tuple(_exchanged(v, weights) for v in variables)
                 scopes = scope_of((own,), rngs)
                 result = core(scopes, *given.filled(arrays))
-                results = _Arrays((result, packed(scopes)))
+                results = Arrays((result, packed(scopes)))
                 return results.taken()
 
             arrays = adapted_call(op, updates)(given.arrays, weights, factors, budgets)
@@ -195,31 +194,6 @@ def _whole(
         return lift.pack(run, (True,), (True,), (True,))(scopes, *inputs)
 
     return lift_direct_transform(lifted, (computed,), context.module, args, kwargs)
-
-
-class _Arrays:
-    """The arrays of a tree, whose other leaves stay what they are."""
-
-    def __init__(self, tree: Any):
-        self._leaves, self._structure = jax.tree.flatten(tree)
-        self._where = [
-            i for i, x in enumerate(self._leaves) if isinstance(x, Array | np.ndarray)
-        ]
-        self.arrays = [self._leaves[i] for i in self._where]
-
-    def taken(self) -> list[Array]:
-        """The arrays, which are kept no longer: as tracers they must not outlive."""
-        arrays, self.arrays = self.arrays, []
-        for i in self._where:
-            self._leaves[i] = None
-        return arrays
-
-    def filled(self, arrays: list[Array]) -> Any:
-        """The tree with other arrays."""
-        leaves = list(self._leaves)
-        for i, array in zip(self._where, arrays, strict=True):
-            leaves[i] = array
-        return jax.tree.unflatten(self._structure, leaves)
 
 
 def _weights(tree: Any, held: Mapping[str, Held]) -> dict[str, Array]:

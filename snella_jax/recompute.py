@@ -9,7 +9,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import eval_jaxpr
+from jaxtyping import Array
+
+
+class Arrays:
+    """The arrays of a tree, whose other leaves stay what they are.
+
+    >>> tree = Arrays({"x": jnp.ones(2), "name": "fc"})
+    >>> tree.filled([jnp.zeros(2)])["name"], len(tree.arrays)
+    ('fc', 1)
+    """
+
+    def __init__(self, tree: Any, is_leaf: Callable[[Any], bool] | None = None):
+        self._leaves, self._structure = jax.tree.flatten(tree, is_leaf)
+        self._where = [
+            i for i, x in enumerate(self._leaves) if isinstance(x, Array | np.ndarray)
+        ]
+        self.arrays = [self._leaves[i] for i in self._where]
+
+    def taken(self) -> list[Array]:
+        """The arrays, which are kept no longer: as tracers they must not outlive."""
+        arrays, self.arrays = self.arrays, []
+        for i in self._where:
+            self._leaves[i] = None
+        return arrays
+
+    def filled(self, arrays: list[Array]) -> Any:
+        """The tree with other arrays."""
+        leaves = list(self._leaves)
+        for i, array in zip(self._where, arrays, strict=True):
+            leaves[i] = array
+        return jax.tree.unflatten(self._structure, leaves)
 
 
 def opened(op: Callable[[Any, Any], Any], x: Any, w: Any) -> tuple[Callable, Any]:

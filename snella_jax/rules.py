@@ -20,8 +20,9 @@ from snella_jax.layers import (
     Adapter,
     Factor,
     Frozen,
-    become,
+    adapters_of,
 )
+from snella_jax.mixed import become
 from snella_jax.weight import AdaptedWeight
 
 
@@ -179,7 +180,7 @@ def adapted_variables(
     The path of a weight that is called `kernel` is that of its layer.
     """
     for path, layer in adapted_layers(model):
-        for name, adapter in layer.adapters().items():
+        for name, adapter in adapters_of(layer).items():
             whole = path if name == "kernel" else f"{path}/{name}".lstrip("/")
             yield whole, adapter, getattr(layer, name)
 

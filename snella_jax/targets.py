@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from snella_jax.config import Rule
-from snella_jax.layers import ADAPTABLE, check_layer, layout_of
+from snella_jax.layers import ADAPTABLE, adapters_of, check_layer, layout_of
 from snella_jax.layout import Layout
 from snella_jax.own_layers import AdaptedOwn
 from snella_jax.rules import (
@@ -131,7 +131,7 @@ def layouts_of(model: nnx.Module) -> dict[str, Layout]:
     given = {}
     for path, layer in adapted_layers(model):
         if isinstance(layer, AdaptedOwn):
-            for name, adapter in layer.adapters().items():
+            for name, adapter in adapters_of(layer).items():
                 layout = adapter.site.layout
                 split = adapter.rule.split > 1
                 whole = f"{path}/{name}".lstrip("/")
