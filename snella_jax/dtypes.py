@@ -4,8 +4,10 @@ Said rather than left to JAX, which under `jax_numpy_dtype_promotion="strict"` p
 nothing by itself.
 """
 
+from collections.abc import Mapping, Sequence
+
 import jax.numpy as jnp
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike
 
 
 def at_least_float32(*dtypes: DTypeLike) -> jnp.dtype:
@@ -28,3 +30,23 @@ def wider(one: DTypeLike, other: DTypeLike) -> jnp.dtype:
     if one == other:
         return one
     return max(one, other, jnp.dtype(jnp.float32), key=lambda dtype: dtype.itemsize)
+
+
+def widened(
+    weights: Mapping[str, Array], inputs: Sequence[Array], dtype: DTypeLike | None
+) -> dict[str, Array]:
+    """Weights in what one of Flax's layers computes in, if that is wider than theirs.
+
+    An update that is lost where weights are rounded to bfloat16 is not lost there.
+
+    Args:
+      weights: by name.
+      inputs: of the layer.
+      dtype: that the layer was given, or None.
+    """
+    floats = [x for x in inputs if jnp.issubdtype(x.dtype, jnp.floating)]
+    wide = {}
+    for name, weight in weights.items():
+        meets = dtype or jnp.result_type(weight, *floats)
+        wide[name] = weight.astype(wider(weight.dtype, meets))
+    return wide

@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from snella_jax.contraction import dot_general
 from snella_jax.dense import Update, adapted, adapted_call
-from snella_jax.dtypes import wider
+from snella_jax.dtypes import widened
 from snella_jax.kernels import Factors
 from snella_jax.linen_layers import STOCK, positions
 from snella_jax.linen_trace import ADAPTABLE
@@ -177,7 +177,7 @@ def _whole(
             given = Arrays(inputs)
             weights = _weights(variables, held)
             if isinstance(context.module, ADAPTABLE):
-                weights = _widened(context.module, weights, given.arrays)
+                weights = widened(weights, given.arrays, context.module.dtype)
             results = given
 
             def op(arrays: list[Array], weights: dict[str, Array]) -> Any:
@@ -206,21 +206,6 @@ def _weights(tree: Any, held: Mapping[str, Held]) -> dict[str, Array]:
         elif isinstance(child, Mapping | tuple):
             found |= _weights(child, held)
     return found
-
-
-def _widened(
-    layer: Any, weights: dict[str, Array], inputs: list[Array]
-) -> dict[str, Array]:
-    """Weights in what one of Flax's layers computes in, if that is wider than theirs.
-
-    An update that is lost where weights are rounded to bfloat16 is not lost there.
-    """
-    floats = [x for x in inputs if jnp.issubdtype(x.dtype, jnp.floating)]
-    wide = {}
-    for name, weight in weights.items():
-        dtype = layer.dtype or jnp.result_type(weight, *floats)
-        wide[name] = weight.astype(wider(weight.dtype, dtype))
-    return wide
 
 
 def _exchanged(tree: Any, weights: Mapping[str, Array]) -> Any:

@@ -25,12 +25,12 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array
 
 from snella_jax.dense import Update, adapted_call, summed
+from snella_jax.dtypes import widened
 from snella_jax.layers import ADAPTABLE, AdaptedLayer, Frozen, adapters_of
 from snella_jax.mixed import plain_class
 from snella_jax.recompute import Arrays
@@ -71,7 +71,7 @@ def called(layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> A
         adapter.check_called(weights[name])
     given = Arrays((args, kwargs), _is_graph)
     if isinstance(layer, ADAPTABLE):
-        weights = _widened(layer, weights, given.arrays)
+        weights = widened(weights, given.arrays, layer.dtype)
     made = given
 
     def op(arrays: list[Array], weights: dict[str, Array]) -> list[Array]:
@@ -155,21 +155,6 @@ def stand_in(layer: Any, **changes: Any) -> Any:
 
 def _moving(layer: nnx.Module) -> Any:
     return nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.Any(nnx.Param, Frozen))))
-
-
-def _widened(
-    layer: Any, weights: dict[str, Array], inputs: list[Array]
-) -> dict[str, Array]:
-    """Weights in what one of Flax's layers computes in, if that is wider than theirs.
-
-    An update that is lost where weights are rounded to bfloat16 is not lost there.
-    """
-    floats = [x for x in inputs if jnp.issubdtype(x.dtype, jnp.floating)]
-    wide = {}
-    for name, weight in weights.items():
-        dtype = layer.dtype or jnp.result_type(weight, *floats)
-        wide[name] = weight.astype(jnp.promote_types(weight.dtype, dtype))
-    return wide
 
 
 def _adapted(value: Any, reads: bool) -> Any:
