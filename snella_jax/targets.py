@@ -203,10 +203,11 @@ def is_weight(path: str, shape: tuple[int, ...], dtype: Any, layer: Any) -> bool
 def is_added(name: str) -> bool:
     """Whether a parameter of this name is added, looked up, or scales channels.
 
-    >>> is_added("pos_embedding"), is_added("layer_scale1"), is_added("kernel")
+    >>> is_added("pos_embedding"), is_added("layer_scale1"), is_added("pos_proj")
     (True, True, False)
     """
-    return any(map(NO_WEIGHT.fullmatch, _words(name)))
+    *_, last = words = ["", *_words(name)]
+    return any(map(NO_WEIGHT.fullmatch, words)) and not PRODUCT.fullmatch(last)
 
 
 def _words(name: str) -> list[str]:
@@ -217,12 +218,14 @@ def _words(name: str) -> list[str]:
 NO_WEIGHT = re.compile(
     "bias(es)?|beta|scale|gamma|norm|ln|emb|embed(dings?)?|pos|positions?|positional"
     "|posemb|posembed|relpos|tokens?|cls|latents?|probe|prompts?|table|mean|var"
-    "|temperature"
+    "|temperature|wte|wpe"
 )
+# of those that multiply whatever they are called besides,
+PRODUCT = re.compile("proj(ection)?|einsum|linear|dense|matrix|mix(er|ing)?")
 # and of those that multiply.
 WEIGHT = re.compile(
-    "w[kqvo]?|weights?|kernels?|matrix|proj(ection)?|einsum|linear|dense|query|key"
-    "|value|out|q?kv|up|down|gate|experts?"
+    f"{PRODUCT.pattern}|w[iokqvud]*|weights?|kernels?|query|key|value|out|[qkv]{{2,3}}"
+    "|up|down|gate|experts?|router|fc|ff|ffn|mlp|conv|heads?|lora"
 )
 
 

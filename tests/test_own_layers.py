@@ -113,6 +113,7 @@ class Mixed(nnx.Module):
         self.cls_token = nnx.Param(jnp.ones((1, 3, 6)))
         self.pos_embed = nnx.Param(jnp.ones((5, 6)))
         self.queries = nnx.Param(jnp.ones((5, 6)))
+        self.wte = nnx.Param(jnp.ones((5, 6)))
         self.relative_position_bias_table = nnx.Param(jnp.ones((9, 2)))
         self.layer_scale = nnx.Param(jnp.ones((2, 6)))
         self.embed = nnx.Embed(5, 6, rngs=rngs)
@@ -157,6 +158,12 @@ def with_weight(path, weight, rngs=None):
         ("own/deep/kernel", (6, 2, 8), r"fc|own/.*"),
         ("w_gate", (6, 8), ".*"),
         ("gating_einsum", (2, 6, 8), ".*"),
+        ("wi_0", (6, 8), ".*"),
+        ("wqkv", (6, 8), ".*"),
+        ("fc1", (6, 8), ".*"),
+        ("router", (6, 8), ".*"),
+        ("pos_proj", (6, 8), ".*"),
+        ("token_mixer", (6, 8), ".*"),
     ],
 )
 def test_a_weight_that_would_be_left_out_is_named(path, shape, targets):
