@@ -1,22 +1,22 @@
 """The rest of a base: what neither has an adapter nor trains, and whether it is that.
 
 Names, shapes and stacking may differ between a file and a model, so weights are
-compared one by one where name and shape are the same, and the others by the numbers
-that they hold together, in whatever order.
+compared one by one where name and shape are the same, by rows where one side stacks
+them, and the others by the numbers that they hold together, in whatever order.
 """
 
 import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snella_jax.fingerprint import Fingerprint, dtype_of, total
+from snella_jax.fingerprint import Fingerprint, are_rows, dtype_of, total
 from snella_jax.models.arithmetic import POSITIONS
 
 log = logging.getLogger("snella_jax")
@@ -118,8 +118,12 @@ def differences(
         for name, own in (ours | extra).items()
         if name in everything and own.shape == np.shape(everything[name])
     }
+    restacked, gone = _restacked(
+        *({k: v for k, v in kind.items() if k not in named} for kind in (ours, theirs))
+    )
+    named |= restacked
     left, more, right, spare = (
-        {name: value for name, value in kind.items() if name not in named}
+        {k: v for k, v in kind.items() if k not in named and k not in gone}
         for kind in (ours, extra, theirs, spare)
     )
     pools = [(left, right)]
@@ -134,6 +138,41 @@ def differences(
         if not agrees
     ]
     return problems if same else [*problems, _unlike(left, right, sides)]
+
+
+def _restacked(
+    known: Mapping[str, Fingerprint], found: Mapping[str, Any]
+) -> tuple[dict[str, bool], set[str]]:
+    """Weights that are stacked on one side alone: whether their rows are the same.
+
+    `blocks/fc/bias` is then `blocks/0/fc/bias`, ... on the other side.
+
+    Returns:
+      That, by names of stacks; and the names of rows.
+    """
+    agrees: dict[str, bool] = {}
+    gone: set[str] = set()
+    for stacks, others in ((known, found), (found, known)):
+        for name, stack in stacks.items():
+            count, *shape = np.shape(stack) or (0,)
+            for rows in _rows_of(name, count) if shape else ():
+                own: Any = [others[row] for row in rows if row in others]
+                if len(own) < count or any(np.shape(x) != tuple(shape) for x in own):
+                    continue
+                of_file = isinstance(stack, Fingerprint)
+                agrees[name] = (
+                    stack.is_stack_of(own) if of_file else are_rows(own, stack)
+                )
+                gone |= {*rows}
+    return agrees, gone
+
+
+def _rows_of(name: str, count: int) -> Iterator[list[str]]:
+    """What the rows of a stack may be called: an index behind or in its path."""
+    yield [f"{name}[{i}]" for i in range(count)]
+    parts = name.split("/")
+    for k in range(len(parts) if count else 0):
+        yield ["/".join([*parts[:k], str(i), *parts[k:]]) for i in range(count)]
 
 
 def variables_at(path: str) -> tuple[str, str]:

@@ -86,6 +86,18 @@ class Fingerprint:
         found = total(value, dtype, _in_order(self.shape))
         return int(found) == self.places[str(dtype)]
 
+    def is_stack_of(self, rows: Sequence[Any]) -> bool:
+        """Whether it is of these arrays of one shape, stacked along a new axis 0."""
+        found = np.uint64(0)
+        for index, row in enumerate(rows):
+            own = dtype_of(row)
+            if not self.comparable(own):
+                return False
+            first, *others = _in_order(np.shape(row))
+            places = [first + index * math.prod(np.shape(row)), *others]
+            found = np.add(found, total(row, self.dtype_for(own), places))
+        return int(found) == self.places[str(self.dtype_for(dtype_of(rows[0])))]
+
     def comparable(self, own: np.dtype) -> bool:
         """Whether rounding may lie between this and an array of dtype `own`."""
         return str(own) == self.dtype or (
@@ -214,6 +226,21 @@ def dtype_of(value: Any) -> np.dtype:
     """Of an array or a number, in the machine's byte order."""
     own = value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
     return np.dtype(own).newbyteorder("=")
+
+
+def are_rows(rows: Sequence[Fingerprint], value: Any) -> bool:
+    """Whether fingerprints are, in their order, those of an array's rows."""
+    own, shape = dtype_of(value), np.shape(value)
+    if not all(row.comparable(own) for row in rows):
+        return False
+    sums = {
+        dtype: total(value, dtype, _in_order(shape[1:]), (0,))
+        for dtype in {row.dtype_for(own) for row in rows}
+    }
+    return all(
+        int(sums[row.dtype_for(own)][i]) == row.places[str(row.dtype_for(own))]
+        for i, row in enumerate(rows)
+    )
 
 
 def as_hex(sums: Mapping[str, int]) -> dict[str, str]:

@@ -195,15 +195,35 @@ def test_a_base_is_known_by_its_rounding(dtype, names, tmp_path):
     refused(lambda: load(near, "wide"), "numbers")
 
 
-def test_unstacked_models_are_compared_by_their_numbers(saved):
-    unstacked = models.unstack(small())
-    snella.load(unstacked, saved, rename=UNSTACK)
-    for path in ("blocks/1/mlp/fc1/bias", "blocks/0/norm2/scale"):
-        other = nudged(unstacked, path)
-        message = r"does not hold the same numbers: \d+ in the file \(blocks/"
-        refused(lambda o=other: snella.load(o, saved, rename=UNSTACK), message)
-    other = nudged(unstacked, "norm/bias")
-    refused(lambda: snella.load(other, saved, rename=UNSTACK), "norm/bias: its numbers")
+def swapped(model, path):
+    """The rows of a stack in the other order, or those of two blocks exchanged."""
+    model = nnx.clone(model)
+    variables = dict(variables_of(model, nnx.Variable))
+    if path in variables:
+        variables[path][...] = variables[path][::-1]
+        return model
+    one, other = (variables[path.replace("blocks", f"blocks/{i}")] for i in (0, 1))
+    one[...], other[...] = other[...], one[...]
+    return model
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["unstacked", "stacked"])
+def test_rows_of_stacks_are_compared_with_blocks_of_their_own(stacked, tmp_path):
+    """An adapter of a stacked base, for one that is not; and the other way round."""
+    one, other = small(), models.unstack(small())
+    rename, rows = UNSTACK, "blocks/1"
+    if stacked:
+        one, other = other, one
+        rename, rows = {r"blocks/(\d+)/(.*)": r"blocks/\2[\1]"}, "blocks"
+    snella.save(snella.adapt(one, CONFIG, rngs=nnx.Rngs(1)), tmp_path / "a")
+    snella.load(other, tmp_path / "a", rename=rename)
+    wrong = {
+        name: nudged(other, f"{rows}/{name}")
+        for name in ("mlp/fc2/bias", "norm2/scale")
+    } | {name: swapped(other, f"blocks/{name}") for name in ("norm1/bias",)}
+    for name, model in wrong.items():
+        with pytest.raises(snella.CheckpointError, match=f"blocks/{name}: its numbers"):
+            snella.load(model, tmp_path / "a", rename=rename)
 
 
 @pytest.mark.parametrize("shapes", [((8, 12), (4, 16)), ((16, 8), (8, 16))])
