@@ -1,6 +1,7 @@
 """Layers of one's own compute with their updates, however their code is written."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +177,7 @@ class Attending(nnx.Linear):
 
 
 class Keyword(nnx.Linear):
-    def __call__(self, *, x, factor=2):
+    def __call__(self, x, factor=2) -> Any:
         return super().__call__(x) * factor, factor
 
 
