@@ -198,8 +198,9 @@ class Dataflow:
         self, eqn: JaxprEqn, operands: list[Origin], regions: frozenset[int]
     ) -> list[Origin]:
         body = eqn.params["jaxpr"].jaxpr
-        first, carried = eqn.params["num_consts"], eqn.params["num_carry"]
-        last = first + carried
+        # What is scanned has an axis more outside; how JAX says which varies.
+        last = len(operands) - _scanned(eqn.invars, body.invars)
+        first = last - (len(eqn.outvars) - _scanned(eqn.outvars, body.outvars))
         rows = [dataclasses.replace(o, axes=o.axes and o.axes[1:]) for o in operands]
         own = operands[:last] + rows[last:]
         return self._loop(body, own, slice(first, last), regions)
@@ -241,6 +242,12 @@ class Dataflow:
         ]
         live = operands[0].live
         return [dataclasses.replace(o, live=o.live or live) for o in made]
+
+
+def _scanned(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many of a scan's operands or results are stacked over its steps."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(x.aval.shape) > len(y.aval.shape) for x, y in pairs)
 
 
 def _argument(argument: Any, ndim: int) -> Origin:
