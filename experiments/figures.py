@@ -64,8 +64,8 @@ def curves(path: Path, methods: dict[str, list[dict[str, Any]]], task: str) -> N
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for title, rows in methods.items():
-        left.plot([r["epoch"] for r in rows], [r["train_loss"] for r in rows],
-                  marker=".", label=title)  # fmt: skip
+        known = [(r["epoch"], r["train_loss"]) for r in rows if "train_loss" in r]
+        left.plot(*zip(*known, strict=True), marker=".", label=title)
         for key, style in (("val_accuracy", "-"), ("test_accuracy", "--")):
             known = [(r["epoch"], 100 * r[key]) for r in rows if key in r]
             if known:
