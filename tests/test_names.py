@@ -95,6 +95,14 @@ def test_what_a_font_lacks_is_drawn_without_a_word(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+def test_no_checkpoint_lies_where_tensorstore_would_name_it_otherwise(monkeypatch):
+    """Under ISO-8859-1 a folder called é is another for what opens it as UTF-8."""
+    here = pathlib.Path("/runs/é")
+    assert not paths.is_unreadable(here)
+    monkeypatch.setattr(os, "fsencode", lambda text: str(text).encode("latin-1"))
+    assert paths.is_unreadable(here) and not paths.is_unreadable(here.parent)
+
+
 @pytest.mark.parametrize("text", ["$5 to $9", "a$b", r"\$ and $", "$", "$$", "%_^$x$"])
 def test_text_is_drawn_as_it_is(text):
     figure = plt.figure()
