@@ -155,7 +155,8 @@ def _same_inputs(setting: Setting, begun: bool) -> None:
     path, now = setting.out / "inputs.json", setting.inputs
     known = folder.read(path)
     if known is None:
-        _check_decay(setting)
+        if begun:
+            _check_decay(setting)
         folder.write(path, now)
         if begun:
             setting.console.print(

@@ -122,7 +122,7 @@ def test_what_began_without_decay_does_not_end_with_it(
     """But what is finished stays, and so do folders that know what they began with."""
     (tmp_path / begun).mkdir(parents=True)
     config = dataclasses.replace(RunConfig(methods=("lora", method)), **change)
-    inputs = {"data": {}, "weights": {}}
+    inputs = {"data": {}, "classes": 2, "weights": {}}
     setting = SimpleNamespace(
         config=config, out=tmp_path, inputs=inputs, console=Console(quiet=True)
     )
