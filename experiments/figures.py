@@ -1,6 +1,7 @@
 """Pictures of a run."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ def curves(path: Path, methods: dict[str, list[dict[str, Any]]], task: str) -> N
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for title, rows in methods.items():
-        left.plot([r["epoch"] for r in rows], [r["train_loss"] for r in rows],
-                  marker=".", label=title)  # fmt: skip
+        known = [(r["epoch"], r["train_loss"]) for r in rows if "train_loss" in r]
+        left.plot(*zip(*known, strict=True), marker=".", label=title)
         for key, style in (("val_accuracy", "-"), ("test_accuracy", "--")):
             known = [(r["epoch"], 100 * r[key]) for r in rows if key in r]
             if known:
@@ -185,8 +186,10 @@ def frozen_features(path: Path, result: dict[str, Any]) -> None:
     save(figure, path)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = 130) -> None:
     """Writes a PNG and forgets the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with warnings.catch_warnings():  # of names in letters that the font draws as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(path, dpi=dpi)
     plt.close(figure)

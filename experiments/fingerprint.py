@@ -47,30 +47,42 @@ def of_files(paths: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-def of(splits: dict[str, Any], weights: Sequence[Path]) -> Inputs:
+def of(splits: dict[str, Any], classes: int, weights: Sequence[Path]) -> Inputs:
     """What `inputs.json` holds.
 
     Args:
       splits: what `of_split` gives, by split.
+      classes: of the task, which may be more than the labels show.
       weights: the files that the base is read from.
     """
-    return {"data": splits, "weights": of_files(weights), "pillow": PIL.__version__}
+    return {
+        "data": splits,
+        "classes": classes,
+        "weights": of_files(weights),
+        "pillow": PIL.__version__,
+    }
 
 
 def differences(known: Inputs, now: Inputs) -> list[str]:
     """What is not as it was, to print.
 
     >>> images = {"images": 2, "sha256": "ab", "in_any_order": "b"}
-    >>> known = {"data": {"train": images}, "weights": {}}
-    >>> now = {"data": {"train": images | {"sha256": "ba"}}, "weights": {}}
-    >>> differences(known, now)
-    ['the data of train differ (the same images in another order)']
+    >>> known = {"data": {"train": images}, "classes": 2, "weights": {}}
+    >>> now = known | {"data": {"train": images | {"sha256": "ba"}}, "classes": 3}
+    >>> for text in differences(known, now):
+    ...     print(text)
+    the data of train differ (the same images in another order)
+    the classes differ (2 then, 3 now)
     """
     found = [
         f"the data of {split} differ ({_how(known['data'][split], own)})"
         for split, own in now["data"].items()
         if own != known["data"][split]
     ]
+    if known["classes"] != now["classes"]:
+        found.append(
+            f"the classes differ ({known['classes']} then, {now['classes']} now)"
+        )
     before, after = known["weights"], now["weights"]
     other = [f for f in before.keys() | after.keys() if before.get(f) != after.get(f)]
     if before and after and other:  # none: random ones, of a control

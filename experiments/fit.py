@@ -62,7 +62,7 @@ class Setting:
         splits = self.task.fingerprint
         if splits is None:
             raise ValueError(f"{self.task.name} was not looked at by check.checked.")
-        return fingerprint.of(splits, models.files(self.config))
+        return fingerprint.of(splits, self.task.classes, models.files(self.config))
 
     @property
     def followed(self) -> str | None:

@@ -27,7 +27,8 @@ def log(out: Path, row: dict[str, Any]) -> None:
 
 def of(out: Path, method: str) -> list[dict[str, Any]]:
     """The rows that are there of a method that is trained by steps, by epoch."""
-    rows = {row["epoch"]: row for row in _read(out) if row["method"] == method}
+    own = (row for row in _read(out) if row["method"] == method and "epoch" in row)
+    rows = {row["epoch"]: row for row in own}
     return [rows[epoch] for epoch in sorted(rows)]
 
 
@@ -52,8 +53,9 @@ def keep(out: Path, method: str, epochs: int) -> None:
 
 
 def median(rows: list[dict[str, Any]], name: str) -> float | None:
-    """Of a value over the rows; None where there are none."""
-    return float(np.median([row[name] for row in rows])) if rows else None
+    """Of a value over the rows that have it; None where there are none."""
+    values = [row[name] for row in rows if name in row]
+    return float(np.median(values)) if values else None
 
 
 class Tracker:
@@ -133,4 +135,4 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     whole = isinstance(row, dict) and "method" in row
-    return row if whole else None
+    return row if whole and isinstance(row.get("epoch", 1), int) else None

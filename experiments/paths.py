@@ -8,8 +8,8 @@ from typing import Annotated
 import jax
 from tyro.constructors import PrimitiveConstructorSpec
 
-# Orbax takes these for patterns, separators and URLs, TensorStore wants UTF-8.
-UNREADABLE = re.compile(r"[*?\[\\\ud800-\udfff]|:(?=/|$)")
+# Orbax takes these for patterns, separators and URLs.
+UNREADABLE = re.compile(r"[*?\[\\]|:(?=/|$)")
 DEEPEST = 400  # bytes; the longest path below a run folder is shorter
 
 
@@ -19,7 +19,21 @@ def at_home(path: str | Path) -> Path:
     >>> at_home("runs/~").as_posix()
     'runs/~'
     """
-    return Path(os.path.expanduser(path))
+    text = os.path.expanduser(path)
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # of a file in UTF-8, in a locale of another encoding
+        return written(text)
+    return Path(text)
+
+
+def written(text: str) -> Path:
+    """The path that a text in UTF-8 names, whatever the locale's encoding.
+
+    >>> written("images/ü.png").name
+    'ü.png'
+    """
+    return Path(os.fsdecode(text.encode("utf-8", "surrogateescape")))
 
 
 Given = Annotated[
@@ -72,7 +86,9 @@ def shortened(name: str, room: int) -> str:
 
 def is_unreadable(path: Path) -> bool:
     """Whether Orbax would write into a folder what it cannot read again."""
-    return bool(UNREADABLE.search("/".join(path.absolute().parts[1:])))
+    text = "/".join(path.absolute().parts[1:])
+    as_utf_8 = text.encode("utf-8", "surrogatepass")  # as TensorStore opens it
+    return bool(UNREADABLE.search(text)) or os.fsencode(text) != as_utf_8
 
 
 def _limit(folder: Path, which: str) -> int:

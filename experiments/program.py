@@ -29,7 +29,8 @@ def main(
     if resumed is not None and (resumed / suite.FILE).exists():
         return suite.resume(resumed, console)
     if resumed is not None:
-        words = [f"--config={resumed / 'config.json'}", f"--out={resumed}"]
+        here = resumed.absolute()  # one called ~ or None would be taken for another
+        words = [f"--config={here / 'config.json'}", f"--out={here}"]
     elif _names(words, suite_name):
         tasks = {name: presets[name] for name in SUITES[suite_name]}
         found = suite.of(program, tasks, suite_name, words)

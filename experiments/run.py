@@ -9,7 +9,15 @@ from rich.table import Table
 
 import snella_jax as snella
 from experiments import config as configs
-from experiments import evaluation, figures, fingerprint, folder, metrics, search
+from experiments import (
+    evaluation,
+    figures,
+    fingerprint,
+    finished,
+    folder,
+    metrics,
+    search,
+)
 from experiments.fit import TEST, VAL, Fitted, Setting
 from experiments.methods import linear_probe
 from experiments.methods.trained import METHODS, Name
@@ -126,7 +134,8 @@ def begin(setting: Setting) -> dict[str, Any]:
     """Writes what runs and on what, or reads what began; gives the environment.
 
     Raises:
-      MismatchError: what began in the folder has other settings, data or weights.
+      MismatchError: what began in the folder has other settings, data or weights, or
+        a method in its midst that trained otherwise then.
     """
     config, path = setting.config, setting.out / "config.json"
     known = folder.read(path)
@@ -146,6 +155,8 @@ def _same_inputs(setting: Setting, begun: bool) -> None:
     path, now = setting.out / "inputs.json", setting.inputs
     known = folder.read(path)
     if known is None:
+        if begun:
+            _check_decay(setting)
         folder.write(path, now)
         if begun:
             setting.console.print(
@@ -159,6 +170,28 @@ def _same_inputs(setting: Setting, begun: bool) -> None:
             f"{setting.out} was begun with others: {'; '.join(found)}. It goes on only "
             "with what it began with; with these, begin another run."
         )
+
+
+def _check_decay(setting: Setting) -> None:
+    """Raises where a method would end with decay that began without it.
+
+    A folder without fingerprints may be from before LoRA's factors decayed in all.
+    """
+    config, out = setting.config, setting.out
+    done = folder.read(out / "results.json") or {}
+    for method in finished.UNDECAYED:
+        tried = config.grid.weight_decays if config.search else ()
+        decays = any((getattr(config, method).weight_decay, *tried))
+        if method not in config.methods or method in done or not decays:
+            continue
+        # NOAH's supernet has checkpoints of its own.
+        left = f"checkpoints/{method}*/[0-9]*", f"search/{method}"
+        if any(found for pattern in left for found in out.glob(pattern)):
+            raise folder.MismatchError(
+                f"{TITLES[method]} began in {out} when weight decay did not reach its "
+                "LoRA factors, and would end with it: expected a folder in which it "
+                "has not begun, or is finished. Begin another run."
+            )
 
 
 def _result(method: Literal["linear"] | Name, setting: Setting) -> Result:

@@ -21,24 +21,28 @@ copyreg.pickle(_Mixed, _mixed_again)
 
 @functools.cache
 def mixed_class(mixin: Any, cls: type, *weights: str) -> type:
-    """The subclass of a layer's class that is marked as `mixin`, made once.
+    """The subclass of a layer's class with `mixin`, made once.
 
-    The layer's class comes first among its bases, so that instances of the one may
-    become the other's, whatever else the layer inherits from.
+    A mixin that has `methods` is behind the layer's class, so that instances of the one
+    may become the other's, whatever else the layer inherits from; another is in front.
 
     Args:
-      mixin: a module's class without attributes; `mixin.methods(cls, weights)` gives
+      mixin: a module's class; `mixin.methods(cls, weights)`, where it has that, gives
         those of the new class.
       cls: of the layer.
       weights: names of those that are adapted.
     """
     own = {"__doc__": cls.__doc__, "mixed_from": (mixin, cls, *weights)}
-    own |= mixin.methods(cls, weights)
+    if hasattr(mixin, "methods"):
+        own |= mixin.methods(cls, weights)
+        bases = cls, mixin
+    else:
+        bases = mixin, cls
     meta = _Mixed
     if not issubclass(meta, type(cls)):  # a metaclass of the user's own
         meta = type("_Mixed", (_Mixed, type(cls)), {})
         copyreg.pickle(meta, _mixed_again)
-    return meta(f"{mixin.__name__}{cls.__name__}", (cls, mixin), own)
+    return meta(f"{mixin.__name__}{cls.__name__}", bases, own)
 
 
 def plain_class(cls: Any) -> type:

@@ -24,6 +24,7 @@ warnings.filterwarnings(
 )
 from pathlib import Path
 from experiments import folder, report, vtab
+from experiments.data import catalogue
 from snella_jax.models.loading import read_json
 
 assert locale.getencoding() != "utf-8", locale.getencoding()
@@ -32,6 +33,12 @@ for file in ("results.json", "summary.json"):
     Path("run", file).unlink()
 vtab.main(["--resume", "run"])
 report.main(["run", "--out", "report"])
+for name in ("table.csv", "lists"):
+    task = catalogue.load(name)
+    assert [part[1]["label"] for part in (task.train, task.validation, task.test)] == [
+        1, 1, 1
+    ]
+assert catalogue.load(folder.read(Path("task.json"))).name == task.name
 (model,) = Path("weights").iterdir()
 print(ascii(read_json(model / "config.json")["id2label"]))
 folder.replace(Path("dash.md"), "\u2013\n")
@@ -85,6 +92,16 @@ def test_a_run_is_the_same_where_the_locale_is_not_utf_8(tmp_path):
     config["id2label"] = dict.fromkeys(config["id2label"], "ü猫")
     text = json.dumps(config, ensure_ascii=False)
     (model / "config.json").write_text(text, "utf-8")
+    table = ["path,label,split"]
+    (tmp_path / "lists").mkdir()
+    for part, file in (("train", "train800"), ("val", "val200"), ("test", "test")):
+        images = [f"{name}/{part}/{kind}/0.png" for kind in ("dark", "light")]
+        table += [f"{image},{label},{part}" for label, image in enumerate(images)]
+        lines = [f"../{image} {label}" for label, image in enumerate(images)]
+        (tmp_path / f"lists/{file}.txt").write_text("\n".join(lines), "utf-8")
+    (tmp_path / "table.csv").write_text("\n".join(table), "utf-8")
+    task = json.dumps(f"{name}/../lists")
+    (tmp_path / "task.json").write_text(task, "utf-8")
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     options = ["-X", "warn_default_encoding", "-c", PROGRAM]
     words = pictures.words(name, "--methods=lora", "--epochs=1", "--out=run")

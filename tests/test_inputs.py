@@ -92,6 +92,11 @@ def move():
     pathlib.Path("held.png").rename(other)
 
 
+def name():
+    """A class without an image, whose folder is the last."""
+    pathlib.Path("pets/train/zebra").mkdir()
+
+
 def retrain():
     path = pathlib.Path("weights/pets/model.safetensors")
     tensors = load_file(path)
@@ -108,6 +113,7 @@ def retrain():
         (reorder, r"data of test differ \(the same images in another order\)\. It"),
         (remove, r"data of train differ \(8 images then, 7 now\)\. It goes"),
         (move, r"data of train differ .*; the data of validation differ"),
+        (name, r"others: the classes differ \(2 then, 3 now\)\. It goes"),
         (
             retrain,
             r"others: the base's weights differ \(model\.safetensors\)\. It goes",
@@ -254,7 +260,8 @@ def test_of_a_model_what_it_is_read_from_counts(tmp_path):
 
 def inputs(sha="a", weights=None):
     split = {"images": 2, "sha256": sha, "in_any_order": sha}
-    return {"data": {"train": split}, "weights": weights or {}, "pillow": "12"}
+    data, files = {"train": split}, weights or {}
+    return {"data": data, "classes": 2, "weights": files, "pillow": "12"}
 
 
 def test_cells_of_a_task_share_images_and_weights(tmp_path, capsys):

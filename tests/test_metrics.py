@@ -31,6 +31,7 @@ def row(epoch, method="lora", **values):
         ([row(1), row(2)[:20] + row(3), row(4), b""], [1, 4]),
         ([row(3), row(1), row(2, "snella"), b"", b"\0\0\0", b"\xff", b"7"], [1, 3]),
         ([row(1, loss=5), row(2), row(1, loss=4), b""], [1, 2]),
+        ([row(None), row("1"), row(2), b'{"method": "lora"}'], [2]),
     ],
 )
 def test_rows_that_are_whole_are_read_by_epoch(lines, epochs, tmp_path):

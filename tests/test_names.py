@@ -21,10 +21,12 @@ from experiments import (
     matrix_fitting,
     paths,
     presets,
+    program,
     report,
     showing,
     vtab,
 )
+from experiments import config as configs
 from experiments.checkpoints import Checkpoints
 from experiments.data import catalogue, check
 
@@ -86,6 +88,21 @@ def test_checkpoints_are_read_wherever_they_lie(name, tmp_path):
     assert best == 1 and (tmp_path / name / "c/1/state").is_dir()
 
 
+def test_what_a_font_lacks_is_drawn_without_a_word(tmp_path):
+    """Emoji, and control characters that names may have."""
+    rows = [{"epoch": 1, "train_loss": 1.0}]
+    figures.curves(tmp_path / "curves.png", {"LoRA": rows}, "猫 \U0001f436 \t \x1b")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_no_checkpoint_lies_where_tensorstore_would_name_it_otherwise(monkeypatch):
+    """Under ISO-8859-1 a folder called é is another for what opens it as UTF-8."""
+    here = pathlib.Path("/runs/é")
+    assert not paths.is_unreadable(here)
+    monkeypatch.setattr(os, "fsencode", lambda text: str(text).encode("latin-1"))
+    assert paths.is_unreadable(here) and not paths.is_unreadable(here.parent)
+
+
 @pytest.mark.parametrize("text", ["$5 to $9", "a$b", r"\$ and $", "$", "$$", "%_^$x$"])
 def test_text_is_drawn_as_it_is(text):
     figure = plt.figure()
@@ -139,6 +156,20 @@ def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
     pictures.draw(tmp_path / "~cats")  # nobody's home
     assert catalogue.load("~cats").name == "~cats"
     assert catalogue.load("~/~cats").name == "~cats"
+
+
+@pytest.mark.parametrize("name", ["~", "~root", "None", "-x", "--out=y"])
+def test_a_run_goes_on_in_the_folder_that_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/nowhere")
+    pathlib.Path(name).mkdir()
+    values = configs.as_dict(presets.VTAB["quickstart"].config) | {"epochs": 7}
+    (tmp_path / name / "config.json").write_text(json.dumps(values), "utf-8")
+    found = []
+    monkeypatch.setattr(command, "prepared", lambda _, config, __: config)
+    monkeypatch.setattr(program, "run", lambda config, resume: found.append(config))
+    vtab.main([f"--resume=./{name}"])
+    assert [(config.out, config.epochs) for config in found] == [(tmp_path / name, 7)]
 
 
 # What no folder can be called

@@ -1,8 +1,10 @@
 """Cells from when LoRA's factors did not decay are no seeds of later ones."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -10,11 +12,14 @@ import tiny
 from flax import nnx
 from rich.console import Console
 
-from experiments import cells, comparison, finished, report, run
+from experiments import cells, comparison, finished, folder, report, run
 from experiments.comparison import Comparison, Row, Table
 from experiments.config import RunConfig
+from experiments.run import TITLES
+from experiments.settings import Located
 
 RESULTS = Path(__file__).parents[1] / "experiments/results/comparison"
+PLAIN = Located(weight_decay=0.0)
 OLD = {"seeds": {"0": {"test_accuracy": 0.5, "trainable": 5}}, "chosen": {"lr": 1e-3}}
 
 
@@ -96,3 +101,36 @@ def test_a_result_counts_what_decays():
     assert run._decayed(tiny.CONFIG.recipe("lora"), model) == expected
     assert run._size(state) == expected + sizes["head/bias"] + sizes["cls_token"]
     assert all(leaf.ndim for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(
+    "method, begun, change, refused",
+    [
+        ("spt_lora", "checkpoints/spt_lora/3", {}, True),
+        ("noah", "checkpoints/noah/1", {}, True),
+        ("noah", "checkpoints/noah_supernet/7", {}, True),
+        ("spt_lora", "search/spt_lora", {"search": True}, True),
+        ("spt_lora", "checkpoints/lora/3", {}, False),  # its own has no epoch yet
+        ("spt_lora", "checkpoints/spt_lora", {}, False),
+        ("spt_lora", "checkpoints/spt_lora/3", {"methods": ("lora",)}, False),
+        ("spt_lora", "checkpoints/spt_lora/3", {"spt_lora": PLAIN}, False),
+    ],
+)
+def test_what_began_without_decay_does_not_end_with_it(
+    tmp_path, method, begun, change, refused
+):
+    """But what is finished stays, and so do folders that know what they began with."""
+    (tmp_path / begun).mkdir(parents=True)
+    config = dataclasses.replace(RunConfig(methods=("lora", method)), **change)
+    inputs = {"data": {}, "classes": 2, "weights": {}}
+    setting = SimpleNamespace(
+        config=config, out=tmp_path, inputs=inputs, console=Console(quiet=True)
+    )
+    if refused:
+        with pytest.raises(folder.MismatchError, match=f"{TITLES[method]} began in"):
+            run._same_inputs(setting, begun=True)
+        assert not (tmp_path / "inputs.json").exists()
+        folder.write(tmp_path / "results.json", {method: {}})
+    run._same_inputs(setting, begun=True)
+    (tmp_path / "results.json").unlink(missing_ok=True)
+    run._same_inputs(setting, begun=True)

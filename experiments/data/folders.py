@@ -21,6 +21,7 @@ from experiments.data import class_folders, lists
 from experiments.data.listed import Found, Listed, checked, real
 from experiments.data.source import Files, Rows
 from experiments.data.task import Task
+from experiments.paths import written
 
 VALIDATION = 10  # percent of the training images, where there is no validation split
 VALIDATION_SEED = 0
@@ -94,7 +95,7 @@ def from_cub(folder: Path) -> Found:
     number = {identity: i for i, identity in enumerate(ids)}
     parts: dict[str, Listed] = {"1": [], "0": []}
     for image, file in files.items():
-        path = folder / "images" / file
+        path = folder / "images" / written(file)
         if training[image] not in parts:
             table = folder / "train_test_split.txt"
             raise ValueError(f"{table}: {training[image]!r}, expected 0 or 1.")
@@ -140,7 +141,7 @@ def from_csv(path: Path) -> Found:
                 f"{path}, line {line}: split {part!r}, expected {list(parts)}."
             )
         parts[part].append(
-            (path.parent / file, number[label] if number else int(label))
+            (path.parent / written(file), number[label] if number else int(label))
         )
     if not parts["train"] or not parts["test"]:
         raise ValueError(f"{path}: expected rows of the splits train and test.")

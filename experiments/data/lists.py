@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from experiments.data.listed import Found, Listed
+from experiments.paths import written
 
 BOTH = "train800val200.txt"
 NAMED = ("train800.txt", "val200.txt", "test.txt")
@@ -61,7 +62,7 @@ def lines(path: Path) -> Listed:
             raise ValueError(
                 f"{path}, line {number}: {line!r}, expected a path and a label from 0."
             )
-        listed.append((path.parent / file[0], int(label)))
+        listed.append((path.parent / written(file[0]), int(label)))
     if not listed:
         raise ValueError(f"{path} is empty.")
     return listed

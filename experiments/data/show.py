@@ -10,14 +10,11 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from experiments import showing
+from experiments import figures, showing
 from experiments.data import catalogue, check, pipeline
 from experiments.data.task import Task
 from experiments.data.transforms import NORMALISATIONS, Transform
@@ -110,9 +107,7 @@ def sheet(path: Path, task: Task, transform: Transform, images: int, seed: int) 
         axes.set_title(showing.drawn(title), fontsize=8)
     title = f"{task.name}, training images ({transform.crop})"
     figure.suptitle(showing.drawn(title))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    figures.save(figure, path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from snella_jax.contraction import matmul
-from snella_jax.layers import Factor, become, mixed_class
+from snella_jax.layers import Factor
+from snella_jax.mixed import become, mixed_class
 from snella_jax.models.parts import MLP
 from snella_jax.rules import freeze
 

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from experiments.methods import lora
 from snella_jax.contraction import matmul
-from snella_jax.layers import Factor, become, mixed_class, plain_class
+from snella_jax.layers import Factor
+from snella_jax.mixed import become, mixed_class, plain_class
 from snella_jax.rules import thaw
 from snella_jax.targets import select
 

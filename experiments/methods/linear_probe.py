@@ -73,11 +73,7 @@ def train(
 
     def features(source):
         found, labels = evaluation.features(model, source, transform, mesh)
-        if wrong := np.count_nonzero(~np.isfinite(found).all(1)):
-            raise FloatingPointError(
-                f"the weights {weights} give {wrong} of {len(found)} images features "
-                "that are not finite (NaN, inf)"
-            )
+        _check_finite(found, weights)
         return found, labels
 
     train, validation = features(task.train), features(task.validation)
@@ -108,6 +104,14 @@ def train(
         trainable=head.coef_.size + head.intercept_.size,
         seconds_per_step=kept.seconds_per_step,
     )
+
+
+def _check_finite(features: np.ndarray, weights: str) -> None:
+    if wrong := np.count_nonzero(~np.isfinite(features).all(1)):
+        raise FloatingPointError(
+            f"the weights {weights} give {wrong} of {len(features)} images features "
+            "that are not finite (NaN, inf)"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.methods.sparse import linear_layers
 from snella_jax.contraction import matmul
-from snella_jax.layers import Factor, become, mixed_class, plain_class
+from snella_jax.layers import Factor
+from snella_jax.mixed import become, mixed_class, plain_class
 from snella_jax.rules import freeze, thaw
 
 

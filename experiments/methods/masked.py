@@ -20,7 +20,8 @@ from experiments.methods.sparse import linear_layers
 from experiments.methods.stage import Places
 from snella_jax.contraction import matmul
 from snella_jax.kernels import Factors, Kernel
-from snella_jax.layers import Factor, Frozen, become, mixed_class, plain_class
+from snella_jax.layers import Factor, Frozen
+from snella_jax.mixed import become, mixed_class, plain_class
 from snella_jax.rules import freeze, thaw
 
 

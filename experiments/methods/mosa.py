@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.methods import adapter
 from snella_jax.contraction import matmul
-from snella_jax.layers import Frozen, become, mixed_class
+from snella_jax.layers import Frozen
+from snella_jax.mixed import become, mixed_class
 
 WHOLE = -1
 

@@ -32,7 +32,7 @@ from experiments.methods.evolution import Space, Subnet, evolve
 from experiments.methods.stage import Places
 from experiments.settings import Searched
 from snella_jax.contraction import matmul
-from snella_jax.layers import become, mixed_class
+from snella_jax.mixed import become, mixed_class
 from snella_jax.models import Model, unstack
 from snella_jax.models.vit import ViTConfig
 from snella_jax.rules import freeze

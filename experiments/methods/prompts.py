@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.methods import plain_vit
-from snella_jax.layers import Factor, become, mixed_class
+from snella_jax.layers import Factor
+from snella_jax.mixed import become, mixed_class
 from snella_jax.models.vit import ViT, ViTConfig
 from snella_jax.rules import freeze
 

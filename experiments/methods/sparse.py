@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from snella_jax.contraction import matmul
-from snella_jax.layers import Factor, Frozen, become, mixed_class, plain_class
+from snella_jax.layers import Factor, Frozen
+from snella_jax.mixed import become, mixed_class, plain_class
 from snella_jax.rules import thaw
 from snella_jax.targets import select
 

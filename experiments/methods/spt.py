@@ -21,7 +21,7 @@ from experiments.methods import adapter, lora, sparse
 from experiments.methods.locate import Scores, top
 from experiments.methods.sparse import linear_layers
 from experiments.methods.stage import Places
-from snella_jax.layers import become, mixed_class
+from snella_jax.mixed import become, mixed_class
 from snella_jax.models import Model, unstack
 from snella_jax.rules import freeze
 

@@ -11,7 +11,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from snella_jax.layers import Factor, become, mixed_class, plain_class
+from snella_jax.layers import Factor
+from snella_jax.mixed import become, mixed_class, plain_class
 from snella_jax.rules import freeze, join, thaw
 
 LAYERS = (nnx.Linear, nnx.LayerNorm, nnx.Conv)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from snella_jax.layers import Adapter, become, plain_class
+from snella_jax.layers import Adapter
+from snella_jax.mixed import become, plain_class
 from snella_jax.rules import adapted_layers
 
 

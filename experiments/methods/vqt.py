@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from experiments.methods import plain_vit
 from experiments.methods.prompts import behind, drawn
-from snella_jax.layers import Factor, become, mixed_class
+from snella_jax.layers import Factor
+from snella_jax.mixed import become, mixed_class
 from snella_jax.models.vit.model import ViT
 from snella_jax.rules import freeze
 
