@@ -147,8 +147,8 @@ def run(
 def stand_in(layer: Any, **changes: Any) -> Any:
     """Returns the plain layer without adapters, with some attributes replaced."""
     plain = object.__new__(plain_class(type(layer)))
-    adapters = adapters_of(layer).values()
-    own = {k: v for k, v in vars(layer).items() if v not in adapters}
+    ours = {id(adapter) for adapter in adapters_of(layer).values()}
+    own = {k: v for k, v in vars(layer).items() if id(v) not in ours}
     vars(plain).update(own, **changes)
     return plain
 
