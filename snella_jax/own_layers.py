@@ -131,7 +131,7 @@ def run(
     """
     params = {name: nnx.Param(value) for name, value in weights.items()}
     plain = nnx.clone(stand_in(layer, **params))
-    before = {id(v.get_raw_value()) for _, v in _moving(plain)}
+    before = {id(_value(v)) for _, v in _moving(plain)}
     try:
         result = call(plain, *args, **kwargs)
     except TraceContextError as error:
@@ -140,7 +140,7 @@ def run(
             f"outside it ({error}). The call is made again on the way back, and "
             "would change it twice: take the layer out of the targets."
         ) from error
-    new = [(p, v) for p, v in _moving(plain) if id(v.get_raw_value()) not in before]
+    new = [(p, v) for p, v in _moving(plain) if id(_value(v)) not in before]
     return result, nnx.from_flat_state(new)
 
 
@@ -155,6 +155,11 @@ def stand_in(layer: Any, **changes: Any) -> Any:
 
 def _moving(layer: nnx.Module) -> Any:
     return nnx.to_flat_state(nnx.state(layer, nnx.Not(nnx.Any(nnx.Param, Frozen))))
+
+
+def _value(leaf: Any) -> Any:
+    """What a variable holds; modules may hold bare arrays, too."""
+    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def _adapted(value: Any, reads: bool) -> Any:

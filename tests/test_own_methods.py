@@ -197,3 +197,21 @@ def test_a_subclass_may_have_a_call_of_another_signature():
     y, factor = model.layer(x=X)
     np.testing.assert_allclose(y, 2 * X @ weight, atol=1e-5)
     assert factor == 2 and isinstance(factor, int)
+
+
+def test_a_layer_that_holds_a_bare_array():
+    class Scaled(Plain):
+        def __init__(self):
+            super().__init__()
+            self.frequencies = nnx.data(jnp.arange(8.0))
+
+        def __call__(self, x):
+            return super().__call__(x) * self.frequencies
+
+    config = snella.SnellaConfig(
+        rank=4, targets=".*/w", trainable="", allocation="fixed", target_density=0.5
+    )
+    layouts = {".*/w": Layout((6,), (8,))}
+    model = snella.adapt(Holder(Scaled()), config, rngs=nnx.Rngs(1), layouts=layouts)
+    weight = Plain().w[...] + oracle_deltas(model.layer.w_adapter, 6, 8)
+    np.testing.assert_allclose(model(X), X @ weight * np.arange(8), atol=1e-5)
