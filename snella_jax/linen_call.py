@@ -116,7 +116,7 @@ def called(
 def _product(
     layer: Any, site: Site, held: Held, x: Array, *args: Any, **kwargs: Any
 ) -> Array:
-    """The layer's own call on a copy with another weight, see `layers.Adapted`."""
+    """The layer's own call on a copy with another weight, see `flax_layers`."""
     own = {
         name: nn.meta.unbox(value)
         for name, value in layer.variables["params"].items()

@@ -1,5 +1,6 @@
 """The programs of the README and of docs, as they stand there, for one's own models."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -15,6 +16,24 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
 
+class Counting:
+    """The module `jax`, but that `jit` counts how often it traces its function."""
+
+    def __init__(self):
+        self.traces = 0
+
+    def __getattr__(self, name):
+        return getattr(jax, name)
+
+    def jit(self, function):
+        @functools.wraps(function)
+        def traced(*args):
+            self.traces += 1
+            return function(*args)
+
+        return jax.jit(traced)
+
+
 def program() -> str:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.S)
     (found,) = (block for block in blocks if block.startswith("import jax, optax"))
@@ -27,11 +46,18 @@ def trained(model, config, x, y, epochs):
     `adapted` is the trained model, `model` what it is merged to.
     """
     _, first, rest = program().partition("graphdef, trainable, budgets, frozen =")
-    space = {"jax": jax, "jnp": jnp, "nnx": nnx, "optax": optax, "snella": snella}
+    space = {
+        "jax": Counting(),
+        "jnp": jnp,
+        "nnx": nnx,
+        "optax": optax,
+        "snella": snella,
+    }
     space |= {"model": model, "config": config, "x": x, "y": y, "epochs": epochs}
     exec(first + rest, space)
     parts = (space[name] for name in ("graphdef", "trainable", "budgets", "frozen"))
-    return space | {"adapted": nnx.merge(*parts, copy=True)}
+    made = {"adapted": nnx.merge(*parts, copy=True), "traces": space["jax"].traces}
+    return space | made
 
 
 def trained_linen(adapters, params, **given):
@@ -44,8 +70,8 @@ def trained_linen(adapters, params, **given):
     (block,) = (b for b in blocks if b.startswith("import flax.linen"))
     _, first, rest = block.partition("trainable, budgets, frozen =")
     training, _, _ = (first + rest).partition("params = linen.join(")
-    space = {"jax": jax, "linen": linen, "optax": optax, "snella": snella}
+    space = {"jax": Counting(), "linen": linen, "optax": optax, "snella": snella}
     space |= {"adapters": adapters, "params": params, **given}
     exec(training, space)
     parts = (space[name] for name in ("trainable", "budgets", "frozen"))
-    return space | {"params": linen.join(*parts)}
+    return space | {"params": linen.join(*parts), "traces": space["jax"].traces}

@@ -16,11 +16,13 @@ def config(targets, **changes):
     return snella.SnellaConfig(targets=targets, **(settings | changes))
 
 
-def adapt(module, targets, *inputs, layouts=None, variables=None, **kwargs):
+def adapt(
+    module, targets, *inputs, layouts=None, variables=None, density=0.3, **kwargs
+):
     inputs = inputs or (X,)
     if variables is None:
         variables = module.init(jax.random.key(1), *inputs, **kwargs)
-    own = config(targets)
+    own = config(targets, target_density=density)
     key = jax.random.key(2)
     found = linen.adapt(
         module, variables, own, *inputs, key=key, layouts=layouts, **kwargs

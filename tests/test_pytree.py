@@ -258,7 +258,8 @@ def test_a_weight_stacked_behind_its_inputs_is_a_layout_with_slices(tmp_path):
 
 @pytest.mark.reference
 def test_an_equinox_module_by_way_of_a_dict():
-    eqx = pytest.importorskip("equinox")
+    import equinox as eqx
+
     mlp = eqx.nn.MLP(6, 3, 8, 2, key=jax.random.key(0))
     params, restored = pytree.flattened(mlp)
     config = snella.SnellaConfig(

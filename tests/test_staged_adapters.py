@@ -10,6 +10,7 @@ from staged import BOTH, PIXELS, close, logits, small
 
 import snella_jax as snella
 from snella_jax import models
+from snella_jax.layers import AdaptedLayer
 
 WIDTHS = (128, 256, 512, 1024)
 COUNTS = {  # of each stage: matrices (blocks x what each has) by shape over the width
@@ -30,7 +31,7 @@ def test_the_default_targets_are_the_papers_matrices(name):
     )
     found: dict[tuple[int, int], int] = {}
     for _, node in nnx.iter_graph(adapted):
-        if isinstance(node, snella.layers.Adapted):
+        if isinstance(node, AdaptedLayer):
             layout = node.adapter.site.layout
             count = int(np.prod(node.adapter.site.lead))
             found[layout.n, layout.m] = found.get((layout.n, layout.m), 0) + count
