@@ -44,7 +44,13 @@ class Checkpoints:
         place = folder.absolute()
         if paths.is_unreadable(place):
             place = self._link.enter_context(_linked(place))
-        self.manager = ocp.CheckpointManager(place, options=options)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "position": ocp.JsonCheckpointHandler(),
+        }
+        self.manager = ocp.CheckpointManager(
+            place, item_handlers=handlers, options=options
+        )
 
     def save(
         self, epoch: int, state: Any, position: dict[str, Any], accuracy: float | None
@@ -117,6 +123,8 @@ class Checkpoints:
             state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
         )
         try:
+            # Orbax would find another shape halfway, with other reads under way.
+            _check_shapes(self.manager.item_metadata(epoch)["state"], shapes)
             return self.manager.restore(epoch, args=what)
         except Exception as error:  # Orbax's and TensorStore's are of many kinds
             reason = textwrap.shorten(str(error) or type(error).__name__, 250)
@@ -134,6 +142,21 @@ def _linked(folder: Path) -> Iterator[Path]:
         link = Path(elsewhere) / "checkpoints"
         link.symlink_to(folder, target_is_directory=True)
         yield link
+
+
+def _check_shapes(saved: Any, wanted: Any) -> None:
+    if saved is None:
+        raise ValueError("it has no state")
+    found, expected = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+            for path, leaf in leaves
+        }
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (saved, wanted))
+    )
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            raise ValueError(f"{name} is of {found[name]} and should be of {shape}")
 
 
 def _accuracy(metrics: dict[str, float]) -> float:
