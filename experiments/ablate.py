@@ -30,32 +30,25 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import (
-    ablation_report,
-    cells,
-    command,
-    evaluation,
-    finished,
-    folder,
-    metrics,
-    models,
-    paths,
-    search,
-    showing,
-    suite,
-)
-from experiments import config as configs
-from experiments.ablations import BASE, SNELLA, STUDIES, Variant
-from experiments.config import RunConfig
-from experiments.fit import VAL, Setting
-from experiments.grid import Grid
-from experiments.kernelized import Kernelized
-from experiments.methods.trained import METHODS
+from experiments import files, paths, showing
+from experiments.config import run_config
+from experiments.config.run_config import RunConfig
+from experiments.methods.registry import METHODS
+from experiments.methods.settings import Masked
+from experiments.methods.snella import Kernelized
 from experiments.paths import Given
-from experiments.run import begin
-from experiments.settings import Masked
-from experiments.tune import tune
-from snella_jax.targets import select
+from experiments.pretrained import base_models
+from experiments.reports import finished
+from experiments.runs import folder, search, setup
+from experiments.runs.run import begin
+from experiments.runs.train_method import tune
+from experiments.studies import ablation_report, table_store
+from experiments.studies.ablations import BASE, SNELLA, STUDIES, Variant
+from experiments.training import evaluation, metric_log
+from experiments.training.fit import VAL
+from experiments.training.grid import Grid
+from experiments.training.session import Setting
+from snella_jax.nnx.targets import select
 
 PROGRAM = "python -m experiments.ablate"
 Name = Literal[
@@ -147,13 +140,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.check()
         paths.check_out(config.out)
         if not config.table_only:
-            if lacking := suite.missing(config.run):
+            if lacking := setup.missing(config.run):
                 raise ValueError(lacking)
-            select(models.load(config.run, classes=2), config.run.targets)
-        fields = configs.as_dict(config.run)
+            select(base_models.load(config.run, classes=2), config.run.targets)
+        fields = run_config.as_dict(config.run)
         shared = {k: v for k, v in fields.items() if k not in finished.IRRELEVANT}
         shared["search_epochs"] = config.search_epochs
-        store = cells.Store(config.out, shared, configs.as_dict(RUN))
+        store = table_store.Store(config.out, shared, run_config.as_dict(RUN))
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{PROGRAM}: {error}") from error
     left = [] if config.table_only else config.variants
@@ -167,31 +160,33 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _tried(
-    variant: Variant, config: Ablation, store: cells.Store, console: Console
+    variant: Variant, config: Ablation, store: table_store.Store, console: Console
 ) -> str | None:
     """Completes a row; says what failed."""
 
-    def choose(place: Path) -> cells.Done:
+    def choose(place: Path) -> table_store.Done:
         if variant.searched:
             return _searched(variant, config, store, place, console)
         return {"chosen": _base_choice(config, store)}
 
-    def train(out: Path, seed: int, chosen: cells.Done) -> cells.Done:
+    def train(out: Path, seed: int, chosen: table_store.Done) -> table_store.Done:
         own = dataclasses.replace(variant.config(config.run, seed, **chosen), out=out)
-        setting = command.prepared(config.run.task, own, console)
+        setting = setup.prepared(config.run.task, own, console)
         store.begin(config.run.task, setting.inputs, console)
         with folder.held(out, resume=True):
             begin(setting)
             return measured(variant.method, setting)
 
     cell = config.run.task, variant.name
-    return cells.attempt(PROGRAM, store, cell, config.seeds, choose, train, console)
+    return table_store.attempt(
+        PROGRAM, store, cell, config.seeds, choose, train, console
+    )
 
 
-def _base_choice(config: Ablation, store: cells.Store) -> dict[str, float]:
+def _base_choice(config: Ablation, store: table_store.Store) -> dict[str, float]:
     """The base's rate; waits for a process that is about to find it."""
     task = config.run.task
-    lock = filelock.FileLock(cells.place(config.out, task, BASE) / ".cell")
+    lock = filelock.FileLock(table_store.place(config.out, task, BASE) / ".cell")
 
     def chosen() -> dict[str, float] | None:
         return store.rows(task).get(BASE, {}).get("chosen")
@@ -206,18 +201,18 @@ def _base_choice(config: Ablation, store: cells.Store) -> dict[str, float]:
 def _searched(
     variant: Variant,
     config: Ablation,
-    store: cells.Store,
+    store: table_store.Store,
     place: Path,
     console: Console,
-) -> cells.Done:
+) -> table_store.Done:
     """The trials of a variant's search, and the rate that follows from them."""
     console.rule(f"{variant.name}, search")
     own = variant.config(config.run, config.run.seed)
     own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
-    setting = command.prepared(config.run.task, own, console)
+    setting = setup.prepared(config.run.task, own, console)
     store.begin(config.run.task, setting.inputs, console)
     search.chosen(variant.method, setting)
-    trials = folder.read(place / search.FILE)[variant.method]
+    trials = files.read(place / search.FILE)[variant.method]
     rate = cautious(trials, len(setting.task.validation))
     return {"trials": trials, "chosen": {"lr": rate}}
 
@@ -239,7 +234,7 @@ def cautious(trials: Sequence[dict[str, Any]], images: int) -> float:
 
 def measured(
     method: Literal["snella", "snella_masked"], setting: Setting
-) -> cells.Done:
+) -> table_store.Done:
     """Trains a variant; what is to be known of it.
 
     Returns:
@@ -255,10 +250,11 @@ def measured(
       MismatchError: rows of the folder's `metrics.jsonl` are lost.
     """
     fitted = tune(method, setting)
-    if lost := metrics.lacking(fitted.rows, fitted.last_row["epoch"]):
-        raise folder.MismatchError(
-            f"{setting.out} has lost {lost} of {metrics.NAME}: delete that folder for "
-            "the seed to begin anew."
+    if lost := metric_log.lacking(fitted.rows, fitted.last_row["epoch"]):
+        raise files.MismatchError(
+            f"{setting.out} has lost {lost} of {metric_log.NAME}: delete that folder "
+            ""
+            "for the seed to begin anew."
         )
     merged = METHODS[method].merged(fitted.model)
     source, transform = setting.task.test, setting.transforms[1]
@@ -270,7 +266,7 @@ def measured(
         "test_accuracy": accuracy,
         "unmerged_accuracy": unmerged,
         "train_loss": fitted.last_row["train_loss"],
-        "seconds_per_step": metrics.median(fitted.rows, "seconds_per_step"),
+        "seconds_per_step": metric_log.median(fitted.rows, "seconds_per_step"),
         "gradient_norms": [row["gradient_norm"] for row in fitted.rows],
         "moves": sum(row.get("moves", 0) for row in fitted.rows),
         **_updates(setting, merged),

@@ -21,23 +21,16 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from experiments import (
-    cells,
-    command,
-    cost_figures,
-    finished,
-    folder,
-    models,
-    paths,
-    report,
-    search,
-    showing,
-    suite,
-)
-from experiments.comparison import Comparison, Name, Row, Table
-from experiments.config import RunConfig
-from experiments.run import complete
-from snella_jax.targets import select
+from experiments import files, paths, showing
+from experiments.config.run_config import RunConfig
+from experiments.pretrained import base_models
+from experiments.reports import finished
+from experiments.reports import table as report
+from experiments.runs import search, setup
+from experiments.runs.run import complete
+from experiments.studies import comparison_figure, table_store
+from experiments.studies.comparison import Comparison, Name, Row, Table
+from snella_jax.nnx.targets import select
 
 PROGRAM = "python -m experiments.compare"
 
@@ -83,21 +76,23 @@ def _draw(
     setting, setup = next(iter(memory.values())), "; ".join(made["setups"])
     if any(point["method"].endswith("*") for point in points):
         setup += f"; *: {finished.UNDECAYED_NOTE}"
-    cost_figures.accuracy_memory(config.out / "accuracy.png", points, setting, setup)
+    comparison_figure.accuracy_memory(
+        config.out / "accuracy.png", points, setting, setup
+    )
 
 
 def _tried(
-    task: str, row: Row, config: Comparison, store: cells.Store, console: Console
+    task: str, row: Row, config: Comparison, store: table_store.Store, console: Console
 ) -> str | None:
     """Completes a cell; says what failed."""
 
-    def search(place: Path) -> cells.Done:
+    def search(place: Path) -> table_store.Done:
         return _searched(task, row, config, store, place, console)
 
-    def train(out: Path, seed: int, chosen: cells.Done) -> cells.Done:
+    def train(out: Path, seed: int, chosen: table_store.Done) -> table_store.Done:
         own = _with(_config(task, row, config, seed), row.method, chosen)
         own = dataclasses.replace(own, out=out)
-        setting = command.prepared(task, own, console)
+        setting = setup.prepared(task, own, console)
         store.begin(task, setting.inputs, console)
         summary = complete(setting, resume=(out / "config.json").exists())
         where = {name: summary[name] for name in ("device", "versions")}
@@ -105,23 +100,23 @@ def _tried(
 
     cell = task, row.name
     seeds = config.seeds[:1] if row.fixed else config.seeds
-    return cells.attempt(PROGRAM, store, cell, seeds, search, train, console)
+    return table_store.attempt(PROGRAM, store, cell, seeds, search, train, console)
 
 
 def _check_inputs(config: Comparison) -> None:
     """Raises where a task or the weights are missing, or a method does not fit."""
     tasks = [dataclasses.replace(config.run, task=task) for task in config.tasks]
-    if lacking := [text for task in tasks if (text := suite.missing(task))]:
+    if lacking := [text for task in tasks if (text := setup.missing(task))]:
         raise ValueError("\n  ".join(["some tasks cannot be run:", *lacking]))
-    base = models.load(config.run, classes=2)
+    base = base_models.load(config.run, classes=2)
     select(base, config.run.targets)
     methods = tuple(dict.fromkeys((*config.methods, *config.controls)))
-    command.check_methods(dataclasses.replace(config.run, methods=methods), base)
+    setup.check_methods(dataclasses.replace(config.run, methods=methods), base)
 
 
 def _memory(path: Path | None) -> dict[str, dict[str, Any]]:
     """Rows of `memory.json` by method; none without a file."""
-    rows = folder.read(path) if path else []
+    rows = files.read(path) if path else []
     if rows is None or len({row["model"] for row in rows}) > 1:
         raise ValueError(f"{path}: expected a memory.json of one model.")
     return {row["method"]: row for row in rows}
@@ -131,7 +126,7 @@ def _searched(
     task: str,
     row: Row,
     config: Comparison,
-    store: cells.Store,
+    store: table_store.Store,
     place: Path,
     console: Console,
 ) -> dict[str, Any]:
@@ -141,11 +136,11 @@ def _searched(
     console.rule(f"{task}, {row.name}, search")
     own = _config(task, row, config, config.run.seed)
     own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
-    setting = command.prepared(task, own, console)
+    setting = setup.prepared(task, own, console)
     store.begin(task, setting.inputs, console)
     best = getattr(search.chosen(row.method, setting), row.method)
     return {
-        "trials": folder.read(place / search.FILE)[row.method],
+        "trials": files.read(place / search.FILE)[row.method],
         "chosen": {name: getattr(best, name) for name in search.names(best)},
     }
 

@@ -10,12 +10,13 @@ was killed.
 
 from typing import Any
 
-from experiments import presets, program
+from experiments.config import presets
+from experiments.runs import cli
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Parses the command line, runs, and returns what `summary.json` holds."""
-    return program.main("python -m experiments.fgvc", presets.FGVC, "fgvc", argv)
+    return cli.main("python -m experiments.fgvc", presets.FGVC, "fgvc", argv)
 
 
 if __name__ == "__main__":

@@ -13,26 +13,15 @@ those that are ours. Prints the table, and writes `report.md` and `report.json` 
 """
 
 import dataclasses
-import json
-import statistics
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
-from experiments import finished, folder, paper, report_text, showing
-from experiments.data import catalogue
-from experiments.finished import Run
+from experiments import showing
 from experiments.paths import Given, check_out
-
-Accuracy = Literal["last", "best", "ema"]
-KEYS = {
-    "last": "test_accuracy",
-    "best": "best_test_accuracy",
-    "ema": "ema_test_accuracy",
-}
+from experiments.reports import finished
+from experiments.reports.table import Accuracy, table, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,136 +53,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise SystemExit(f"{program}: {error}") from error
     write(made, options.out, console)
     return made
-
-
-def write(made: dict[str, Any], out: Path | None, console: Console) -> None:
-    """Prints a table, and writes it into a folder if there is one."""
-    console.print(report_text.printed(made))
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        folder.replace(out / "report.md", report_text.markdown(made))
-        folder.replace(out / "report.json", json.dumps(made, indent=1) + "\n")
-        console.print(f"report.md and report.json are in {out}", soft_wrap=True)
-
-
-def table(
-    runs: list[Run],
-    accuracy: Accuracy = "last",
-    methods: Sequence[str] = (),
-    tasks: Sequence[str] = (),
-    failed: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The accuracies by column and task, and their means.
-
-    Args:
-      runs: finished ones.
-      accuracy: which of a run's.
-      methods: labels that have a column in any case, the first ones.
-      tasks: names that have a row in any case.
-      failed: what else was tried, and why it gave no number.
-
-    Returns:
-      `columns`, each with `method`, `setup`, `paper` (whether these are the paper's
-      numbers), `tasks` (each with `mean`, `deviation`, `seeds`), `groups`,
-      `mean_of_groups`, `mean_of_tasks`, `trainable`, from the fewest parameters to the
-      most (heads and masks differ); `tasks`, the group of each; and `failed`.
-      Accuracies are in percent, deviations those of a sample, None for one seed. There
-      is no mean where one of its tasks is missing.
-
-    Raises:
-      ValueError: a method lacks that accuracy, or two runs of a method on a task differ
-        in more than the seed, or not even in that.
-    """
-    cells: dict[tuple[str, str], dict[str, list[Run]]] = {}
-    setups = sorted({run.setup for run in runs})
-    for method in methods:
-        cells[method, setups[0]] = {}
-    for run in runs:
-        own = cells.setdefault((run.method, run.setup), {})
-        own.setdefault(run.task, []).append(run)
-    names = {run.task for run in runs} | set(tasks)
-    order = [name for name in catalogue.ENTRIES if name in names]
-    groups = {name: catalogue.ENTRIES[name].group for name in order}
-    groups |= dict.fromkeys(sorted(names - set(order)), "own")
-    several = len(setups) > 1
-    columns = []
-    for (method, setup), by_task in cells.items():
-        own = {
-            name: _cell(by_task[name], KEYS[accuracy])
-            for name in groups
-            if name in by_task
-        }
-        column = {"method": method, "setup": setup if several else "", "paper": False}
-        sizes = {run.result["trainable"] for done in by_task.values() for run in done}
-        trainable = [min(sizes), max(sizes)] if sizes else None
-        columns.append({**column, **_means(own, groups), "trainable": trainable})
-    theirs = {}
-    for column in columns:  # over the same tasks as ours
-        known = paper.TABLE_XIII.get(column["method"], {})
-        own = {n: {"mean": known[n]} for n in column["tasks"] if n in known}
-        if own:
-            same = {"method": column["method"], "setup": "", "paper": True}
-            theirs[same["method"], *own] = {**same, **_means(own, groups)}
-    columns += theirs.values()
-    return {
-        "accuracy": accuracy,
-        "setups": setups,
-        "tasks": groups,
-        "columns": columns,
-        "failed": list(failed),
-    }
-
-
-def _cell(runs: list[Run], key: str) -> dict[str, Any]:
-    """Mean and deviation of a method's seeds on a task."""
-    first, accuracies = runs[0], {}
-    for run in runs:
-        differing = sorted(
-            name
-            for name in first.settings.keys() | run.settings.keys()
-            if first.settings.get(name) != run.settings.get(name)
-        )
-        if differing:
-            raise ValueError(
-                f"{first.folder} and {run.folder} are both {run.method} on {run.task}, "
-                f"but differ in {', '.join(differing)}: report them separately."
-            )
-        if run.seed in accuracies:
-            raise ValueError(
-                f"There are two runs of {run.method} on {run.task} with seed "
-                f"{run.seed}, one in {run.folder}: expected one."
-            )
-        accuracies[run.seed] = run.result.get(key)
-        if accuracies[run.seed] is None:
-            if run.method == "linear probe":  # it has no epochs
-                accuracies[run.seed] = run.result[KEYS["last"]]
-            else:
-                raise ValueError(f"{run.folder} has no {key} of {run.method}.")
-    percent = [100 * accuracy for accuracy in accuracies.values()]
-    return {
-        "mean": statistics.mean(percent),
-        "deviation": statistics.stdev(percent) if len(percent) > 1 else None,
-        "seeds": {str(seed): value for seed, value in sorted(accuracies.items())},
-    }
-
-
-def _means(
-    tasks: dict[str, dict[str, Any]], group_of: dict[str, str]
-) -> dict[str, Any]:
-    """The tasks' accuracies, and means over groups, of the groups and of the tasks."""
-    means = {name: cell["mean"] for name, cell in tasks.items()}
-    groups = {}
-    for group in dict.fromkeys(group_of.values()):
-        names = [name for name in group_of if group_of[name] == group]
-        if means.keys() >= set(names):
-            groups[group] = statistics.mean(means[name] for name in names)
-    whole = means.keys() >= group_of.keys()
-    return {
-        "tasks": tasks,
-        "groups": groups,
-        "mean_of_groups": statistics.mean(groups.values()) if whole else None,
-        "mean_of_tasks": statistics.mean(means.values()) if whole else None,
-    }
 
 
 if __name__ == "__main__":

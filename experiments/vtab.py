@@ -6,9 +6,9 @@
     python -m experiments.vtab --config elpv --search
 
 `quickstart` is scikit-learn's handwritten digits (no VTAB task) with the small ViT that
-`experiments/pretrain.py` pre-trained on Fashion-MNIST; `--task` and `--model` put yours
-in their place. `vtab1k` is all 19 tasks. A run leaves a folder (`run.py`); one that was
-killed goes on with
+`experiments/pretrained/pretrain.py` pre-trained on Fashion-MNIST; `--task` and
+`--model` put yours in their place. `vtab1k` is all 19 tasks. A run leaves a folder
+(`run.py`); one that was killed goes on with
 
     python -m experiments.vtab --resume FOLDER
 
@@ -17,12 +17,13 @@ and ends with the numbers of one that was not.
 
 from typing import Any
 
-from experiments import presets, program
+from experiments.config import presets
+from experiments.runs import cli
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Parses the command line, runs, and returns what `summary.json` holds."""
-    return program.main("python -m experiments.vtab", presets.VTAB, "vtab1k", argv)
+    return cli.main("python -m experiments.vtab", presets.VTAB, "vtab1k", argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,20 @@ pieces, `L` adapted matrices. *Density* is the fraction of weights that may move
 """
 
 from snella_jax import kernels
-from snella_jax.adapt import (
+from snella_jax.core.budgets import allocate, budget_schedule
+from snella_jax.core.config import Rule, SnellaConfig
+from snella_jax.core.dense import adapted, adapted_dense, sparse_delta
+from snella_jax.core.gates import sparsify
+from snella_jax.core.importance import ImportanceState, importance, track_importance
+from snella_jax.core.layout import Layout
+from snella_jax.core.reallocation import (
+    Reallocation,
+    reallocate,
+    steps_since_reallocation,
+)
+from snella_jax.core.weight import BudgetsNeverMoved
+from snella_jax.files.errors import CheckpointError
+from snella_jax.nnx.adapt import (
     adapt,
     adapted_weights,
     merge,
@@ -17,29 +30,15 @@ from snella_jax.adapt import (
     partition,
     seed,
 )
-from snella_jax.budget import allocate, budget_schedule
-from snella_jax.checkpoint import load, save, unload
-from snella_jax.config import Rule, SnellaConfig
-from snella_jax.delta_file import apply_delta, save_delta, unmerge
-from snella_jax.dense import adapted, adapted_dense, sparse_delta
-from snella_jax.export import export
-from snella_jax.importance import ImportanceState, importance, track_importance
-from snella_jax.inspection import Matrix, describe, parameters, sparsity
-from snella_jax.layers import Budget, Factor, Frozen
-from snella_jax.layout import Layout
-from snella_jax.models.checkpoint_error import CheckpointError
-from snella_jax.optimizer import (
-    Reallocation,
-    decay_mask,
-    reallocate,
-    steps_since_reallocation,
-)
-from snella_jax.rules import labels, stop_gradients
-from snella_jax.several import combine, per_example
-from snella_jax.sparsify import sparsify, threshold
-from snella_jax.weight import BudgetsNeverMoved
-
-__version__ = "0.1.0"
+from snella_jax.nnx.delta_file import apply_delta, save_delta, unmerge
+from snella_jax.nnx.export import export
+from snella_jax.nnx.inspection import Matrix, describe, parameters, sparsity
+from snella_jax.nnx.masks import decay_mask, labels, stop_gradients
+from snella_jax.nnx.multi_adapter import combine, per_example
+from snella_jax.nnx.saving import load, save, unload
+from snella_jax.nnx.variables import Budget, Factor, Frozen
+from snella_jax.ops.threshold import threshold
+from snella_jax.version import __version__
 
 __all__ = [
     "Budget",
@@ -53,6 +52,7 @@ __all__ = [
     "Reallocation",
     "Rule",
     "SnellaConfig",
+    "__version__",
     "adapt",
     "adapted",
     "adapted_dense",

@@ -25,16 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from snella_jax import adapter_file
-from snella_jax.base import Base
-from snella_jax.binding import check_binding
-from snella_jax.config import Rule, SnellaConfig
-from snella_jax.fitting import any_of, fit
-from snella_jax.importance import path_of
-from snella_jax.layout import Layout
-from snella_jax.rules import chosen, listed, matches_or_holds
-from snella_jax.targets import is_added
-from snella_jax.trees import (
+from snella_jax.adapters import format
+from snella_jax.adapters.base import Base
+from snella_jax.adapters.fitting import any_of, fit
+from snella_jax.adapters.tree import (
     Adapters,
     Key,
     Tree,
@@ -50,7 +44,12 @@ from snella_jax.trees import (
     site,
     unboxed,
 )
-from snella_jax.weight import Site
+from snella_jax.core.binding import check_binding
+from snella_jax.core.config import Rule, SnellaConfig
+from snella_jax.core.layout import Layout
+from snella_jax.core.paths import chosen, listed, matches_or_holds, path_of
+from snella_jax.core.weight import Site
+from snella_jax.nnx.targets import is_added
 
 __all__ = ["Adapters", "adapt", "flattened", "join", "load"]
 
@@ -121,7 +120,7 @@ def load(
 
     leaves = by_name(matrices.leaves)
     weights, trained, stats = fit(
-        adapter_file.read(folder),
+        format.read(folder),
         locate,
         Base(leaves),
         leaves,

@@ -22,7 +22,7 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
-collect_ignore = ["data"]  # scripts there need more than the tests do
+collect_ignore = ["assets"]  # scripts there need more than the tests do
 CACHE = "jax_compilation_cache_dir"
 CACHED = {
     "jax_persistent_cache_min_compile_time_secs": 0.1,

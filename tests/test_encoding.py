@@ -3,15 +3,14 @@
 import ast
 import json
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 
 import pictures
 import pytest
+from places import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 FILES = [
     path for part in ("snella_jax", "experiments", "tests")
     for path in sorted((ROOT / part).rglob("*.py"))
@@ -25,7 +24,7 @@ warnings.filterwarnings(
 from pathlib import Path
 from experiments import folder, report, vtab
 from experiments.data import catalogue
-from snella_jax.models.loading import read_json
+from snella_jax.models.checkpoints.mapping import read_json
 
 assert locale.getencoding() != "utf-8", locale.getencoding()
 vtab.main(sys.argv[1:])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from snella_jax import kernels
+from snella_jax.ops import distance
 
 KERNELS = {
     "linear": kernels.linear(),
@@ -307,17 +308,17 @@ def test_distance_at_coincident_points():
     """Value, gradient and second derivative are 0 there and finite everywhere."""
     a = jnp.array([[0.5, -2.0], [1.0, 3.0]])
     b = jnp.array([[0.5, -2.0], [4.0, 7.0], [1.0, 3.0]])
-    value = kernels.distance(a, b)
+    value = distance.distance(a, b)
     assert value[0, 0] == value[1, 2] == 0
     assert value[1, 1] == 5  # (3, 4) apart
 
-    da, db = run(jax.jacrev(kernels.distance, (0, 1)), a, b)
+    da, db = run(jax.jacrev(distance.distance, (0, 1)), a, b)
     np.testing.assert_array_equal(da[0, 0], 0)
     np.testing.assert_array_equal(db[1, 2], 0)
     np.testing.assert_allclose(da[1, 1, 1], [-0.6, -0.8], rtol=1e-6)
     np.testing.assert_allclose(db[1, 1, 1], [0.6, 0.8], rtol=1e-6)
 
-    second = run(jax.hessian(kernels.distance, (0, 1)), a, b)
+    second = run(jax.hessian(distance.distance, (0, 1)), a, b)
     chex.assert_tree_all_finite(second)
     np.testing.assert_array_equal(second[0][0][0, 0], 0)
     # The Hessian of a norm: (I - u u^T) / d with d = 5 and u = (3, 4) / 5.
@@ -337,7 +338,7 @@ def test_distance_of_almost_coincident_points(x64):
 
     def gradient(a, b, dtype):
         def total(a, b):
-            return kernels.distance(a, b).sum()
+            return distance.distance(a, b).sum()
 
         pair = jnp.asarray(a, dtype), jnp.asarray(b, dtype)
         return run(jax.grad(total, (0, 1)), *pair)

@@ -2,27 +2,25 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from places import ROOT
 
 import snella_jax as snella
 from snella_jax.models import vit
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_the_ten_lines_load_a_checkpoint_and_train(tmp_path, monkeypatch):
     lines = re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S
     )[0]
-    shutil.copy(ROOT / "tests/data/vit/original.npz", tmp_path / "ViT-B_16.npz")
+    shutil.copy(ROOT / "tests/assets/vit/original.npz", tmp_path / "ViT-B_16.npz")
     monkeypatch.chdir(tmp_path)
-    images = np.load(ROOT / "tests/data/vit/expected.npz")["images"]
+    images = np.load(ROOT / "tests/assets/vit/expected.npz")["images"]
     space = {"snella": snella, "vit": vit, "nnx": nnx, "optax": optax, "epochs": 3}
     losses = []
 

@@ -18,7 +18,7 @@ from generic import generic_factors, generic_inputs, run
 
 import snella_jax as snella
 from snella_jax import adapted_dense, kernels, linen, models, pytree
-from snella_jax.sparsify import GATES
+from snella_jax.core.gates import GATES
 
 SETTINGS = {
     "rank promotion raises": lambda: jax.numpy_rank_promotion("raise"),

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from rich.console import Console
 
-from experiments import fingerprint, showing
+from experiments import showing
+from experiments.data import fingerprint
 from experiments.data.source import CorruptImageError, Source, take
 from experiments.data.task import Task
 

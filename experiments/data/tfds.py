@@ -1,7 +1,7 @@
 """TFDS data sets, read without TensorFlow (`tfds.data_source`).
 
-Preparing one downloads it and needs TensorFlow; see `experiments/prepare.py`. It must
-be prepared as ArrayRecord files, the format that can be read by index.
+Preparing one downloads it and needs TensorFlow; see `experiments/tasks/prepare.py`. It
+must be prepared as ArrayRecord files, the format that can be read by index.
 """
 
 import dataclasses
@@ -101,8 +101,8 @@ class Builder:
         return (
             f"TFDS's {self.name} ({' or '.join(self.versions)}) is not in {data_dir} "
             f"as {FORMAT} files.{by_hand} To prepare it (only this needs TensorFlow): "
-            f'pip install -e ".[prepare]" && python -m experiments.prepare --task '
-            f"{task} --data_dir {data_dir}"
+            f'pip install -e ".[prepare]" && python -m experiments.tasks.prepare '
+            f"--task {task} --data_dir {data_dir}"
         )
 
 

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from snella_jax.contraction import matmul
-from snella_jax.layers import Factor
-from snella_jax.mixed import become, mixed_class
-from snella_jax.models.parts import MLP
-from snella_jax.rules import freeze
+from snella_jax.models.layers.basic import MLP
+from snella_jax.nnx.surgery import become, freeze, mixed_class
+from snella_jax.nnx.variables import Factor
+from snella_jax.ops.matmul import matmul
 
 SCALE = 0.1
 Where = Literal["sequential", "parallel"]

@@ -14,11 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from experiments.methods import lora
-from snella_jax.contraction import matmul
-from snella_jax.layers import Factor
-from snella_jax.mixed import become, mixed_class, plain_class
-from snella_jax.rules import thaw
-from snella_jax.targets import select
+from snella_jax.nnx.surgery import become, mixed_class, plain_class, thaw
+from snella_jax.nnx.targets import select
+from snella_jax.nnx.variables import Factor
+from snella_jax.ops.matmul import matmul
 
 
 class Dora(nnx.Module):

@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from experiments.methods.locate import Scores
+from experiments.methods.first_stage import Places
+from experiments.methods.sensitivity import Scores
 from experiments.methods.sparse import linear_layers, loosen
-from experiments.methods.stage import Places
-from snella_jax.rules import freeze
+from snella_jax.nnx.surgery import freeze
 
 
 def adapt(model: nnx.Module, places: Places, trainable: str) -> Any:

@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 from sklearn.linear_model import LogisticRegression
 
-from experiments import evaluation
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
-from experiments.grid import beyond
+from experiments.training import evaluation
+from experiments.training.grid import beyond
 
 
 class NotConverged(RuntimeError):

@@ -13,10 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.methods.sparse import linear_layers
-from snella_jax.contraction import matmul
-from snella_jax.layers import Factor
-from snella_jax.mixed import become, mixed_class, plain_class
-from snella_jax.rules import freeze, thaw
+from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class, thaw
+from snella_jax.nnx.variables import Factor
+from snella_jax.ops.matmul import matmul
 
 
 class Factors(nnx.Module):

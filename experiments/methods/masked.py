@@ -16,13 +16,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from experiments.methods.first_stage import Places
 from experiments.methods.sparse import linear_layers
-from experiments.methods.stage import Places
-from snella_jax.contraction import matmul
 from snella_jax.kernels import Factors, Kernel
-from snella_jax.layers import Factor, Frozen
-from snella_jax.mixed import become, mixed_class, plain_class
-from snella_jax.rules import freeze, thaw
+from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class, thaw
+from snella_jax.nnx.variables import Factor, Frozen
+from snella_jax.ops.matmul import matmul
 
 
 class Update(nnx.Module):

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from snella_jax.rules import freeze
+from snella_jax.nnx.surgery import freeze
 
 LAYERS = 3
 

@@ -15,9 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.methods import adapter
-from snella_jax.contraction import matmul
-from snella_jax.layers import Frozen
-from snella_jax.mixed import become, mixed_class
+from snella_jax.nnx.surgery import become, mixed_class
+from snella_jax.nnx.variables import Frozen
+from snella_jax.ops.matmul import matmul
 
 WHOLE = -1
 

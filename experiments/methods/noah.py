@@ -23,19 +23,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rich.progress import Progress
 
-from experiments import evaluation
-from experiments import mesh as meshes
-from experiments.config import RunConfig
-from experiments.fit import Setting, fit
+from experiments.config.run_config import RunConfig
 from experiments.methods import adapter, lora, plain_vit, prompts
 from experiments.methods.evolution import Space, Subnet, evolve
-from experiments.methods.stage import Places
-from experiments.settings import Searched
-from snella_jax.contraction import matmul
-from snella_jax.mixed import become, mixed_class
+from experiments.methods.first_stage import Places
+from experiments.methods.settings import Searched
+from experiments.training import evaluation, sharding
+from experiments.training.fit import fit
+from experiments.training.session import Setting
 from snella_jax.models import Model, unstack
 from snella_jax.models.vit import ViTConfig
-from snella_jax.rules import freeze
+from snella_jax.nnx.surgery import become, freeze, mixed_class
+from snella_jax.ops.matmul import matmul
 
 KINDS = ("prompts", "lora", "adapter")
 SUPERNET = "noah_supernet"
@@ -225,7 +224,7 @@ def _searched(net: Any, own: Searched, setting: Setting) -> Subnet:
     """
     width = net.config.width
     graphdef, _, rest = nnx.split(net, Size, ...)
-    rest = meshes.place(rest, setting.mesh)
+    rest = sharding.place(rest, setting.mesh)
     count = evaluation.counter(graphdef)
     validation = setting.task.validation
     transform = setting.transforms[1]
@@ -233,7 +232,7 @@ def _searched(net: Any, own: Searched, setting: Setting) -> Subnet:
 
     def accuracy(subnet: Subnet) -> float:
         assign(net, jnp.array(subnet, jnp.int32))
-        sizes = meshes.place(nnx.state(net, Size), setting.mesh)
+        sizes = sharding.place(nnx.state(net, Size), setting.mesh)
         right = sum(int(count((sizes, rest), batch)) for batch in batches)
         return right / len(validation)
 

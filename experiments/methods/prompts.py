@@ -16,10 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.methods import plain_vit
-from snella_jax.layers import Factor
-from snella_jax.mixed import become, mixed_class
 from snella_jax.models.vit import ViT, ViTConfig
-from snella_jax.rules import freeze
+from snella_jax.nnx.surgery import become, freeze, mixed_class
+from snella_jax.nnx.variables import Factor
 
 
 class Prompted(nnx.Module):

@@ -13,11 +13,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from snella_jax.contraction import matmul
-from snella_jax.layers import Factor, Frozen
-from snella_jax.mixed import become, mixed_class, plain_class
-from snella_jax.rules import thaw
-from snella_jax.targets import select
+from snella_jax.nnx.surgery import become, mixed_class, plain_class, thaw
+from snella_jax.nnx.targets import select
+from snella_jax.nnx.variables import Factor, Frozen
+from snella_jax.ops.matmul import matmul
 
 
 class Weights(nnx.Module):

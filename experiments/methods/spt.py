@@ -18,12 +18,11 @@ import numpy as np
 from flax import nnx
 
 from experiments.methods import adapter, lora, sparse
-from experiments.methods.locate import Scores, top
+from experiments.methods.first_stage import Places
+from experiments.methods.sensitivity import Scores, top
 from experiments.methods.sparse import linear_layers
-from experiments.methods.stage import Places
-from snella_jax.mixed import become, mixed_class
 from snella_jax.models import Model, unstack
-from snella_jax.rules import freeze
+from snella_jax.nnx.surgery import become, freeze, mixed_class
 
 
 def adapt(

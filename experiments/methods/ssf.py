@@ -11,9 +11,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from snella_jax.layers import Factor
-from snella_jax.mixed import become, mixed_class, plain_class
-from snella_jax.rules import freeze, join, thaw
+from snella_jax.core.paths import join
+from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class, thaw
+from snella_jax.nnx.variables import Factor
 
 LAYERS = (nnx.Linear, nnx.LayerNorm, nnx.Conv)
 DEVIATION = 0.02

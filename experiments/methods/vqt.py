@@ -16,10 +16,9 @@ from jaxtyping import Array, Float
 
 from experiments.methods import plain_vit
 from experiments.methods.prompts import behind, drawn
-from snella_jax.layers import Factor
-from snella_jax.mixed import become, mixed_class
 from snella_jax.models.vit.model import ViT
-from snella_jax.rules import freeze
+from snella_jax.nnx.surgery import become, freeze, mixed_class
+from snella_jax.nnx.variables import Factor
 
 
 class Queried(nnx.Module):

@@ -1,7 +1,7 @@
 """Plain Flax NNX models; none of them knows of SNELLA."""
 
 from snella_jax.models.export import export
-from snella_jax.models.families import PRESETS, Model, create, load, of
-from snella_jax.models.stack import unstack
+from snella_jax.models.layers.stack import unstack
+from snella_jax.models.registry import PRESETS, Model, create, load, of
 
 __all__ = ["PRESETS", "Model", "create", "export", "load", "of", "unstack"]

@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import nnx
 
-from snella_jax.models.families import Model
+from snella_jax.models.registry import Model
 
 POSITIONS = "pos_embed"  # weights that follow from the grid of patches
 # What shows in the weights, or changes how outputs are computed but not what they are.

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from snella_jax.hosts import once
-from snella_jax.models.building import head_origin
-from snella_jax.models.checkpoint_error import CheckpointError
-from snella_jax.models.describing import config_files, metadata
-from snella_jax.models.families import Model
-from snella_jax.models.layouts import Layout, layout
-from snella_jax.models.loading import Checkpoint, arrange, place_of, read
-from snella_jax.models.rewriting import rewritten, unmade
+from snella_jax.files.errors import CheckpointError
+from snella_jax.files.hosts import once
+from snella_jax.models.checkpoints.build import head_origin
+from snella_jax.models.checkpoints.describing import config_files, metadata
+from snella_jax.models.checkpoints.formats import ExportFormat
+from snella_jax.models.checkpoints.mapping import arrange, place_of
+from snella_jax.models.checkpoints.read import Checkpoint, read
+from snella_jax.models.checkpoints.rewrite import rewritten, unmade
+from snella_jax.models.checkpoints.write import write_file, write_folder
+from snella_jax.models.registry import Model, layout
 from snella_jax.models.vit import ViT
-from snella_jax.models.writing import write_file, write_folder
 
 log = logging.getLogger("snella_jax")
 
@@ -81,7 +82,7 @@ def export(
         once(lambda: write_folder(path, tensors, files, said, max_shard_bytes))
 
 
-def _check_grid(model: Model, path: Path, own: Layout) -> None:
+def _check_grid(model: Model, path: Path, own: ExportFormat) -> None:
     """Raises a `ValueError` where a grid of positions that is no square would be lost.
 
     Logs where transformers does not know of it.
@@ -104,7 +105,7 @@ def _check_grid(model: Model, path: Path, own: Layout) -> None:
 
 
 def _class_names(
-    names: Sequence[str] | None, model: Model, own: Layout, as_file: bool
+    names: Sequence[str] | None, model: Model, own: ExportFormat, as_file: bool
 ) -> Sequence[str] | None:
     """Those for the head; None for those that the checkpoint's config has.
 
@@ -131,11 +132,11 @@ def _class_names(
     return names
 
 
-def _origin(own: Layout) -> str | None:
+def _origin(own: ExportFormat) -> str | None:
     return head_origin(arrange(own.checkpoint, own.rules)[0])
 
 
-def _tensors(own: Layout) -> dict[str, np.ndarray]:
+def _tensors(own: ExportFormat) -> dict[str, np.ndarray]:
     """Those of the model, and of the checkpoint what the model does not have."""
     checkpoint, rules = own.checkpoint, own.rules
     tensors, left = rewritten(checkpoint, rules, own.parts, f"head/.*|{own.free}")
@@ -154,7 +155,7 @@ def _tensors(own: Layout) -> dict[str, np.ndarray]:
 
 
 def _named(
-    tensors: dict[str, np.ndarray], source: Checkpoint, own: Layout
+    tensors: dict[str, np.ndarray], source: Checkpoint, own: ExportFormat
 ) -> dict[str, np.ndarray]:
     """Names with the prefix they had, or which a model with a head gives them."""
     names = dict(zip(own.checkpoint.tensors, source.tensors, strict=True))

@@ -12,7 +12,7 @@ from oracles import oracle_deltas
 from zoo.nnx_models import CLASSES, TOKENS, ZOO, Decoder
 
 import snella_jax as snella
-from snella_jax.rules import adapted_variables
+from snella_jax.nnx.selection import adapted_variables
 
 LABELS = jnp.arange(8) % CLASSES
 

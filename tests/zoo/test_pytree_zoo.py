@@ -13,7 +13,7 @@ from zoo.linen_models import CLASSES, ZOO, D
 
 import snella_jax as snella
 from snella_jax import Layout, linen, pytree
-from snella_jax.trees import name_of
+from snella_jax.adapters.tree import name_of
 
 LABELS = jnp.arange(8) % CLASSES
 BEHIND = Layout((D,), (D,), (D,), order=(1, 0, 2))  # layers behind the inputs

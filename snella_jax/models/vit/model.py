@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from snella_jax.models import images as pictures
-from snella_jax.models import parts, stack
-from snella_jax.models.attention import Implementation, attend, attention_weights
+from snella_jax.models.layers import basic, stack
+from snella_jax.models.layers import images as pictures
+from snella_jax.models.layers.attention import Implementation, attend, attention_weights
 from snella_jax.models.vit.config import PRESETS, ViTConfig
 
 
@@ -47,7 +47,7 @@ class ViT(nnx.Module):
         small = nnx.initializers.truncated_normal(0.02)
         tokens = c.grid[0] * c.grid[1] + c.class_token
 
-        self.patch_embed = parts.convolution(c.channels, c.width, c.patch_hw, c, rngs)
+        self.patch_embed = basic.convolution(c.channels, c.width, c.patch_hw, c, rngs)
         if c.class_token:
             self.cls_token = nnx.Param(
                 small(rngs.params(), (1, 1, c.width), c.param_dtype)
@@ -60,7 +60,7 @@ class ViT(nnx.Module):
         )
         self.norm = _norm(c, rngs)
         if c.num_classes:
-            self.head = parts.head(c.width, c, rngs)
+            self.head = basic.head(c.width, c, rngs)
 
     def __call__(
         self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
@@ -167,7 +167,7 @@ class Block(nnx.Module):
         self.attn = Attention(config, rngs=rngs)
         self.norm2 = _norm(config, rngs)
         hidden = config.mlp_dim or 4 * config.width
-        self.mlp = parts.MLP(config.width, hidden, config, rngs=rngs)
+        self.mlp = basic.MLP(config.width, hidden, config, rngs=rngs)
         if config.layer_scale is not None:
             shape, scale = (config.width,), config.layer_scale
             # Of two arrays: a step cannot donate one twice.
@@ -189,7 +189,7 @@ class Block(nnx.Module):
 
     def _branch(self, y: Array, scale: str, drop: Any, salt: int) -> Array:
         if self.layer_scale:
-            y = parts.scaled(y, getattr(self, scale)[...])
+            y = basic.scaled(y, getattr(self, scale)[...])
         return stack.dropped(y, drop, salt)
 
 
@@ -201,7 +201,7 @@ class Attention(nnx.Module):
         self.implementation: Implementation = config.attention
         width = config.width
         self.query, self.key, self.value, self.out = (
-            parts.linear(width, width, config, rngs) for _ in range(4)
+            basic.linear(width, width, config, rngs) for _ in range(4)
         )
 
     def __call__(
@@ -275,4 +275,4 @@ def _unroll(
 
 
 def _norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return parts.norm(config.width, config.norm_eps, config, rngs)
+    return basic.norm(config.width, config.norm_eps, config, rngs)

@@ -1,0 +1,1 @@
+"""Benchmarks: memory, throughput, profiles, input rate."""

@@ -1,0 +1,157 @@
+"""Figures of what methods cost: memory, seconds, and accuracy for memory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.reports import figures
+from experiments.reports.figures import plt
+
+
+def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws a step's memory: against the size of several models, or bars for one.
+
+    Args:
+      path: the PNG to write.
+      rows: of `experiments.benchmarks.memory`.
+    """
+    if len({row["model"] for row in rows}) > 1:
+        _memory_by_size(path, rows)
+    else:
+        _memory_by_method(path, rows)
+
+
+def _memory_by_method(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    rows = sorted(rows, key=lambda row: row["total_bytes"])
+    names = [row["method"] for row in rows]
+    height = 1.2 + 0.25 * len(rows)
+    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    totals = [row["total_bytes"] / 2**30 for row in rows]
+    firsts = [row["locating_bytes"] / 2**30 for row in rows]
+    steps = [
+        sum(row[f"{part}_bytes"] for part in ("argument", "temporary", "result"))
+        / 2**30
+        for row in rows
+    ]
+    if any(firsts):
+        axes.barh(names, firsts, color="tab:orange", height=0.7, label="first stage")
+    axes.barh(names, steps, color="tab:blue", height=0.7, label="training step")
+    for index, total in enumerate(totals):
+        axes.annotate(
+            f"{total:.2f}",
+            (total, index),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    first = rows[0]
+    axes.set(
+        xlabel="peak memory (GiB)",
+        xlim=(0, 1.1 * max(totals)),
+        title=f"{first['model']}, {_setting(first)}",
+    )
+    axes.legend(loc="lower right", fontsize=8)
+    figures.save(figure, path)
+
+
+def _setting(row: dict[str, Any]) -> str:
+    return (
+        f"{row['target']}, batch {row['batch']}, {row['dtype']}, frozen weights "
+        f"{row['frozen_dtype']}"
+    )
+
+
+def _memory_by_size(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = sorted(
+            (row["parameters"] / 1e6, row["total_bytes"] / 2**30)
+            for row in rows
+            if row["method"] == method
+        )
+        axes.plot(*zip(*own, strict=True), marker="o", label=method)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for capacity in (16, 24, 80):  # what vendors call GB is GiB on their cards
+        axes.axhline(capacity, color="grey", linestyle=":", linewidth=1)
+        axes.annotate(
+            f"{capacity} GB",
+            (0.005, capacity),
+            color="grey",
+            va="bottom",
+            xycoords=("axes fraction", "data"),
+        )
+    ticks = {row["model"]: row["parameters"] / 1e6 for row in rows}
+    labels = [f"{name}\n{size:.0f} M" for name, size in ticks.items()]
+    axes.set_xticks(list(ticks.values()), labels)
+    first = rows[0]
+    axes.set(
+        ylabel="peak memory of a step (GiB)",
+        ylim=(None, max(110, 1.2 * max(row["total_bytes"] for row in rows) / 2**30)),
+        title=_setting(first),
+    )
+    figure.legend(fontsize=8, loc="outside right upper")
+    figures.save(figure, path)
+
+
+def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws the seconds of a step, a bar for each method with its fastest and slowest.
+
+    Args:
+      path: the PNG to write.
+      rows: of `experiments.benchmarks.throughput`.
+    """
+    names = [row["method"] for row in rows]
+    medians = np.array([row["median_seconds"] for row in rows])
+    ends = np.array([(min(row["seconds"]), max(row["seconds"])) for row in rows]).T
+    height = 1.2 + 0.35 * len(rows)
+    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    axes.barh(names, medians, xerr=np.abs(ends - medians), color="tab:blue", height=0.6)
+    for index, row in enumerate(rows):
+        if "of_lora" in row:
+            axes.annotate(
+                f"{row['of_lora']:.2f} of LoRA",
+                (0, index),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                color="white",
+                fontsize=8,
+            )
+    first = rows[0]
+    axes.invert_yaxis()
+    axes.set(
+        xlabel="seconds per step (median; fastest to slowest)",
+        title=f"{first['model']}, batch {first['batch']}, {first['dtype']}: "
+        f"{first['device']}",
+    )
+    figures.save(figure, path)
+
+
+def profile(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws the parts of a step's time, a bar for each method.
+
+    Args:
+      path: the PNG to write.
+      rows: of `experiments.benchmarks.profile`.
+    """
+    names = [row["method"] for row in rows]
+    height = 1.6 + 0.5 * len(rows)
+    figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
+    left = np.zeros(len(rows))
+    for part in rows[0]["parts"]:
+        seconds = np.array([row["parts"][part] for row in rows])
+        axes.barh(names, seconds, left=left, label=part, height=0.6)
+        left += seconds
+    first = rows[0]
+    axes.invert_yaxis()
+    axes.set(
+        xlabel="seconds of a step",
+        title=f"{first['model']}, batch {first['batch']}, {first['dtype']}: "
+        f"{first['device']}",
+    )
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figures.save(figure, path)

@@ -1,0 +1,177 @@
+"""Images per second: what the pipeline delivers, and what a training step consumes.
+
+    python -m experiments.benchmarks.input_rate --task elpv --model dinov2_s14 --batch 8
+
+The streams (VTAB's resize, FGVC's random crops) and the steps (LoRA, SNELLA) take
+turns on the device at hand. Prints a table and writes `input_rate.json` into `--out`. A
+stream that delivers less than the fastest step consumes would hold the training up.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from experiments import files, showing
+from experiments.benchmarks import targets, throughput, workload
+from experiments.data import pipeline
+from experiments.data.task import Task
+from experiments.data.transforms import Transform
+from experiments.paths import Given, check_out
+from experiments.tasks import catalogue
+from snella_jax import models
+
+
+@dataclasses.dataclass(frozen=True)
+class RateConfig:
+    """Options of `python -m experiments.benchmarks.input_rate`."""
+
+    task: str = "elpv"
+    """A task, folder or CSV file, as for experiments.tasks.show."""
+    data_dir: Path = catalogue.DATA_DIR
+    """Where TFDS keeps prepared sets, and archives are unpacked."""
+    model: str = "dinov2_s14"
+    """A preset of snella_jax.models; its image size is the stream's."""
+    batch: int = 8
+    """Images in a step."""
+    dtype: workload.Dtype = "float32"
+    """Of the computation."""
+    batches: int = 200
+    """That a stream delivers in each turn; a few were made ahead, while steps ran."""
+    repetitions: int = 5
+    """How many turns."""
+    threads: int = pipeline.Reading.threads
+    """That make batches."""
+    workers: int = 0
+    """Processes that make batches besides; 0 for threads alone."""
+    out: Given = Path("runs/input_rate")
+    """Folder for input_rate.json."""
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Parses the command line, times, and returns the rows of `input_rate.json`."""
+    program = "python -m experiments.benchmarks.input_rate"
+    config = tyro.cli(RateConfig, prog=program, args=argv, description=__doc__)
+    try:
+        check_out(config.out)
+        for name in ("batches", "repetitions", "threads"):
+            if getattr(config, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(config, name)}: expected at least 1."
+                )
+        steps = {
+            f"step, {method}": workload.checked(
+                workload.Setting(
+                    method,
+                    config.model,
+                    config.batch,
+                    dtype=config.dtype,
+                    frozen_dtype=config.dtype,
+                )
+            )
+            for method in ("lora", "snella")
+        }
+        task = catalogue.load(config.task, config.data_dir)
+        streams = {f"stream, {crop}": _stream(crop, task, config) for crop in CROPS}
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"{program}: {error}") from error
+    console = showing.console()
+    runs = dict(streams)
+    for name, setting in track(steps.items(), "compiling", console=console):
+        runs[name] = _images_of(throughput.compiled(setting)[1], config.batch)
+    rows = _timed(runs, config, console)
+    config.out.mkdir(parents=True, exist_ok=True)
+    files.replace(config.out / "input_rate.json", json.dumps(rows, indent=1) + "\n")
+    console.print(_table(rows))
+    console.print(f"input_rate.json is in {config.out}", soft_wrap=True)
+    return rows
+
+
+CROPS = ("resize", "random")
+
+
+def _stream(crop: Any, task: Task, config: RateConfig) -> Callable[[], int]:
+    """Takes some batches from a stream without end; gives the number of images."""
+    transform = Transform(models.PRESETS[config.model].image_hw, crop)
+    batches = iter(
+        pipeline.training(
+            task.train,
+            transform,
+            batch=config.batch,
+            epochs=1_000_000,
+            seed=0,
+            reading=pipeline.Reading(config.threads, workers=config.workers),
+        )
+    )
+    return lambda: _take(batches, config.batches)
+
+
+def _take(batches: Iterator[Any], count: int) -> int:
+    return sum(len(next(batches)["label"]) for _ in range(count))
+
+
+def _images_of(take: Callable[[], None], batch: int) -> Callable[[], int]:
+    def run() -> int:
+        take()
+        return batch
+
+    return run
+
+
+def _timed(
+    runs: dict[str, Callable[[], int]], config: RateConfig, console: Console
+) -> list[dict[str, Any]]:
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in track(range(config.repetitions + 1), "timing", console=console):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            images = run()
+            if turn:  # the first one warms up
+                rates[name].append(images / (time.perf_counter() - start))
+    fastest = max(
+        statistics.median(own) for name, own in rates.items() if "step" in name
+    )
+    settings = dataclasses.asdict(config) | {"out": None, "data_dir": None}
+    shared = {name: value for name, value in settings.items() if value is not None}
+    shared |= {"device": targets.describe("local"), "jax": jax.__version__}
+    return [
+        {
+            "what": name,
+            "images_per_second": statistics.median(own),
+            "of_the_fastest_step": statistics.median(own) / fastest,
+            "every": own,
+            **shared,
+        }
+        for name, own in rates.items()
+    ]
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"{first['task']}, {first['model']}, batch {first['batch']}, "
+        f"{first['dtype']}: {first['device']}"
+    )
+    for name in ("", "images/s", "slowest", "/fastest step"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
+    for row in rows:
+        table.add_row(
+            row["what"],
+            f"{row['images_per_second']:.1f}",
+            f"{min(row['every']):.1f}",
+            f"{row['of_the_fastest_step']:.1f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+r"""Compiled peak memory of one training step, method by method.
+
+    python -m experiments.benchmarks.memory --target h100 --batch 8 \
+        --model vit_b16 vit_l16 vit_h14
+
+compiles the step of every method for the target, which need not be there, and asks the
+compiler what it will allocate: arguments, results and temporaries. Prints a table and
+writes `memory.json` and `memory.png` (memory against the size of the model, as in the
+paper's Figure 7(b, c) and Table XVI) into `--out`. Full fine-tuning keeps its weights
+in float32, as it has to; LoRA's cast of a frozen weight is recomputed, so that no copy
+of it counts against LoRA. The total of SPT, GPS and NOAH is that of their first stage
+where it takes more (`locating_bytes`).
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.progress import track
+from rich.table import Table
+
+from experiments import files, showing
+from experiments.benchmarks import figures, targets, workload
+from experiments.paths import Given, check_out
+
+GIB = 2**30
+PARTS = ("total", "argument", "temporary", "locating")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig(workload.Options):
+    """Options of `python -m experiments.benchmarks.memory`."""
+
+    target: targets.Target = "local"
+    """What the step is compiled for. On the CPU XLA's scheduler does not spare memory:
+    its figures rank methods badly."""
+    model: tuple[str, ...] = ("vit_b16",)
+    """Presets of snella_jax.models."""
+    out: Given = Path("runs/memory")
+    """Folder for memory.json and memory.png."""
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Parses the command line, compiles, and returns the rows of `memory.json`."""
+    config = tyro.cli(
+        MemoryConfig,
+        prog="python -m experiments.benchmarks.memory",
+        args=argv,
+        description=__doc__,
+    )
+    try:
+        check_out(config.out)
+        if not config.model:
+            raise ValueError("--model names nothing: expected at least one.")
+        settings = [each for name in config.model for each in config.settings(name)]
+        where = targets.sharding(config.target)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise SystemExit(f"python -m experiments.benchmarks.memory: {error}") from error
+    console = showing.console()
+    rows = [
+        row(setting, config.target, where)
+        for setting in track(settings, "compiling", console=console)
+    ]
+    config.out.mkdir(parents=True, exist_ok=True)
+    files.replace(config.out / "memory.json", json.dumps(rows, indent=1) + "\n")
+    figures.memory(config.out / "memory.png", rows)
+    console.print(_table(rows))
+    console.print(f"memory.json and memory.png are in {config.out}", soft_wrap=True)
+    return rows
+
+
+def row(
+    setting: workload.Setting, target: targets.Target, where: Any
+) -> dict[str, Any]:
+    """Compiles one step for the device of `where` and says what it allocates."""
+    one, first = workload.abstract(setting), workload.locating(setting)
+    start = time.perf_counter()
+    found = _allocated(one, where)
+    seconds = time.perf_counter() - start
+    found["locating_bytes"] = _allocated(first, where)["total_bytes"] if first else 0
+    found["total_bytes"] = max(found["total_bytes"], found["locating_bytes"])
+    return {
+        "method": setting.method,
+        "model": setting.model,
+        "batch": setting.batch,
+        "target": target,
+        "frozen_dtype": setting.frozen_dtype,
+        "path": setting.path,
+        **found,
+        "dtype": setting.dtype,
+        "rank": setting.rank,
+        "stacked": one.stacked,
+        "remat": setting.remat,
+        "attention": setting.attention,
+        "parameters": workload.parameters(setting.model),
+        "trainable": _size(one.arguments[0]),
+        "compile_seconds": round(seconds, 1),
+        "device": targets.describe(target),
+        "jax": jax.__version__,
+    }
+
+
+def _allocated(one: workload.Step, where: Any) -> dict[str, int]:
+    """What a step needs."""
+    compiler = jax.jit(
+        one.run, donate_argnums=one.donated, in_shardings=where, out_shardings=where
+    )
+    parts: Any = compiler.lower(*one.arguments).compile().memory_analysis()
+    found = {
+        "argument_bytes": parts.argument_size_in_bytes,
+        "temporary_bytes": parts.temp_size_in_bytes,
+        "result_bytes": parts.output_size_in_bytes - parts.alias_size_in_bytes,
+    }
+    return {"total_bytes": sum(found.values())} | found
+
+
+def _size(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"GiB in one step, batch {first['batch']}, {first['dtype']}, frozen "
+        f"{first['frozen_dtype']}: {first['device']}"
+    )
+    names = ("model", "method", "total", "arguments", "temporary", "locating", "/lora")
+    for name in (*names, "/full", "compile"):
+        left = name in names[:2]
+        table.add_column(name, justify="left" if left else "right", no_wrap=left)
+    totals = {(r["model"], r["method"]): r["total_bytes"] for r in rows}
+    for r in rows:
+        ratios = [
+            f"{r['total_bytes'] / totals[r['model'], other]:.3f}"
+            if (r["model"], other) in totals
+            else ""
+            for other in ("lora", "full")
+        ]
+        parts = [f"{r[f'{k}_bytes'] / GIB:.2f}" for k in PARTS]
+        seconds = f"{r['compile_seconds']:.1f} s"
+        table.add_row(r["model"], r["method"], *parts, *ratios, seconds)
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""SNELLA without its recompute, for comparison: delta is kept for the backward pass."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from snella_jax.nnx.layers import Adapter
+from snella_jax.nnx.selection import adapted_layers
+from snella_jax.nnx.surgery import become, plain_class
+
+
+class Stored(nnx.Module):
+    """An adapted `nnx.Linear` whose update automatic differentiation stores."""
+
+    adapter: Adapter
+    kernel: nnx.Variable
+    bias: nnx.Variable | None
+    dtype: Any
+
+    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+        weight = self.kernel[...] + self.adapter.on("", self.kernel[...]).delta()
+        y = jnp.asarray(x, self.dtype) @ weight.astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def keep_delta(model: nnx.Module) -> None:
+    """Changes every adapted layer of `model`, in place, to one that stores its update.
+
+    Raises:
+      ValueError: an adapted layer that is no `nnx.Linear`.
+    """
+    for path, layer in list(adapted_layers(model)):
+        if plain_class(type(layer)) is not nnx.Linear:
+            raise ValueError(f"{path} is no nnx.Linear.")
+        become(layer, Stored)

@@ -1,0 +1,286 @@
+"""One training step of every method on a model: what memory and time are measured of.
+
+The step is the trainer's own (`update.training_step`), with AdamW, on images of noise.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+import snella_jax as snella
+from experiments.benchmarks import stored_delta
+from experiments.config.run_config import RunConfig
+from experiments.methods import noah, plain_vit, sensitivity
+from experiments.methods.registry import METHODS
+from experiments.methods.settings import Masked, Trained
+from experiments.methods.snella import Kernelized
+from experiments.training import step
+from snella_jax import models
+from snella_jax.models import swin, vit
+from snella_jax.models.layers import attention
+from snella_jax.nnx.surgery import freeze
+from snella_jax.nnx.variables import Frozen, variables_of
+
+CLASSES = 100  # VTAB-1k's largest common head (CIFAR-100)
+DENSITY = 0.3
+HEAD = "head|cls_token"
+TARGETS = r"blocks/.*/(query|key|value|out|fc1|fc2)"
+
+Method = Literal["linear", Trained, "snella_parallel", "snella_stored"]
+USUAL: tuple[Method, ...] = (
+    "full",
+    "linear",
+    "bias",
+    "lora",
+    "mixk",
+    "snella",
+    "snella_parallel",
+    "snella_stored",
+)
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A method on a model.
+
+    Attributes:
+      method: how the model is fine-tuned.
+      model: a preset of `snella_jax.models`.
+      batch: images in a step.
+      rank: of factors and bottlenecks.
+      dtype: in which the step computes.
+      frozen_dtype: in which the weights that do not train are kept.
+      stacked: whether the blocks are scanned or a list.
+      remat: what is recomputed besides delta, see `vit.ViTConfig`.
+    """
+
+    method: Method
+    model: str = "vit_b16"
+    batch: int = 64
+    rank: int = 8
+    dtype: str = "bfloat16"
+    frozen_dtype: str = "bfloat16"
+    stacked: bool = True
+    remat: Literal["none", "blocks"] = "none"
+
+    @property
+    def trained(self) -> Trained | None:
+        """The method as the trainer knows it; None for the linear probe."""
+        if self.method == "linear":
+            return None
+        if self.method == "snella_parallel" or self.method == "snella_stored":
+            return "snella"
+        return self.method
+
+    @property
+    def config(self) -> RunConfig:
+        """What the trainer would be told."""
+        config = RunConfig(targets=TARGETS, trainable=HEAD)
+        changes: dict[str, Any] = {
+            name: dataclasses.replace(getattr(config, name), rank=self.rank)
+            for name in get_args(Trained)
+            if hasattr(getattr(config, name), "rank")
+        }
+        if self.method == "snella_parallel":
+            changes["snella"] = dataclasses.replace(changes["snella"], path="parallel")
+        return dataclasses.replace(config, **changes)
+
+    @property
+    def path(self) -> str | None:
+        """How a kernelized update is applied; None for the other methods."""
+        own = getattr(self.config, self.trained) if self.trained else None
+        return own.path if isinstance(own, Kernelized) else None
+
+    @property
+    def attention(self) -> str | None:
+        """Which implementation of attention the first device gets; None for none."""
+        config = models.PRESETS[self.model]
+        if not isinstance(config, vit.ViTConfig):
+            return "xla" if isinstance(config, swin.SwinConfig) else None
+        head_dim = config.width // config.heads
+        return attention.best(jax.local_devices()[0], self.dtype, head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of a program that compares methods."""
+
+    method: tuple[Method, ...] = USUAL
+    """What is compared. snella_parallel: the update in a matmul of its own.
+    snella_stored: without the recompute."""
+    batch: int = 8
+    """Images in a step."""
+    rank: int = 8
+    """Of factors and bottlenecks."""
+    dtype: Dtype = "bfloat16"
+    """Of the computation."""
+    frozen_dtype: Dtype = "bfloat16"
+    """Of the weights that do not train."""
+    stacked: bool = True
+    """Whether the blocks are scanned, or a list run one after the other."""
+    remat: Literal["none", "blocks"] = "none"
+    """What is recomputed besides delta."""
+
+    def settings(self, model: str) -> list[Setting]:
+        """A checked setting of `model` for each method.
+
+        Raises:
+          ValueError: an option is wrong; says what was expected.
+        """
+        if not self.method:
+            raise ValueError("--method names nothing: expected at least one.")
+        names = {field.name for field in dataclasses.fields(Options)} - {"method"}
+        shared: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return [checked(Setting(each, model, **shared)) for each in self.method]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step that can be jitted, and its arguments.
+
+    Attributes:
+      run: of `arguments`; gives those that are `donated` anew, and in training the
+        loss.
+      arguments: in training trainable, opt_state, budgets, frozen, images, labels, key.
+      stacked: whether the method's blocks are scanned.
+      donated: indices of arguments.
+    """
+
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    stacked: bool
+    donated: tuple[int, ...]
+
+
+def build(setting: Setting) -> Step:
+    """The step of a setting, with arrays; under `jax.eval_shape` with their shapes."""
+    return _training(setting, _model(setting))
+
+
+def abstract(setting: Setting) -> Step:
+    """`build` with the arguments' shapes and dtypes alone."""
+    return _abstract(lambda: build(setting))
+
+
+def _abstract(make: Callable[[], Step]) -> Step:
+    found = []
+
+    def arguments():
+        found.append(make())
+        return found[0].arguments
+
+    shapes = jax.eval_shape(arguments)
+    return dataclasses.replace(found[0], arguments=shapes)
+
+
+def _training(setting: Setting, model: Any) -> Step:
+    graphdef, trainable, budgets, frozen = nnx.split(
+        model, nnx.Param, snella.Budget, ...
+    )
+    watch = METHODS[setting.trained].watch(setting.config) if setting.trained else ()
+    if watch:  # the budgets of a run's last epoch, divided evenly
+        budgets = jax.tree.map(lambda b: (b * DENSITY).astype(b.dtype), budgets)
+    tx = optax.chain(*watch, optax.adamw(1e-3, mask=snella.decay_mask))
+    state, key = tx.init(trainable), jax.random.key(0)
+    arguments = (trainable, state, budgets, frozen, *_batch(setting), key)
+    run = step.training_step(graphdef, tx)
+    return Step(run, arguments, model.config.stacked, donated=(0, 1))
+
+
+def _scoring(setting: Setting, stage: sensitivity.Scoring) -> Step:
+    """Of scores so far, kernels, the rest of the base, in float32, and a batch."""
+    model = sensitivity.headed(_base(setting), jax.random.key(0))
+    graphdef, kernels, rest = sensitivity.split(model, TARGETS)
+    scores = jax.tree.map(jnp.zeros_like, kernels)
+    run = sensitivity.scoring_step(graphdef, stage.rule)
+    arguments = scores, kernels, rest, *_batch(setting)
+    return Step(run, arguments, setting.stacked, donated=(0,))
+
+
+def checked(setting: Setting) -> Setting:
+    """The setting, or a `ValueError` that says what is wrong with it."""
+    if setting.model not in models.PRESETS:
+        known = ", ".join(models.PRESETS)
+        raise ValueError(f"No model is called {setting.model!r}; there are {known}.")
+    plain = isinstance(models.PRESETS[setting.model], vit.ViTConfig)
+    if setting.method in plain_vit.ALONE and not plain:
+        raise ValueError(
+            f"method={setting.method}: expected a ViT, not a {setting.model}."
+        )
+    for name in ("batch", "rank"):
+        if getattr(setting, name) < 1:
+            raise ValueError(f"{name}={getattr(setting, name)}: expected at least 1.")
+    own = getattr(setting.config, setting.trained) if setting.trained else None
+    if isinstance(own, Kernelized | Masked) and setting.rank % 2:
+        raise ValueError(
+            f"rank={setting.rank}: expected a multiple of mix_k's 2 pieces."
+        )
+    return setting
+
+
+def parameters(model: str) -> int:
+    """How many parameters a preset has, with a head of `CLASSES`."""
+    shapes = nnx.eval_shape(
+        lambda: models.create(model, num_classes=CLASSES, rngs=nnx.Rngs(0))
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+
+
+def locating(setting: Setting) -> Step | None:
+    """The step of a method's first stage, abstract; None where it has none."""
+    stage = METHODS[setting.trained].stage if setting.trained else None
+    if isinstance(stage, sensitivity.Scoring):
+        return _abstract(lambda: _scoring(setting, stage))
+    if isinstance(stage, noah.Search):
+        return _abstract(lambda: _training(setting, _supernet(setting, stage)))
+    return None
+
+
+def _batch(setting: Setting) -> tuple[Array, Array]:
+    config = models.PRESETS[setting.model]
+    shape = (setting.batch, *config.image_hw, config.channels)
+    labels = jnp.arange(setting.batch) % CLASSES
+    return jax.random.normal(jax.random.key(0), shape), labels
+
+
+def _base(setting: Setting) -> models.Model:
+    return models.create(
+        setting.model,
+        num_classes=CLASSES,
+        dtype=jnp.dtype(setting.dtype),
+        stacked=setting.stacked,
+        remat=setting.remat,
+        rngs=nnx.Rngs(0),
+    )
+
+
+def _model(setting: Setting) -> Any:
+    model: Any = _base(setting)
+    if setting.method == "linear":
+        freeze(model, "head")
+    elif setting.trained:
+        method = METHODS[setting.trained]
+        stage = method.stage
+        located = [stage.typical(setting.config, model)] if stage else []
+        model = method.adapt(setting.config, model, *located)
+    if setting.method == "snella_stored":
+        stored_delta.keep_delta(model)
+    return _cast(setting, model)
+
+
+def _supernet(setting: Setting, stage: noah.Search) -> Any:
+    return _cast(setting, stage.supernet(setting.config, _base(setting)))
+
+
+def _cast(setting: Setting, model: Any) -> Any:
+    for _, variable in variables_of(model, Frozen):
+        if jnp.issubdtype(variable.dtype, jnp.floating):
+            variable.set_value(variable[...].astype(setting.frozen_dtype))
+    return model

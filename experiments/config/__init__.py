@@ -1,0 +1,1 @@
+"""What a run is: fields, presets and the command line."""

@@ -1,0 +1,142 @@
+"""The pre-trained models that runs start from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.config.run_config import RunConfig
+from experiments.data.transforms import Transform
+from experiments.paths import at_home
+from experiments.pretrained import dinov2_saliency, small_vit
+from snella_jax import models
+
+SHOWN = 5
+URL = "https://storage.googleapis.com/vit_models/imagenet21k"
+GITHUB = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0"
+# Of the presets with published ImageNet-21k weights: file, where it is, its licence.
+PUBLISHED = {
+    "vit_b16": ("ViT-B_16.npz", URL, "Apache-2.0"),
+    "vit_l16": ("ViT-L_16.npz", URL, "Apache-2.0"),
+    "vit_h14": ("ViT-H_14.npz", URL, "Apache-2.0"),
+    "swin_b": ("swin_base_patch4_window7_224_22k.pth", GITHUB, "MIT"),
+    "convnext_b": (
+        "convnext_base_22k_224.pth",
+        "https://dl.fbaipublicfiles.com/convnext",
+        "MIT",
+    ),
+}
+SUFFIXES = (".json", ".safetensors", ".bin")  # of a Hugging Face folder's files
+
+
+def load(config: RunConfig, classes: int) -> models.Model:
+    """The model that `config.model` names, with a new head that starts at 0.
+
+    Raises:
+      ModuleNotFoundError, FileNotFoundError, ValueError: it is not there, does not fit,
+        or has weights that are not finite; says what to do.
+    """
+    options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype)}
+    options |= {"drop_path": config.drop_path, "num_classes": classes}
+    if config.model == small_vit.NAME:
+        if config.image_size is not None:
+            raise ValueError(f"image_size: {small_vit.NAME} takes 28 x 28 alone.")
+        model = small_vit.load(config.seed, **options)
+    elif config.random_weights and config.model in models.PRESETS:
+        size = config.image_size
+        options |= {} if size is None else {"image_size": size}
+        return models.create(config.model, rngs=nnx.Rngs(config.seed), **options)
+    else:
+        model = _pretrained(config.model, options | {"image_size": config.image_size})
+    if config.random_weights:
+        return models.of(model.config, nnx.Rngs(config.seed))
+    check_finite(model, config.model)
+    return model
+
+
+def taken(config: RunConfig) -> str | None:
+    """What to say where `config.model` is a model's name and that of a file, too."""
+    names = {small_vit.NAME, "dinov2_saliency", *PUBLISHED}
+    if config.random_weights:
+        names |= set(models.PRESETS)
+    path = Path(config.model)
+    if config.model not in names or not path.exists():
+        return None
+    return (
+        f"{config.model}: the model of that name is taken, not {path.absolute()}; "
+        f"--model ./{config.model} takes that"
+    )
+
+
+def check_finite(model: models.Model, name: str) -> None:
+    """Raises a `ValueError` that names the weights that are not finite."""
+    wrong = [
+        "/".join(map(str, path))
+        for path, weight in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        if not jnp.isfinite(weight[...]).all()
+    ]
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise ValueError(
+            f"{name} has weights that are not finite (NaN, inf), with which nothing "
+            f"can be trained: {', '.join(wrong[:SHOWN])}{more}."
+        )
+
+
+def _pretrained(name: str, options: dict[str, Any]) -> models.Model:
+    if name == "dinov2_saliency":
+        return dinov2_saliency.load(**options)
+    if name in models.PRESETS and name not in PUBLISHED:
+        known = ", ".join(PUBLISHED)
+        raise ValueError(
+            f"--model {name}: published weights are known of {known}; give a path, or "
+            "--random_weights."
+        )
+    file = given(name)
+    for expected, folder, licence in PUBLISHED.values():
+        if file == Path(expected) and not file.exists():
+            raise FileNotFoundError(
+                f"There is no {file} here: get it from {folder}/{file} ({licence}), or "
+                "give other weights with --model."
+            )
+    return models.load(file, **options)
+
+
+def given(name: str) -> Path:
+    """The file or folder that `--model` means, where it is none of the demos."""
+    return at_home(PUBLISHED[name][0] if name in PUBLISHED else name)
+
+
+def files(config: RunConfig) -> list[Path]:
+    """What `load` reads; nothing where all weights are random."""
+    if config.model == small_vit.NAME:
+        return [small_vit.WEIGHTS]
+    if config.random_weights and config.model in models.PRESETS:
+        return []
+    if config.model == "dinov2_saliency":
+        return [dinov2_saliency.path()]
+    path = given(config.model)
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+
+
+def transforms(config: RunConfig, model: models.Model) -> tuple[Transform, Transform]:
+    """Of training images, and of all others, with the constants of the weights."""
+    given = model.config
+    if config.model == small_vit.NAME:
+        whole = small_vit.TRANSFORM
+    else:
+        mean, std = (
+            tuple(numbers) * (given.channels // len(numbers))
+            for numbers in (given.pixel_mean, given.pixel_std)
+        )
+        whole = Transform(given.image_hw, mean=mean, std=std)
+    if config.crop == "resize":
+        return whole, whole
+    return (
+        dataclasses.replace(whole, crop="random"),
+        dataclasses.replace(whole, crop="centre"),
+    )

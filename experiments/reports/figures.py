@@ -1,0 +1,164 @@
+"""Pictures of a run."""
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from experiments.showing import drawn
+
+
+def allocation(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws budget and importance of every matrix over the epochs.
+
+    Args:
+      path: the PNG to write.
+      rows: of `metrics.jsonl`, of the epochs that began with a reallocation; each
+        stands until the next of them.
+    """
+    epochs = [row["epoch"] for row in rows]
+    paths = list(rows[0]["importance"])
+    names = [path.removeprefix("blocks/") for path in paths]
+    scores, budgets, capacities = (  # [L, rows]
+        np.array([[row[kind][path] for row in rows] for path in paths], float)
+        for kind in ("importance", "budget", "capacity")
+    )
+    shares = scores / np.maximum(scores.sum(0), np.finfo(float).tiny)
+    density, total = budgets / capacities, budgets.sum(0) / capacities.sum(0)
+
+    height = 1.6 + 0.17 * len(names)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, height), sharey=True, layout="constrained"
+    )
+    edges = np.array([*epochs, epochs[-1] + 1]) - 0.5, np.arange(len(names) + 1) - 0.5
+    norm = LogNorm(vmin=1e-4, vmax=1, clip=True)
+    mesh = left.pcolormesh(*edges, np.maximum(shares, 1e-4), norm=norm, cmap="magma")
+    figure.colorbar(mesh, ax=left, label="share of the importance of all matrices")
+    left.set(title="Importance before the epoch", xlabel="epoch")
+    left.set_yticks(range(len(names)), names, fontsize=7)
+    left.invert_yaxis()
+    mesh = right.pcolormesh(*edges, density, vmin=0, vmax=1, cmap="viridis")
+    figure.colorbar(mesh, ax=right, label="fraction of the matrix that may move")
+    totals = f"{total[0]:.2f} to {total[-1]:.2f} of all weights"
+    right.set(title=f"Budget in the epoch ({totals})", xlabel="epoch")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    save(figure, path)
+
+
+def curves(path: Path, methods: dict[str, list[dict[str, Any]]], task: str) -> None:
+    """Draws training loss and followed accuracy over the epochs, a line a method.
+
+    Args:
+      path: the PNG to write.
+      methods: rows of `metrics.jsonl` by the method's title.
+      task: its name.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for title, rows in methods.items():
+        known = [(r["epoch"], r["train_loss"]) for r in rows if "train_loss" in r]
+        left.plot(*zip(*known, strict=True), marker=".", label=title)
+        for key, style in (("val_accuracy", "-"), ("test_accuracy", "--")):
+            known = [(r["epoch"], 100 * r[key]) for r in rows if key in r]
+            if known:
+                split = key.split("_")[0]
+                line = right.plot(*zip(*known, strict=True), style, marker=".")
+                line[0].set_label(f"{title}, {split}")
+    left.set(title="training loss", yscale="log")
+    right.set(title="accuracy, %")
+    if not right.lines:
+        right.annotate("nothing was followed", (0.5, 0.5), ha="center",
+                       xycoords="axes fraction")  # fmt: skip
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    figure.suptitle(drawn(task))
+    save(figure, path)
+
+
+def sparsity(path: Path, row: dict[str, Any], task: str) -> None:
+    """Draws final sparsity by depth with its linear fit, as the paper's Figure 10.
+
+    A bar is a block, a dot one of its matrices: the share that may not move.
+
+    Args:
+      path: the PNG to write.
+      row: of `metrics.jsonl`, of the last epoch that began with a reallocation.
+      task: its name.
+    """
+    budget, capacity = row["budget"], row["capacity"]
+    found = {name: block_of(name) for name in budget}
+    every = sorted({block for block in found.values() if block is not None})
+    depth = {n: every.index(block) for n, block in found.items() if block is not None}
+    named, blocks = list(depth), range(len(every))
+    shares = []
+    for block in blocks:
+        own = [name for name in named if depth[name] == block]
+        room = sum(capacity[name] for name in own)
+        shares.append(1 - sum(budget[name] for name in own) / room)
+    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    axes.bar(blocks, shares, color="tab:blue", alpha=0.4, label="block")
+    kinds = list(dict.fromkeys(kind_of(name) for name in named))
+    for index, kind in enumerate(kinds):
+        aside = 0.6 * ((index + 0.5) / len(kinds) - 0.5)  # beside one another
+        own = [name for name in named if kind_of(name) == kind]
+        places = [depth[name] + aside for name in own]
+        values = [1 - budget[name] / capacity[name] for name in own]
+        axes.plot(places, values, "o", markersize=4, label=kind)
+    if len(blocks) > 1:
+        slope, start = np.polyfit(blocks, shares, 1)
+        line = [start + slope * b for b in blocks]
+        axes.plot(blocks, line, color="black", label=f"fit, {slope:+.3f} a block")
+    axes.set(xlabel="block", ylabel="share that may not move", ylim=(-0.03, 1.03))
+    axes.set_title(f"{drawn(task)}: sparsity in epoch {row['epoch']}")
+    labels = [".".join(map(str, block)) for block in every]
+    axes.set_xticks(blocks, labels, rotation=90 * any("." in text for text in labels))
+    figure.legend(loc="outside right upper", fontsize=8)
+    save(figure, path)
+
+
+def block_of(name: str) -> tuple[int, ...] | None:
+    """The block of a matrix, behind its stage if it has one; None where it has none.
+
+    >>> block_of("blocks/attn/query[3]"), block_of("blocks/11/mlp/fc1")
+    ((3,), (11,))
+    >>> block_of("blocks/2/mlp/fc1[5]"), block_of("blocks/2/shifted/attn/query[3]")
+    ((2, 5), (2, 7))
+    """
+    numbers = [int(number) for number in re.findall(r"(?<![a-zA-Z])\d+", name)]
+    if not numbers:
+        return None
+    pair = re.search(r"/(plain|shifted)/", name)
+    if pair:  # the number is that of two blocks
+        numbers[-1] = 2 * numbers[-1] + (pair[1] == "shifted")
+    return tuple(numbers)
+
+
+def kind_of(name: str) -> str:
+    """Which of a block's matrices a name means.
+
+    >>> kind_of("blocks/attn/query[3]"), kind_of("blocks/11/mlp/fc1")
+    ('query', 'fc1')
+    """
+    return re.sub(r"\[\d+\]", "", name).rsplit("/", 1)[-1]
+
+
+def save(figure: Figure, path: Path, dpi: int = 130) -> None:
+    """Writes a PNG and forgets the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():  # of names in letters that the font draws as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(path, dpi=dpi)
+    plt.close(figure)

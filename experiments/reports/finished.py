@@ -1,0 +1,101 @@
+"""Finished runs, read from their folders."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments import files
+from experiments.config.run_config import WHERE, RunConfig
+from experiments.methods.registry import METHODS
+from experiments.tasks import catalogue
+
+# Of these, LoRA's factors did not decay while decay went by the number of their axes:
+# runs from then are no seeds of later ones.
+UNDECAYED = ("spt_lora", "noah")
+UNDECAYED_NOTE = "factors without decay"
+IRRELEVANT = (*WHERE, "seed", "methods", "source")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A method of a finished run.
+
+    Attributes:
+      task: its name in the catalogue, or that of the folder or file.
+      method: as tables call it, with its rank.
+      setup: model and protocol, which columns of one table may differ in.
+      settings: all that has to agree for two runs to be seeds of one another.
+      result: the method's entry of `summary.json`.
+    """
+
+    folder: Path
+    task: str
+    method: str
+    setup: str
+    seed: int
+    settings: dict[str, Any]
+    result: dict[str, Any]
+
+
+def collect(paths: Iterable[Path]) -> list[Run]:
+    """The finished runs in some folders and below them, a `Run` for each method.
+
+    Raises:
+      ValueError: there are none in one of them.
+    """
+    found: dict[Path, list[Run]] = {}
+    for path in paths:
+        summaries = sorted(path.rglob("summary.json"))
+        if not summaries:
+            raise ValueError(f"There is no finished run (summary.json) in {path}.")
+        for summary in summaries:
+            found.setdefault(summary.parent.resolve(), _runs(summary.parent))
+    return [run for runs in found.values() for run in runs]
+
+
+def label(method: str, settings: dict[str, Any]) -> str:
+    """How tables call a method with its settings."""
+    title = METHODS[method].title if method in METHODS else "linear probe"
+    return title + (f"-{settings['rank']}" if "rank" in settings else "")
+
+
+def _runs(where: Path) -> list[Run]:
+    summary, config = (files.read(where / f"{n}.json") for n in ("summary", "config"))
+    if config is None:
+        raise ValueError(f"{where} has a summary.json without its config.json.")
+    weights = Path(config["model"]).stem + ", random" * config.get(
+        "random_weights", False
+    )
+    protocol = config["protocol"] + ", searched" * config["search"]
+    runs = []
+    for method, result in summary["methods"].items():
+        known = dataclasses.asdict(getattr(RunConfig(), method))
+        own = {**known, **config[method]}  # which may be older than some settings
+        shared = {k: v for k, v in config.items() if not isinstance(v, dict)}
+        settings = {k: v for k, v in shared.items() if k not in IRRELEVANT}
+        settings |= {f"{method}.{name}": value for name, value in own.items()}
+        if method in UNDECAYED:
+            settings["decay of LoRA's factors"] = result.get("decayed") is not None
+        if config["search"] or method == "linear":  # whose strengths go on, too
+            settings["grid"] = config.get("grid")
+        runs.append(
+            Run(
+                folder=where,
+                task=_task(config["task"]),
+                method=label(method, own),
+                setup=f"{weights}, {protocol}",
+                seed=config["seed"],
+                settings=settings,
+                result=result,
+            )
+        )
+    return runs
+
+
+def _task(name: str) -> str:
+    """A task of the catalogue by its name; one's own by that of its folder or file."""
+    if name in catalogue.ENTRIES:
+        return name
+    stem = Path(name).stem
+    return f"{stem} (own)" if stem in catalogue.ENTRIES else stem

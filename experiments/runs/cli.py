@@ -1,0 +1,52 @@
+"""What `experiments.vtab` and `experiments.fgvc` do with their words."""
+
+import itertools
+import sys
+from typing import Any
+
+from experiments import showing
+from experiments.config import command_line
+from experiments.config.presets import SUITES
+from experiments.runs import setup, suite
+from experiments.runs.run import run
+
+
+def main(
+    program: str, presets: command_line.Presets, suite_name: str, argv: list[str] | None
+) -> dict[str, Any] | None:
+    """Parses the command line and runs; returns what `summary.json` of a run holds.
+
+    Args:
+      program: as users call it.
+      presets: that `--config` may name.
+      suite_name: the name that stands for a benchmark's tasks.
+      argv: the words after the program; None for the process's own.
+
+    Raises:
+      SystemExit: with a message, where something does not fit, is missing or fails.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    console = showing.console()
+    resumed, words = command_line.interrupted(program, words)
+    if resumed is not None and (resumed / suite.FILE).exists():
+        return suite.resume(resumed, console)
+    if resumed is not None:
+        here = resumed.absolute()  # one called ~ or None would be taken for another
+        words = [f"--config={here / 'config.json'}", f"--out={here}"]
+    elif _names(words, suite_name):
+        tasks = {name: presets[name] for name in SUITES[suite_name]}
+        found = suite.of(program, tasks, suite_name, words)
+        setup.join_processes(next(iter(found.values())), console)
+        return suite.start(program, suite_name, found, console)
+    name, config = command_line.parse(program, presets, words, suite_name)
+    setup.join_processes(config, console)
+    try:
+        setting = setup.prepared(name, config, console)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"{program}: {error}") from error
+    return run(setting, resume=resumed is not None)
+
+
+def _names(words: list[str], suite_name: str) -> bool:
+    pairs = itertools.pairwise(words)
+    return ("--config", suite_name) in pairs or f"--config={suite_name}" in words

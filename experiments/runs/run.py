@@ -1,0 +1,351 @@
+"""One run: every method of a config on its task, into a run folder."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from rich.table import Table
+
+import snella_jax as snella
+from experiments import files
+from experiments.config import run_config
+from experiments.data import fingerprint
+from experiments.methods import linear_probe
+from experiments.methods.registry import METHODS, Name
+from experiments.reports import figures, finished
+from experiments.runs import folder, search
+from experiments.runs.train_method import tune
+from experiments.training import evaluation, metric_log
+from experiments.training.fit import TEST, VAL, Fitted
+from experiments.training.recipe import Recipe
+from experiments.training.session import Setting
+from snella_jax.nnx.selection import has_adapters
+from snella_jax.nnx.targets import select
+
+TITLES = {"linear": "linear probe"} | {n: m.title for n, m in METHODS.items()}
+
+
+class RunFailed(SystemExit):
+    """A method could not be trained; what the run finished is in its folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One method's line in the table and in `summary.json`.
+
+    Attributes:
+      test_accuracy: on the test split, of the last epoch: the one to compare.
+      ema_test_accuracy: likewise, of the running mean of the weights.
+      best_epoch: the best epoch on what was followed, of equals the last; None where
+        nothing was.
+      best_test_accuracy: on the test split, of that epoch. Where validation was
+        followed, that is early stopping; where the test split was
+        (`protocol=released`), it was chosen by what it measures, as in the paper.
+      val_accuracy: on the validation split, of the last epoch (for the linear probe, of
+        the head that was fitted without it); None where it was trained on.
+      best_val_accuracy: likewise, of the best epoch.
+      trainable: parameters that train, the head's among them.
+      decayed: those of them that weight decay is for; None in older folders.
+      seconds_per_step: median; of an L-BFGS iteration for the linear probe; None, as
+        whatever else only the rows of `metrics.jsonl` say, where these are lost.
+      density: fraction of the adapted weights that may move; None without budgets.
+      weights_moved: weights of the targeted kernels that differ after training.
+      settings: rate, decay and density that were used, perhaps those of a search.
+    """
+
+    test_accuracy: float
+    trainable: int
+    seconds_per_step: float | None
+    weights_moved: int
+    val_accuracy: float | None = None
+    best_epoch: int | None = None
+    best_val_accuracy: float | None = None
+    best_test_accuracy: float | None = None
+    ema_test_accuracy: float | None = None
+    density: float | None = None
+    decayed: int | None = None
+    settings: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def run(setting: Setting, resume: bool = False) -> dict[str, Any]:
+    """Trains every method, writes the run folder, and returns `summary.json`.
+
+    Args:
+      setting: what to run.
+      resume: go on with the interrupted run in `setting.out`. Methods that are in its
+        `results.json` are not trained again.
+
+    Raises:
+      RunFailed: a loss was not finite, a fit did not converge, memory ran out, or
+        what began in the folder had other data or weights.
+      SystemExit: the folder holds something already or cannot be written to, or the run
+        was interrupted; says how to go on.
+    """
+    out = setting.out
+    try:
+        return complete(setting, resume)
+    except files.MismatchError as error:
+        raise RunFailed(str(error)) from error
+    except OSError as error:
+        raise SystemExit(
+            f"{error}\nWhat is done is in {out}; go on with --resume {out} once that "
+            "is mended."
+        ) from error
+    except KeyboardInterrupt:
+        raise SystemExit(f"Go on with it by --resume {out}") from None
+
+
+def complete(setting: Setting, resume: bool = False) -> dict[str, Any]:
+    """`run` for programs that know better how to go on: errors are what they are."""
+    with folder.held(setting.out, resume):
+        return _run(setting)
+
+
+def _run(setting: Setting) -> dict[str, Any]:
+    config, task, out = setting.config, setting.task, setting.out
+    began = begin(setting)
+    done = files.read(out / "results.json") or {}
+    for method in config.methods:
+        if method not in done:
+            done[method] = dataclasses.asdict(_result(method, setting))
+            files.write(out / "results.json", done)
+    results = {name: Result(**done[name]) for name in config.methods}
+    summary = {
+        "task": task.name,
+        "name": config.task,
+        "seed": config.seed,
+        "followed": setting.followed,
+        **began,
+        "methods": {name: done[name] for name in config.methods},
+    }
+    if files.is_primary():
+        _draw(setting)
+    files.write(out / "summary.json", summary)
+    setting.console.print(_table(setting, results))
+    setting.console.print(f"Everything is in {out}", soft_wrap=True)
+    return summary
+
+
+def begin(setting: Setting) -> dict[str, Any]:
+    """Writes what runs and on what, or reads what began; gives the environment.
+
+    Raises:
+      MismatchError: what began in the folder has other settings, data or weights, or
+        a method in its midst that trained otherwise then.
+    """
+    config, path = setting.config, setting.out / "config.json"
+    known = files.read(path)
+    if known is None:
+        files.write(path, run_config.as_dict(config))
+    elif other := run_config.differing(known, config):
+        raise files.MismatchError(
+            f"{setting.out} was begun with another {', '.join(other)}: expected those "
+            f"of {path}. Without that folder it begins anew."
+        )
+    _same_inputs(setting, begun=known is not None)
+    return folder.started(setting.out, setting.mesh, setting.console)
+
+
+def _same_inputs(setting: Setting, begun: bool) -> None:
+    """Writes fingerprints of the data and the weights, or compares them."""
+    path, now = setting.out / "inputs.json", setting.inputs
+    known = files.read(path)
+    if known is None:
+        if begun:
+            _check_decay(setting)
+        files.write(path, now)
+        if begun:
+            setting.console.print(
+                f"{setting.out} has no {path.name}: it goes on, whether its images, "
+                "labels and weights are those that it began with or not.",
+                style="yellow",
+                soft_wrap=True,
+            )
+    elif found := fingerprint.differences(known, now):
+        raise files.MismatchError(
+            f"{setting.out} was begun with others: {'; '.join(found)}. It goes on only "
+            "with what it began with; with these, begin another run."
+        )
+
+
+def _check_decay(setting: Setting) -> None:
+    """Raises where a method would end with decay that began without it.
+
+    A folder without fingerprints may be from before LoRA's factors decayed in all.
+    """
+    config, out = setting.config, setting.out
+    done = files.read(out / "results.json") or {}
+    for method in finished.UNDECAYED:
+        tried = config.grid.weight_decays if config.search else ()
+        decays = any((getattr(config, method).weight_decay, *tried))
+        if method not in config.methods or method in done or not decays:
+            continue
+        # NOAH's supernet has checkpoints of its own.
+        left = f"checkpoints/{method}*/[0-9]*", f"search/{method}"
+        if any(found for pattern in left for found in out.glob(pattern)):
+            raise files.MismatchError(
+                f"{TITLES[method]} began in {out} when weight decay did not reach its "
+                "LoRA factors, and would end with it: expected a folder in which it "
+                "has not begun, or is finished. Begin another run."
+            )
+
+
+def _result(method: Literal["linear"] | Name, setting: Setting) -> Result:
+    try:
+        return _linear(setting) if method == "linear" else _by_steps(method, setting)
+    except (FloatingPointError, RuntimeError) as error:
+        name = setting.task.name
+        raise RunFailed(f"{name}, {TITLES[method]}: {error}.") from error
+
+
+def _linear(setting: Setting) -> Result:
+    config = setting.config
+    with setting.console.status("linear probe"):
+        probe = linear_probe.train(
+            setting.base,
+            setting.task,
+            setting.transforms[1],
+            setting.mesh,
+            config.linear.strengths,
+            config.grid.lr_extensions,
+            refit=config.trains_on_all,
+            weights=config.model,
+        )
+    if files.is_primary():
+        metric_log.keep(setting.out, "linear", 0)
+        metric_log.log(setting.out, {"method": "linear", **dataclasses.asdict(probe)})
+    return Result(
+        test_accuracy=probe.test_accuracy,
+        val_accuracy=probe.val_accuracy,
+        trainable=probe.trainable,
+        seconds_per_step=probe.seconds_per_step,
+        weights_moved=0,
+        settings={"strength": probe.strength},
+    )
+
+
+def _by_steps(method: Name, setting: Setting) -> Result:
+    if setting.config.search:
+        config = search.chosen(method, setting)
+        setting = dataclasses.replace(setting, config=config)
+    fitted, table = tune(method, setting), METHODS[method]
+    if has_adapters(fitted.model):
+        name, place = setting.config.model, setting.out / "adapters" / method
+        snella.save(fitted.model, place, base=name)
+    merged = table.merged(fitted.model)
+    moved = table.moved(setting.config, setting.base, fitted.model, merged)
+    own, last = getattr(setting.config, method), fitted.last_row
+    return Result(
+        **_accuracies(method, setting, fitted, merged),
+        trainable=_size(nnx.state(fitted.model, nnx.Param)),
+        decayed=_decayed(setting.config.recipe(method), fitted.model),
+        seconds_per_step=metric_log.median(fitted.rows, "seconds_per_step"),
+        density=last.get("density"),
+        weights_moved=moved,
+        settings={name: getattr(own, name) for name in search.names(own)},
+    )
+
+
+def _accuracies(
+    method: Name, setting: Setting, fitted: Fitted, merged: Any
+) -> dict[str, Any]:
+    """What the test split says of the last epoch, the best one and the mean weights."""
+
+    table, last, best = METHODS[method], fitted.last_row, fitted.best_row
+
+    def tested(model: Any, merged: bool = False) -> float:
+        model = model if merged else table.merged(model)
+        source, transform = setting.task.test, setting.transforms[1]
+        return evaluation.evaluate(model, source, transform, setting.mesh)
+
+    found: dict[str, Any] = {"val_accuracy": last.get(VAL)}
+    found["test_accuracy"] = tested(merged, merged=True)
+    if fitted.ema_model is not None:
+        found["ema_test_accuracy"] = tested(fitted.ema_model)
+    if best is not None:
+        accuracy = best.get(TEST)
+        if accuracy is None:  # validation was followed
+            same = best["epoch"] == last["epoch"]
+            accuracy = found["test_accuracy"] if same else tested(fitted.best_model)
+        found |= {
+            "best_epoch": best["epoch"],
+            "best_val_accuracy": best.get(VAL),
+            "best_test_accuracy": accuracy,
+        }
+    return found
+
+
+def _draw(setting: Setting) -> None:
+    """The pictures of a run; says of which epochs there is nothing to draw."""
+    config, pictures = setting.config, setting.out / "figures"
+    rows: dict[Name, list[dict[str, Any]]] = {
+        method: metric_log.of(setting.out, method) for method in config.adapted
+    }
+    for method, own in rows.items():
+        if lost := metric_log.lacking(own, config.recipe(method).total_epochs):
+            setting.console.print(
+                f"{TITLES[method]}: {setting.out / metric_log.NAME} has lost {lost}, "
+                "which curves and results lack.",
+                style="yellow",
+                soft_wrap=True,
+            )
+    if rows:
+        titled = {TITLES[method]: own for method, own in rows.items()}
+        figures.curves(pictures / "curves.png", titled, setting.task.name)
+    moves = [row for row in rows.get("snella", ()) if "importance" in row]
+    if moves:
+        figures.allocation(pictures / "allocation.png", moves)
+        figures.sparsity(pictures / "sparsity.png", moves[-1], setting.task.name)
+
+
+def _table(setting: Setting, results: dict[str, Result]) -> Table:
+    task = setting.task
+    sizes = "/".join(str(len(s)) for s in (task.train, task.validation, task.test))
+    all_of = ", trained on the first two" if setting.config.trains_on_all else ""
+    table = Table(title=f"{task.name}, {sizes} images to train/validate/test{all_of}")
+    extra = [
+        (name, attribute)
+        for name, attribute in (
+            ("best on test", "best_test_accuracy"),
+            ("mean weights", "ema_test_accuracy"),
+            ("val", "val_accuracy"),
+        )
+        if any(getattr(result, attribute) is not None for result in results.values())
+        and (name != "best on test" or setting.followed == "test")
+    ]
+    names = [name for name, _ in extra]
+    layers = select(setting.base, setting.config.targets)
+    targeted = sum(layer.kernel.size for layer in layers.values())
+    for column in ("", "test", *names, "trainable", "s/step", "weights moved"):
+        table.add_column(column, justify="left" if not column else "right")
+    for method, result in results.items():
+        table.add_row(
+            TITLES[method],
+            f"{result.test_accuracy:.2%}",
+            *(_percent(getattr(result, attribute)) for _, attribute in extra),
+            f"{result.trainable:,}",
+            _seconds(result.seconds_per_step),
+            f"{result.weights_moved:,} ({result.weights_moved / targeted:.0%})",
+        )
+    if "linear" in results:
+        table.caption = "a step of the linear probe is an L-BFGS iteration on features"
+    return table
+
+
+def _seconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.4f}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _size(tree: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _decayed(recipe: Recipe, model: nnx.Module) -> int:
+    state = nnx.state(model, nnx.Param)
+    sizes = jax.tree.map(lambda x, decays: x.size * decays, state, recipe.decays(state))
+    return sum(jax.tree.leaves(sizes))

@@ -1,0 +1,124 @@
+"""A search on validation: the learning rate, then the weight decay, then the density.
+
+Every trial trains on the 800 images and is judged on the 200, after its last epoch; the
+test split is not looked at. Of rates that tie, the lowest is taken (above the best ones
+all are at chance); of other settings the first that was tried, the method's own.
+`search.json` holds every trial.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments import files
+from experiments.config.run_config import RunConfig
+from experiments.methods.registry import METHODS, Name
+from experiments.runs.train_method import tune
+from experiments.training.fit import VAL
+from experiments.training.grid import beyond
+from experiments.training.session import Setting
+
+FILE = "search.json"
+SETTINGS = ("lr", "weight_decay", "target_density")
+
+
+def chosen(method: Name, setting: Setting) -> RunConfig:
+    """The config with the best settings of a method.
+
+    Trials that an interrupted run finished are not repeated, and one that it began goes
+    on. One whose loss is not finite counts as failed.
+
+    Raises:
+      FloatingPointError: all trials failed.
+      MismatchError: what is left of an interrupted trial does not say how good it was.
+    """
+    path = setting.out / FILE
+    found = files.read(path) or {}
+    trials: list[dict[str, Any]] = found.setdefault(method, [])
+    settings = getattr(setting.config, method)
+    grid = setting.config.grid
+    _tidy(setting.out, method, len(trials))
+
+    def tried(name: str, values: Iterable[float]) -> Any:
+        """The best settings after some values of one of them."""
+        for value in values:
+            new = dataclasses.replace(settings, **{name: value})
+            if not any(_same(trial, new) for trial in trials):
+                trials.append(_trial(method, setting, new, len(trials)))
+                files.write(path, found)
+                _tidy(setting.out, method, len(trials))
+        return dataclasses.replace(settings, **_best(method, trials))
+
+    rates = [settings.lr * factor for factor in (1.0, *grid.lr_factors)]
+    settings = tried("lr", rates)
+    for _ in range(grid.lr_extensions):
+        further = beyond(rates, settings.lr)
+        rates += further
+        settings = tried("lr", further)
+    settings = tried("weight_decay", grid.weight_decays)
+    if settings.has_density:
+        settings = tried("target_density", grid.densities)
+    setting.console.print(
+        f"{METHODS[method].title}: of {len(trials)} settings "
+        + ", ".join(f"{name} {getattr(settings, name):g}" for name in names(settings))
+        + f" is best on validation ({max(map(_score, trials)):.1%})",
+        soft_wrap=True,
+    )
+    return dataclasses.replace(setting.config, **{method: settings})
+
+
+def _trial(method: Name, setting: Setting, settings: Any, index: int) -> dict[str, Any]:
+    out = setting.out / "search" / method / str(index)
+    described = {name: getattr(settings, name) for name in names(settings)}
+    config = dataclasses.replace(
+        setting.config, protocol="choose", search=False, ema=0.0, wandb=None
+    )
+    config = dataclasses.replace(config, **{method: settings})
+    setting.console.print(f"trial {index + 1}: {_text(described)}")
+    trial = dataclasses.replace(setting, config=config, out=out, located=out.parent)
+    try:
+        last = tune(method, trial).last_row
+        if VAL not in last:
+            raise files.MismatchError(
+                f"{out} has lost the accuracy of its last epoch, by which a trial is "
+                "judged: delete that folder for it to begin anew."
+            )
+        result = {VAL: last[VAL], "train_loss": last["train_loss"]}
+    except FloatingPointError as error:
+        setting.console.print(f"failed: {error}", style="yellow", soft_wrap=True)
+        result = {VAL: None, "failed": str(error)}
+    return {**described, **result}
+
+
+def _tidy(out: Path, method: Name, trials: int) -> None:
+    """Removes the checkpoints of trials that are on record; their curves stay."""
+    if files.is_primary():
+        for index in range(trials):
+            checkpoints = out / "search" / method / str(index) / "checkpoints"
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _best(method: Name, trials: list[dict[str, Any]]) -> dict[str, float]:
+    best = max(trials, key=lambda trial: (_score(trial), -trial["lr"]))
+    if best[VAL] is None:
+        raise FloatingPointError("no trial's loss stayed finite; lower its lr")
+    return {name: best[name] for name in SETTINGS if name in best}
+
+
+def _score(trial: dict[str, Any]) -> float:
+    return -1.0 if trial[VAL] is None else trial[VAL]
+
+
+def _same(trial: dict[str, Any], settings: Any) -> bool:
+    return all(trial[name] == getattr(settings, name) for name in names(settings))
+
+
+def names(settings: Any) -> list[str]:
+    """Which of the settings that are searched a method has."""
+    return [name for name in SETTINGS if hasattr(settings, name)]
+
+
+def _text(settings: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())

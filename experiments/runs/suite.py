@@ -1,0 +1,123 @@
+"""Several tasks one after the other, each in a run folder of its own, and one table.
+
+`suite.json` holds the config of every task. A task whose `summary.json` is there is
+finished; the others go on where they were, or begin. A task whose loss is not finite
+does not stop the others.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments import files, paths
+from experiments.config import command_line, run_config
+from experiments.config.run_config import RunConfig
+from experiments.pretrained import base_models
+from experiments.reports import finished, table
+from experiments.runs import folder, setup
+from experiments.runs.run import RunFailed, run
+from experiments.runs.setup import missing
+
+FILE = "suite.json"
+
+
+def start(
+    program: str, name: str, tasks: Mapping[str, RunConfig], console: Console
+) -> None:
+    """Runs a config for every task, into `out/TASK`.
+
+    Raises:
+      SystemExit: data or weights are missing, the folder is not empty, a run failed or
+        was interrupted; says how to go on.
+    """
+    some = next(iter(tasks.values()))
+    lacking = [error for task in tasks.values() if (error := missing(task))]
+    if lacking:
+        raise SystemExit(
+            f"{program}: {len(lacking)} of {len(tasks)} tasks cannot be run; --tasks "
+            "runs some of them.\n  " + "\n  ".join(lacking)
+        )
+    out = some.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+    try:
+        paths.check_out(out)
+        base_models.load(some, classes=2)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"{program}: {error}") from error
+    if files.is_primary():
+        if folder.in_use(out):
+            raise SystemExit(
+                f"{out} is not empty: name another folder with --out, or go on with "
+                f"the runs in it with --resume {out}."
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        values = {task: run_config.as_dict(config) for task, config in tasks.items()}
+        files.write(out / FILE, {"program": program, "tasks": values})
+    _run_all(tasks, out, console)
+
+
+def resume(out: Path, console: Console) -> None:
+    """Goes on with what is left of an interrupted suite; errors as `start`."""
+    found = files.read(out / FILE)
+    tasks = {
+        task: command_line.from_values(found["program"], values)
+        for task, values in found["tasks"].items()
+    }
+    setup.join_processes(next(iter(tasks.values())), console)
+    _run_all(tasks, out, console)
+
+
+def _run_all(tasks: Mapping[str, RunConfig], out: Path, console: Console) -> None:
+    failed = []
+    for number, (task, config) in enumerate(tasks.items(), start=1):
+        place = out / task
+        if (place / "summary.json").exists():
+            continue
+        console.rule(f"{task}, {number} of {len(tasks)}")
+        begun = (place / "config.json").exists()
+        config = dataclasses.replace(config, out=place)
+        try:
+            run(setup.prepared(task, config, console), resume=begun)
+        except (RunFailed, ValueError, ModuleNotFoundError, OSError) as error:
+            failed.append(f"{task}: {error}")
+            console.print(failed[-1], style="red", soft_wrap=True)
+        except SystemExit as stop:
+            raise SystemExit(f"{stop}\nThe rest goes on by --resume {out}") from None
+        except KeyboardInterrupt:
+            raise SystemExit(f"Go on with it by --resume {out}") from None
+    if files.is_primary() and len(failed) < len(tasks):
+        table.write(table.table(finished.collect([out])), out, console)
+    if failed:
+        raise SystemExit("\n".join([*failed, f"Go on with them by --resume {out}"]))
+
+
+def of(
+    program: str, presets: command_line.Presets, suite: str, argv: list[str]
+) -> dict[str, Any]:
+    """The configs of a suite's tasks that a command line means, by task.
+
+    Args:
+      presets: of the suite's tasks, by name.
+      suite: its name.
+      argv: with `--config` of the suite.
+
+    Raises:
+      SystemExit: as `command.parse`, or no such task.
+    """
+    first = command_line.parser(program)
+    first.add_argument("--config")
+    first.add_argument("--tasks", nargs="+", default=list(presets))
+    known, rest = first.parse_known_args(argv)
+    unknown = [task for task in known.tasks if task not in presets]
+    if unknown or any(word.split("=")[0] == "--task" for word in rest):
+        raise SystemExit(
+            f"{program}: {suite} has no {', '.join(unknown) or '--task'}. --tasks "
+            f"takes some of {', '.join(presets)}."
+        )
+    return {
+        task: command_line.parse(program, presets, ["--config", task, *rest], suite)[1]
+        for task in known.tasks
+    }

@@ -1,0 +1,1 @@
+"""Studies: ablations, the comparison of methods, kernels, frozen features."""

@@ -1,0 +1,255 @@
+"""What the ablations vary: the paper's tables, and questions of our own.
+
+A study is a table; each of its rows is SNELLA with some settings changed. Rows that
+several studies share are run once.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from experiments.config.run_config import RunConfig
+from experiments.methods.snella import DENSE
+from experiments.reports import paper
+
+BASE = "snella"
+OWN_RATE = {"kernel", "gate", "path"}  # what gets a search for its rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A row.
+
+    Attributes:
+      title: in tables and figures.
+      changes: settings of the method that differ from the base.
+      run: what differs in the run.
+      method: that is trained.
+    """
+
+    title: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    method: Literal["snella", "snella_masked"] = BASE
+
+    @property
+    def name(self) -> str:
+        """In `results.json` and among the folders; the same for the same settings."""
+        changes = {**self.changes, **self.run}
+        return ",".join(
+            [self.method, *(f"{k}={v}" for k, v in sorted(changes.items()))]
+        )
+
+    @property
+    def searched(self) -> bool:
+        """Whether it gets a search for its rate; else it has that of the base."""
+        return (
+            self.name == BASE
+            or self.method != BASE
+            or bool(self.changes.keys() & OWN_RATE)
+            or bool(self.run)
+        )
+
+    def config(self, run: RunConfig, seed: int, **settings: Any) -> RunConfig:
+        """The run of a seed; `settings` of the method besides its changes."""
+        own = dataclasses.replace(getattr(run, self.method), **self.changes, **settings)
+        fields = {self.method: own, "methods": (self.method,), "seed": seed, **self.run}
+        return dataclasses.replace(run, **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A table.
+
+    Attributes:
+      title: what it is about.
+      variants: its rows.
+      source: the paper's table; "" where it has none.
+      order: titles from the best to the worst, as the paper has them.
+    """
+
+    title: str
+    variants: tuple[Variant, ...]
+    source: str = ""
+    order: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def paper(self) -> dict[str, float]:
+        """The paper's numbers, by title; for some rows."""
+        return paper.ABLATIONS.get(self.source, {})
+
+
+SNELLA = Variant("SNELLA")
+KERNELS = {"linear": "linear", "piecewise_linear": "P-Linear", "mix_k": "Mix-K"}
+
+
+def _kernel(name: str, title: str, **changes: Any) -> Variant:
+    own = {"kernel": name} if name != "mix_k" else {}
+    return Variant(title, {**own, **changes})
+
+
+def _titled(title: str, **changes: Any) -> Variant:
+    return Variant(title, changes)
+
+
+STUDIES: dict[str, Study] = {
+    "kernels_sparsity": Study(
+        "kernels with and without sparsity",
+        (
+            *(_kernel(n, f"{t}, dense", **DENSE) for n, t in KERNELS.items()),
+            *(_kernel(n, f"{t}, sparse") for n, t in KERNELS.items()),
+        ),
+        "Table VII",
+        (
+            ("Mix-K, sparse", "P-Linear, sparse", "linear, sparse"),
+            ("Mix-K, dense", "P-Linear, dense", "linear, dense"),
+            ("Mix-K, sparse", "Mix-K, dense"),
+            ("P-Linear, sparse", "P-Linear, dense"),
+            ("linear, dense", "linear, sparse"),
+        ),
+    ),
+    "kernels": Study(
+        "kernels, without sparsity",
+        (
+            _kernel("sigmoid", "sigmoid", **DENSE),
+            _kernel("rbf", "RBF", **DENSE),
+            _kernel("normalized_rbf", "normalised RBF", **DENSE),
+            _kernel("mix_k", "Mix-K", **DENSE),
+        ),
+        "Table VIII",
+        (("Mix-K", "normalised RBF", "RBF"), ("normalised RBF", "sigmoid")),
+    ),
+    "sparsification": Study(
+        "who competes",
+        (
+            _kernel("mix_k", "nobody", **DENSE),
+            _titled("within matrices, as SNELL", allocation="fixed"),
+            _titled("within matrices, cubic schedule", floor=1.0),
+            Variant("across matrices"),
+        ),
+        "Table IX",
+        (("across matrices", "within matrices, as SNELL", "nobody"),),
+    ),
+    "importance": Study(
+        "importance, where 1% of the weights may move (the paper: 0.01%)",
+        tuple(
+            _titled(
+                f"{title}, per {every}",
+                target_density=0.01,
+                **({"metric": metric} if metric != "sensitivity" else {}),
+                **({"every": every} if every != "epoch" else {}),
+            )
+            for metric, title in (
+                ("sensitivity", "sensitivity"),
+                ("magnitude", "magnitude"),
+                ("merged_magnitude", "merged magnitude"),
+            )
+            for every in ("epoch", "step")
+        ),
+        "Table X",
+        (
+            ("sensitivity, per epoch", "magnitude, per epoch"),
+            ("sensitivity, per epoch", "merged magnitude, per epoch"),
+            ("sensitivity, per epoch", "sensitivity, per step"),
+            ("magnitude, per epoch", "magnitude, per step"),
+            ("merged magnitude, per epoch", "merged magnitude, per step"),
+            ("sensitivity, per step", "magnitude, per step"),
+            ("sensitivity, per step", "merged magnitude, per step"),
+        ),
+    ),
+    "budget": Study(
+        "budget, b_T / b_0",
+        tuple(
+            Variant(f"{share:.2f}", {"target_density": share} if share != 0.3 else {})
+            for share in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
+        ),
+        "Table XI",
+        (("0.30", "0.99"),),
+    ),
+    "schedule": Study(
+        "budget over time",
+        (
+            _titled("constant", initial_density=0.3),
+            _titled("linear", power=1.0),
+            _titled("quadratic", power=2.0),
+            Variant("cubic"),
+        ),
+        "Table XII",
+        (("cubic", "quadratic", "linear", "constant"),),
+    ),
+    "masks": Study(
+        "masks fixed beforehand by SPT (which have no gate), and adaptive ones",
+        (
+            Variant(
+                "P-Linear, fixed",
+                {"kernel": "piecewise_linear"},
+                method="snella_masked",
+            ),
+            _kernel("piecewise_linear", "P-Linear, adaptive"),
+            _kernel("piecewise_linear", "P-Linear, adaptive, hard gate", gate="hard"),
+            Variant("Mix-K, fixed", method="snella_masked"),
+            Variant("Mix-K, adaptive"),
+            _titled("Mix-K, adaptive, hard gate", gate="hard"),
+        ),
+        "Table XVII",
+        (("Mix-K, adaptive", "Mix-K, fixed", "P-Linear, fixed"),),
+    ),
+    "beta": Study(
+        "rate of beta, times that of the rest",
+        (
+            Variant("1 (the paper)"),
+            _titled("0.1", beta_rate=0.1),
+            _titled("0.01", beta_rate=0.01),
+            _titled("0 (frozen)", beta_rate=0.0),
+        ),
+    ),
+    "allocation": Study(
+        "how scores become budgets",
+        (
+            Variant("the paper's"),
+            _titled("square root of the score", exponent=0.5),
+            _titled("fourth root of the score", exponent=0.25),
+            _titled("floor 0.1", floor=0.1),
+            _titled("floor 0.3", floor=0.3),
+            _titled("revival: floor 0.1 every 3rd epoch", floor=0.1, floor_every=3),
+            _titled("evenly", floor=1.0),
+        ),
+    ),
+    "gates": Study(
+        "gates, paths and precision",
+        tuple(
+            Variant(
+                f"{gate}, {path}, {dtype}",
+                {
+                    **({"gate": gate} if gate != "product" else {}),
+                    **({"path": path} if path != "merged" else {}),
+                },
+                {"dtype": dtype} if dtype != "float32" else {},
+            )
+            for dtype in ("float32", "bfloat16")
+            for path in ("merged", "parallel")
+            for gate in ("product", "released", "soft", "hard")
+        ),
+    ),
+    "rank": Study(
+        "rank and pieces",
+        (
+            _titled("rank 4, 2 pieces", rank=4),
+            Variant("rank 8, 2 pieces (the paper)"),
+            _titled("rank 16, 2 pieces", rank=16),
+            _titled("rank 32, 2 pieces", rank=32),
+            _titled("rank 8, 1 piece", pieces=1),
+            _titled("rank 8, 4 pieces", pieces=4),
+            _titled("rank 8, 8 pieces", pieces=8),
+        ),
+    ),
+    "frequency": Study(
+        "when budgets move",
+        (
+            Variant("every epoch (the paper)"),
+            _titled("every step", every="step"),
+            _titled("settled, correlation 0.8", every="settled", settled=0.8),
+            _titled("settled, correlation 0.95", every="settled", settled=0.95),
+        ),
+    ),
+}

@@ -1,0 +1,201 @@
+"""What a comparison of methods is, and the table of what is done of it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from experiments.config import run_config
+from experiments.config.run_config import RunConfig
+from experiments.methods.settings import Located, Masked, Parted, Plain, Ranked, Trained
+from experiments.paths import Given
+from experiments.reports import finished, table
+from experiments.studies.table_store import Store
+from experiments.training.grid import Grid
+
+Name = Literal["linear"] | Trained
+TASKS = (
+    "dsprites_loc_rerendered",
+    "dsprites_ori_rerendered",
+    "tuxpaint",
+    "fashion_mnist",
+    "elpv",
+)
+RUN = RunConfig(
+    model="dinov2_saliency",
+    image_size=56,
+    protocol="final",
+    epochs=30,
+    warmup_epochs=3,
+    test_images=2000,
+    grid=Grid(lr_factors=(0.3, 3.0), weight_decays=(), densities=(0.1, 0.6)),
+    full=Plain(lr=3e-5),
+    partial1=Plain(lr=3e-4),
+    bias=Plain(lr=3e-3),
+    ssf=Plain(lr=1e-3),
+    **dict.fromkeys(("adapter", "adaptformer", "lora", "dora"), Ranked(lr=1e-3)),
+    mosa=Parted(lr=1e-3),
+    spt_adapter=Located(lr=1e-3),
+    spt_lora=Located(lr=1e-3),
+    klora=dataclasses.replace(RunConfig.klora, lr=3e-3),
+    # Without a gate its softmax and beta shift all weights: at 9e-4 it is at chance.
+    mixk=dataclasses.replace(RunConfig.mixk, lr=3e-5),
+    snell=dataclasses.replace(RunConfig.snell, lr=3e-3),
+    snella=dataclasses.replace(RunConfig.snella, lr=3e-3),
+    snella_masked=Masked(lr=3e-3),
+    snella_released=dataclasses.replace(RunConfig.snella_released, lr=3e-3),
+    source="python -m experiments.compare",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Options of `python -m experiments.compare`."""
+
+    tasks: tuple[str, ...] = TASKS
+    """Columns of the table, in the order in which they run."""
+    methods: tuple[Name, ...] = ("linear", *get_args(Trained))
+    """Rows of the table, in the order in which they run."""
+    controls: tuple[Name, ...] = ("linear", "full")
+    """Methods that are run from random weights, too."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of factors and order, and of random weights. (Searches have seed 0.)"""
+    search_epochs: int = 10
+    """Length of a trial of the search."""
+    run: RunConfig = RUN
+    """What all runs share."""
+    table_only: bool = False
+    """Run nothing; write the table of what is done, with all that is missing."""
+    memory: Given | None = None
+    """A memory.json of experiments.benchmarks.memory, of one model: draws accuracy.png,
+    accuracy against memory."""
+    out: Given = Path("runs/comparison")
+    """Folder for results.json, the table and the runs."""
+
+    def check(self) -> None:
+        """Raises a `ValueError` on values that would fail in the midst of it."""
+        if not self.tasks or not self.seeds or not (self.methods or self.controls):
+            raise ValueError("expected at least one task, one seed and one method.")
+        if self.search_epochs <= self.run.warmup_epochs:
+            raise ValueError(
+                f"search_epochs={self.search_epochs}: expected more than the "
+                f"{self.run.warmup_epochs} of the warm-up."
+            )
+        own = ("task", "methods", "seed", "protocol", "search", "out", "random_weights")
+        for name in own:
+            if getattr(self.run, name) != getattr(RUN, name):
+                raise ValueError(f"run.{name}: the comparison sets it by itself.")
+        methods = tuple(dict.fromkeys((*self.methods, *self.controls)))
+        dataclasses.replace(self.run, methods=methods, search=True).check()
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the table: a method, from pre-trained or from random weights."""
+
+    method: Name
+    random: bool = False
+    undecayed: bool = False
+    """Made when LoRA's factors did not decay; of `finished.UNDECAYED` alone."""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all seeds give the same: a linear probe is fitted from zeros."""
+        return self.method == "linear" and not self.random
+
+    @property
+    def name(self) -> str:
+        """In `results.json` and among the folders; another where factors decay."""
+        decayed = self.method in finished.UNDECAYED and not self.undecayed
+        return self.method + "_decayed" * decayed + "_random" * self.random
+
+    @property
+    def note(self) -> str:
+        """What its label adds to that of its method."""
+        return (
+            f", {finished.UNDECAYED_NOTE}" * self.undecayed
+            + ", random weights" * self.random
+        )
+
+
+METHODS = ("linear", *get_args(Trained))
+ROWS = [
+    Row(method, random, undecayed)
+    for method in METHODS
+    for undecayed in (False, True)[: 1 + (method in finished.UNDECAYED)]
+    for random in (False, True)
+]
+
+
+class Table:
+    """The comparison's rows in its store.
+
+    Attributes:
+      store: what is done.
+      rows, columns: what the table has in any case.
+    """
+
+    def __init__(self, config: Comparison):
+        """Raises a `ValueError` where the folder holds another comparison."""
+        fields = run_config.as_dict(config.run)
+        shared = {k: v for k, v in fields.items() if k not in finished.IRRELEVANT}
+        shared["search_epochs"] = config.search_epochs
+        self.store = Store(config.out, shared, run_config.as_dict(RUN))
+        self.rows = [Row(method) for method in METHODS]
+        self.rows += [Row(method, random=True) for method in config.controls]
+        self.columns = config.tasks
+
+    def made(self) -> dict[str, Any] | None:
+        """The report of all seeds that are done; None where there are none."""
+        runs = self._runs()
+        labels = [self._label(row) for row in self.rows]
+        if not runs:
+            return None
+        failed = self.store.failures()
+        return table.table(runs, methods=labels, tasks=self.columns, failed=failed)
+
+    def points(
+        self, made: dict[str, Any], memory: dict[str, dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Mean accuracies of a table's rows, with the memory of their methods.
+
+        Methods whose factors did not decay have a star.
+        """
+        ours = [column for column in made["columns"] if not column["paper"]]
+        columns = {column["method"]: column["tasks"] for column in ours}
+        return [
+            {
+                "task": task,
+                "method": label.removesuffix(row.note) + "*" * row.undecayed,
+                "accuracy": cell["mean"],
+                "deviation": cell["deviation"],
+                "bytes": memory[method]["total_bytes"],
+            }
+            for row in ROWS
+            if not row.random and (method := row.method) in memory
+            for label in [self._label(row)]
+            for task, cell in columns.get(label, {}).items()
+        ]
+
+    def _label(self, row: Row) -> str:
+        settings = self.store.shared[row.method]
+        return finished.label(row.method, settings) + row.note
+
+    def _runs(self) -> list[finished.Run]:
+        shared = self.store.shared
+        size = f", {shared['image_size']} pixels" if shared["image_size"] else ""
+        setup = f"{shared['model']}{size}, {shared['epochs']} epochs"
+        return [
+            finished.Run(
+                folder=self.store.path.parent,
+                task=task,
+                method=self._label(row),
+                setup=setup,
+                seed=int(seed),
+                settings=done["chosen"],
+                result=result,
+            )
+            for row in ROWS
+            for task, own in self.store.tasks().items()
+            if (done := own.get(row.name))
+            for seed, result in done.get("seeds", {}).items()
+        ]

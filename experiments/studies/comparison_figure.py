@@ -1,0 +1,99 @@
+"""Accuracy against memory: the figure of the comparison."""
+
+import collections
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from adjustText import adjust_text
+from matplotlib import patheffects
+
+from experiments.benchmarks.figures import _setting
+from experiments.reports import figures
+from experiments.reports.figures import plt
+from experiments.showing import drawn
+
+
+def accuracy_memory(
+    path: Path, points: Sequence[dict[str, Any]], memory: dict[str, Any], setup: str
+) -> None:
+    """Draws accuracy against memory (the paper's Figure 7(a)).
+
+    A panel for each task that has more than one method; for each, if none has. A method
+    that did not learn in every seed (its mean less its deviation is under half of the
+    linear probe's accuracy) would squeeze all others together: it is an arrow at the
+    lower edge, with its accuracy.
+
+    Args:
+      path: the PNG to write.
+      points: with `task`, `method`, `accuracy` (percent), `deviation` (or None) and
+        `bytes`.
+      memory: a row of `experiments.benchmarks.memory`, for what the bytes are of.
+      setup: what the accuracies are of.
+    """
+    counts = collections.Counter(point["task"] for point in points)
+    tasks = [task for task in counts if counts[task] > 1] or list(counts)
+    figure, panels = plt.subplots(
+        len(tasks),
+        1,
+        figsize=(11, 1 + 5 * len(tasks)),
+        sharex=True,
+        layout="constrained",
+    )
+    labels = {}
+    for axes, task in zip(np.atleast_1d(panels), tasks, strict=True):
+        own = [point for point in points if point["task"] == task]
+        learnt, not_learnt = _divided(own)
+        labels[axes] = [_point(axes, point) for point in learnt]
+        for point in not_learnt:
+            _arrow(axes, point)
+        axes.set(title=drawn(task), ylabel="test accuracy (%)")
+        axes.margins(x=0.15, y=0.1)
+    figure.supxlabel("peak memory of a step or first stage (GiB)", fontsize="medium")
+    what = f"accuracy: {drawn(setup)}\nmemory: {memory['model']}, {_setting(memory)}"
+    figure.suptitle(what, fontsize="medium")
+    figure.canvas.draw()  # now the panels are where they will be
+    figure.set_layout_engine("none")
+    for axes, texts in labels.items():
+        arrows = {"arrowstyle": "-", "color": "grey", "linewidth": 0.6}
+        adjust_text(texts, ax=axes, expand=(1.2, 1.8), arrowprops=arrows, iter_lim=900)
+    figures.save(figure, path)
+
+
+def _divided(points: Sequence[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """What has learnt, and what has not (or not in every seed)."""
+    learnt, not_learnt = [], []
+    accuracies = {point["method"]: point["accuracy"] for point in points}
+    for point in points:
+        lowest = point["accuracy"] - (point["deviation"] or 0)
+        low = lowest < accuracies.get("linear probe", 0) / 2
+        (not_learnt if low else learnt).append(point)
+    return learnt, not_learnt
+
+
+def _point(axes: Any, point: dict[str, Any]) -> Any:
+    """A method's mean and deviation; gives its label, to be moved."""
+    x, y = point["bytes"] / 2**30, point["accuracy"]
+    colour = "tab:red" if "SNELLA" in point["method"] else "tab:blue"
+    axes.errorbar(x, y, point["deviation"], color=colour, elinewidth=0.7)
+    axes.plot(x, y, "o", color=colour, zorder=4)
+    # Over a deviation's line it stays readable, and no point is lost under it.
+    halo = [patheffects.withStroke(linewidth=2, foreground="white")]
+    text = {"fontsize": 8, "color": colour, "path_effects": halo, "zorder": 3}
+    return axes.text(x, y, point["method"], **text)
+
+
+def _arrow(axes: Any, point: dict[str, Any]) -> None:
+    """A method whose accuracy is far below the axis."""
+    spread = f" ± {point['deviation']:.1f}" if point["deviation"] else ""
+    axes.annotate(
+        f"{point['method']}: {point['accuracy']:.1f}{spread}",
+        (point["bytes"] / 2**30, 0),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(0, 18),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8,
+        arrowprops={"arrowstyle": "->"},
+    )

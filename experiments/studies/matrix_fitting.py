@@ -1,0 +1,270 @@
+"""Which kernel can fit a sparse matrix with two thin factors (Eq. 15, Figure 4(b)).
+
+    python -m experiments.studies.matrix_fitting
+
+Random sparse matrices of several ranks, each divided by its root mean square, so that a
+mean squared error (MSE) of 1 is that of fitting nothing. Every kernel fits all of them
+by Adam, all at once. The paper gives the rate, the steps and the 10 matrices; their
+sizes, ranks and densities, and the factors' rank, are ours. `matrix_fitting.json`
+keeps every kernel that is finished: the same command goes on with it.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jaxtyping import Array, Float
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import snella_jax as snella
+from experiments import files, showing
+from experiments.paths import Given, check_out
+from experiments.studies import kernel_figures
+
+Name = Literal[
+    "linear", "piecewise_linear", "rbf", "sigmoid", "normalized_rbf", "mix_k"
+]
+PAPERS_ORDER: tuple[Name, ...] = ("linear", "piecewise_linear", "rbf", "mix_k")
+POINTS = 60  # of a curve
+FILE = "matrix_fitting.json"
+PROGRAM = "python -m experiments.studies.matrix_fitting"
+
+
+@dataclasses.dataclass(frozen=True)
+class FittingConfig:
+    """Options of `python -m experiments.studies.matrix_fitting`."""
+
+    kernels: tuple[Name, ...] = (*PAPERS_ORDER, "sigmoid", "normalized_rbf")
+    """Which are compared."""
+    size: int = 64
+    """Rows and columns of the matrices."""
+    ranks: tuple[int, ...] = (2, 4, 8, 16, 32)
+    """Of the matrices."""
+    density: float = 0.1
+    """Share of their entries that is not 0, about."""
+    positive: bool = False
+    """No negative entries: rbf and sigmoid, with their one alpha, make numbers of one
+    sign alone."""
+    matrices: int = 10
+    """Of each rank."""
+    rank: int = 8
+    """Columns of the factors that fit them."""
+    steps: int = 100_000
+    """Of Adam."""
+    lr: float = 1e-4
+    """Its rate."""
+    seed: int = 0
+    """Of the matrices and of the factors' start."""
+    out: Given = Path("runs/matrix_fitting")
+    """Folder for matrix_fitting.json and .png."""
+
+    def check(self) -> None:
+        """Raises a `ValueError` on values that would fail later."""
+        for name in ("size", "matrices", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
+        if not self.kernels or not self.ranks:
+            raise ValueError("expected at least one kernel and one rank.")
+        if not all(1 <= rank <= self.size for rank in self.ranks):
+            raise ValueError(f"ranks={self.ranks}: expected 1 to size={self.size}.")
+        if not (0 < self.density <= 1 and self.lr > 0):
+            raise ValueError(
+                f"density={self.density}, lr={self.lr}: expected 0 < density <= 1 and "
+                "lr > 0."
+            )
+        for name in self.kernels:
+            kernel = snella.kernels.named(name)
+            kernel.init(jax.random.key(0), (self.size, self.size), self.rank)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Parses the command line, fits, and returns what the JSON file holds."""
+    config = tyro.cli(FittingConfig, prog=PROGRAM, args=argv, description=__doc__)
+    try:
+        config.check()
+        check_out(config.out)
+        result = _begun(config)
+    except ValueError as error:
+        raise SystemExit(f"{PROGRAM}: {error}") from error
+    console = showing.console()
+    targets = np.concatenate([matrices(config, rank) for rank in config.ranks])
+    result["targets"] = {
+        "rank": np.linalg.matrix_rank(targets).tolist(),
+        "density": (targets != 0).mean((1, 2)).tolist(),
+    }
+    path = config.out / FILE
+    for name in config.kernels:
+        if name not in result["kernels"]:
+            try:
+                result["kernels"][name] = _fitted(name, config, targets, console)
+            except FloatingPointError as error:
+                raise SystemExit(f"{PROGRAM}: {name}: {error}; lower --lr") from error
+            config.out.mkdir(parents=True, exist_ok=True)
+            files.write(path, result)
+    kernel_figures.fitting(path.with_suffix(".png"), result)
+    console.print(_table(result))
+    console.print(_order(result), soft_wrap=True)
+    console.print(f"{FILE} and .png are in {config.out}", soft_wrap=True)
+    return result
+
+
+def matrices(config: FittingConfig, rank: int) -> Float[np.ndarray, "N n n"]:
+    """Random matrices of a rank: sums of so many products of two sparse vectors.
+
+    The entries of the vectors that are not 0 are normal; there are so many of them, at
+    least one in each, that about `density` of a matrix's entries are not 0.
+    """
+    rng = np.random.default_rng((config.seed, rank))
+    share = (1 - (1 - config.density) ** (1 / rank)) ** 0.5
+    entries = max(1, round(share * config.size))
+    shape = (2, config.matrices, rank, config.size)
+    vectors = rng.normal(size=shape)
+    left, right = (np.abs(vectors) if config.positive else vectors) * (
+        rng.permuted(np.broadcast_to(np.arange(config.size), shape), axis=-1) < entries
+    )
+    found = np.einsum("ckn,ckm->cnm", left, right)
+    return found / np.sqrt(np.square(found).mean((1, 2), keepdims=True))
+
+
+def fit(
+    kernel: snella.kernels.Kernel,
+    targets: Float[Array, "N n m"],
+    rank: int,
+    seed: int,
+    lr: float,
+    marks: list[int],
+) -> Iterator[tuple[Float[np.ndarray, " N"], Float[np.ndarray, "N n m"]]]:
+    """Fits every matrix by itself; yields MSE and fit after so many steps of Adam.
+
+    Adam and the MSE treat every number by itself, so all matrices are fitted at once.
+
+    Raises:
+      FloatingPointError: an MSE is not finite.
+    """
+    keys = jax.random.split(jax.random.key(seed), len(targets))
+    shape = targets.shape[1], targets.shape[2]
+    factors = jax.vmap(lambda key: kernel.init(key, shape, rank))(keys)
+    tx = optax.adam(lr)
+
+    def errors(factors):
+        fits = jax.vmap(kernel.apply)(factors)
+        return jnp.square(fits - targets).mean((1, 2)), fits
+
+    def step(_, state):
+        factors, opt_state = state
+        gradient = jax.grad(lambda f: errors(f)[0].sum())(factors)
+        updates, opt_state = tx.update(gradient, opt_state)
+        return optax.apply_updates(factors, updates), opt_state
+
+    measure = jax.jit(errors)
+    run = jax.jit(lambda state, count: jax.lax.fori_loop(0, count, step, state))
+    state, done = (factors, tx.init(factors)), 0
+    for mark in marks:
+        state, done = run(state, mark - done), mark
+        found, fits = map(np.asarray, measure(state[0]))
+        if not np.isfinite(found).all():
+            raise FloatingPointError(f"an MSE is not finite after {mark} steps")
+        yield found, fits
+
+
+def _begun(config: FittingConfig) -> dict[str, Any]:
+    """What is done already; raises where it was done with other settings."""
+    settings = dataclasses.asdict(config)
+    for name in ("out", "kernels"):
+        settings.pop(name)
+    settings = json.loads(json.dumps(settings))
+    found = files.read(config.out / FILE)
+    if found is None:
+        return {**settings, "device": _device(), "kernels": {}}
+    if other := [name for name in settings if found.get(name) != settings[name]]:
+        raise ValueError(
+            f"{config.out / FILE} was made with another {', '.join(other)}: expected "
+            "the same, or another --out."
+        )
+    return found
+
+
+def _device() -> str:
+    kind = jax.devices()[0].device_kind
+    return f"{kind}, {os.cpu_count()} host cores, jax {jax.__version__}"
+
+
+def _fitted(
+    name: Name, config: FittingConfig, targets: np.ndarray, console: Console
+) -> dict[str, Any]:
+    marks = np.unique(np.geomspace(1, config.steps, POINTS).round().astype(int))
+    found = fit(
+        snella.kernels.named(name),
+        jnp.asarray(targets, jnp.float32),
+        config.rank,
+        config.seed,
+        config.lr,
+        marks.tolist(),
+    )
+    curve, last = [], (np.empty(0), targets)
+    with Progress(console=console) as bar:
+        shown = bar.add_task(name, total=config.steps)
+        for mark, last in zip(marks, found, strict=True):
+            curve.append(last[0].reshape(len(config.ranks), -1).mean(1))
+            text = f"{name} MSE {last[0].mean():.3f}"
+            bar.update(shown, completed=int(mark), description=text)
+    errors, fits = last
+    shape = len(config.ranks), config.matrices
+    return {
+        "steps": marks.tolist(),
+        "curves": np.transpose(curve).tolist(),
+        "errors": errors.reshape(shape).tolist(),
+        "fitted_ranks": np.linalg.matrix_rank(fits).reshape(shape).tolist(),
+    }
+
+
+def _table(result: dict[str, Any]) -> Table:
+    sign = "non-negative " * result["positive"]
+    title = (
+        f"MSE of {result['matrices']} {sign}matrices of each rank, {result['size']} x "
+        f"{result['size']}, fitted with factors of rank {result['rank']} in "
+        f"{result['steps']:,} steps"
+    )
+    table = Table(title=title, caption="in brackets: the numerical rank of the fits")
+    table.add_column("rank")
+    for name in result["kernels"]:
+        table.add_column(name, justify="right", overflow="fold")
+    for index, rank in enumerate(result["ranks"]):
+        cells = [
+            f"{np.mean(own['errors'][index]):.4f} "
+            f"({np.mean(own['fitted_ranks'][index]):.0f})"
+            for own in result["kernels"].values()
+        ]
+        table.add_row(str(rank), *cells)
+    table.add_section()
+    means = [f"{mean:.4f}" for mean in _means(result).values()]
+    table.add_row("all", *means)
+    return table
+
+
+def _means(result: dict[str, Any]) -> dict[str, float]:
+    return {n: float(np.mean(own["errors"])) for n, own in result["kernels"].items()}
+
+
+def _order(result: dict[str, Any]) -> str:
+    """What became of the paper's order, in a sentence."""
+    means = _means(result)
+    ours = [name for name in PAPERS_ORDER if name in means]
+    found = sorted(ours, key=lambda name: -means[name])
+    if found == ours:
+        return f"The paper's order holds: {' > '.join(ours)} in MSE."
+    return f"The paper's order is {' > '.join(ours)} in MSE; here {' > '.join(found)}."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Whether a model and a method can learn at all: a few images by heart.
+
+    python -m experiments.studies.overfit --config elpv_mono --model swin_b \
+        --random_weights --image_size 32 --methods full --batch 16 \
+        --warmup_epochs 2 --epochs 40 --full.lr 1e-4 --full.weight_decay 0 --clip 1
+
+takes some training images of a task (`--images`, 64 by default), trains each method on
+them and evaluates it on the same ones after every epoch. Anything that works comes to
+100%; what does not is the exit status. Takes all other options of `experiments.vtab`.
+Writes `overfit.json` and `overfit.png` into `--out`.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.table import Table
+
+from experiments import files, showing
+from experiments.benchmarks import targets
+from experiments.config import command_line
+from experiments.config.presets import VTAB
+from experiments.data import source
+from experiments.methods.registry import METHODS
+from experiments.methods.settings import Trained
+from experiments.reports import figures
+from experiments.runs import setup
+from experiments.training.fit import VAL, fit
+from experiments.training.session import Setting
+
+PROGRAM = "python -m experiments.studies.overfit"
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Parses the command line and trains; returns what `overfit.json` holds.
+
+    Raises:
+      SystemExit: something does not fit, or a method did not learn every image.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    first = command_line.parser(PROGRAM)
+    first.add_argument("--images", type=int, default=64)
+    own, words = first.parse_known_args(words)
+    name, config = command_line.parse(PROGRAM, VTAB, words)
+    config = dataclasses.replace(config, out=config.out or Path("runs/overfit"))
+    console = showing.console()
+    try:
+        setting = _small(setup.prepared(name, config, console), own.images)
+        staged = [m for m in config.adapted if METHODS[m].stage]
+        if staged or not config.adapted:
+            raise ValueError(
+                f"methods={config.methods}: expected some without a stage."
+            )
+        setting.out.mkdir(parents=True)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"{PROGRAM}: {error}") from error
+    rows: dict[Trained, list[dict[str, Any]]] = {
+        method: _learnt(setting, method) for method in config.adapted
+    }
+    found = {
+        "model": config.model,
+        "task": setting.task.name,
+        "images": own.images,
+        "image_size": list(setting.base.config.image_hw),
+        "parameters": _size(setting.base),
+        "accuracy": {method: _accuracies(own) for method, own in rows.items()},
+        "device": targets.describe("local"),
+        "jax": jax.__version__,
+    }
+    files.replace(setting.out / "overfit.json", json.dumps(found, indent=1) + "\n")
+    titled = {METHODS[method].title: own for method, own in rows.items()}
+    figures.curves(
+        setting.out / "overfit.png", titled, f"{config.model}, {setting.task.name}"
+    )
+    console.print(_table(rows))
+    console.print(f"overfit.json and overfit.png are in {setting.out}", soft_wrap=True)
+    if failed := [m for m, own in rows.items() if _accuracies(own)[-1] < 1]:
+        raise SystemExit(f"{PROGRAM}: {', '.join(failed)} did not learn every image.")
+    return found
+
+
+def _small(setting: Setting, count: int) -> Setting:
+    """Trained and followed on the same few images."""
+    task, config = setting.task, setting.config
+    if not config.batch <= count <= len(task.train):
+        raise ValueError(
+            f"images={count}: expected {config.batch} (a batch) to {len(task.train)}."
+        )
+    some, _ = source.split(task.train, config.seed, count)
+    title = f"{task.name}, {count} images"
+    task = dataclasses.replace(task, name=title, train=some, validation=some)
+    config = dataclasses.replace(config, protocol="choose", search=False)
+    return dataclasses.replace(setting, task=task, config=config)
+
+
+def _learnt(setting: Setting, name: Trained) -> list[dict[str, Any]]:
+    """The rows of a method's epochs."""
+    method, config = METHODS[name], setting.config
+    model = method.adapt(config, setting.base)
+    return fit(
+        name,
+        method.title,
+        model,
+        setting,
+        config.recipe(name),
+        method.watch(config),
+        method.competition(config, model),
+    ).rows
+
+
+def _accuracies(rows: list[dict[str, Any]]) -> list[float]:
+    return [row[VAL] for row in rows if VAL in row]
+
+
+def _table(rows: dict[Trained, list[dict[str, Any]]]) -> Table:
+    table = Table("method", "accuracy", "first at 100%", "loss", "s/step")
+    for method, own in rows.items():
+        learnt = next((row["epoch"] for row in own if row.get(VAL) == 1), None)
+        last = own[-1]
+        table.add_row(
+            METHODS[method].title,
+            f"{last[VAL]:.1%}",
+            "never" if learnt is None else f"epoch {learnt}",
+            f"{last['train_loss']:.3g}",
+            f"{last['seconds_per_step']:.2f}",
+        )
+    return table
+
+
+def _size(model: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+if __name__ == "__main__":
+    main()

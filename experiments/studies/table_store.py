@@ -1,0 +1,250 @@
+"""Cells of a table that takes long: each has a search and several seeds, done once.
+
+`results.json` keeps what is done of each cell, by task and row: the same command goes
+on where it was, on another machine, too, with only that file. Several processes may
+work in one folder. Under `runs` beside it lies what is not finished.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+from rich.console import Console
+
+from experiments import files
+from experiments.data import fingerprint
+from experiments.data.fingerprint import Inputs
+from experiments.paths import shortened
+from experiments.runs.run import RunFailed
+from experiments.tasks import catalogue
+
+FILE = "results.json"
+AGAIN = "The same command goes on with it."
+SEARCH = "search"
+FAILURES = (RunFailed, RuntimeError, FloatingPointError)  # which others may not meet
+Done = dict[str, Any]
+
+
+class Store:
+    """`results.json`: what all cells share, and what is done of them.
+
+    What is done has `trials` (of the search), `chosen` (the settings that were best),
+    `seeds` (for each what training left) and `failed` (why a seed or the search did).
+    """
+
+    def __init__(self, out: Path, shared: dict[str, Any], defaults: dict[str, Any]):
+        """Opens a folder, or begins one.
+
+        Args:
+          out: the folder.
+          shared: what all cells share.
+          defaults: of settings that a file made before there were any may lack.
+
+        Raises:
+          ValueError: the folder was made with something else.
+        """
+        self.path = out / FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        shared, defaults = json.loads(json.dumps([shared, defaults]))
+        with self._open() as found:
+            known = found.get("shared")
+            if known is None and (out / "runs").exists():
+                raise ValueError(
+                    f"{out} has runs and no {FILE}: expected both, or another --out."
+                )
+            filled = _filled(known, defaults, shared) if known else {}
+            if other := [n for n in sorted(filled) if filled[n] != shared.get(n)]:
+                raise ValueError(
+                    f"{self.path} was made with another {', '.join(other)}: expected "
+                    "the same, or another --out."
+                )
+            found["shared"] = shared  # perhaps with a method that is new
+            found.setdefault("rows", {})
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all cells share."""
+        return files.read(self.path)["shared"]
+
+    def rows(self, task: str) -> dict[str, Done]:
+        """What is done of a task, by row."""
+        return self.tasks().get(task, {})
+
+    def tasks(self) -> dict[str, dict[str, Done]]:
+        """What is done, by task and row."""
+        return files.read(self.path)["rows"]
+
+    def failures(self) -> list[str]:
+        """Which seeds and searches failed at the last attempt, and why."""
+        return [
+            text
+            for task, rows in self.tasks().items()
+            for row, done in rows.items()
+            for text in _texts((task, row), done.get("failed", {}))
+        ]
+
+    def keep(self, task: str, row: str, done: Done) -> None:
+        """Writes a cell."""
+        with self._open() as found:
+            found["rows"].setdefault(task, {})[row] = done
+
+    def begin(self, task: str, inputs: Inputs, console: Console) -> None:
+        """Keeps what the cells of a task begin with, or compares it.
+
+        Raises:
+          MismatchError: what is done of the task began with something else.
+        """
+        with self._open() as found:
+            known = found.setdefault("inputs", {}).get(task)
+            if known is None and found["rows"].get(task):
+                console.print(
+                    f"{self.path} does not say on which images {task} was begun: it "
+                    "goes on, whether they are these or not.",
+                    style="yellow",
+                    soft_wrap=True,
+                )
+            other = known and fingerprint.differences(known, inputs)
+            if other:
+                raise files.MismatchError(
+                    f"{self.path} was begun with others: {'; '.join(other)}. It goes "
+                    "on only with what it began with; for these, name another --out."
+                )
+            if known is None or not known["weights"]:  # those of a random control
+                found["inputs"][task] = inputs
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[dict[str, Any]]:
+        """The file's values, to change; other processes wait."""
+        with self.locked():
+            found = files.read(self.path) or {}
+            yield found
+            files.write(self.path, found)
+
+    def locked(self) -> filelock.BaseFileLock:
+        """Keeps other processes from the folder's files."""
+        return filelock.FileLock(self.path.with_suffix(".lock"))
+
+
+def _filled(known: Done, defaults: Done, shared: Done) -> Done:
+    """What a file says, with the settings that it lacks; methods may be new to it."""
+    plain = {n: v for n, v in defaults.items() if not isinstance(v, dict)}
+    filled = {n: v for n, v in plain.items() if n in shared}
+    for name, own in known.items():
+        default = defaults.get(name)
+        if isinstance(own, dict) and isinstance(default, dict):
+            own = {**default, **own}
+        filled[name] = own
+    return filled
+
+
+def place(out: Path, task: str, row: str) -> Path:
+    """The folder of a cell's runs; a task of one's own has a path, which ends there.
+
+    >>> place(Path("out"), "digits", "lora").as_posix()
+    'out/runs/digits/lora'
+    >>> place(Path("out"), "/data/pets.csv", "lora").as_posix()
+    'out/runs/pets-2b9c5331/lora'
+    """
+    if task not in catalogue.ENTRIES:
+        whole = task.encode("utf-8", "surrogateescape")
+        digest = hashlib.sha256(whole).hexdigest()[:8]
+        task = f"{shortened(Path(task).stem, 240)}-{digest}"
+    return out / "runs" / task / row
+
+
+def _texts(cell: tuple[str, str], failed: dict[str, str]) -> list[str]:
+    """Failures of a cell's steps, by step, as text."""
+    return [f"{', '.join((*cell, step))}: {error}" for step, error in failed.items()]
+
+
+def attempt(
+    program: str,
+    store: Store,
+    cell: tuple[str, str],
+    seeds: Sequence[int],
+    search: Callable[[Path], Done],
+    train: Callable[[Path, int, Done], Done],
+    console: Console,
+) -> str | None:
+    """Completes a cell; says what failed, if other cells may still succeed.
+
+    A seed that fails does not stop the others: a table of those that did not would
+    favour what is unstable.
+
+    Args:
+      program: as error messages call it.
+      cell: task and row.
+      search: `trials` and `chosen` of a folder.
+      train: of a seed's folder, the seed and what was chosen.
+
+    Raises:
+      SystemExit: it was interrupted, or something is wrong that others would meet, too.
+    """
+    name = ", ".join(cell)
+    try:
+        failed = _complete(store, cell, seeds, search, train, console)
+    except filelock.Timeout:
+        console.print(f"{name}: another process is at it.")
+        return None
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"{program}: {name}: {error}\n{AGAIN}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(AGAIN) from None
+    text = "\n".join(_texts(cell, failed))
+    console.print(text, style="red", soft_wrap=True, end="\n" if text else "")
+    return text or None
+
+
+def _complete(
+    store: Store,
+    cell: tuple[str, str],
+    seeds: Sequence[int],
+    search: Callable[[Path], Done],
+    train: Callable[[Path, int, Done], Done],
+    console: Console,
+) -> dict[str, str]:
+    """Does what is left, and says what failed of it.
+
+    Raises:
+      filelock.Timeout: another process does it.
+    """
+    task, row = cell
+    where = place(store.path.parent, task, row)
+    where.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    with filelock.FileLock(where / ".cell", timeout=0):
+        done = store.rows(task).get(row, {})
+        left = [s for s in seeds if str(s) not in done.get("seeds", {})]
+        if left and "chosen" not in done:
+            with _kept(store, cell, done, SEARCH, failed):
+                done |= search(where)
+        for seed in left if "chosen" in done else ():
+            console.rule(f"{task}, {row}, seed {seed}")
+            out = where / f"seed{seed}"
+            with _kept(store, cell, done, f"seed {seed}", failed):
+                result = train(out, seed, done["chosen"])
+                done.setdefault("seeds", {})[str(seed)] = result
+            if f"seed {seed}" not in failed:
+                shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return failed
+
+
+@contextlib.contextmanager
+def _kept(
+    store: Store, cell: tuple[str, str], done: Done, step: str, failed: dict[str, str]
+) -> Iterator[None]:
+    """Writes a cell after a step of it, or why the step failed."""
+    before = done.pop("failed", {})
+    before.pop(step, None)
+    try:
+        yield
+    except FAILURES as error:
+        failed[step] = before[step] = str(error)
+    if before:
+        done["failed"] = before
+    store.keep(*cell, done)

@@ -1,0 +1,1 @@
+"""Training: from a batch to a trained model."""

@@ -1,0 +1,167 @@
+"""What a run needs to go on where it was: Orbax checkpoints, one at each epoch's end.
+
+A checkpoint appears whole or not at all. The newest stays, and the best on what is
+followed.
+"""
+
+import contextlib
+import logging
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from experiments import paths
+from experiments.files import MismatchError
+
+METRIC = "accuracy"
+
+
+class Checkpoints:
+    """The checkpoints of one method's run, written while the next epoch trains."""
+
+    def __init__(self, folder: Path):
+        """Opens `folder`, or makes it."""
+        self.folder = folder
+        newest = checkpoint_managers.LatestN(1)
+        best = checkpoint_managers.BestN(
+            get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
+        )
+        keep = checkpoint_managers.AnyPreservationPolicy([newest, best])
+        # An epoch that is not evaluated has no accuracy, and Orbax would say so.
+        logging.getLogger("absl").addFilter(_is_news)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_accuracy,  # without it no metric is written to disk
+            preservation_policy=keep,
+            cleanup_tmp_directories=True,
+        )
+        self._link = contextlib.ExitStack()
+        place = folder.absolute()
+        if paths.is_unreadable(place):
+            place = self._link.enter_context(_linked(place))
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "position": ocp.JsonCheckpointHandler(),
+        }
+        self.manager = ocp.CheckpointManager(
+            place, item_handlers=handlers, options=options
+        )
+
+    def save(
+        self, epoch: int, state: Any, position: dict[str, Any], accuracy: float | None
+    ) -> None:
+        """Saves what an epoch left behind.
+
+        Args:
+          epoch: how many have passed.
+          state: a pytree of arrays.
+          position: of the stream of batches.
+          accuracy: by which the best is kept; None where it was not evaluated.
+
+        Raises:
+          OSError: the checkpoint before it could not be written; so do the methods
+            below.
+        """
+        what = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+        )
+        metrics = None if accuracy is None else {METRIC: accuracy}
+        with self._writing():
+            self.manager.save(epoch, args=what, metrics=metrics)
+
+    def newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """Epochs passed, state and position of the newest; None where there is none.
+
+        Args:
+          like: a state of the same structure, shapes, dtypes and shardings.
+
+        Raises:
+          MismatchError: it is of another state, or damaged; so does `best`.
+        """
+        epoch = self.manager.latest_step()
+        if epoch is None:
+            return None
+        found = self._restored(epoch, like)
+        return epoch, found["state"], found["position"]
+
+    def best(self, like: Any) -> tuple[int, Any] | None:
+        """The best epoch and its state; None where none was evaluated."""
+        with self._writing():
+            self.manager.wait_until_finished()
+        epoch = self.manager.best_step()
+        return None if epoch is None else (epoch, self._restored(epoch, like)["state"])
+
+    def last(self) -> int | None:
+        """The epoch of the newest one, once everything is written."""
+        with self._writing():
+            self.manager.wait_until_finished()
+        return self.manager.latest_step()
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        with self._link, self._writing():
+            self.manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax's and TensorStore's are of many kinds
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(
+                f"A checkpoint could not be written into {self.folder}: {reason}"
+            ) from error
+
+    def _restored(self, epoch: int, like: Any) -> Any:
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        what = ocp.args.Composite(
+            state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
+        )
+        try:
+            # Orbax would find another shape halfway, with other reads under way.
+            _check_shapes(self.manager.item_metadata(epoch)["state"], shapes)
+            return self.manager.restore(epoch, args=what)
+        except Exception as error:  # Orbax's and TensorStore's are of many kinds
+            reason = textwrap.shorten(str(error) or type(error).__name__, 250)
+            raise MismatchError(
+                f"The checkpoint of epoch {epoch} in {self.folder} is of another model "
+                f"or of other data, or is damaged: {reason}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _linked(folder: Path) -> Iterator[Path]:
+    """A link to a folder, whose path Orbax can read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        link = Path(elsewhere) / "checkpoints"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
+
+
+def _check_shapes(saved: Any, wanted: Any) -> None:
+    if saved is None:
+        raise ValueError("it has no state")
+    found, expected = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+            for path, leaf in leaves
+        }
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (saved, wanted))
+    )
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            raise ValueError(f"{name} is of {found[name]} and should be of {shape}")
+
+
+def _accuracy(metrics: dict[str, float]) -> float:
+    return metrics[METRIC]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "did not provide metrics" not in record.getMessage()

@@ -1,0 +1,138 @@
+"""Where a method's epochs are logged: `metrics.jsonl`, TensorBoard and, asked for, W&B.
+
+A row of `metrics.jsonl` is an epoch of a method.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from experiments import files
+
+NAME = "metrics.jsonl"
+
+
+def log(out: Path, row: dict[str, Any]) -> None:
+    """Appends a row; it is on the disk when this returns."""
+    with (out / NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def of(out: Path, method: str) -> list[dict[str, Any]]:
+    """The rows that are there of a method that is trained by steps, by epoch."""
+    own = (row for row in _read(out) if row["method"] == method and "epoch" in row)
+    rows = {row["epoch"]: row for row in own}
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
+def lacking(rows: list[dict[str, Any]], epochs: int) -> str:
+    """What rows are missing of so many epochs, to print; empty where all are there.
+
+    >>> lacking([{"epoch": 2}, {"epoch": 6}], 6)
+    'epochs 1, 3, 4, 5'
+    """
+    gone = sorted(set(range(1, epochs + 1)) - {row["epoch"] for row in rows})
+    return f"epoch{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}" if gone else ""
+
+
+def keep(out: Path, method: str, epochs: int) -> None:
+    """Drops what an interrupted run logged of a method after so many epochs."""
+    rows = [
+        row
+        for row in _read(out)
+        if row["method"] != method or row.get("epoch", 1) <= epochs
+    ]
+    files.replace(out / NAME, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def median(rows: list[dict[str, Any]], name: str) -> float | None:
+    """Of a value over the rows that have it; None where there are none."""
+    values = [row[name] for row in rows if name in row]
+    return float(np.median(values)) if values else None
+
+
+class Tracker:
+    """The log of a method that is trained by steps.
+
+    Attributes:
+      rows: of its epochs, but those that the file has lost.
+    """
+
+    def __init__(self, out: Path, method: str, passed: int, wandb: str | None = None):
+        """Goes on after `passed` epochs.
+
+        Args:
+          out: the run folder.
+          wandb: a project in Weights & Biases.
+        """
+        self.out, self.method = out, method
+        self.rows = [row for row in of(out, method) if row["epoch"] <= passed]
+        self.board = self.wandb = None
+        if not files.is_primary():
+            return
+        keep(out, method, passed)
+        board = str(out / "tensorboard" / method)
+        self.board = SummaryWriter(board, purge_step=passed + 1)
+        if wandb is not None:
+            self.wandb = _wandb(wandb, out, method)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Records an epoch."""
+        row = {"method": self.method, **row}
+        self.rows.append(row)
+        if self.board is None:
+            return
+        log(self.out, row)
+        epoch = row["epoch"]
+        scalars = {k: v for k, v in row.items() if isinstance(v, float)}
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, epoch)
+        if "budget" in row:
+            counts, sizes = (
+                np.array(list(row[name].values())) for name in ("budget", "capacity")
+            )
+            self.board.add_histogram("density of the matrices", counts / sizes, epoch)
+        self.board.flush()
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=epoch)
+
+    def close(self) -> None:
+        """Closes TensorBoard's file and W&B's run."""
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _wandb(project: str, out: Path, method: str) -> Any:
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    name = f"{out.name}/{method}"
+    key = hashlib.sha256(os.fsencode(f"{out.absolute()}/{method}")).hexdigest()[:16]
+    config = files.read(out / "config.json")
+    return wandb.init(
+        project=project, name=name, id=key, resume="allow", config=config, dir=str(out)
+    )
+
+
+def _read(out: Path) -> list[dict[str, Any]]:
+    """Every row that is whole; a line cut short, when a run was killed, is none."""
+    path = out / NAME
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [row for line in lines if (row := _row(line))]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(row, dict) and "method" in row
+    return row if whole and isinstance(row.get("epoch", 1), int) else None

@@ -1,0 +1,220 @@
+"""What to adapt and how: `SnellaConfig`, and the `Rule` it gives each weight.
+
+>>> config = SnellaConfig(rank=8, overrides={r".*/fc2": {"rank": 16}})
+>>> config.rule("blocks/mlp/fc1").rank, config.rule("blocks/mlp/fc2").rank
+(8, 16)
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from snella_jax import kernels
+from snella_jax.core.budgets import budget_schedule
+from snella_jax.core.dense import Path, check_path
+from snella_jax.core.gates import check_gate
+from snella_jax.core.paths import listed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How one weight is adapted.
+
+    Attributes:
+      rank: `r`, columns of the factors; a multiple of the kernel's pieces.
+      kernel: a kernel of `snella_jax.kernels`, or its name for default settings.
+      gate: what a surviving weight's value becomes, see `sparsify`.
+      path: "merged" or "parallel", see `adapted_dense`.
+      dropout: rate on the update's input, in training; needs `path="parallel"`.
+      drop_path: rate at which an example loses the update, in training; needs
+        `path="parallel"`.
+      split: how many matrices lie side by side in the weight's first output axis, each
+        with factors and a budget of its own: 3 for a fused qkv.
+
+    Raises:
+      ValueError: a value outside what is said here.
+    """
+
+    rank: int = 8
+    kernel: str | kernels.Kernel = "mix_k"
+    gate: str = "product"
+    path: Path = "merged"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    split: int = 1
+
+    def __post_init__(self):
+        kernel = kernels.named(self.kernel)
+        object.__setattr__(self, "kernel", kernel)
+        check_gate(self.gate)
+        check_path(self.path, self.dropout, self.drop_path)
+        pieces = getattr(kernel, "pieces", 1)
+        if self.rank < 1 or self.rank % pieces:
+            raise ValueError(
+                f"rank={self.rank} is not a positive multiple of pieces={pieces}."
+            )
+        starts_at_zero = isinstance(kernel, kernels.linear) and kernel.zero_init
+        if starts_at_zero and self.gate in ("product", "released"):
+            raise ValueError(
+                f"kernel={kernel} starts at 0, where gate={self.gate!r} passes no "
+                "gradient: expected kernels.linear(zero_init=False), or gate='hard'."
+            )
+        if self.split < 1:
+            raise ValueError(f"split={self.split}: expected at least 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SnellaConfig(Rule):
+    """How a model is adapted: a `Rule` for every target, and what concerns all of them.
+
+    Regexes are matched in full against "/"-joined paths of the model, such as
+    `blocks/attn/query`.
+
+    Attributes:
+      initial_density: `b_0` as a fraction of all adapted weights.
+      target_density: `b_T` as a fraction of all adapted weights. (The released code
+        counts sparsity, `1 - density`.)
+      allocation: "adaptive", the matrices compete and `reallocate` moves their budgets;
+        or "fixed", every matrix keeps `target_density` from the start (SNELL).
+      targets: regex of the weights to adapt.
+      trainable: regex of what trains besides: variables, or modules with all they hold;
+        "" for nothing.
+      frozen_dtype: dtype in which the weights that do not train are kept, such as
+        `jnp.bfloat16` (half the memory); None leaves them as they are.
+      overrides: for a regex of targets, the fields of `Rule` that differ; the first
+        that matches a path holds.
+
+    Raises:
+      ValueError: a value outside what is said here, a regex that does not compile, or
+        an override of a field that `Rule` does not have.
+    """
+
+    initial_density: float = 1.0
+    target_density: float = 0.3
+    allocation: Literal["adaptive", "fixed"] = "adaptive"
+    targets: str = r"blocks/.*/(query|key|value|out|fc1|fc2)"
+    trainable: str = r"head|cls_token"
+    frozen_dtype: Any = None
+    overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("initial_density", "target_density"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 to 1.")
+        if self.allocation not in ("adaptive", "fixed"):
+            raise ValueError(
+                f"allocation={self.allocation!r}: expected adaptive or fixed."
+            )
+        dtype = self.frozen_dtype
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"frozen_dtype={dtype}: expected a floating-point dtype.")
+        for regex in (self.targets, self.trainable, *self.overrides):
+            try:
+                re.compile(regex)
+            except re.error as error:
+                raise ValueError(
+                    f"The regex {regex!r} does not compile: {error}."
+                ) from error
+        fields = [field.name for field in dataclasses.fields(Rule)]
+        for regex, changes in self.overrides.items():
+            unknown = sorted(changes.keys() - set(fields))
+            if unknown:
+                raise ValueError(
+                    f"overrides[{regex!r}] has {', '.join(unknown)}: expected some of "
+                    f"{', '.join(fields)}."
+                )
+        rules = [self, *map(self._rule, self.overrides.values())]
+        zero = kernels.linear() in [rule.kernel for rule in rules]
+        if zero and self.starting_density < 1:
+            raise ValueError(
+                f"kernel={kernels.linear()} starts at 0, where a density of "
+                f"{self.starting_density} lets no weight move: expected a density of 1 "
+                "at the start, or kernels.linear(zero_init=False)."
+            )
+        gates = {self.gate, *(c.get("gate") for c in self.overrides.values())}
+        if "none" in gates and min(self.starting_density, self.target_density) < 1:
+            raise ValueError(
+                "gate='none' lets every weight move: expected target_density=1 and, "
+                "where budgets move, initial_density=1."
+            )
+
+    @classmethod
+    def released(cls, **changes: Any) -> "SnellaConfig":
+        """The settings of the authors' released code instead of the paper's.
+
+        Mix-K with a learnt temperature and fixed piece coefficients, rank 32, the
+        `released` gate on the parallel path, dropout and drop-path of 0.1. Before
+        the attention's output projection it has no dropout: that is an override for the
+        default targets, which other targets need to set themselves. A model without
+        attention takes `overrides={}`.
+        """
+        settings = {
+            "rank": 32,
+            "kernel": kernels.mix_k(temperature=True, learn_piece_coeff=False),
+            "gate": "released",
+            "path": "parallel",
+            "dropout": 0.1,
+            "drop_path": 0.1,
+        }
+        if "targets" not in changes:
+            settings["overrides"] = {r".*/out": {"dropout": 0.0}}
+        return cls(**(settings | changes))
+
+    @property
+    def must_move(self) -> bool:
+        """Whether training has to reallocate budgets to do what the config says."""
+        sparse = min(self.initial_density, self.target_density) < 1
+        return self.allocation == "adaptive" and sparse
+
+    @property
+    def starting_density(self) -> float:
+        """Density before the first reallocation."""
+        fixed = self.allocation == "fixed"
+        return self.target_density if fixed else self.initial_density
+
+    def rule(self, path: str) -> Rule:
+        """The rule of the weight at `path`."""
+        regex = self.override(path)
+        return self._rule(self.overrides[regex] if regex is not None else {})
+
+    def override(self, path: str) -> str | None:
+        """The first regex of `overrides` that matches `path`."""
+        matches = (regex for regex in self.overrides if re.fullmatch(regex, path))
+        return next(matches, None)
+
+    def schedule(
+        self, weights: int, steps: int, **options: Any
+    ) -> Callable[[float], int]:
+        """`budget_schedule` between the two densities of `weights` adapted weights.
+
+        >>> schedule = SnellaConfig(target_density=0.3).schedule(1000, steps=3)
+        >>> schedule(0), schedule(2)
+        (1000, 300)
+        """
+        return budget_schedule(
+            round(self.starting_density * weights),
+            round(self.target_density * weights),
+            steps,
+            **options,
+        )
+
+    def _rule(self, changes: Mapping[str, Any]) -> Rule:
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Rule)}
+        return Rule(**(own | dict(changes)))
+
+
+def check_overrides(config: SnellaConfig, paths: Iterable[str]) -> None:
+    """Raises a `ValueError` for an override that none of the adapted paths takes."""
+    paths = list(paths)
+    unused = set(config.overrides) - {config.override(path) for path in paths}
+    if unused:
+        raise ValueError(
+            f"overrides: {', '.join(map(repr, sorted(unused)))} matches none of the "
+            f"targets (or an earlier override matches first): {listed(paths)}"
+        )

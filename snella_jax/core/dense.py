@@ -1,0 +1,332 @@
+"""Kernel, sparsifier and recompute at one matmul: `y = x @ (W0 + delta)`.
+
+`delta` is made from the factors on the way forward, forgotten, and made again on the
+way back: what stays for the backward pass is what the matmul keeps anyway (`x`, `W0`),
+the factors, and one threshold per matrix.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from snella_jax import kernels
+    >>> kernel = kernels.mix_k()
+    >>> factors = kernel.init(jax.random.key(0), (6, 4), rank=8)
+    >>> x, w0 = jnp.ones((2, 6)), jnp.zeros((6, 4))
+    >>> y = adapted_dense(x, w0, factors, 0, kernel=kernel)  # a budget of 0: the base
+    >>> float(abs(y - x @ w0).max())
+    0.0
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from snella_jax.core.gates import TAU, check_gate, sparsify
+from snella_jax.core.layout import Layout
+from snella_jax.kernels import Factors, Kernel
+from snella_jax.ops import dropout as stochastic
+from snella_jax.ops.dtypes import at_least_float32
+from snella_jax.ops.matmul import matmul
+from snella_jax.ops.recompute import opened, recomputed
+from snella_jax.ops.threshold import check_budget, threshold
+from snella_jax.ops.varying import varying_alike
+
+Path = Literal["merged", "parallel"]
+Op = Callable[[Array, Array], Array]
+Sharding = jax.sharding.Sharding | jax.sharding.PartitionSpec
+
+
+def sparse_delta(
+    factors: Factors,
+    budget: int | Int[Array, " *slices"],
+    *,
+    kernel: Kernel,
+    gate: str = "product",
+    layout: Layout | None = None,
+) -> Float[Array, " *weight"]:
+    """The sparse update of one weight, in the weight's shape and at least float32.
+
+    Args:
+      factors: with the leading axes `layout.slices`.
+      budget: weights that survive, one number for each slice.
+      kernel: makes the dense update.
+      gate: what a survivor's value becomes, see `sparsify`.
+      layout: the weight's axes; None for an `[n, m]` matrix.
+
+    Source: Eq. 5, 6 and 13.
+    """
+    return _delta_and_tau(factors, budget, None, kernel, gate, layout)[0]
+
+
+def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
+    """The update and its thresholds `[*slices]`, searched for where `tau` is None."""
+
+    def one(factors, budget, tau):
+        with jax.named_scope("snella_delta"):  # as profilers show it
+            dense = kernel.apply(layout.unfold(factors) if layout else factors)
+        with jax.named_scope("snella_threshold"):
+            if tau is None and gate == "none":  # nothing to search for: recomputed
+                tau = jax.lax.stop_gradient(jnp.max(dense))
+            if tau is None:
+                tau = checkpoint_name(threshold(dense, budget), TAU)
+        with jax.named_scope("snella_delta"):
+            return sparsify(dense, budget, gate, tau), tau
+
+    if layout is None:
+        return one(factors, budget, tau)
+    for _ in layout.slices:
+        one = jax.vmap(one)
+    delta, tau = one(factors, budget, tau)
+    return layout.place(delta), tau
+
+
+def summed(w0: Array, delta: Array) -> Array:
+    """`w0 + delta` in at least float32, whatever JAX promotes by itself."""
+    wide = at_least_float32(w0.dtype, delta.dtype)
+    return w0.astype(wide) + delta.astype(wide)
+
+
+def adapted(
+    op: Op, layout: Layout | None = None, update_op: Op | None = None
+) -> Callable[..., Array]:
+    """Makes `op(x, w)` an operation whose weight is `w0 + delta(factors, budget)`.
+
+    Args:
+      op: linear in its weight: a matmul, an einsum, a convolution, with or without a
+        bias it closes over. On the merged path any function of its weight, and one that
+        returns a tree of arrays.
+      layout: the weight's axes; None for an `[n, m]` matrix.
+      update_op: `op` without its bias, for the parallel path; None where `op` has none.
+
+    Returns:
+      A function with the arguments and the errors of `adapted_dense`.
+    """
+    update_op = update_op or op
+
+    def apply(
+        x: Array,
+        w0: Array,
+        factors: Factors,
+        budget: int | Array,
+        *,
+        kernel: Kernel,
+        gate: str = "product",
+        path: Path = "merged",
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        key: PRNGKeyArray | None = None,
+        sharding: Sharding | None = None,
+    ) -> Array:
+        check_gate(gate)
+        check_path(path, dropout, drop_path)
+        check_budget(budget)
+        _check_shapes(w0, factors, layout)
+
+        budget = _counted(budget, w0)
+        # Outside `recomputed`, for the transpose to add up the gradients. (Not the
+        # extras: as traced, `op` itself makes of them what it needs.)
+        x, w0, factors, budget, key = varying_alike(x, w0, factors, budget, key)
+        parallel = path == "parallel"
+        cast = w0.astype(x.dtype)
+        base, extras = opened(op, x, cast)
+        branch, more = opened(update_op, x, cast) if parallel else (base, ())
+
+        def forward(x, w0, factors, extras, budget, key, tau):
+            delta, tau = _delta_and_tau(factors, budget, tau, kernel, gate, layout)
+            if sharding is not None:
+                delta = jax.lax.with_sharding_constraint(delta, sharding)
+            if not parallel:
+                with jax.named_scope("snella_delta"):
+                    merged = summed(w0, delta).astype(x.dtype)
+                return base(x, merged, extras[0]), tau
+            with jax.named_scope("snella_delta"):
+                update = delta.astype(x.dtype)
+            y = base(x, w0.astype(x.dtype), extras[0])
+            if key is None:
+                return y + branch(x, update, extras[1]), tau
+            key_x, key_y = jax.random.split(key)
+            dropped = stochastic.dropout(key_x, x, dropout)
+            moved = branch(dropped, update, extras[1])
+            return y + stochastic.drop_path(key_y, moved, drop_path), tau
+
+        return recomputed(forward)(x, w0, factors, (extras, more), budget, key)
+
+    return apply
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """How the update of one weight is made: static, equal by value.
+
+    Attributes:
+      kernel: makes the dense update.
+      gate: what a survivor's value becomes, see `sparsify`.
+      layout: the weight's axes; None for an `[n, m]` matrix.
+    """
+
+    kernel: Kernel
+    gate: str = "product"
+    layout: Layout | None = None
+
+
+def adapted_call(
+    op: Callable[[Any, dict[str, Array]], Any], updates: Mapping[str, Update]
+) -> Callable[..., Any]:
+    """Makes `op(x, weights)` a function whose weights are `w0 + delta`.
+
+    For calls that are not a single matmul, such as a layer with several weights. The
+    whole call is recomputed in the backward pass.
+
+    Args:
+      op: any function of a tree of arrays and of arrays by name; returns a tree.
+      updates: by name of the weight.
+
+    Returns:
+      `apply(x, w0, factors, budgets)`, the last three by name. Weights are summed in at
+      least float32 and given to `op` in the dtype of `w0`.
+
+    Raises:
+      ValueError: by `apply`, as `adapted_dense`.
+
+    >>> import jax.numpy as jnp
+    >>> from snella_jax import kernels
+    >>> update = Update(kernels.rbf())
+    >>> factors = update.kernel.init(jax.random.key(0), (6, 4), rank=8)
+    >>> both = adapted_call(lambda x, w: (x @ w["up"], x.sum()), {"up": update})
+    >>> w0 = {"up": jnp.ones((6, 4))}
+    >>> y, total = both(jnp.ones(6), w0, {"up": factors}, {"up": 0})
+    >>> y.tolist(), float(total)
+    ([6.0, 6.0, 6.0, 6.0], 6.0)
+    """
+
+    def apply(
+        x: Any,
+        w0: Mapping[str, Array],
+        factors: Mapping[str, Factors],
+        budgets: Mapping[str, int | Array],
+    ) -> Any:
+        for name, update in updates.items():
+            check_gate(update.gate)
+            check_budget(budgets[name])
+            _check_shapes(w0[name], factors[name], update.layout)
+        counts = {name: _counted(budgets[name], w0[name]) for name in updates}
+        weights, own = dict(w0), {name: dict(factors[name]) for name in updates}
+        x, weights, own, counts = varying_alike(x, weights, own, counts)
+        run, extras = opened(op, x, weights)
+
+        def forward(x, w0, factors, extras, budgets, key, taus):
+            merged, found = {}, {}
+            for name, update in updates.items():
+                tau = None if taus is None else taus[name]
+                how = update.kernel, update.gate, update.layout
+                made = _delta_and_tau(factors[name], budgets[name], tau, *how)
+                delta, found[name] = made
+                with jax.named_scope("snella_delta"):
+                    merged[name] = summed(w0[name], delta).astype(w0[name].dtype)
+            return run(x, merged, extras), found
+
+        return recomputed(forward)(x, weights, own, extras, counts, None)
+
+    return apply
+
+
+def adapted_dense(
+    x: Float[Array, "... n"],
+    w0: Float[Array, "n m"],
+    factors: Factors,
+    budget: int | Int[Array, ""],
+    *,
+    kernel: Kernel,
+    gate: str = "product",
+    path: Path = "merged",
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    key: PRNGKeyArray | None = None,
+    sharding: Sharding | None = None,
+) -> Float[Array, "... m"]:
+    """`x @ (w0 + delta)`, `delta` made from the factors, sparsified and never stored.
+
+    Args:
+      x: activations; the matmul runs in their dtype. Axis 0 is the example where
+        `drop_path` is used.
+      w0: the frozen kernel. Its gradient, where one asks for it, is that of a dense
+        layer.
+      factors: what `kernel.init` gives for `(n, m)`.
+      budget: how many weights of `w0` move; may be traced, a change does not recompile.
+      kernel: makes the update; static.
+      gate: what a survivor's value becomes, see `sparsify`.
+      path: "merged" adds `delta` to `w0` in at least float32, casts once and needs one
+        matmul. "parallel" computes `x @ w0 + drop_path(dropout(x) @ delta)`: it takes
+        the two regularisers of the released recipe, and in bfloat16 it keeps updates
+        that merging would round away.
+      dropout: rate on the input of the update. Needs `path="parallel"`.
+      drop_path: rate at which an example loses its whole update. Needs
+        `path="parallel"`.
+      key: switches the two regularisers on (training); None for evaluation. A mask is
+        drawn again on the way back, not stored. Inside `jax.shard_map` each shard needs
+        a key of its own, or their masks are the same.
+      sharding: constrains `delta`, which otherwise follows `w0`.
+
+    Raises:
+      ValueError: a gate or path that does not exist, a rate outside [0, 1) or without
+        `path="parallel"`, or factors whose shapes do not fit `w0`.
+
+    Source: Eq. 14; the parallel path is the released code's.
+    """
+    return adapted(matmul)(
+        x,
+        w0,
+        factors,
+        budget,
+        kernel=kernel,
+        gate=gate,
+        path=path,
+        dropout=dropout,
+        drop_path=drop_path,
+        key=key,
+        sharding=sharding,
+    )
+
+
+def check_path(path: str, dropout: float, drop_path: float) -> None:
+    """Raises a `ValueError` on an unknown path or rates that it cannot take."""
+    if path not in ("merged", "parallel"):
+        raise ValueError(f"No path is called {path!r}: expected merged, parallel.")
+    for name, rate in (("dropout", dropout), ("drop_path", drop_path)):
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name}={rate}: expected 0 <= rate < 1.")
+        if rate and path == "merged":
+            raise ValueError(
+                f'{name}={rate} needs path="parallel": after merging there is no '
+                "separate update to drop."
+            )
+
+
+def _counted(budget: int | Array, w0: Array) -> Array:
+    """A budget as an array; a number may be larger than the weight."""
+    if isinstance(budget, Array):
+        return budget
+    return jnp.asarray(np.minimum(budget, w0.size), jnp.int32)
+
+
+def _check_shapes(w0: Array, factors: Factors, layout: Layout | None) -> None:
+    if layout is None and w0.ndim != 2:
+        raise ValueError(
+            f"w0 has shape {w0.shape}: expected [n, m]. adapted() takes a Layout."
+        )
+    layout = layout or Layout(w0.shape[:1], w0.shape[1:])
+    given = {name: factors[name].shape for name in ("a", "b")}
+    lead = len(layout.slices)
+    pieces, columns = given["a"][lead : lead + 1], given["a"][-1:]
+    expected = {
+        "a": (*layout.slices, *pieces, layout.n, *columns),
+        "b": (*layout.slices, *pieces, layout.m, *columns),
+    }
+    if w0.shape != layout.shape or given != expected:
+        raise ValueError(
+            f"w0 has shape {w0.shape} and the factors {given}: expected {layout.shape} "
+            f"and {expected}."
+        )

@@ -1,0 +1,74 @@
+"""Competition inside a matrix: the exact threshold and the gates (Eq. 13).
+
+`budget` weights of an update survive: those whose magnitude is strictly above `tau`,
+the `(budget+1)`-th largest magnitude. (The paper takes the `budget`-th largest, which
+leaves `budget - 1`.) Everything is decided on the bit patterns of the magnitudes, which
+order like the numbers themselves, so ties, zeros and subnormals need no special case.
+
+    >>> import jax.numpy as jnp
+    >>> delta = jnp.array([[3.0, -1.0], [0.5, -2.0]])
+    >>> float(threshold(delta, 2))
+    1.0
+    >>> sparsify(delta, 2, gate="hard").tolist()
+    [[3.0, 0.0], [0.0, -2.0]]
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from snella_jax.ops.threshold import bit_pattern, check_budget, clamped, threshold
+
+TAU = "snella_tau"  # the threshold's name for checkpoint policies
+
+# The value of a survivor, from delta, |delta| and tau.
+GATES: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "product": lambda delta, size, tau: delta * (size - tau),
+    "released": lambda delta, size, tau: delta * jax.lax.stop_gradient(size),
+    "soft": lambda delta, size, tau: delta - jnp.sign(delta) * tau,
+    "hard": lambda delta, size, tau: delta,
+}
+
+
+def sparsify(
+    delta: Float[Array, " *axes"],
+    budget: int | Int[Array, ""],
+    gate: str = "product",
+    tau: Float[Array, ""] | None = None,
+) -> Float[Array, " *axes"]:
+    """Keeps the `budget` weights of largest magnitude and puts them through a gate.
+
+    | gate | survivor's value | gradient |
+    |---|---|---|
+    | `product` (Eq. 13) | `delta * (|delta| - tau)` | of the whole product |
+    | `released` | `delta * |delta|` | `|delta|` is detached |
+    | `soft` | `sign(delta) * (|delta| - tau)` | 1 |
+    | `hard` | `delta` | 1 |
+    | `none` | every weight's `delta`, whatever the budget: no threshold at all | 1 |
+
+    `tau` carries no gradient, and neither does a weight that does not survive. Fewer
+    than `budget` survive where magnitudes tie with `tau`. A NaN always survives, so
+    that a broken update is seen and not hidden. `tau` is searched for where it is None.
+
+    Raises:
+      ValueError: `gate` is not in the table, or as in `threshold`.
+    """
+    check_gate(gate)
+    check_budget(budget)
+    if gate == "none":
+        return delta
+    tau = threshold(delta, budget) if tau is None else jax.lax.stop_gradient(tau)
+    # A budget that covers the matrix drops nothing, nor the gradient of a zero.
+    full = clamped(budget, delta.size) == delta.size
+    survives = (bit_pattern(delta) > bit_pattern(tau)) | full | jnp.isnan(delta)
+    return jnp.where(survives, GATES[gate](delta, jnp.abs(delta), tau), 0)
+
+
+def check_gate(gate: str) -> None:
+    """Raises a `ValueError` that lists the gates when `gate` is none of them."""
+    if gate not in (*GATES, "none"):
+        raise ValueError(
+            f"No gate is called {gate!r}: expected {', '.join(GATES)}, none."
+        )

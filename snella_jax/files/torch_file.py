@@ -1,0 +1,198 @@
+"""PyTorch checkpoints (`.pth`, `.pt`, `.pth.tar`), read without PyTorch.
+
+Nothing in a file is executed: the unpickler knows how to make tensors, numbers, strings
+and containers, and refuses every other name. The format is that of `torch.save` since
+PyTorch 1.6: a zip archive of a pickle and of one uncompressed member per storage.
+"""
+
+import io
+import math
+import pickle
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from snella_jax.files.errors import CheckpointError
+
+STORAGES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+def read(path: Path) -> Any:
+    """What was saved, with NumPy arrays (read-only, own dtypes) for tensors.
+
+    Raises:
+      CheckpointError: the file is damaged, of the format before PyTorch 1.6, or names
+        something that is no tensor, number, string or container.
+    """
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            path,
+            "no zip archive: it is cut short, or was saved before PyTorch 1.6 (then "
+            "load and save it again with a newer PyTorch)",
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _Unpickler(path, archive).load()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError.damaged(path, error) from error
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, path: Path, archive: zipfile.ZipFile):
+        self.path, self.archive = path, archive
+        self.storages: dict[tuple[str, np.dtype], _Storage] = {}
+        pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise CheckpointError(path, "expected one data.pkl in the archive")
+        self.folder = pickles[0].removesuffix("data.pkl")
+        order = f"{self.folder}byteorder"
+        if order in archive.namelist() and archive.read(order) != b"little":
+            raise CheckpointError(path, "expected numbers in little-endian order")
+        data = archive.read(pickles[0])
+        _check_memo(data)
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in STORAGES:
+            return _Kind(np.dtype(STORAGES[name]))
+        if (module, name) in GLOBALS:
+            made = GLOBALS[module, name]
+            # A new function each time: a pickle can set attributes of what it names.
+            return lambda *arguments: made(*arguments)
+        raise CheckpointError(
+            self.path,
+            f"it names {module}.{name}, which is no tensor, number, string or "
+            "container, and is not executed; save the tensors alone (a state_dict)",
+        )
+
+    def persistent_load(self, pid: Any) -> "_Storage":
+        storage, kind, key, _, length = pid
+        if storage != "storage" or not isinstance(kind, _Kind):
+            raise ValueError(f"unknown storage {pid!r}")
+        dtype = kind.dtype
+        if (key, dtype) in self.storages:  # tensors may share one
+            return self.storages[key, dtype]
+        member = self.archive.getinfo(f"{self.folder}data/{key}")
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"storage {key} is compressed")
+        if member.file_size != length * dtype.itemsize:
+            raise ValueError(f"storage {key} does not hold {length} {dtype}")
+        numbers = np.frombuffer(self.archive.read(member), dtype)
+        return self.storages.setdefault((key, dtype), _Storage(numbers))
+
+
+def _check_memo(data: bytes) -> None:
+    """The unpickler allocates up to the highest place of its memo: no gaps in it."""
+    for count, (code, argument, _) in enumerate(pickletools.genops(data)):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
+            raise ValueError(f"operation {count} notes something at place {argument}")
+
+
+class _Fixed:
+    """Made by us and given to the pickle, which cannot change it."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it sets the state of a storage or a dtype")
+
+
+class _Kind(_Fixed):
+    """What `torch.FloatStorage` and its like stand for."""
+
+    def __init__(self, dtype: np.dtype):
+        self.dtype = dtype
+
+
+class _Storage(_Fixed):
+    """The numbers that tensors are views of; no tensor is a storage itself."""
+
+    def __init__(self, numbers: np.ndarray):
+        self.numbers = numbers
+
+
+class _Dict(dict):
+    """`collections.OrderedDict`, without the attributes that PyTorch hangs on it."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _tensor(of: _Storage, offset: int, size: tuple, stride: tuple, *_: Any):
+    """`torch._utils._rebuild_tensor_v2`."""
+    if not isinstance(of, _Storage):
+        raise ValueError("a tensor of something else than a storage")
+    storage = of.numbers
+    if len(size) != len(stride) or min((offset, *size, *stride)) < 0:
+        raise ValueError(f"a tensor of size {size} and stride {stride}")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    # No more elements than are there: one number expanded to 2^40 would be read too.
+    if math.prod(size) > len(storage) or (0 not in size and last >= len(storage)):
+        raise ValueError(f"a tensor of size {size} leaves its storage")
+    bytes_ = tuple(step * storage.itemsize for step in stride)
+    return np.lib.stride_tricks.as_strided(
+        storage[offset:], tuple(size), bytes_, writeable=False
+    )
+
+
+def _parameter(data: np.ndarray, *_: Any) -> np.ndarray:
+    """`torch._utils._rebuild_parameter`."""
+    return data
+
+
+def _size(values: tuple) -> tuple[int, ...]:
+    """`torch.Size`."""
+    return tuple(int(value) for value in values)
+
+
+class _NumpyDtype:
+    """`numpy.dtype`; a class of our own, for a file must not touch NumPy's."""
+
+    def __init__(self, name: str, *_: Any):
+        if np.dtype(name).kind not in "biuf":
+            raise ValueError(f"a NumPy scalar of dtype {name}")
+        self.name = name
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in "<|":
+            raise ValueError(f"a NumPy scalar in byte order {state[1]}")
+
+
+def _numpy_scalar(dtype: _NumpyDtype, value: bytes) -> Any:
+    """`numpy.core.multiarray.scalar`: training loops save their best accuracy so."""
+    (number,) = np.frombuffer(value, np.dtype(dtype.name).newbyteorder("<"))
+    return number.item()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """`_codecs.encode`: how old pickles write the bytes of a NumPy scalar."""
+    if encoding != "latin1":
+        raise ValueError(f"bytes in {encoding}")
+    return text.encode(encoding)
+
+
+GLOBALS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _Dict,
+    ("torch", "Size"): _size,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("numpy", "dtype"): _NumpyDtype,
+    ("_codecs", "encode"): _encode,
+    ("numpy.core.multiarray", "scalar"): _numpy_scalar,
+    ("numpy._core.multiarray", "scalar"): _numpy_scalar,
+}

@@ -1,0 +1,182 @@
+"""Adapts a Linen module: adapters in `params`, found by intercepted calls."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from snella_jax.adapters import format
+from snella_jax.adapters import tree as trees
+from snella_jax.adapters.base import Base
+from snella_jax.adapters.fitting import fit
+from snella_jax.adapters.tree import Key, Tree, by_name, flat, join, name_of
+from snella_jax.core.binding import check_binding
+from snella_jax.core.config import Rule, SnellaConfig
+from snella_jax.core.layout import Layout
+from snella_jax.core.weight import Site
+from snella_jax.files.hosts import native
+from snella_jax.linen.call import Held, Place, called
+from snella_jax.linen.layers import Layer, layers_of
+
+__all__ = ["Adapters", "adapt", "join", "load"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapters(trees.Adapters):
+    """Where a module is adapted, and its call with the adapters in `params`.
+
+    Attributes:
+      module: as it was written.
+      places: how adapters get to their layers, by key of the weight.
+    """
+
+    module: nn.Module
+    places: Mapping[Key, Place] = dataclasses.field(hash=False)
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """`module.apply`, with `w0 + delta` as weights; same arguments and results.
+
+        Nothing else knows of the adapters: `module.apply` computes with the weights of
+        the base, whatever has trained, and gives the factors no gradient. A rule that
+        drops something does so where the layer has an rng `dropout`, which a `nn.scan`
+        has to split.
+        """
+        variables = {**variables, "params": self._held(variables["params"])}
+        with nn.intercept_methods(functools.partial(called, self.sites)):
+            return self.module.apply(variables, *args, **kwargs)
+
+    def _held(self, params: Tree) -> Tree:
+        """Parameters with each adapter as a `Held`."""
+        found = {trees.adapter_key(key): (key, {}) for key in self.places}
+        leaves = {}
+        for key, leaf in flat(params).items():
+            if key[:-1] in found:
+                found[key[:-1]][1][key[-1]] = leaf
+            else:
+                leaves[key] = leaf
+        for at, (key, values) in found.items():
+            if values:
+                leaves[at] = Held.of(values, key, self.places[key])
+        return trees.nested(leaves)
+
+
+def adapt(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    config: SnellaConfig,
+    *inputs: Any,
+    key: PRNGKeyArray,
+    layouts: Mapping[str, Layout] | None = None,
+    **kwargs: Any,
+) -> tuple[Adapters, Tree]:
+    """Adapters for a Linen module, and its parameters with them.
+
+    `nn.Dense`, `nn.DenseGeneral` (so Flax's attention), `nn.Einsum`, `nn.Conv` and
+    subclasses of them get an adapter where `config.targets` matches their path, such as
+    `Transformer/encoderblock_0/MlpBlock_0/Dense_0`; layers inside a `nn.scan` or
+    `nn.vmap`, along whatever axis, one set of factors for each index. Any other layer
+    with weights does where `layouts` says what their axes are: its methods are called
+    with `w0 + delta`, and called again on the way back.
+
+    Args:
+      module: not bound.
+      variables: of `module.init`, or loaded. Of boxes (`nn.Partitioned`) the names go
+        into `Adapters.specs`.
+      config: what to adapt and how.
+      inputs, kwargs: of the module, to find its layers by; nothing is computed.
+      key: draws the factors.
+      layouts: for a regex of paths of weights (`layers_0/attn/w`, a `kernel` with or
+        without its name), the axes of those weights as the layer sees them, without
+        stacks.
+
+    Raises:
+      ValueError: as `snella.adapt`. A weight that multiplies the input, that the
+        targets match and whose axes nothing says; one that `nn.WeightNorm` or
+        `nn.map_variables` changes on its way to its layer; one that is used outside
+        its layer's methods, too. Variables without `params`.
+      TypeError: a model of another binding; a key that is none.
+    """
+    _check(module, variables)
+    variables = jax.tree.map(native, variables)
+    plain = nn.meta.unbox(variables)
+    layers = layers_of(module, plain, inputs, kwargs, layouts)
+    chosen = layers.chosen(config.targets, config.trainable)
+    sites = {x.key: x.site(config.rule(x.path), config.must_move) for x in chosen}
+    tree, params = trees.place(variables["params"], sites, config, key)
+    return _adapters(module, tree, chosen), params
+
+
+def load(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    folder: str | Path,
+    *inputs: Any,
+    rename: Mapping[str, str] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    allow_base_mismatch: bool = False,
+    **kwargs: Any,
+) -> tuple[Adapters, dict[str, Any]]:
+    """Adapters from a folder, and the variables with them and what else trained.
+
+    Whichever binding wrote them: `rename` says which weights are which.
+
+    Args:
+      module, variables, inputs, kwargs, layouts: as of `adapt`.
+      folder: of an adapter.
+      rename, allow_base_mismatch: as of `snella.load`.
+
+    Raises:
+      FileNotFoundError, CheckpointError: as `snella.load`.
+      TypeError: a model of another binding.
+    """
+    _check(module, variables)
+    variables = jax.tree.map(native, variables)
+    plain = nn.meta.unbox(variables)
+    known = layers_of(module, plain, inputs, kwargs, layouts).known
+    params, stats = (flat(plain.get(c, {})) for c in ("params", "batch_stats"))
+
+    def locate(path: str, rule: Rule, must_move: bool) -> tuple[Site, Array]:
+        if path not in known:
+            raise ValueError(
+                "this module has no such layer that can be adapted (one that is none "
+                "of Flax's needs layouts)"
+            )
+        return known[path].site(rule, must_move), params[known[path].key]
+
+    named, own = by_name(params), by_name(stats)
+    weights, trained, moved = fit(
+        format.read(folder),
+        locate,
+        Base(named, own),
+        own,
+        rename=rename,
+        allow_base_mismatch=allow_base_mismatch,
+    )
+    adapters, tree = trees.fill(variables["params"], weights, trained)
+    loaded = {**plain, "params": tree}
+    if moved:
+        values = {k: jnp.asarray(moved.get(name_of(k), x)) for k, x in stats.items()}
+        loaded["batch_stats"] = trees.nested(values)
+    return _adapters(module, adapters, [known[path] for path in weights]), loaded
+
+
+def _check(module: Any, variables: Any) -> None:
+    """Raises where these are no Linen module and no variables of one."""
+    check_binding(module, "Linen")
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise ValueError(
+            'The variables have no "params": expected what module.init returns, or '
+            '{"params": params} for parameters alone.'
+        )
+
+
+def _adapters(module: nn.Module, tree: trees.Adapters, layers: list[Layer]) -> Adapters:
+    own = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+    places = {x.key: Place(x.axes or (), x.module is None) for x in layers}
+    return Adapters(**own, module=module, places=places)

@@ -1,0 +1,1 @@
+"""Published checkpoints: reading, mapping of names, writing."""

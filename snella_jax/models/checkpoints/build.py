@@ -1,0 +1,94 @@
+"""A model from what `arrange` made of a checkpoint: its config, then its values."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from snella_jax.files.errors import CheckpointError
+from snella_jax.models.checkpoints.mapping import fill
+from snella_jax.models.checkpoints.read import Checkpoint
+
+
+def configured(
+    kind: Callable[..., Any],
+    checkpoint: Checkpoint,
+    fields: Callable[[], Mapping[str, Any]],
+    problems: Sequence[str],
+) -> Any:
+    """The config of a kind with the fields that shapes and config files say.
+
+    Raises:
+      CheckpointError: there is none; `problems`, what `arrange` found, stand below it.
+    """
+    try:
+        return kind(**fields())
+    except KeyError as missing:
+        reason = f"there is no tensor for {missing.args[0]}"
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as wrong:
+        reason = str(wrong).rstrip(".")
+    raise CheckpointError(checkpoint.path, "\n  ".join([reason, *problems]))
+
+
+def filled(
+    kind: Callable[..., Any],
+    config: Any,
+    checkpoint: Checkpoint,
+    parts: Mapping[str, np.ndarray],
+    *,
+    num_classes: int | None,
+    width: int,
+    stacked: str,
+    problems: Sequence[str],
+) -> Any:
+    """The model of a kind with these values.
+
+    Args:
+      kind: of models; called with a config and `rngs`.
+      config: its config, with the checkpoint's number of classes.
+      checkpoint: for errors.
+      parts: arrays by path.
+      num_classes: None keeps the checkpoint's head; a number makes a new one that
+        starts at 0, and 0 none.
+      width: of the features that a head sees.
+      stacked: regex of the stacked blocks, see `fill`.
+      problems: what `arrange` found.
+
+    Raises:
+      CheckpointError: as `fill`.
+      ValueError: `num_classes` is negative.
+    """
+    origin = head_origin(parts) if num_classes is None else None
+    if num_classes is not None:
+        config = dataclasses.replace(config, num_classes=num_classes)
+        parts = _new_head(parts, width, num_classes)
+    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
+    stacked = stacked if config.stacked else "(?!)"
+    fill(checkpoint.path, parts, model, stacked=stacked, problems=problems)
+    if origin:
+        model.head.origin = origin
+    return model
+
+
+def head_origin(parts: Mapping[str, np.ndarray]) -> str | None:
+    """A digest of a file's head, by which a model remembers whose classes it tells.
+
+    It stays when the head is trained, and goes with the head when that is replaced.
+    """
+    head = [parts[path] for path in ("head/kernel", "head/bias") if path in parts]
+    if not head:
+        return None
+    return hashlib.sha256(b"".join(part.tobytes() for part in head)).hexdigest()
+
+
+def _new_head(
+    parts: Mapping[str, np.ndarray], width: int, num_classes: int
+) -> dict[str, np.ndarray]:
+    rest = {path: part for path, part in parts.items() if not path.startswith("head/")}
+    if not num_classes:
+        return rest
+    kernel, bias = np.zeros((width, num_classes)), np.zeros(num_classes)
+    return rest | {"head/kernel": kernel, "head/bias": bias}

@@ -1,0 +1,62 @@
+"""The format that a model is exported in: names, rules and what its files say."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from snella_jax.models.checkpoints.mapping import TensorRule
+from snella_jax.models.checkpoints.read import Checkpoint
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    """A model's numbers, and what the format of a checkpoint says of them.
+
+    Attributes:
+      family: `model_type` in transformers.
+      kind: what the names of its classes begin with there.
+      checkpoint: names as the rules know them, without a prefix.
+      rules: where its tensors go.
+      parts: the model's arrays by the rules' paths.
+      free: regex of the paths, beside the head's, whose shape may have changed.
+      left_out: regex of the tensors without a place that are not written.
+      buffers: what others of these are now, by name.
+      config: what `config.json` of transformers says of this family alone.
+      known: fields of our config that the checkpoint says, or its format.
+    """
+
+    family: str
+    kind: str
+    checkpoint: Checkpoint
+    rules: Sequence[TensorRule]
+    parts: Mapping[str, np.ndarray]
+    free: str = "(?!)"
+    left_out: str = "(?!)"
+    buffers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    known: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hugging_face(self) -> bool:
+        """Whether the names are those of transformers."""
+        return is_hugging_face(self.checkpoint)
+
+    @property
+    def head(self) -> dict[str, str]:
+        """Names of the head's tensors, by path."""
+        if "embedding/kernel" in self.checkpoint.tensors:  # the original .npz
+            return {path: path for path in ("head/kernel", "head/bias")}
+        name = "classifier" if self.hugging_face else "head"
+        return {"head/kernel": f"{name}.weight", "head/bias": f"{name}.bias"}
+
+
+def is_hugging_face(checkpoint: Checkpoint) -> bool:
+    """Whether the names of a checkpoint are those of transformers."""
+    return any(name.startswith("embeddings.") for name in checkpoint.tensors)
+
+
+def stacked(model: Any, blocks: str) -> str:
+    """The regex of a model's stacked blocks; matches nothing where none are."""
+    return blocks if model.config.stacked else "(?!)"

@@ -1,0 +1,210 @@
+"""Reads a checkpoint's tensors and config files from a file or a folder."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from snella_jax.files import onnx_file, torch_file
+from snella_jax.files.errors import CheckpointError
+from snella_jax.files.hosts import native
+from snella_jax.files.readers import read_json, read_safetensors
+from snella_jax.models.checkpoints import state_dicts
+
+# What PyTorch and its wrappers put into names, wherever the wrapped module is.
+WRAPPERS = r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+
+
+RECORDED = "snella_jax"  # key of a .safetensors' metadata, see `Checkpoint.recorded`
+
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder, whole or in shards
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file or folder holds.
+
+    Attributes:
+      path: where it was read.
+      tensors: by name.
+      config: a folder's `config.json`, of transformers or timm; else empty.
+      preprocessor: its `preprocessor_config.json`; else empty.
+      recorded: fields of our config that `models.export` wrote beside the tensors, for
+        shapes do not say them.
+      prefix: what names began with, and no longer do.
+    """
+
+    path: Path
+    tensors: Mapping[str, np.ndarray]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
+
+    def prefixes(self, *marks: str) -> list[str]:
+        """What stands before the names of a model's weights, for each set of them.
+
+        Args:
+          marks: regexes of names that such a model has, in every format.
+        """
+        ends = [re.compile(rf"(|.*[./])(?:{mark})") for mark in marks]
+        names = [re.sub(WRAPPERS, "", name) for name in self.tensors]
+        found = (end.fullmatch(name) for name in names for end in ends)
+        return sorted({match[1] for match in found if match})
+
+    def unwrapped(self, *marks: str) -> "Checkpoint":
+        """Names as the model itself has them, without those of what it was part of.
+
+        Without `module.`, `_orig_mod.`, `vit.` and whatever else stands before all of
+        them; of `module.vit.`, before a head, perhaps a part. It is kept as `prefix`.
+
+        Args:
+          marks: as of `prefixes`, none of which ends another's name.
+
+        Raises:
+          CheckpointError: there are several sets of weights.
+        """
+        found = self.prefixes(*marks)
+        if len(found) > 1:
+            sets = ", ".join(repr(prefix.rstrip("./")) for prefix in found)
+            raise CheckpointError(
+                self.path,
+                f"it holds several sets of weights, {sets}: say which with weights=",
+            )
+        return self.without_prefix(found[0]) if found else self
+
+    def without_prefix(self, prefix: str) -> "Checkpoint":
+        """Names as they are after a prefix, such as `vit.`, or a part of it."""
+        names = {_bare(name, prefix): name for name in self.tensors}
+        if len(names) < len(self.tensors):
+            raise CheckpointError(
+                self.path, f"names that differ by the prefix {prefix!r} alone"
+            )
+        tensors = {new: self.tensors[old] for new, old in names.items()}
+        return dataclasses.replace(self, tensors=tensors, prefix=prefix)
+
+
+def _bare(name: str, prefix: str) -> str:
+    name = re.sub(WRAPPERS, "", name)
+    while not name.startswith(prefix):
+        prefix = re.sub(r"[^./]+[./]$", "", prefix)  # its last part
+    return name.removeprefix(prefix)
+
+
+def read(path: str | Path | Checkpoint, weights: str | None = None) -> Checkpoint:
+    """Reads `.npz`, `.safetensors`, `.onnx`, PyTorch's `.pth` and so on, or a folder.
+
+    A folder is one that Hugging Face's `save_pretrained` wrote: `config.json` and
+    `model.safetensors` or its shards. A `Checkpoint` comes back as it is.
+
+    Args:
+      path: of the file or folder.
+      weights: which set of weights, where there are several: what their names begin
+        with (`module.momentum_encoder`), or where a PyTorch file keeps them
+        (`model_ema`). Nothing else of the file is read.
+
+    Raises:
+      FileNotFoundError: there is nothing at `path`, or no weights in the folder.
+      CheckpointError: the file is damaged or of no known format, has no such `weights`,
+        or several without one that is usually taken.
+      ModuleNotFoundError: reading it needs a package; says which.
+    """
+    if isinstance(path, Checkpoint):
+        if weights is None:
+            return path
+        tensors = state_dicts.chosen(path.path, path.tensors, weights)
+        return dataclasses.replace(path, tensors=tensors)
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint at {path}.")
+    if path.is_dir():
+        return _read_folder(path, weights)
+    saved, metadata = _read_file(path)
+    tensors = state_dicts.chosen(path, saved, weights)
+    return Checkpoint(path, tensors, recorded=_recorded(path, metadata))
+
+
+def _recorded(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What `models.export` wrote beside the tensors; nothing of other programs' files.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    try:
+        recorded = json.loads(metadata.get(RECORDED, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError.damaged(path, error) from error
+    if not isinstance(recorded, dict):
+        raise CheckpointError(path, f"expected an object in its metadata {RECORDED}")
+    return recorded
+
+
+def _read_folder(folder: Path, weights: str | None) -> Checkpoint:
+    choices = [f"{name}{end}" for name in WEIGHTS for end in ("", ".index.json")]
+    first = next((folder / name for name in choices if (folder / name).exists()), None)
+    if first is None:
+        raise FileNotFoundError(f"{folder} has none of {', '.join(choices)}.")
+    if first.suffix == ".json":
+        read_shards = [_read_file(folder / name) for name in _shards(first)]
+        saved = {
+            name: tensor for shard, _ in read_shards for name, tensor in shard.items()
+        }
+        metadata = read_shards[0][1]
+    else:
+        saved, metadata = _read_file(first)
+    config, preprocessor = (
+        read_json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
+        for name in ("config", "preprocessor_config")
+    )
+    tensors = state_dicts.chosen(first, saved, weights)
+    return Checkpoint(folder, tensors, config, preprocessor, _recorded(first, metadata))
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of shards names."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(index, "expected file names under weight_map")
+    for name in names.values():
+        beside = isinstance(name, str) and Path(name).name == name
+        if not beside or not (index.parent / name).exists():
+            raise CheckpointError(index, f"it names {name!r}, which is not beside it")
+    return sorted(set(names.values()))
+
+
+def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
+    """What was saved, tensors by name but for PyTorch's files, and the metadata."""
+    match path.suffix:
+        case ".npz":
+            return _read_npz(path), {}
+        case ".safetensors":
+            return read_safetensors(path)
+        case ".pth" | ".pt" | ".tar" | ".bin" | ".ckpt":
+            return torch_file.read(path), {}
+        case ".onnx":
+            return onnx_file.read(path), {}
+    known = ".npz, .safetensors, .onnx, .pth, .pt, .pth.tar, .bin, .ckpt or a folder"
+    raise CheckpointError(
+        path, f"unknown kind of file {path.suffix!r}: expected {known}"
+    )
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: _numbers(arrays[name]) for name in arrays.files}
+    except Exception as error:
+        raise CheckpointError.damaged(path, error) from error
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    """NumPy's files know bfloat16 as two bytes of nothing, and any byte order."""
+    array = array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+    return native(array)

@@ -1,0 +1,86 @@
+"""Weights as files: one, or a folder with shards and their index.
+
+Whole or not at all.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from snella_jax.files.atomic import whole_file, whole_folder
+from snella_jax.files.hosts import to_host
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes `.npz`, or `.safetensors` with metadata, whole or not at all.
+
+    Raises:
+      FileExistsError: there is something at `path`.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} is there: expected a new file.")
+    with whole_file(path) as made:
+        if path.suffix == ".npz":
+            with made.open("wb") as file:
+                np.savez(file, **tensors)  # pyright: ignore[reportArgumentType]
+        else:
+            save_file(_in_order(tensors), made, {"format": "pt", **metadata})
+
+
+def write_folder(
+    folder: Path,
+    tensors: Mapping[str, np.ndarray],
+    files: Mapping[str, bytes],
+    metadata: Mapping[str, str],
+    max_shard_bytes: int,
+) -> None:
+    """Writes `model.safetensors`, or its shards and their index, and other files.
+
+    Raises:
+      FileExistsError: the folder is there and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there: expected a new folder.")
+    metadata = {"format": "pt", **metadata}
+    shards = list(_shards(tensors, max_shard_bytes))
+    with whole_folder(folder) as new:
+        for name, content in files.items():
+            (new / name).write_bytes(content)
+        if len(shards) == 1:
+            save_file(shards[0], new / "model.safetensors", metadata)
+            return
+        index: dict[str, Any] = {
+            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+            "weight_map": {},
+        }
+        for i, shard in enumerate(shards, 1):
+            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            save_file(shard, new / name, metadata)
+            index["weight_map"] |= dict.fromkeys(shard, name)
+        text = json.dumps(index, indent=2)
+        (new / "model.safetensors.index.json").write_text(text + "\n", "utf-8")
+
+
+def _shards(
+    tensors: Mapping[str, np.ndarray], most: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """In order, each as full as it gets; a larger tensor has one of its own."""
+    shard: dict[str, np.ndarray] = {}
+    for name, tensor in _in_order(tensors).items():
+        size = sum(other.nbytes for other in shard.values())
+        if shard and size + tensor.nbytes > most:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def _in_order(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """In C order, which safetensors takes for granted."""
+    return {name: to_host(tensor) for name, tensor in tensors.items()}

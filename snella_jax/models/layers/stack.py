@@ -1,0 +1,140 @@
+"""Equal blocks: stacked (every variable has a leading axis) and scanned, or a list.
+
+Stacked, one block is compiled, whatever their number.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, PRNGKeyArray
+
+from snella_jax.ops.dropout import drop_path
+
+M = TypeVar("M", bound=nnx.Module)
+Drop = tuple[Array, Array]  # key and rate of stochastic depth in a block
+
+
+def build(
+    make: Callable[[nnx.Rngs], nnx.Module], depth: int, stacked: bool, rngs: nnx.Rngs
+) -> Any:
+    """`depth` blocks."""
+    if not stacked:
+        return nnx.List(make(rngs) for _ in range(depth))
+    return nnx.split_rngs(splits=depth)(nnx.vmap(make))(rngs)
+
+
+def drops(
+    key: PRNGKeyArray | None, rate: float, shapes: Sequence[tuple[int, ...]]
+) -> list[Drop | None]:
+    """Keys and rates of stochastic depth of the blocks of each stage.
+
+    The rates rise linearly from 0 in the first block to `rate` in the last. None
+    without a key or where it is 0.
+
+    Args:
+      key: of the step.
+      rate: of the last block.
+      shapes: of the blocks of each stage: how many, perhaps in groups.
+    """
+    if key is None or not rate:
+        return [None] * len(shapes)
+    counts = [math.prod(shape) for shape in shapes]
+    # Keys, as a stream inside a scanned block would repeat.
+    keys, rates = jax.random.split(key, sum(counts)), jnp.linspace(0, rate, sum(counts))
+    found, ends = [], np.cumsum(counts)
+    for count, end, shape in zip(counts, ends, shapes, strict=True):
+        own = slice(end - count, end)
+        of_key = keys.shape[1:]  # () but of those that `PRNGKey` makes
+        found.append((keys[own].reshape(*shape, *of_key), rates[own].reshape(shape)))
+    return found
+
+
+def dropped(y: Array, drop: Drop | None, salt: int) -> Array:
+    """A branch with stochastic depth; `salt` differs between those of a block."""
+    if drop is None:
+        return y
+    key, rate = drop
+    return drop_path(jax.random.fold_in(key, salt), y, rate)
+
+
+def through(blocks: Any, x: Array, drops: Drop | None, remat: str) -> Array:
+    """`x` after every block, each called with it and its drop.
+
+    Args:
+      blocks: of `build`.
+      x: what the first gets.
+      drops: with a row for each block, or None.
+      remat: "none" or "blocks", see `call`.
+    """
+    if isinstance(blocks, nnx.List):
+        for index, block in enumerate(blocks):
+            graphdef, state = nnx.split(block)
+            own = jax.tree.map(lambda leaf, i=index: leaf[i], drops)
+            x = call(graphdef, remat, scanned=False)(state, x, own)
+        return x
+    graphdef, state = nnx.split(blocks)
+    one = call(graphdef, remat, scanned=True)
+    x, _ = jax.lax.scan(
+        lambda x, row: (one(row[0], x, row[1]), None), x, (state, drops)
+    )
+    return x
+
+
+def call(graphdef: nnx.GraphDef, remat: str, *, scanned: bool) -> Callable[..., Array]:
+    """A block as a function of its state, its input and its drop.
+
+    With `remat="blocks"` only its input is kept for the backward pass (and the
+    thresholds of adapters, which are few).
+    """
+
+    def run(state: nnx.State, x: Array, drop: Drop | None) -> Array:
+        return nnx.merge(graphdef, state)(x, drop)
+
+    if remat == "none":
+        return run
+    keep = jax.checkpoint_policies.save_only_these_names("snella_tau")
+    return jax.checkpoint(run, policy=keep, prevent_cse=not scanned)
+
+
+def row(blocks: Any, index: int) -> Any:
+    """One block, of a list or of stacked ones."""
+    if isinstance(blocks, nnx.List):
+        return blocks[index]
+    graphdef, state = nnx.split(blocks)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
+
+
+def unstack(model: M) -> M:
+    """A copy whose blocks are lists, so that each may differ from the others.
+
+    >>> from snella_jax import models
+    >>> model = models.create("vit_ti16", image_size=32, rngs=nnx.Rngs(0))
+    >>> model.blocks.mlp.fc1.kernel.shape, unstack(model).blocks[0].mlp.fc1.kernel.shape
+    ((12, 192, 768), (192, 768))
+
+    Args:
+      model: of `snella_jax.models`.
+
+    Raises:
+      ValueError: it has adapters, which belong to the stacks.
+    """
+    whole: Any = nnx.clone(model)
+    if any(hasattr(node, "adapter") for _, node in nnx.iter_graph(whole)):
+        raise ValueError("The model has adapters: expected one without, or merged.")
+    if whole.config.stacked:
+        staged = isinstance(whole.blocks, nnx.List)
+        listed = nnx.List(map(_rows, whole.blocks)) if staged else _rows(whole.blocks)
+        whole.blocks = listed
+        whole.config = dataclasses.replace(whole.config, stacked=False)
+    return whole
+
+
+def _rows(blocks: nnx.Module) -> nnx.List:
+    depth = len(jax.tree.leaves(nnx.state(blocks))[0])
+    return nnx.List(row(blocks, index) for index in range(depth))

@@ -1,0 +1,98 @@
+"""All families of models: presets by name, and weights whatever they are of."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from snella_jax.files.errors import CheckpointError
+from snella_jax.models import convnext, swin, vit
+from snella_jax.models.checkpoints.formats import ExportFormat
+from snella_jax.models.checkpoints.read import Checkpoint, read
+from snella_jax.models.convnext import weights as convnext_weights
+from snella_jax.models.swin import weights as swin_weights
+from snella_jax.models.vit import formats
+from snella_jax.models.vit import weights as vit_weights
+
+Model = vit.ViT | swin.Swin | convnext.ConvNeXt
+PRESETS = {**vit.PRESETS, **swin.PRESETS, **convnext.PRESETS}
+
+
+def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Model:
+    """A randomly initialised preset, any field of its config overridden.
+
+    >>> from snella_jax import models
+    >>> model = nnx.eval_shape(lambda: models.create("swin_b", rngs=nnx.Rngs(0)))
+    >>> model.head.kernel.shape
+    (1024, 1000)
+
+    Raises:
+      ValueError: `name` is not a preset; the message lists them.
+    """
+    if name not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise ValueError(f"No model is called {name!r}; there are {known}.")
+    return of(dataclasses.replace(PRESETS[name], **overrides), rngs)
+
+
+def of(config: Any, rngs: nnx.Rngs) -> Model:
+    """The randomly initialised model of a config."""
+    match config:
+        case vit.ViTConfig():
+            return vit.ViT(config, rngs=rngs)
+        case swin.SwinConfig():
+            return swin.Swin(config, rngs=rngs)
+        case convnext.ConvNeXtConfig():
+            return convnext.ConvNeXt(config, rngs=rngs)
+    raise TypeError(f"{type(config).__name__} is the config of no model.")
+
+
+def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Model:
+    """A model with published weights: a ViT, a Swin or a ConvNeXt.
+
+    Args:
+      path: a file or a Hugging Face folder.
+      weights: as of `vit.load`.
+      options: others of `vit.load`, `swin.load` and `convnext.load`.
+
+    Raises:
+      As `vit.load`.
+    """
+    checkpoint = read(path, weights)
+    for marks, load_family in (
+        (swin_weights.MARKS, swin.load),  # a Swin has a ViT's patches, too
+        (convnext_weights.MARKS, convnext.load),
+        (formats.MARKS, vit.load),
+    ):
+        if checkpoint.prefixes(*marks):
+            return load_family(checkpoint, **options)
+    some = ", ".join(sorted(checkpoint.tensors)[:5])
+    raise CheckpointError(
+        checkpoint.path,
+        f"no ViT, Swin or ConvNeXt of a known format: expected the names of the "
+        f"original, of timm (ViT) or of Hugging Face, found {some} "
+        f"({len(checkpoint.tensors)} in all)",
+    )
+
+
+def layout(model: nnx.Module, source: Checkpoint) -> ExportFormat:
+    """That of a model in the format of a checkpoint.
+
+    Args:
+      model: plain, of `snella_jax.models`.
+      source: of its family.
+
+    Raises:
+      CheckpointError: it is of another family, or of no known format.
+      ValueError: other programs could not run it.
+      TypeError: no model of `snella_jax.models`.
+    """
+    match model:
+        case vit.ViT():
+            return vit_weights.export_format(model, source)
+        case swin.Swin():
+            return swin_weights.export_format(model, source)
+        case convnext.ConvNeXt():
+            return convnext_weights.export_format(model, source)
+    raise TypeError(f"{type(model).__name__} is no model of snella_jax.models.")

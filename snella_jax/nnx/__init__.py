@@ -1,0 +1,1 @@
+"""The NNX binding: adapts a Flax NNX model in place of its layers."""

@@ -1,0 +1,288 @@
+"""The Flax NNX binding: adapt a model, split it for training, merge it back.
+
+>>> from flax import nnx
+>>> from snella_jax import SnellaConfig
+>>> class Net(nnx.Module):
+...     def __init__(self, rngs):
+...         self.fc1 = nnx.Linear(6, 8, rngs=rngs)
+...         self.head = nnx.Linear(8, 2, rngs=rngs)
+...     def __call__(self, x):
+...         return self.head(nnx.relu(self.fc1(x)))
+>>> config = SnellaConfig(rank=4, targets="fc1", trainable="head")
+>>> model = adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+>>> graphdef, trainable, budgets, frozen = partition(model)
+>>> sorted(trainable["fc1"]["adapter"]), sorted(trainable["head"])
+(['a', 'alpha', 'b', 'beta', 'piece_coeff'], ['bias', 'kernel'])
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import PRNGKeyArray
+
+from snella_jax.core.binding import check_binding
+from snella_jax.core.config import SnellaConfig, check_overrides
+from snella_jax.core.layout import Layout
+from snella_jax.core.paths import check_trainable, join
+from snella_jax.core.placement import beside
+from snella_jax.core.specs import adapter_spec
+from snella_jax.core.weight import Site, Start, start
+from snella_jax.files.hosts import to_host
+from snella_jax.nnx.flax_layers import Adapted
+from snella_jax.nnx.layers import Adapter, adapter_of, adapters_of
+from snella_jax.nnx.own_layers import AdaptedOwn
+from snella_jax.nnx.selection import (
+    adapted_layers,
+    adapted_variables,
+    require_adapters,
+    weights_of,
+)
+from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class, thaw
+from snella_jax.nnx.targets import Target, chosen_targets
+from snella_jax.nnx.variables import Budget, DropKey, variables_of
+
+log = logging.getLogger("snella_jax")
+M = TypeVar("M", bound=nnx.Module)
+
+
+def adapt(
+    model: M,
+    config: SnellaConfig,
+    *,
+    rngs: nnx.Rngs,
+    layouts: Mapping[str, Layout] | None = None,
+) -> M:
+    """A copy of `model` with `w0 + delta` as targeted weights; only `delta` trains.
+
+    Every `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and `nnx.Conv` (or a subclass
+    of them) whose path `config.targets` matches gets an adapter; layers with leading
+    axes from `nnx.vmap` get one set of factors for each index. Besides the factors only
+    what `config.trainable` matches stays an `nnx.Param`; every other parameter becomes
+    `Frozen`, so Flax's default `wrt=nnx.Param` is exactly what trains. `model` itself
+    is not changed, and the arrays of the two are shared (but those that
+    `config.frozen_dtype` casts). Adapters lie on the devices of their weights, split as
+    these are.
+
+    Args:
+      model: any NNX module, without adapters.
+      config: what to adapt and how.
+      rngs: its `params` stream draws the factors.
+      layouts: the axes of weights of other layers than Flax's, by regex of the weight's
+        path, `{"blocks/.*/w": Layout(inputs=(64,), outputs=(256,))}`; axes in
+        front of a layout's are a stack. A target is then a weight with such a path, or
+        all those of a layer. They take the merged path.
+
+    Raises:
+      TypeError: no NNX model (the message names the binding for it), or no `nnx.Rngs`.
+      ValueError: a rule that matches nothing (the message lists what it could have
+        meant), a weight that both rules match, or that is matched and of which nothing
+        says what its axes are, a model that is adapted already, a weight that another
+        module uses or normalises, or a `split`, path or `drop_path` that does not fit a
+        layer.
+    """
+    check_binding(model, "NNX")
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs={rngs!r}: expected nnx.Rngs, such as nnx.Rngs(0).")
+    model = nnx.clone(model)
+    targets = chosen_targets(model, config.targets, layouts)
+    check_overrides(config, targets)
+    check_trainable(config.trainable, (t.variable(path) for path, t in targets.items()))
+    sites = {
+        path: target.site(path, config.rule(path), config.must_move)
+        for path, target in targets.items()
+    }
+    attach(model, targets, sites, start(sites, config, rngs.params()))
+    freeze(model, config.trainable, config.frozen_dtype)
+    return model
+
+
+def attach(
+    model: nnx.Module,
+    targets: Mapping[str, Target],
+    sites: Mapping[str, Site],
+    starts: Mapping[str, Start],
+) -> None:
+    """Gives each of the targets in `model` its adapter, in place.
+
+    Raises:
+      ValueError: another module uses or changes the weight of one of them, too.
+    """
+    _refuse_tied(model, targets)
+    _refuse_normalised(model, targets)
+    own: dict[int, list[Target]] = {}
+    for path, target in targets.items():
+        name = adapter_of(target.name)
+        if hasattr(target.layer, name):
+            raise ValueError(
+                f"{path} has an attribute {name!r}, where its adapter goes: rename it."
+            )
+        own.setdefault(id(target.layer), []).append(target)
+    for first, *others in own.values():
+        cls = type(first.layer)
+        if others or first.layout is not None:
+            names = sorted(target.name for target in (first, *others))
+            become(first.layer, mixed_class(AdaptedOwn, cls, *names))
+        else:
+            become(first.layer, mixed_class(Adapted, cls, "kernel"))
+    for path, target in targets.items():
+        adapter = _beside(target, sites[path], starts[path])
+        setattr(target.layer, adapter_of(target.name), adapter)
+
+
+def _beside(target: Target, site: Site, start: Start) -> Adapter:
+    """An adapter that lies, and says that it lies, as the weight does."""
+    given = target.weight.get_metadata("out_sharding", None)
+    names = PartitionSpec(*getattr(given, "spec", given or ()))
+    if len(names) != len(site.shape):  # a stack that metadata do not know, or none
+        return Adapter(site, beside(site, target.weight[...], start))
+    adapter = Adapter(site, beside(site, target.weight[...], start, names))
+    for name in adapter.names:
+        factor = getattr(adapter, name)
+        factor.set_metadata("out_sharding", (*adapter_spec(site, names, name),))
+        for other in ("sharding_rules", "mesh"):
+            if target.weight.has_metadata(other):
+                factor.set_metadata(other, target.weight.get_metadata(other))
+    return adapter
+
+
+def partition(
+    model: nnx.Module,
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+    """Splits an adapted model for functional training.
+
+    Returns:
+      `graphdef`, static; `trainable`, the factors and what `config.trainable` named,
+      for the optimizer; `budgets`, int32, for `reallocate`; `frozen`, all else.
+      `nnx.merge(graphdef, trainable, budgets, frozen)` gives the model back; inside
+      `jax.grad` with `copy=True`, so that it may change there.
+
+    Random streams (`nnx.Dropout`) and batch statistics land in `frozen`: a functional
+    step has to return and carry them, or they repeat. (`nnx.state(model, (nnx.RngState,
+    nnx.BatchStat))` after the call, `nnx.merge_state(frozen, moved)` after the step.)
+
+    Raises:
+      ValueError: the model has no adapters.
+    """
+    require_adapters(model)
+    graphdef, trainable, budgets, frozen = nnx.split(model, nnx.Param, Budget, ...)
+    changing = (nnx.RngState, nnx.BatchStat)
+    if any(True for kind in changing for _ in variables_of(model, kind)):
+        log.warning(
+            "the model has random streams or batch statistics, which are in `frozen`: "
+            "return nnx.state(model, (nnx.RngState, nnx.BatchStat)) from the step and "
+            "put it back with nnx.merge_state(frozen, moved), or they repeat"
+        )
+    return graphdef, trainable, budgets, frozen
+
+
+def merge(model: M, *, unmoved_budgets: bool = False) -> M:
+    """A plain copy of an adapted model: `w0 + delta` as weights, no adapters.
+
+    Its outputs equal the adapted model's to rounding. The sum is taken in at least
+    float32 and stored in the weight's dtype; where that is narrower, the share of moved
+    weights that rounding lost is logged. Code that read `layer.kernel` by itself saw no
+    update and trained none, which merging cannot know.
+
+    Args:
+      model: an adapted model.
+      unmoved_budgets: allow a model whose budgets never moved.
+
+    Raises:
+      BudgetsNeverMoved: the config asked for adaptive sparsity, and `reallocate` was
+        never called, so the sparsity is not what the config says.
+      ValueError: the model has no adapters.
+    """
+    weights = weights_of(model)
+    model = nnx.clone(model)
+    for weight, own in zip(weights, adapted_variables(model), strict=True):
+        *_, variable = own
+        variable[...] = weight.merged(unmoved_budgets)
+    remove(model)
+    return model
+
+
+def remove(model: nnx.Module) -> None:
+    """Makes a model plain again, in place: no adapters, nothing frozen."""
+    for _, layer in list(adapted_layers(model)):
+        for name in adapters_of(layer):
+            delattr(layer, adapter_of(name))
+        become(layer, plain_class(type(layer)))
+    thaw(model)
+
+
+def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
+    """Gives every adapter that drops something a key of its own for this step.
+
+    Call it inside the step on the freshly merged model, with a fresh key every step.
+    Layers of a stack get different keys. Changes `model` in place: it has keys that it
+    had not, so where `nnx.jit` is given the model itself, seed it once before, too, or
+    the second step is traced again.
+    """
+    for index, (_, adapter, _) in enumerate(adapted_variables(model)):
+        if adapter.rule.dropout or adapter.rule.drop_path:
+            stack = adapter.stack
+            own = jax.random.fold_in(key, index)
+            adapter.key = DropKey(jax.random.split(own, stack) if stack else own)
+
+
+def adapted_weights(model: nnx.Module) -> int:
+    """How many weights of the base the adapters reach: the budget of density 1."""
+    require_adapters(model)
+    return sum(
+        adapter.site.capacity * math.prod(adapter.budget.shape)
+        for _, adapter, _ in adapted_variables(model)
+    )
+
+
+def merged_magnitude(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Mean `|delta|` of every matrix: `scores` for `reallocate` (Table X)."""
+    require_adapters(model)
+    found = {}
+    for path, layer in adapted_layers(model):
+        for name, adapter in adapters_of(layer).items():
+            delta = adapter.on(path, getattr(layer, name)[...])
+            within = f"{path}/{adapter_of(name)}".lstrip("/")
+            found[within] = to_host(delta.per_matrix(_mean_magnitude))
+    return found
+
+
+def _mean_magnitude(delta: jax.Array) -> jax.Array:
+    return jnp.abs(delta).mean()
+
+
+def _refuse_tied(model: nnx.Module, targets: Mapping[str, Target]) -> None:
+    """One weight cannot be merged with two updates, nor with one for only one user."""
+    users: dict[int, set[int]] = {}
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Module):
+            for value in vars(node).values():
+                users.setdefault(id(value), set()).add(id(node))
+    tied = [path for path, t in targets.items() if len(users[id(t.weight)]) > 1]
+    if tied:
+        raise ValueError(
+            f"The weights of {', '.join(tied)} are tied to another module's: leave "
+            "them out of the targets, or untie them."
+        )
+
+
+def _refuse_normalised(model: nnx.Module, targets: Mapping[str, Target]) -> None:
+    """What a wrapper makes of a weight would be made of it, and not of its update."""
+    for path, node in nnx.iter_graph(model):
+        if not isinstance(node, nnx.WeightNorm):
+            continue
+        for name, weight in nnx.to_flat_state(nnx.state(node.layer_instance)):
+            changed = node.variable_filter(name, weight)
+            within = join((*path, "layer_instance", *name))
+            if changed and within in {t.variable(p) for p, t in targets.items()}:
+                raise ValueError(
+                    f"{within} is normalised by an nnx.WeightNorm, which would make "
+                    "the merged model another one than the adapted: take it out of the "
+                    "targets."
+                )

@@ -1,0 +1,174 @@
+"""What an adapted model holds, matrix by matrix: as data, and as a table."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TextIO
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from snella_jax.core.weight import AdaptedWeight
+from snella_jax.files.hosts import to_host
+from snella_jax.nnx.selection import weights_of
+from snella_jax.nnx.variables import Budget, DropKey, variables_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """One adapted matrix of `[n, m]`.
+
+    Attributes:
+      name: path of its weight, with its index where that has several (stacked blocks,
+        the parts of a fused qkv), as in `Reallocation.names`.
+      shape: `(n, m)`.
+      rank: columns of its factors.
+      kernel: the kernel's name.
+      gate: what a surviving weight's update becomes.
+      path: "merged" or "parallel".
+      budget: weights that may move.
+      moved: weights whose update is not 0: fewer than the budget where magnitudes tie
+        with the threshold.
+      norm: Frobenius norm of the update.
+      base_norm: that of the weight it is added to.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    kernel: str
+    gate: str
+    path: str
+    budget: int
+    moved: int
+    norm: float
+    base_norm: float
+
+    @property
+    def density(self) -> float:
+        """Fraction of the weights that the update changes."""
+        return self.moved / math.prod(self.shape)
+
+    @property
+    def change(self) -> float:
+        """`||delta|| / ||W0||`; infinite where the base is 0."""
+        return self.norm / self.base_norm if self.base_norm else math.inf
+
+
+def sparsity(model: nnx.Module | Sequence[AdaptedWeight]) -> tuple[Matrix, ...]:
+    """Every adapted matrix of a model, in the order in which `reallocate` has them.
+
+    Makes every update once, one matrix at a time.
+
+    Args:
+      model: with adapters; or the adapted weights of a tree (`Adapters.weights`).
+
+    Raises:
+      ValueError: the model has no adapters.
+
+    >>> import snella_jax as snella
+    >>> class Net(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.fc1 = nnx.Linear(6, 8, rngs=rngs)
+    >>> config = snella.SnellaConfig(
+    ...     rank=4, targets="fc1", trainable="", allocation="fixed", target_density=0.25
+    ... )
+    >>> model = snella.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    >>> [(m.name, m.shape, m.budget, m.density) for m in snella.sparsity(model)]
+    [('fc1', (6, 8), 12, 0.25)]
+    """
+    weights = weights_of(model) if isinstance(model, nnx.Module) else model
+    return tuple(m for weight in weights for m in matrices_of(weight))
+
+
+def describe(
+    model: nnx.Module | Sequence[AdaptedWeight], file: TextIO | None = None
+) -> None:
+    """Prints a table of the adapted matrices, and how many parameters train.
+
+    Args:
+      model: with adapters; or the adapted weights of a tree, without the count.
+      file: where to; None for standard output.
+
+    Raises:
+      ValueError: the model has no adapters.
+    """
+    matrices = sparsity(model)
+    header = ("matrix", "shape", "rank", "budget", "density", "|delta|", "change")
+    rows = [
+        (
+            m.name,
+            f"{m.shape[0]} x {m.shape[1]}",
+            str(m.rank),
+            f"{m.budget:,}",
+            f"{m.density:.2%}",
+            f"{m.norm:.3g}",
+            f"{m.change:.2%}",
+        )
+        for m in matrices
+    ]
+    weights = sum(math.prod(m.shape) for m in matrices)
+    budget, moved = (
+        sum(getattr(m, name) for m in matrices) for name in ("budget", "moved")
+    )
+    whole = f"{budget:,}", f"{moved / weights:.2%}"
+    rows.append((f"all {len(matrices)}", "", "", *whole, "", ""))
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [cell.rjust(n) for cell, n in zip(row, widths, strict=True)]
+        print(row[0].ljust(widths[0]), *cells[1:], sep="  ", file=file)
+    if not isinstance(model, nnx.Module):
+        return
+    trainable, total = parameters(model)
+    share = trainable / total
+    print(
+        f"trainable params: {trainable:,} || all params: {total:,} || "
+        f"trainable%: {100 * share:.4f}",
+        file=file,
+    )
+
+
+def parameters(model: nnx.Module) -> tuple[int, int]:
+    """How many parameters train, and how many there are, adapters included.
+
+    Budgets, random streams and batch statistics are no parameters.
+    """
+    trainable = sum(int(v.size) for _, v in variables_of(model, nnx.Param))
+    other = (Budget, DropKey, nnx.RngState, nnx.BatchStat)
+    total = sum(
+        int(v[...].size)
+        for _, v in variables_of(model, nnx.Variable)
+        if not isinstance(v, other)
+    )
+    return trainable, total
+
+
+def matrices_of(weight: AdaptedWeight) -> list[Matrix]:
+    """Every matrix of one adapted weight."""
+    site, rule = weight.site, weight.site.rule
+    budgets = to_host(weight.budget)
+    moved, norms = map(to_host, weight.per_matrix(_measured))
+    parts = weight.matrices().astype(np.float32)
+    base_norms = np.linalg.norm(parts, axis=(-2, -1))
+    return [
+        Matrix(
+            name=name,
+            shape=(site.layout.n, site.layout.m),
+            rank=rule.rank,
+            kernel=type(rule.kernel).__name__,
+            gate=rule.gate,
+            path=rule.path,
+            budget=int(budgets[index]),
+            moved=int(moved[index]),
+            norm=float(norms[index]),
+            base_norm=float(base_norms[index]),
+        )
+        for name, index in zip(weight.names, np.ndindex(site.lead), strict=True)
+    ]
+
+
+def _measured(delta: Array) -> tuple[Array, Array]:
+    """Weights that are not 0, and the norm."""
+    return jnp.count_nonzero(delta), jnp.sqrt(jnp.square(delta).sum())

@@ -1,0 +1,193 @@
+"""Flax NNX layers with an adapter inside: variables, layouts, and what fits a layer.
+
+An adapted layer is an instance of a subclass of its own class: it keeps its variables,
+their names and its arithmetic, and gains an `adapter`. Its weight and whatever else
+does not train are `Frozen`, its factors are `Factor`, its budgets `Budget`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PRNGKeyArray
+
+from snella_jax.core.config import Rule
+from snella_jax.core.layout import Layout, einsum_layout
+from snella_jax.core.weight import AdaptedWeight, Site, Start
+from snella_jax.kernels import Factors
+from snella_jax.nnx.variables import Budget, DropKey, Factor, Frozen
+
+ADAPTABLE = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv)
+STOCK = {cls.__call__ for cls in ADAPTABLE}
+
+
+class Adapter(nnx.Module):
+    """Factors and budgets of one weight, for `[*lead]` matrices of `[n, m]`.
+
+    Attributes:
+      site: its rule and its axes, of which `lead`.
+      a, b, alpha, ...: `Factor` of shape `[*lead, *shape of the factor]`.
+      budget: `Budget`, int32 `[*lead]`.
+      allocated_at: `Budget`, int32 `[*lead]`: the optimizer step of the last
+        reallocation, 0 for never, -1 where budgets are fixed.
+      key: `DropKey` of the stack's shape, or None.
+      deterministic: switched by `model.train()`, `model.eval()` and `nnx.view`.
+    """
+
+    def __init__(self, site: Site, start: Start):
+        self.site = site
+        self.deterministic = False
+        self.key: DropKey | None = nnx.data(None)
+        factors, budget, allocated_at = start
+        fixed = not getattr(site.kernel, "learn_piece_coeff", True)
+        for name, value in factors.items():
+            kind = Frozen if fixed and name == "piece_coeff" else Factor
+            setattr(self, name, kind(jnp.asarray(value)))
+        self.names = tuple(sorted(factors))
+        self.budget = Budget(jnp.asarray(budget))
+        self.allocated_at = Budget(jnp.asarray(allocated_at))
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Switches modes for `nnx.view`.
+
+        Args:
+          deterministic: whether dropout and drop-path are off; None leaves them.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    @property
+    def rule(self) -> Rule:
+        """How it works."""
+        return self.site.rule
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the stack's axes here: of the whole, or of what a scan passes on."""
+        return self.budget.shape[: self.budget.ndim - len(self.site.layout.slices)]
+
+    def factors(self) -> Factors:
+        """The factors as arrays, with their leading axes."""
+        return {name: getattr(self, name)[...] for name in self.names}
+
+    def on(self, path: str, w0: Array) -> AdaptedWeight:
+        """The weight at this path, with these factors and budgets."""
+        counts = self.budget[...], self.allocated_at[...]
+        site, extra = self.site, self.budget.ndim - len(self.site.lead)
+        if extra > 0:  # an ensemble: adapted under nnx.vmap
+            axes = (*range(extra), *(axis + extra for axis in site.axes))
+            site = dataclasses.replace(site, stack=self.stack, axes=axes)
+        return AdaptedWeight(path, site, w0, self.factors(), *counts)
+
+    def check_called(self, weight: Array) -> None:
+        """Raises a `ValueError` where a call gets the weight of a whole stack."""
+        expected = self.site.layout.shape
+        if weight.shape != expected:
+            raise ValueError(
+                f"An adapted layer was called with a weight of shape {weight.shape}: "
+                f"expected {expected}. Call stacked layers under nnx.scan or nnx.vmap. "
+                "Where that says its axes by the kind of variable, frozen weights and "
+                "budgets are no nnx.Param: nnx.StateAxes({(nnx.Param, snella.Frozen, "
+                "snella.Budget): 0, ...: None})."
+            )
+
+    def training_key(self) -> PRNGKeyArray | None:
+        """This step's key where the rule drops something and the model is training.
+
+        Raises:
+          ValueError: training needs a key and `seed` gave none.
+        """
+        drops = self.rule.dropout or self.rule.drop_path
+        if not drops or self.deterministic:
+            return None
+        if self.key is None:
+            raise ValueError(
+                f"An adapter with dropout={self.rule.dropout} and "
+                f"drop_path={self.rule.drop_path} was called in training without a "
+                "key. Call snella.seed(model, key) with a fresh key in every step, or "
+                "model.eval() before evaluating."
+            )
+        return self.key[...]
+
+
+class AdaptedLayer(nnx.Module):
+    """Marks the class of an adapted layer: it computes with `w0 + delta`.
+
+    It has no attributes, for the layer may have some of any name. The adapter of a
+    weight `kernel` is called `adapter`, that of a weight `w` `w_adapter`.
+    """
+
+
+def adapters_of(layer: AdaptedLayer) -> dict[str, Adapter]:
+    """The adapters of a layer, by name of their weight."""
+    names = sorted(k for k, v in vars(layer).items() if isinstance(v, Adapter))
+    return {weight_of(name): getattr(layer, name) for name in names}
+
+
+def weight_of(adapter: str) -> str:
+    """The name of the weight beside an adapter of this name.
+
+    >>> weight_of("adapter"), weight_of("w_adapter")
+    ('kernel', 'w')
+    """
+    return "kernel" if adapter == "adapter" else adapter.removesuffix("_adapter")
+
+
+def adapter_of(weight: str) -> str:
+    """The name of the adapter beside a weight of this name."""
+    return "adapter" if weight == "kernel" else f"{weight}_adapter"
+
+
+def check_layer(layer: Any, rule: Rule, own: bool = False) -> None:
+    """Raises a `ValueError` when a layer cannot have this rule.
+
+    Args:
+      layer: any.
+      rule: how it is to be adapted.
+      own: whether `layouts` told the axes of its weight.
+    """
+    if rule.path == "parallel" and (own or type(layer).__call__ not in STOCK):
+        raise ValueError(
+            f"{type(layer).__name__} has a call of its own, which need not be linear "
+            'in the weight: expected path="merged".'
+        )
+    if rule.drop_path and not _starts_with_examples(layer):
+        raise ValueError(
+            f"drop_path={rule.drop_path} drops along axis 0 of the output, which here "
+            "belongs to the weight and not to the examples."
+        )
+
+
+def _starts_with_examples(layer: Any) -> bool:
+    if isinstance(layer, nnx.LinearGeneral):
+        return not layer.batch_axis
+    if isinstance(layer, nnx.Einsum):
+        operands, result = layer.einsum_str.split("->")
+        return result[0] not in operands.split(",")[1].replace(".", "")
+    return True
+
+
+def layout_of(layer: nnx.Module) -> Layout:
+    """The axes of a layer's weight, without the stack in front of them.
+
+    Raises:
+      ValueError: an einsum whose equation is only known at the call, or that sums over
+        an axis of its weight alone.
+    """
+    match layer:
+        case nnx.Linear():
+            return Layout((layer.in_features,), (layer.out_features,))
+        case nnx.LinearGeneral():
+            slices = tuple(layer.batch_axis.values())
+            return Layout(layer.in_features, layer.out_features, slices)
+        case nnx.Conv():
+            *window, out = layer.kernel_shape
+            if layer.mask is not None:
+                raise ValueError(
+                    "a convolution with a mask has weights that are not used."
+                )
+            return Layout(tuple(window), (out,))
+        case nnx.Einsum():
+            return einsum_layout(layer.einsum_str, layer.kernel_shape)
+    raise TypeError(f"{type(layer).__name__} has no weight that can be adapted.")

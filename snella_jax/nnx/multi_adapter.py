@@ -1,0 +1,158 @@
+"""Several adapters on one base: a sum of their updates, or one for each example.
+
+`snella.load(base, folder)` shares the arrays of the base, so a dict of loaded models
+is a collection of adapters: `models["pets"] = snella.load(base, "pets")` adds one,
+`del` removes one, `models[name]` is the active one and `base` is none. A function that
+is jitted over their states (`nnx.split`) serves all that have the same shapes.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+from snella_jax.adapters.base import differences, variables_at
+from snella_jax.core.weight import add
+from snella_jax.nnx.saving import base_of, unload
+from snella_jax.nnx.selection import has_adapters, weights_of
+from snella_jax.nnx.variables import Factor, variables_of
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def combine(models: Mapping[str, M], weights: Mapping[str, float], rest: str) -> M:
+    """A plain model with `W0 + sum_k weights[k] * delta_k` as its weights.
+
+    The sum is taken in at least float32 and rounded once, as in `merge`.
+
+    Args:
+      models: adapted, on one base.
+      weights: factors of their updates, by name; those that are left out count 0.
+      rest: the model whose other trained variables (its head) are taken; the base is
+        one, too.
+
+    Raises:
+      ValueError: a name that `models` has not, or models on different bases.
+      BudgetsNeverMoved: as `merge`.
+
+    >>> import snella_jax as snella
+    >>> base = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    >>> config = snella.SnellaConfig(
+    ...     rank=4, targets=".*", trainable="", allocation="fixed"
+    ... )
+    >>> models = {
+    ...     name: snella.adapt(base, config, rngs=nnx.Rngs(i + 1))
+    ...     for i, name in enumerate(["pets", "cars"])
+    ... }
+    >>> both = combine(models, {"pets": 0.5, "cars": 0.5}, rest="pets")
+    >>> x = jnp.ones((1, 4))
+    >>> mean = (models["pets"](x) + models["cars"](x)) / 2  # of a linear model
+    >>> bool(jnp.allclose(both(x), mean, atol=1e-5))
+    True
+    """
+    if unknown := sorted({*weights, rest} - models.keys()):
+        raise ValueError(f"No model is called {unknown}: there are {sorted(models)}.")
+    plain, moved = _taken_apart(models[rest])
+    variables = dict(variables_of(plain, nnx.Param))
+    sums: dict[str, Array] = {}
+    for name, factor in weights.items():
+        own = weights_of(models[name])
+        for weight in own:
+            weight.check_moved()
+        _check_base((rest, plain, moved), (name, models[name]))
+        for weight in own:
+            places = [k for k in variables_at(weight.path) if k in variables]
+            if not places or variables[places[0]].shape != weight.w0.shape:
+                raise ValueError(
+                    f"{name!r} has another base than {rest!r}, stacked or named "
+                    f"otherwise: there is no {weight.path} {list(weight.w0.shape)}."
+                )
+            kernel = places[0]
+            sums[kernel] = sums.get(kernel, 0) + factor * weight.delta()
+    for kernel, update in sums.items():
+        variables[kernel][...] = add(kernel, variables[kernel][...], update)
+    return plain
+
+
+def _taken_apart(model: M) -> tuple[M, set[str]]:
+    """A plain copy of a model, and the paths of what may have moved in it."""
+    stats, params, factors = (
+        {path for path, _ in variables_of(model, kind)}
+        for kind in (nnx.BatchStat, nnx.Param, Factor)
+    )
+    if not has_adapters(model):
+        return nnx.clone(model), stats
+    return unload(model), stats | params - factors
+
+
+def _check_base(rest: tuple[str, M, set[str]], other: tuple[str, M]) -> None:
+    """Raises a `ValueError` unless two models are of one base.
+
+    Args:
+      rest: a name, a plain model, and the paths of what may have moved in it.
+      other: a name and a model, adapted.
+    """
+    plain, moved = _taken_apart(other[1])
+    adapted = {name for w in weights_of(other[1]) for name in variables_at(w.path)}
+    apart = (moved | rest[2]) - adapted
+    ours, theirs = (base_of(model).rest((), apart) for model in (rest[1], plain))
+    names = repr(rest[0]), repr(other[0])
+    if found := differences(ours.fingerprints(), theirs, sides=names):
+        lines = [f"{names[1]} has another base than {names[0]}:", *found]
+        raise ValueError("\n  ".join(lines))
+
+
+def per_example(
+    models: Mapping[str, nnx.Module],
+    ids: Sequence[str] | Int[np.ndarray, " B"],
+    *inputs: Any,
+) -> Any:
+    """What `models[ids[i]]` makes of example `i`, for a batch of them.
+
+    Every distinct model among `ids` sees the whole batch once: the cost is that many
+    passes. Models of equal shapes share one compiled program.
+
+    Args:
+      models: by name; with or without adapters (the base for none).
+      ids: `B` names.
+      inputs: of the models, with the examples along axis 0 of every array.
+
+    Returns:
+      The outputs, arrays or a tree of them, with the examples along axis 0.
+
+    Raises:
+      ValueError: a name that `models` has not, or not one for each example.
+    """
+    chosen = np.asarray(ids)
+    sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(inputs)}
+    if chosen.ndim != 1 or sizes != {len(chosen)}:
+        raise ValueError(
+            f"There are ids of shape {chosen.shape} for batches of {sorted(sizes)}: "
+            "expected one for each example."
+        )
+    if unknown := sorted(set(chosen.tolist()) - set(models)):
+        raise ValueError(f"No model is called {unknown}: there are {list(models)}.")
+    result: Any = None
+    for name in dict.fromkeys(chosen.tolist()):
+        outputs = _run(*nnx.split(models[name]), inputs)
+        own = jnp.asarray(chosen == name)
+        result = outputs if result is None else _where(own, outputs, result)
+    return result
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graphdef: nnx.GraphDef, state: nnx.State, inputs: tuple) -> Any:
+    return nnx.merge(graphdef, state)(*inputs)
+
+
+@jax.jit
+def _where(own: Array, outputs: Any, others: Any) -> Any:
+    def select(output, other):
+        return jnp.where(own.reshape(-1, *(1,) * (output.ndim - 1)), output, other)
+
+    return jax.tree.map(select, outputs, others)

@@ -1,0 +1,194 @@
+"""Adapters of NNX models as files: `save`, `load`, and taking an adapter off.
+
+>>> import tempfile
+>>> import jax.numpy as jnp
+>>> import snella_jax as snella
+>>> class Net(nnx.Module):
+...     def __init__(self, rngs):
+...         self.fc1 = nnx.Linear(6, 8, rngs=rngs)
+...     def __call__(self, x):
+...         return self.fc1(x)
+>>> base = Net(nnx.Rngs(0))
+>>> config = snella.SnellaConfig(rank=4, targets="fc1", trainable="")
+>>> model = snella.adapt(base, config, rngs=nnx.Rngs(1))
+>>> with tempfile.TemporaryDirectory() as folder:
+...     save(model, f"{folder}/digits", base="our/net")
+...     again = load(base, f"{folder}/digits")
+>>> x = jnp.ones((1, 6))
+>>> bool((again(x) == model(x)).all()), bool((unload(model)(x) == base(x)).all())
+(True, True)
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from snella_jax.adapters import format
+from snella_jax.adapters.base import Base
+from snella_jax.adapters.fitting import any_of, fit
+from snella_jax.core.config import Rule
+from snella_jax.core.layout import Layout
+from snella_jax.core.placement import like
+from snella_jax.core.weight import Site
+from snella_jax.files.errors import CheckpointError
+from snella_jax.models import arithmetic
+from snella_jax.nnx.adapt import attach, remove
+from snella_jax.nnx.selection import (
+    adapted_variables,
+    has_adapters,
+    require_adapters,
+    weights_of,
+)
+from snella_jax.nnx.surgery import freeze
+from snella_jax.nnx.targets import layouts_of, targets_of
+from snella_jax.nnx.variables import Factor, variables_of
+
+M = TypeVar("M", bound=nnx.Module)
+# What changes when a model is called. Statistics count where a file carries none.
+STATE = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
+
+
+def save(model: nnx.Module, folder: str | Path, *, base: str | None = None) -> None:
+    """Writes the adapters of a model, and what else trained, to a folder.
+
+    `adapter_config.json` and `adapter_model.safetensors`, as PEFT names them. An
+    adapter that is in the folder is replaced; a crash leaves the old one, the new one,
+    or (in an instant between) both, each complete, beside the folder.
+
+    Args:
+      model: with adapters. Its factors and budgets are written, every other `nnx.Param`
+        (the head and whatever `config.trainable` named) and batch statistics.
+      folder: to be made.
+      base: what the base model is called, such as a path or a name on a hub.
+
+    Raises:
+      ValueError: the model has no adapters, or a kernel that is none of ours.
+      FileExistsError: the folder holds something else.
+    """
+    weights = weights_of(model)
+    kinds = (_trained(model), _variables(model, nnx.BatchStat))
+    trained, stats = ({p: v[...] for p, v in kind.items()} for kind in kinds)
+    format.write(folder, weights, trained, stats, base_of(unload(model)), base)
+
+
+def load(
+    model: M,
+    folder: str | Path,
+    *,
+    rename: Mapping[str, str] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    allow_base_mismatch: bool = False,
+) -> M:
+    """A copy of a model with the adapters that `save` wrote.
+
+    Its outputs are those of the model that was saved, bit for bit, and its training can
+    go on. The arrays of the base are shared with `model`, which is not changed: many
+    adapters can sit on one base.
+
+    Args:
+      model: the base, in the shape that it was adapted in (a new head's classes, too);
+        or an adapted model, whose adapters are replaced by others like them.
+      folder: of an adapter.
+      rename: where the weights have other names in this model: new name by regex, which
+        may take its groups. Rows of stacked blocks have an index:
+        `{r"layers/(\\d+)/fc": r"blocks/fc[\\1]"}`.
+      layouts: as of `adapt`, for the base; an adapted model has them already.
+      allow_base_mismatch: load even if this is not the base that the adapter was
+        trained on, and log in what it differs.
+
+    Raises:
+      FileNotFoundError: there is no adapter.
+      CheckpointError: a file is damaged, or the adapter does not fit: another base
+        (weights, or the config of a model of `snella_jax.models`), shape, rank or
+        place; lists all that differs.
+    """
+    file = format.read(folder)
+    adapted = has_adapters(model)
+    present = {w.path: w.site for w in weights_of(model)} if adapted else None
+    trains = _trained(model).keys()
+    modes = {path: own.deterministic for path, own, _ in adapted_variables(model)}
+    if adapted:
+        layouts = layouts_of(model) if layouts is None else layouts
+    model = unload(model) if adapted else nnx.clone(model)
+    targets = targets_of(model, layouts)
+
+    def locate(path: str, rule: Rule, must_move: bool) -> tuple[Site, Array]:
+        if path not in targets:
+            raise ValueError("this model has no such layer that can be adapted")
+        return targets[path].site(path, rule, must_move), targets[path].weight[...]
+
+    params, statistics = (_variables(model, k) for k in (nnx.Param, nnx.BatchStat))
+    weights, trained, stats = fit(
+        file,
+        locate,
+        base_of(model),
+        {path: variable[...] for path, variable in statistics.items()},
+        rename=rename,
+        present=present,
+        allow_base_mismatch=allow_base_mismatch,
+    )
+    if adapted and trains != trained.keys():
+        differ = ", ".join(sorted(trains ^ trained.keys()))
+        raise CheckpointError(
+            file.folder, f"in the file and in the model other variables train: {differ}"
+        )
+    try:
+        attach(
+            model,
+            {path: targets[path] for path in weights},
+            {path: weight.site for path, weight in weights.items()},
+            {p: (w.factors, w.budget, w.allocated_at) for p, w in weights.items()},
+        )
+    except ValueError as error:
+        raise CheckpointError(file.folder, str(error).rstrip(".")) from error
+    for path, own, _ in adapted_variables(model):
+        own.deterministic = modes.get(path, own.deterministic)
+    for path, value in (*trained.items(), *stats.items()):
+        variable = (params | statistics)[path]
+        variable.set_value(like(jnp.asarray(value), variable[...]))
+    freeze(model, any_of(trained))
+    return model
+
+
+def unload(model: M) -> M:
+    """A plain copy of an adapted model without its adapters: the base's weights.
+
+    What `config.trainable` named stays as it was trained, since it took the place of
+    the base's; keep the base itself where you want its head, too.
+
+    Raises:
+      ValueError: the model has no adapters.
+    """
+    require_adapters(model)
+    model = nnx.clone(model)
+    remove(model)
+    return model
+
+
+def base_of(model: nnx.Module) -> Base:
+    """Of a plain model: its parameters, and what else is constant in it."""
+    params = _variables(model, nnx.Param)
+    others = {
+        path: variable.get_value()
+        for path, variable in variables_of(model, nnx.Variable)
+        if path not in params and not isinstance(variable, STATE)
+    }
+    return Base(
+        {path: variable.get_value() for path, variable in params.items()},
+        others,
+        arithmetic.of(model),
+    )
+
+
+def _variables(model: nnx.Module, kind: type) -> dict[str, Any]:
+    return dict(variables_of(model, kind))
+
+
+def _trained(model: nnx.Module) -> dict[str, Any]:
+    """What trains besides the factors."""
+    params = _variables(model, nnx.Param)
+    return {path: v for path, v in params.items() if not isinstance(v, Factor)}

@@ -1,0 +1,58 @@
+"""Which parts of a model a regex means: what is adapted, what trains, what is frozen.
+
+Regexes are matched in full against "/"-joined paths, such as `blocks/attn/query`; one
+for variables may also match a module that holds them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+
+from snella_jax.core.paths import join
+from snella_jax.core.weight import AdaptedWeight
+from snella_jax.nnx.layers import AdaptedLayer, Adapter, adapters_of
+
+
+def adapted_layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """Path and layer of every adapted layer, each once, in a fixed order."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, AdaptedLayer):
+            yield join(path), node
+
+
+def adapted_variables(
+    model: nnx.Module,
+) -> Iterator[tuple[str, Adapter, nnx.Variable]]:
+    """Path, adapter and variable of every adapted weight, in the order of the layers.
+
+    The path of a weight that is called `kernel` is that of its layer.
+    """
+    for path, layer in adapted_layers(model):
+        for name, adapter in adapters_of(layer).items():
+            whole = path if name == "kernel" else f"{path}/{name}".lstrip("/")
+            yield whole, adapter, getattr(layer, name)
+
+
+def weights_of(model: nnx.Module) -> list[AdaptedWeight]:
+    """Every adapted weight, in the order of `adapted_variables`.
+
+    Raises:
+      ValueError: the model has no adapters.
+    """
+    require_adapters(model)
+    weights = adapted_variables(model)
+    return [adapter.on(path, weight[...]) for path, adapter, weight in weights]
+
+
+def has_adapters(model: nnx.Module) -> bool:
+    """Whether any layer is adapted; the model may be abstract."""
+    return any(True for _ in adapted_layers(model))
+
+
+def require_adapters(model: nnx.Module) -> None:
+    """Raises a `ValueError` if the model has no adapters; it may be abstract."""
+    if not has_adapters(model):
+        raise ValueError(
+            "The model has no adapters: call snella.adapt(model, ...) first."
+        )

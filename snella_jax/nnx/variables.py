@@ -1,0 +1,31 @@
+"""Kinds of NNX variables: frozen weights, factors, budgets, dropout keys."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+
+from snella_jax.core.paths import join
+
+
+def variables_of(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
+    """Path and variable of every variable of a kind, each once."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, kind):
+            yield join(path), node
+
+
+class Frozen(nnx.Variable):
+    """A weight of the base model that does not train: not an `nnx.Param`."""
+
+
+class Factor(nnx.Param):
+    """A factor or a kernel's scalar: an `nnx.Param`, so it trains by default."""
+
+
+class Budget(nnx.Variable):
+    """int32 per matrix: how many weights survive, or when that was last decided."""
+
+
+class DropKey(nnx.Variable):
+    """A key per layer for this step's dropout and drop-path; `seed` puts it there."""

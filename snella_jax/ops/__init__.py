@@ -1,0 +1,1 @@
+"""Numerics on plain arrays: distances, thresholds, matmuls, dropout, recomputation."""

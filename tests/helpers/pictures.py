@@ -1,0 +1,42 @@
+"""A task of tiny pictures on disk, and a run on it that was killed at its end."""
+
+import pathlib
+import shutil
+
+import numpy as np
+from PIL import Image
+from places import ROOT
+
+from experiments import vtab
+
+CLASSIFIER = ROOT / "tests/assets/vit/classifier"
+
+
+def draw(root, each=4):
+    """Two classes, `dark` and `light`, of 28 x 28 pixels."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val", "test"):
+        for label, kind in enumerate(("dark", "light")):
+            (root / part / kind).mkdir(parents=True)
+            for index in range(each):
+                noise = rng.integers(0, 90, (28, 28), dtype=np.uint8)
+                picture = Image.fromarray(noise + np.uint8(150 * label))
+                picture.save(root / part / kind / f"{index}.png")
+
+
+def words(name, *more):
+    """A short run on `name`, with weights of the same name in `weights`."""
+    return [
+        "--config=quickstart", f"--task={name}", f"--model=weights/{name}",
+        "--image_size=24", "--mesh=data=1", "--batch=4", "--warmup_epochs=0", *more,
+    ]  # fmt: skip
+
+
+def killed(name, *more):
+    """Runs in the current folder, into `run`, and removes what a run writes last."""
+    draw(pathlib.Path(name))
+    shutil.copytree(CLASSIFIER, pathlib.Path("weights", name))
+    summary = vtab.main(words(name, "--out=run", *more))
+    for file in ("results.json", "summary.json"):
+        pathlib.Path("run", file).unlink()
+    return summary

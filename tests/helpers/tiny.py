@@ -1,0 +1,69 @@
+"""A tiny ViT and images for it, adapted by any method."""
+
+import functools
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.config.run_config import RunConfig
+from experiments.data.source import Arrays
+from experiments.data.transforms import Transform
+from experiments.methods import sensitivity
+from experiments.methods.registry import METHODS
+from experiments.methods.settings import Located, Prompted
+from experiments.training import sharding
+from snella_jax.models.vit import ViT, ViTConfig
+
+TINY = ViTConfig(
+    width=8, depth=2, heads=2, patch_size=4, image_size=8, channels=1, num_classes=3
+)
+TRANSFORM = Transform((8, 8), mean=(0.5,), std=(0.5,))
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), np.uint8)
+SOURCE = Arrays(PIXELS, np.arange(24) % 3)
+# So few that some matrices are sensitive and some are not.
+LOCATED = {"share": 0.2, "ease": 2.0, "rank": 1}
+CONFIG = RunConfig(
+    epochs=3,
+    warmup_epochs=0,
+    spt_lora=Located(**LOCATED),
+    spt_adapter=Located(**LOCATED),
+    vpt_deep=Prompted(count=2),
+)
+SUBNET = {"prompts": np.array([2, 1]), "lora": np.array([0, 3]),
+          "adapter": np.array([2, 0])}  # fmt: skip
+WEIGHTS = 2 * (4 * 8 * 8 + 2 * 8 * 32)  # of the targeted kernels
+
+
+def base():
+    model = ViT(TINY, rngs=nnx.Rngs(0))
+    # From a head of 0 nothing behind it would move in the first step.
+    model.head.kernel[...] = jax.random.normal(jax.random.key(1), (8, 3))
+    return model
+
+
+def sizes(model):
+    return {path: value.size for path, value in leaves(model).items()}
+
+
+def leaves(model, kind=nnx.Variable):
+    flat = nnx.to_flat_state(nnx.state(model, kind))
+    return {"/".join(map(str, path)): np.array(value[...]) for path, value in flat}
+
+
+@functools.cache
+def scores(rule):
+    how = (SOURCE, TRANSFORM, sharding.make("data=1"), 8, 0)
+    return sensitivity.scores(base(), CONFIG.targets, rule, *how)
+
+
+def adapted(name, config=CONFIG):
+    stage, own = METHODS[name].stage, base()
+    if isinstance(stage, sensitivity.Scoring):
+        located = [stage.choose(config, scores(stage.rule))]
+    else:
+        located = [SUBNET] if stage else []
+    model = METHODS[name].adapt(config, own, *located)
+    before = leaves(base())  # nothing happened to what was adapted
+    assert all(np.array_equal(before[p], value) for p, value in leaves(own).items())
+    return model

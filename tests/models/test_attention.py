@@ -1,0 +1,113 @@
+"""Attention against the formula, what "auto" chooses, and cuDNN on a GPU."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from snella_jax.models.layers.attention import attend, best
+
+
+def draw(dtype, tokens=5, head_dim=8):
+    shape = (3, 2, tokens, 4, head_dim)
+    return jax.random.normal(jax.random.key(0), shape).astype(dtype)
+
+
+def test_is_the_formula():
+    q, k, v = draw(jnp.float32)
+    scores = np.einsum("bthd,bshd->bhts", *np.float64((q, k))) / np.sqrt(8)
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = np.einsum("bhts,bshd->bthd", weights, v)
+    np.testing.assert_allclose(attend(q, k, v), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 3, 5])
+def test_only_the_first_tokens_are_seen(length):
+    """As if there were no others, in the gradient, too."""
+    q, k, v = draw(jnp.float32)
+
+    def seen(q, k, v):
+        return attend(q, k, v, length=jnp.int32(length))
+
+    def cut(q, k, v):
+        return attend(q, k[:, :length], v[:, :length])
+
+    for one, other in zip(jax.vjp(seen, q, k, v)[1](q), jax.vjp(cut, q, k, v)[1](q),
+                          strict=True):  # fmt: skip
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen(q, k, v), cut(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+def test_keeps_no_attention_weights():
+    """Nothing as large as `[B, H, T, T]` is kept for the backward pass."""
+    arrays = draw(jnp.float32, tokens=65)
+    kept = jax.eval_shape(lambda: jax.vjp(attend, *arrays)[1])
+    assert max(leaf.size for leaf in jax.tree.leaves(kept)) == arrays[0].size
+    plain = jax.eval_shape(lambda: jax.vjp(jax.nn.dot_product_attention, *arrays)[1])
+    assert max(leaf.size for leaf in jax.tree.leaves(plain)) == 2 * 4 * 65 * 65
+
+
+def device(platform="gpu", version="PJRT C API\ncuda 12090", capability="9.0"):
+    client = SimpleNamespace(platform_version=version)
+    return SimpleNamespace(
+        platform=platform, client=client, compute_capability=capability
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "head_dim", "expected"),
+    [
+        (device(), "bfloat16", 64, "cudnn"),
+        (device(capability="8.0"), "float16", 128, "cudnn"),
+        (device(capability="12.0"), "bfloat16", 80, "cudnn"),
+        (device(), "float32", 64, "xla"),
+        (device(), "bfloat16", 60, "xla"),
+        (device(), "bfloat16", 136, "xla"),
+        (device(capability="7.5"), "bfloat16", 64, "xla"),  # T4
+        (device(version="rocm 6", capability="gfx90a"), "bfloat16", 64, "xla"),
+        (device("tpu", "tpu"), "bfloat16", 64, "xla"),
+        (device("cpu", "<unknown>"), "bfloat16", 64, "xla"),
+    ],
+)
+def test_auto(where, dtype, head_dim, expected, monkeypatch):
+    """What `best` says is what `attend` asks JAX for."""
+    assert best(where, dtype, head_dim) == expected
+    asked = []
+    monkeypatch.setattr(jax, "local_devices", lambda: [where])
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda q, *_, implementation, **__: asked.append(implementation) or q,
+    )
+    attend(*draw(dtype, head_dim=head_dim))
+    assert ("cudnn" in asked) == (expected == "cudnn")
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="flash"):
+        attend(*draw(jnp.float32), "flash")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "length"), [(196, None), (197, None), (206, 199)])
+def test_cudnn_computes_what_xla_does(tokens, length):
+    """ViT-B/16's token counts, values and gradients within bfloat16's rounding."""
+    arrays = draw(jnp.bfloat16, tokens, 64)
+
+    def both(implementation):
+        def loss(q, k, v):
+            y = attend(q, k, v, implementation, length).astype(jnp.float32)
+            return jnp.sin(y).sum(), y
+
+        (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
+            *arrays
+        )
+        return y, *gradients
+
+    for got, expected in zip(both("cudnn"), both("xla"), strict=True):
+        atol = 2e-2 * float(abs(expected).max())
+        np.testing.assert_allclose(
+            np.float32(got), np.float32(expected), rtol=0, atol=atol
+        )

@@ -1,0 +1,389 @@
+"""The trainer's arithmetic: recipes, accumulation, running means, meshes."""
+
+import contextlib
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import snella_jax as snella
+from experiments.data.mix import Mix
+from experiments.data.source import Arrays
+from experiments.data.transforms import Transform
+from experiments.methods import lora
+from experiments.training import sharding
+from experiments.training import step as update
+from experiments.training import trainer as train
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.competition import Competition
+from experiments.training.recipe import Recipe
+from snella_jax.models.vit import ViT, ViTConfig
+
+TINY = ViTConfig(
+    width=8, depth=2, heads=2, patch_size=4, image_size=8, channels=1, num_classes=2
+)
+TRANSFORM = Transform((8, 8), mean=(0.5,), std=(0.5,))
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), np.uint8)
+SOURCE = Arrays(PIXELS, np.arange(24) % 2)
+TARGETS = r"blocks/.*/(query|key|value|out|fc1|fc2)"
+RECIPE = Recipe(epochs=2, batch=8, lr=1e-2)
+
+
+def adapted(**options):
+    base = ViT(dataclasses.replace(TINY, **options), rngs=nnx.Rngs(0))
+    config = snella.SnellaConfig(rank=4, target_density=0.3)
+    return snella.adapt(base, config, rngs=nnx.Rngs(1))
+
+
+@contextlib.contextmanager
+def training(recipe=RECIPE, devices="data=1", model=None, mix=None, follow=None):
+    model = adapted() if model is None else model
+    budgets = any(True for _ in nnx.to_flat_state(nnx.state(model, snella.Budget)))
+    schedule = snella.SnellaConfig(target_density=0.3).schedule(
+        snella.adapted_weights(model) if budgets else 1, recipe.total_epochs
+    )
+    trainer = train.Trainer(
+        model,
+        train.Data(SOURCE, follow, TRANSFORM, TRANSFORM, mix),
+        recipe,
+        sharding.make(devices),
+        watch=(snella.track_importance(),) * budgets,
+        competition=Competition(schedule) if budgets else None,
+    )
+    with contextlib.closing(trainer):
+        yield trainer
+
+
+def run(trainer):
+    losses = []
+    rows = list(trainer.epochs(losses.append))
+    return rows, losses
+
+
+def leaves(model):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+
+
+# Recipes
+
+
+def test_the_rate_rises_falls_and_stays_in_the_cool_down():
+    recipe = Recipe(epochs=10, warmup_epochs=2, cooldown_epochs=3, batch=1, lr=1e-3)
+    rate = recipe.rate(steps=5)
+    assert rate(0) == 0 and rate(5) == pytest.approx(5e-4)
+    assert rate(10) == pytest.approx(1e-3)
+    halfway = (1e-3 + 1e-5) / 2
+    assert rate(30) == pytest.approx(halfway, rel=1e-5)
+    for step in (50, 55, 64, 65):
+        assert rate(step) == pytest.approx(1e-5)
+    assert recipe.total_epochs == 13
+
+
+def test_every_k_epochs_and_the_last_ten_are_evaluated():
+    recipe = Recipe(epochs=30, cooldown_epochs=5, batch=1, lr=1.0, eval_every=10)
+    assert [e for e in range(1, 36) if recipe.evaluates(e)] == [10, 20, *range(26, 36)]
+
+
+def test_what_decays_goes_by_kind_and_path():
+    params = {
+        "blocks": {"fc1": {"adapter": {n: jnp.ones((1, 2, 2)) for n in ("a", "b")}}},
+        "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    }
+    params["blocks"]["fc1"]["adapter"]["alpha"] = jnp.ones(())
+
+    def decays(**change):
+        recipe = dataclasses.replace(RECIPE, lr=0.5, weight_decay=0.1, **change)
+        tx = recipe.optimizer(steps=1)
+        state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+        updates = tx.update(zeros, state, params)[0]
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+            if (leaf != 0).any()
+        }
+
+    factors = {f"blocks/fc1/adapter/{n}" for n in ("a", "b")}
+    assert decays() == factors | {"head/kernel"}
+    assert decays(no_decay="head/.*") == factors
+    assert decays(no_decay=".*/a") == {"blocks/fc1/adapter/b", "head/kernel"}
+    with pytest.raises(ValueError, match="no_decay='fc1' matches nothing that decays"):
+        decays(no_decay="fc1")
+
+
+def test_clipping_comes_after_importance():
+    recipe = dataclasses.replace(RECIPE, clip=1e-3)
+    params = {"a": jnp.ones((1, 2, 2)), "b": jnp.ones((1, 2, 2))}
+    grads = jax.tree.map(lambda p: 100 * p, params)
+    tx = recipe.optimizer(1, snella.track_importance())
+    _, state = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(state[0].sensitivity[""]["a"], 100.0)
+    mean = optax.tree.get(state, "mu")["a"]
+    assert 0.1 * 1e-3 / np.sqrt(8) == pytest.approx(float(mean[0, 0, 0]), rel=1e-5)
+
+
+# Steps
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
+    """Without dropout, to rounding; with an image in every part of every label."""
+    results = []
+    for parts in (1, 2, 4):
+        with training(dataclasses.replace(RECIPE, accumulate=parts)) as trainer:
+            rows, losses = run(trainer)
+            results.append((losses, leaves(trainer.model), rows[-1].moved))
+    for losses, weights, moved in results[1:]:
+        np.testing.assert_allclose(losses, results[0][0], rtol=1e-4)
+        np.testing.assert_allclose(moved.budgets, results[0][2].budgets, atol=2)
+        for one, other in zip(weights, results[0][1], strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-4)
+
+
+def test_parts_are_all_of_the_batch_and_draw_noise_of_their_own():
+    def gradient(images, labels, key):
+        return jax.random.uniform(key), {"x": images.sum(), "y": labels.mean()}
+
+    images, labels = jnp.arange(12.0).reshape(6, 2), jnp.arange(6.0) ** 2
+    for parts in (2, 3):
+        loss, grads = update._mean_over_parts(gradient, parts, images, labels, KEY)
+        draws = [jax.random.uniform(key) for key in jax.random.split(KEY, parts)]
+        assert len(set(map(float, draws))) == parts
+        assert float(loss) == pytest.approx(float(sum(draws)) / parts)
+        assert float(grads["x"]) == pytest.approx(66 / parts)
+        assert float(grads["y"]) == pytest.approx(55 / 6)
+
+
+def test_soft_labels_are_learnt_as_their_distribution():
+    """The loss of a smoothed label is that of the mixture of all labels."""
+    model = adapted()
+    graphdef, *states = nnx.split(model, nnx.Param, snella.Budget, ...)
+    tx = optax.sgd(0.0)
+    step = update.training_step(graphdef, tx)
+    images = jax.random.normal(jax.random.key(0), (6, 8, 8, 1))
+
+    def loss(labels):
+        opt_state = tx.init(states[0])
+        return step(states[0], opt_state, *states[1:], images, labels, KEY)[2]
+
+    zeros, ones = (loss(jnp.full(6, label, jnp.int32)) for label in (0, 1))
+    soft = loss(jnp.tile(jnp.array([0.7, 0.3]), (6, 1)))
+    assert float(soft) == pytest.approx(float(0.7 * zeros + 0.3 * ones), rel=1e-5)
+
+
+KEY = jax.random.key(0)
+
+
+def test_mixed_batches_train():
+    mix = Mix(2, mixup=0.5, cutmix=0.5, smoothing=0.1)
+    recipe = dataclasses.replace(RECIPE, epochs=4)
+    with training(recipe, mix=mix) as mixed, training(recipe) as plain:
+        (_, losses), (_, others) = run(mixed), run(plain)
+    assert np.isfinite(losses).all() and losses != others
+    assert min(losses) > 0.19  # no less than the entropy of a smoothed label
+
+
+def test_the_running_mean_is_that_of_the_weights_after_every_step():
+    recipe = dataclasses.replace(RECIPE, ema=0.9)
+    with training(recipe, follow=SOURCE) as trainer:
+        expected, after = leaves(trainer.model), []
+        losses = trainer.epochs(lambda _: None)
+        inner = trainer.step
+
+        def spy(*arguments):
+            state, *numbers = inner(*arguments)
+            after.append(jax.tree.map(np.array, jax.tree.leaves(state["trainable"])))
+            return state, *numbers
+
+        trainer.step = spy
+        rows = list(losses)
+        for weights in after:
+            pairs = zip(expected, weights, strict=True)
+            expected = [0.9 * mean + 0.1 * now for mean, now in pairs]
+        assert len(after) == 6
+        for got, want in zip(leaves(trainer.ema_model), expected, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+    assert all(0 <= row.ema_accuracy <= 1 for row in rows)
+
+
+def test_a_loss_is_read_when_the_next_step_is_under_way():
+    order = []
+    with training() as trainer:
+        inner = trainer.step
+
+        def spy(*arguments):
+            order.append("begun")
+            return inner(*arguments)
+
+        trainer.step = spy
+        rows = list(trainer.epochs(order.append))
+    for row, events in zip(rows, (order[:6], order[6:]), strict=True):
+        losses = [loss for loss in events if loss != "begun"]
+        one, two, three = losses
+        assert events == ["begun", "begun", one, "begun", two, three]
+        assert row.train_loss == pytest.approx(np.mean(losses))
+
+
+def test_scores_that_are_not_finite_name_the_step_before_them():
+    """Budgets that move in every step see its scores before its loss is read."""
+    with training() as trainer:
+        trainer.competition = Competition(trainer.competition.schedule, every="step")
+        inner, steps = trainer.step, itertools.count(1)
+
+        def spoil(*arguments):
+            state, loss, norm = inner(*arguments)
+            if next(steps) == 2:
+                spoilt = jax.tree.map(lambda x: x + x * jnp.nan, state["opt_state"])
+                return {**state, "opt_state": spoilt}, loss * jnp.nan, norm
+            return state, loss, norm
+
+        trainer.step = spoil
+        with pytest.raises(FloatingPointError, match="at step 2 of epoch 1, on the"):
+            run(trainer)
+
+
+def test_the_callers_model_stays_as_it_was():
+    """Steps donate their state; what the caller holds is not the trainer's."""
+    base = ViT(TINY, rngs=nnx.Rngs(0))
+    model = lora.adapt(base, TARGETS, "head|cls_token", 4, nnx.Rngs(1))
+    before = leaves(base)
+    with training(model=model) as trainer:
+        run(trainer)
+    for was, now in zip(before, leaves(base), strict=True):
+        np.testing.assert_array_equal(was, now)
+    assert not np.array_equal(trainer.model.head.kernel[...], base.head.kernel[...])
+
+
+def test_the_cool_down_keeps_the_budget():
+    recipe = Recipe(epochs=3, cooldown_epochs=2, batch=8, lr=1e-2)
+    model = adapted()
+    weights = snella.adapted_weights(model)
+    schedule = snella.SnellaConfig(target_density=0.3).schedule(weights, 5, cooldown=2)
+    data = train.Data(SOURCE, None, TRANSFORM, TRANSFORM)
+    watch = (snella.track_importance(),)
+    one = sharding.make("data=1")
+    rules = Competition(schedule)
+    trainer = train.Trainer(model, data, recipe, one, watch=watch, competition=rules)
+    with contextlib.closing(trainer):
+        rows, _ = run(trainer)
+    assert [row.accuracy for row in rows] == [None] * 5
+    assert [row.density for row in rows[2:]] == [pytest.approx(0.3, abs=1e-3)] * 3
+    assert rows[0].density == 1 and rows[1].density > 0.35
+    assert [row.lr for row in rows[2:]] == [pytest.approx(r) for r in RATES]
+
+
+RATES = [float(Recipe(epochs=3, batch=8, lr=1e-2).rate(3)(8)), 1e-4, 1e-4]
+
+
+def test_a_run_with_everything_goes_on_bit_for_bit(tmp_path):
+    """Mixed and accumulated batches, noise, budgets that move in every step, a mesh."""
+    recipe = Recipe(epochs=3, batch=8, lr=1e-2, accumulate=2, ema=0.9, clip=1.0)
+    data = train.Data(SOURCE, SOURCE, TRANSFORM, TRANSFORM, Mix(2, mixup=0.5))
+    config = snella.SnellaConfig(rank=4, path="parallel", dropout=0.2, drop_path=0.2)
+    base = ViT(dataclasses.replace(TINY, drop_path=0.5), rngs=nnx.Rngs(0))
+    weights = snella.adapted_weights(snella.adapt(base, config, rngs=nnx.Rngs(1)))
+    schedule = config.schedule(weights, 3)
+    rules = Competition(schedule, every="step", floor=0.1, floor_every=2)
+
+    def some_epochs(folder, epochs=3):
+        model = snella.adapt(base, config, rngs=nnx.Rngs(1))
+        with contextlib.ExitStack() as stack:
+            saved = stack.enter_context(contextlib.closing(Checkpoints(folder)))
+            trainer = train.Trainer(
+                model,
+                data,
+                recipe,
+                sharding.make("data=2,model=2"),
+                watch=(snella.track_importance(),),
+                competition=rules,
+                checkpoints=saved,
+            )
+            stack.enter_context(contextlib.closing(trainer))
+            rows = [
+                dataclasses.replace(row, seconds_per_step=0.0, moved=None)
+                for row in itertools.islice(trainer.epochs(lambda _: None), epochs)
+            ]
+            return rows, jax.tree.map(np.array, jax.tree.leaves(trainer.state))
+
+    whole, expected = some_epochs(tmp_path / "whole")
+    some_epochs(tmp_path / "broken", epochs=2)  # the second is over, and not saved
+    rows, got = some_epochs(tmp_path / "broken")
+    assert rows == whole[1:]
+    for one, other in zip(expected, got, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_gradient_too_large_to_be_squared_is_not_finite():
+    """AdamW would divide it by the root of infinity, and go on."""
+    kernel = jnp.zeros((2, 2))
+    graphdef, params, rest = nnx.split(Steep(kernel), nnx.Param, ...)
+    none, tx = nnx.State({}), optax.adamw(1e-3)
+    step = update.training_step(graphdef, tx)
+    for scale, finite in ((1e3, True), (1e25, False)):
+        images, labels = jnp.full((2, 2), scale), jnp.zeros(2, jnp.int32)
+        _, _, loss = step(params, tx.init(params), none, rest, images, labels, KEY)
+        assert np.isfinite(loss) == finite
+
+
+class Steep(nnx.Module):
+    """A head alone, whose gradient is as large as its images."""
+
+    def __init__(self, kernel):
+        self.kernel = nnx.Param(kernel)
+
+    def __call__(self, images, key):
+        return images @ self.kernel[...]
+
+
+# Meshes
+
+
+@pytest.mark.parametrize(
+    ("devices", "accumulate"), [("data=4", 1), ("data=2,model=2", 2)]
+)
+def test_a_mesh_gives_the_numbers_of_one_device(devices, accumulate):
+    recipe = dataclasses.replace(RECIPE, accumulate=accumulate)
+    with training(recipe, follow=SOURCE) as one:
+        (expected, *_), losses = run(one)
+    with training(recipe, devices, follow=SOURCE) as many:
+        (got, *_), others = run(many)
+        assert len(jax.tree.leaves(many.state)[0].sharding.device_set) == 4
+    np.testing.assert_allclose(others, losses, rtol=1e-4)
+    assert got.density == expected.density
+    assert got.accuracy == pytest.approx(expected.accuracy, abs=2 / 24)
+
+
+def test_the_model_axis_splits_kernels_by_their_outputs():
+    with training(devices="data=2,model=2") as trainer:
+        kernel = trainer.frozen["blocks"]["mlp"]["fc1"]["kernel"][...]
+        assert kernel.sharding.spec == P(None, None, "model")
+        assert kernel.sharding.shard_shape(kernel.shape) == (2, 8, 16)
+        factor = trainer.state["trainable"]["blocks"]["mlp"]["fc1"]["adapter"]["a"]
+        assert factor[...].sharding.spec == P()
+        run(trainer)
+        assert kernel.sharding.spec == P(None, None, "model")
+        assert trainer.step._cache_size() == 1  # budgets moved, nothing recompiled
+
+
+def test_what_no_mesh_can_be():
+    assert sharding.make().shape == {"data": 4, "model": 1}
+    assert sharding.make("model=2").shape == {"data": 1, "model": 2}
+    assert sharding.describe(sharding.make("data=2")) == "2 x cpu (data=2, model=1)"
+    assert sharding.describe(sharding.make("data=1")) == "cpu"
+    for text in ("data", "data=", "data=0", "data=x", "rows=1", "data=2;model=2"):
+        with pytest.raises(ValueError, match="expected data=N, model=N"):
+            sharding.make(text)
+    with pytest.raises(ValueError, match="takes 6 devices: there are 4"):
+        sharding.make("data=3,model=2")
+
+
+@pytest.mark.parametrize("text", ["data=2", "model=4", "data=1,model=4"])
+def test_every_process_has_devices_and_images_of_its_own(text, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 processes with 4 devices need all of"):
+        sharding.make(text)
+    assert sharding.make("data=2,model=2").size == sharding.make().size == 4
