@@ -17,6 +17,7 @@ from places import ROOT
 from safetensors.numpy import load_file, save_file
 
 import snella_jax as snella
+from snella_jax.adapters import format as file_format
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -64,7 +65,7 @@ def damaged(folder, other, rng):
         yield f"{name} of another adapter", name, (other / name).read_bytes()
         yield f"{name} empty", name, b""
     tensors = load_file(folder / TENSORS)
-    metadata = {"format": "pt", "config_sha256": snella.adapter_file._sha256(
+    metadata = {"format": "pt", "config_sha256": file_format._sha256(
         (folder / CONFIG).read_bytes())}  # fmt: skip
     same = [k for k in tensors if k.endswith("snella_alpha") and tensors[k].shape == ()]
     swapped = tensors | {same[0]: tensors[same[1]] + 1, same[1]: tensors[same[0]]}
@@ -119,7 +120,7 @@ def consistent(folder, change):
     content = json.dumps(config).encode()
     (folder / CONFIG).write_bytes(content)
     tensors = load_file(folder / TENSORS)
-    digest = snella.adapter_file._sha256(content)
+    digest = file_format._sha256(content)
     metadata = {"format": "pt", "config_sha256": digest}
     save_file(tensors, folder / TENSORS, metadata)
 
@@ -169,7 +170,7 @@ def test_saving_again_replaces_and_an_error_leaves_the_old(model, saved, monkeyp
     def full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(snella.adapter_file, "save_file", full)
+    monkeypatch.setattr(file_format, "save_file", full)
     with pytest.raises(OSError, match="no space"):
         snella.save(model, saved)
     assert_same(snella.load(Every(nnx.Rngs(0)), saved), other)

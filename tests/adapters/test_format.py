@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 import snella_jax as snella
 from snella_jax import models
 from snella_jax.models import vit
+from snella_jax.nnx import selection
 from snella_jax.nnx.variables import variables_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -82,7 +83,7 @@ def test_frozen_weights_of_another_dtype(dtype, tmp_path):
     base.blocks.fc.kernel.set_value(base.blocks.fc.kernel[...].astype(dtype))
     loaded = snella.load(base, tmp_path / "a")
     for weight, other in zip(
-        *(snella.rules.weights_of(m) for m in (model, loaded)), strict=True
+        *(selection.weights_of(m) for m in (model, loaded)), strict=True
     ):
         np.testing.assert_array_equal(weight.delta(), other.delta())
         assert weight.w0.dtype == other.w0.dtype == dtype
@@ -108,7 +109,7 @@ def test_what_the_files_say(model, saved):
     own = "base_model.model.blocks.fc.snella_"
     assert tensors[own + "a"].shape == (3, 2, 8, 2)
     assert tensors["base_model.model.head.kernel"].shape == (8, 3)
-    weights = {weight.path: weight for weight in snella.rules.weights_of(model)}
+    weights = {weight.path: weight for weight in selection.weights_of(model)}
     for path, said in config["weights"].items():
         weight = weights[path]
         np.testing.assert_array_equal(said["budgets"], weight.budget)

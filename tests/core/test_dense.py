@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from generic import OPTIONS, RANK, M, N, generic_factors, generic_inputs, run
 
-from snella_jax import Layout, adapted, adapted_dense, kernels, sparse_delta
-from snella_jax.core import gates
+from snella_jax import Layout, adapted, adapted_dense, kernels, sparse_delta, sparsify
 from snella_jax.core.gates import GATES as SPARSE_GATES
 
 KERNELS = {name: kernels.named(name) for name in kernels.KERNELS}
@@ -28,7 +27,7 @@ each_path = pytest.mark.parametrize("path", PATHS)
 
 
 def naive(x, w0, factors, budget, *, kernel, gate="product", path="merged"):
-    delta = gates(kernel.apply(factors), budget, gate)
+    delta = sparsify(kernel.apply(factors), budget, gate)
     if path == "merged":
         return x @ (w0 + delta).astype(x.dtype)
     return x @ w0.astype(x.dtype) + x @ delta.astype(x.dtype)

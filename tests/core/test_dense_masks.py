@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from generic import BATCH, M, N, generic_factors, generic_inputs, run
 
-from snella_jax import adapted_dense, kernels
-from snella_jax.core import gates
+from snella_jax import adapted_dense, kernels, sparsify
 from snella_jax.ops import dropout as stochastic
 
 RATES = {"dropout": 0.4, "drop_path": 0.3}
@@ -16,7 +15,7 @@ RATES = {"dropout": 0.4, "drop_path": 0.3}
 def with_masks(x, w0, factors, budget, key, *, kernel, gate="product"):
     """The parallel path with its two masks written out, nothing recomputed."""
     key_x, key_y = jax.random.split(key)
-    delta = gates(kernel.apply(factors), budget, gate)
+    delta = sparsify(kernel.apply(factors), budget, gate)
     dropped = stochastic.dropout(key_x, x, RATES["dropout"])
     return x @ w0 + stochastic.drop_path(key_y, dropped @ delta, RATES["drop_path"])
 

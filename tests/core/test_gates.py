@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from snella_jax import threshold
-from snella_jax.core import gates
+from snella_jax import sparsify, threshold
 from snella_jax.core.gates import GATES
 
 RNG = np.random.default_rng(0)
@@ -98,7 +97,7 @@ def test_budgets_beyond_31_bits(wide):
         delta = jnp.asarray(NORMAL, jnp.float32)
         for budget in (10**10, np.int64(2**32), jnp.uint32(2**32 - 1)):
             assert_same_bits(threshold(delta, budget), np.float32(0))
-            assert (gates(delta, budget, "hard") == delta).all()
+            assert (sparsify(delta, budget, "hard") == delta).all()
         if wide:
             assert_same_bits(threshold(delta, jnp.int64(2**32)), np.float32(0))
 
@@ -124,7 +123,7 @@ def test_threshold_inside_scan():
 
 def test_a_new_budget_does_not_retrace():
     chex.clear_trace_counter()
-    traced = chex.assert_max_traces(lambda d, b: gates(d, b, "hard"), n=1)
+    traced = chex.assert_max_traces(lambda d, b: sparsify(d, b, "hard"), n=1)
     step, delta = jax.jit(traced), np.float32(NORMAL)
     for budget in (5, 60, 120):
         assert np.count_nonzero(step(delta, budget)) == budget
@@ -165,7 +164,7 @@ def test_a_large_matrix():
 @each_gate
 def test_exactly_budget_weights_survive(gate):
     """Those of largest magnitude, of either sign, where magnitudes are distinct."""
-    step, delta = jax.jit(gates, static_argnums=2), np.float32(NORMAL)
+    step, delta = jax.jit(sparsify, static_argnums=2), np.float32(NORMAL)
     order = np.argsort(-np.abs(delta), axis=None)
     for budget in budgets_of(delta.size):
         survives = np.zeros(delta.size, bool)
@@ -177,7 +176,7 @@ def test_exactly_budget_weights_survive(gate):
 def test_fewer_survive_a_tie():
     """Weights that tie with tau do not survive: 4 threes for a budget of 6."""
     delta = jnp.array([3.0, -3.0, 2.0, 2.0, -2.0, 3.0, -3.0, 1.0])
-    kept = gates(delta, 6, "hard")
+    kept = sparsify(delta, 6, "hard")
     np.testing.assert_array_equal(kept, [3, -3, 0, 0, 0, 3, -3, 0])
 
 
@@ -192,7 +191,7 @@ def test_values_and_dtype(dtype, x64):
         "hard": [[4, -3, 0], [2.5, 0, 0]],
     }
     assert expected.keys() == GATES.keys()
-    kept = jax.jit(lambda d: {gate: gates(d, 3, gate) for gate in GATES})(delta)
+    kept = jax.jit(lambda d: {gate: sparsify(d, 3, gate) for gate in GATES})(delta)
     for gate, values in expected.items():
         assert kept[gate].dtype == dtype
         np.testing.assert_array_equal(kept[gate], jnp.asarray(values, dtype))
@@ -201,7 +200,7 @@ def test_values_and_dtype(dtype, x64):
 def test_subnormal_weights_compete():
     """A flush to zero would make them all tie."""
     delta = np.arange(1, 9, dtype=np.float32) * np.float32(2.0**-149)
-    survives = jax.jit(gates, static_argnums=2)(delta, 3, "hard")
+    survives = jax.jit(sparsify, static_argnums=2)(delta, 3, "hard")
     np.testing.assert_array_equal(np.asarray(survives).view(np.uint32)[:5], 0)
     np.testing.assert_array_equal(np.asarray(survives)[5:], delta[5:])
 
@@ -211,7 +210,7 @@ def test_nan_survives(gate):
     """It takes one place and poisons nothing else, so that it is seen."""
     delta = np.float32(NORMAL)
     delta[3, 4] = np.nan
-    step = jax.jit(lambda d, budget: gates(d, budget, gate))
+    step = jax.jit(lambda d, budget: sparsify(d, budget, gate))
     for budget in (0, 1, 5):
         kept = np.array(step(delta, budget))
         assert np.isnan(kept[3, 4])
@@ -222,8 +221,8 @@ def test_nan_survives(gate):
 
 def test_infinity_survives():
     delta = jnp.array([1.0, -jnp.inf, 3.0])
-    np.testing.assert_array_equal(gates(delta, 1, "hard"), [0, -np.inf, 0])
-    np.testing.assert_array_equal(gates(delta, 1, "product"), [0, -np.inf, 0])
+    np.testing.assert_array_equal(sparsify(delta, 1, "hard"), [0, -np.inf, 0])
+    np.testing.assert_array_equal(sparsify(delta, 1, "product"), [0, -np.inf, 0])
 
 
 def numpy_gate(gate, delta, detached, tau):
@@ -245,7 +244,7 @@ def test_values_and_gradients_with_tau_held_fixed(gate, x64):
 
     @jax.jit
     def value_and_pull_back(delta, budget):
-        kept, vjp = jax.vjp(lambda d: gates(d, budget, gate), delta)
+        kept, vjp = jax.vjp(lambda d: sparsify(d, budget, gate), delta)
         return kept, vjp(jnp.asarray(cotangent))[0]
 
     for budget in budgets_of(NORMAL.size):
@@ -269,7 +268,7 @@ def test_a_full_budget_stops_no_gradient(gate):
     zeros, cotangent = jnp.zeros((2, 3)), jnp.arange(1.0, 7.0).reshape(2, 3)
 
     def pull_back(budget):
-        return jax.vjp(lambda d: gates(d, budget, gate), zeros)[1](cotangent)[0]
+        return jax.vjp(lambda d: sparsify(d, budget, gate), zeros)[1](cotangent)[0]
 
     slope = 1 if gate in ("soft", "hard") else 0  # of delta * |delta| at 0
     np.testing.assert_array_equal(pull_back(6), slope * cotangent)
@@ -288,16 +287,18 @@ def test_threshold_has_no_gradient():
 def test_a_given_threshold_has_no_gradient(gate):
     """As one that was searched for."""
     delta = jnp.asarray(NORMAL, jnp.float32)
-    with_given = jax.grad(lambda d: gates(d, 30, gate, threshold(d, 30)).sum())
-    sort = jax.grad(lambda d: gates(d, 30, gate, jnp.sort(abs(d.ravel()))[-31]).sum())
-    expected = jax.grad(lambda d: gates(d, 30, gate).sum())(delta)
+    with_given = jax.grad(lambda d: sparsify(d, 30, gate, threshold(d, 30)).sum())
+    sort = jax.grad(
+        lambda d: sparsify(d, 30, gate, jnp.sort(abs(d.ravel()))[-31]).sum()
+    )
+    expected = jax.grad(lambda d: sparsify(d, 30, gate).sum())(delta)
     np.testing.assert_array_equal(with_given(delta), expected)
     np.testing.assert_array_equal(sort(delta), expected)
 
 
 def test_errors():
     delta = jnp.ones((2, 3))
-    for function in (threshold, gates):
+    for function in (threshold, sparsify):
         with pytest.raises(ValueError, match="budget=-1: expected at least 0"):
             function(delta, -1)
         with pytest.raises(ValueError, match=r"budget=0\.5: expected .* an integer"):
@@ -305,7 +306,7 @@ def test_errors():
         with pytest.raises(ValueError, match=r"expected .* an integer"):
             jax.jit(function)(delta, jnp.float32(2))
     with pytest.raises(ValueError, match="'Soft': expected product, released, soft,"):
-        gates(delta, 2, "Soft")
+        sparsify(delta, 2, "Soft")
 
 
 def test_too_many_elements_for_a_32_bit_count():

@@ -8,8 +8,7 @@ import optax
 import pytest
 from observed import SHAPES, assert_scores, at, broken, expected_scores, observe, tree
 
-from snella_jax import track_importance
-from snella_jax.core import importance
+from snella_jax import importance, track_importance
 from snella_jax.core.importance import importance_state
 
 

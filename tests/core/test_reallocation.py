@@ -9,8 +9,12 @@ import pytest
 from observed import broken, observe, tree
 
 import snella_jax as snella
-from snella_jax import reallocate, steps_since_reallocation, track_importance
-from snella_jax.core import importance
+from snella_jax import (
+    importance,
+    reallocate,
+    steps_since_reallocation,
+    track_importance,
+)
 
 NAMES = ("blocks/query[0]", "blocks/query[1]", "blocks/query[2]", "fc1")
 

@@ -17,13 +17,13 @@ from modules import Doubled, Holder
 import snella_jax as snella
 from snella_jax import (
     adapted_dense,
+    importance,
     kernels,
     linen,
     reallocate,
     threshold,
     track_importance,
 )
-from snella_jax.core import importance
 
 N, M, BATCH = 24, 40, 8
 KERNEL = kernels.mix_k()

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from snella_jax.core import importance
+from snella_jax import importance
 
 SHAPES = {  # a and b of one plain matrix and of a stack of three
     "fc1": ((2, 6, 2), (2, 4, 2)),

@@ -8,6 +8,7 @@ from every_kind import IMAGES, KINDS, Every
 from flax import nnx
 
 import snella_jax as snella
+from snella_jax.nnx import multi_adapter
 from snella_jax.nnx.selection import weights_of
 
 
@@ -65,11 +66,11 @@ def test_adapters_of_equal_shapes_share_a_program(models):
         jitted(*nnx.split(models[name]), IMAGES) for name in ("pets", "cars", "planes")
     ]
     assert not np.allclose(outputs[0], outputs[1])
-    before = snella.several._run._cache_size()
+    before = multi_adapter._run._cache_size()
     snella.per_example(models, ["pets"] * 5, IMAGES)
-    once = snella.several._run._cache_size()
+    once = multi_adapter._run._cache_size()
     snella.per_example(models, ["cars", "planes", "cars", "pets", "pets"], IMAGES)
-    assert snella.several._run._cache_size() == once <= before + 1
+    assert multi_adapter._run._cache_size() == once <= before + 1
 
 
 def test_a_sum_of_updates_is_that_of_the_updates(models):
