@@ -33,21 +33,20 @@ from rich.console import Console
 from experiments import files, paths, showing
 from experiments.config import run_config
 from experiments.config.run_config import RunConfig
-from experiments.methods.registry import METHODS
-from experiments.methods.settings import Masked
-from experiments.methods.snella import Kernelized
+from experiments.methods.masked import MaskedSnella
+from experiments.methods.snella import Snella
 from experiments.paths import Given
 from experiments.pretrained import base_models
 from experiments.reports import finished
 from experiments.runs import folder, search, setup
 from experiments.runs.run import begin
+from experiments.runs.setup import Prepared
 from experiments.runs.train_method import tune
 from experiments.studies import ablation_report, table_store
 from experiments.studies.ablations import BASE, SNELLA, STUDIES, Variant
 from experiments.training import evaluation, metric_log
 from experiments.training.fit import VAL
 from experiments.training.grid import Grid
-from experiments.training.session import Setting
 from snella_jax.nnx.targets import select
 
 PROGRAM = "python -m experiments.ablate"
@@ -72,8 +71,7 @@ RUN = RunConfig(
     warmup_epochs=3,
     test_images=4000,
     grid=Grid(lr_factors=(0.3, 3.0), weight_decays=(), densities=()),
-    snella=Kernelized(lr=1e-2),
-    snella_masked=Masked(lr=1e-2),
+    settings={"snella": Snella(lr=1e-2), "snella_masked": MaskedSnella(lr=1e-2)},
     source="python -m experiments.ablate",
 )
 
@@ -118,9 +116,10 @@ class Ablation:
             if getattr(self.run, name) != getattr(RUN, name):
                 raise ValueError(f"run.{name}: the ablation sets it by itself.")
         for method in ("snella", "snella_masked"):
-            own, usual = getattr(self.run, method), getattr(RUN, method)
-            rates = {"lr": own.lr, "weight_decay": own.weight_decay}
-            if own != dataclasses.replace(usual, **rates):
+            own, usual = self.run.settings[method], RUN.settings[method]
+            if own != dataclasses.replace(
+                usual, lr=own.lr, weight_decay=own.weight_decay
+            ):
                 raise ValueError(
                     f"run.{method}: expected its lr and weight_decay alone to differ "
                     "from the default, or rows would not be what they are called."
@@ -233,7 +232,7 @@ def cautious(trials: Sequence[dict[str, Any]], images: int) -> float:
 
 
 def measured(
-    method: Literal["snella", "snella_masked"], setting: Setting
+    method: Literal["snella", "snella_masked"], setting: Prepared
 ) -> table_store.Done:
     """Trains a variant; what is to be known of it.
 
@@ -256,7 +255,7 @@ def measured(
             ""
             "for the seed to begin anew."
         )
-    merged = METHODS[method].merged(fitted.model)
+    merged = setting.config.settings[method].merged(fitted.model)
     source, transform = setting.task.test, setting.transforms[1]
     accuracy = evaluation.evaluate(merged, source, transform, setting.mesh)
     unmerged = accuracy
@@ -274,7 +273,7 @@ def measured(
     }
 
 
-def _updates(setting: Setting, merged: Any) -> dict[str, float]:
+def _updates(setting: Prepared, merged: Any) -> dict[str, float]:
     """What training did to the targeted kernels."""
     base = select(setting.base, setting.config.targets)
     ranks, densities, changes, weights = [], [], [], []

@@ -23,13 +23,14 @@ from rich.console import Console
 
 from experiments import files, paths, showing
 from experiments.config.run_config import RunConfig
+from experiments.methods.registry import LINEAR
 from experiments.pretrained import base_models
 from experiments.reports import finished
 from experiments.reports import table as report
 from experiments.runs import search, setup
 from experiments.runs.run import complete
 from experiments.studies import comparison_figure, table_store
-from experiments.studies.comparison import Comparison, Name, Row, Table
+from experiments.studies.comparison import Comparison, Row, Table
 from snella_jax.nnx.targets import select
 
 PROGRAM = "python -m experiments.compare"
@@ -90,8 +91,10 @@ def _tried(
         return _searched(task, row, config, store, place, console)
 
     def train(out: Path, seed: int, chosen: table_store.Done) -> table_store.Done:
-        own = _with(_config(task, row, config, seed), row.method, chosen)
-        own = dataclasses.replace(own, out=out)
+        own = dataclasses.replace(_config(task, row, config, seed), out=out)
+        if row.method != LINEAR:
+            settings = dataclasses.replace(own.settings[row.method], **chosen)
+            own = own.with_settings(**{row.method: settings})
         setting = setup.prepared(task, own, console)
         store.begin(task, setting.inputs, console)
         summary = complete(setting, resume=(out / "config.json").exists())
@@ -131,28 +134,23 @@ def _searched(
     console: Console,
 ) -> dict[str, Any]:
     """The trials of a method's search, and what was best."""
-    if row.method == "linear":  # whose fit chooses its strength itself
+    if row.method == LINEAR:  # whose fit chooses its strength itself
         return {"chosen": {}}
     console.rule(f"{task}, {row.name}, search")
     own = _config(task, row, config, config.run.seed)
     own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
     setting = setup.prepared(task, own, console)
     store.begin(task, setting.inputs, console)
-    best = getattr(search.chosen(row.method, setting), row.method)
+    best = search.chosen(row.method, setting).settings[row.method]
     return {
         "trials": files.read(place / search.FILE)[row.method],
-        "chosen": {name: getattr(best, name) for name in search.names(best)},
+        "chosen": best.searched,
     }
 
 
 def _config(task: str, row: Row, config: Comparison, seed: int) -> RunConfig:
     own = {"task": task, "methods": (row.method,), "seed": seed}
     return dataclasses.replace(config.run, random_weights=row.random, **own)
-
-
-def _with(config: RunConfig, method: Name, settings: dict[str, Any]) -> RunConfig:
-    changed = dataclasses.replace(getattr(config, method), **settings)
-    return dataclasses.replace(config, **{method: changed})
 
 
 if __name__ == "__main__":

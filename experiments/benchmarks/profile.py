@@ -50,7 +50,7 @@ REST = "unattributed"  # between operations, or not told to the profiler
 class ProfileConfig(workload.Options):
     """Options of `python -m experiments.benchmarks.profile`."""
 
-    method: tuple[workload.Method, ...] = ("full", "lora", "snella")
+    method: tuple[str, ...] = ("full", "lora", "snella")
     """What is compared."""
     dtype: workload.Dtype = "float32"
     """Of the computation."""

@@ -5,7 +5,7 @@ The step is the trainer's own (`update.training_step`), with AdamW, on images of
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,15 @@ from jaxtyping import Array
 
 import snella_jax as snella
 from experiments.benchmarks import stored_delta
-from experiments.config.run_config import RunConfig
-from experiments.methods import noah, plain_vit, sensitivity
-from experiments.methods.registry import METHODS
-from experiments.methods.settings import Masked, Trained
-from experiments.methods.snella import Kernelized
+from experiments.methods import registry, sensitivity
+from experiments.methods.first_stage import Staged
+from experiments.methods.masked import MaskedSnella
+from experiments.methods.method import Method
+from experiments.methods.noah import Noah
+from experiments.methods.sensitivity import Scored
+from experiments.methods.snella import Snella
 from experiments.training import step
+from experiments.training.session import Scope
 from snella_jax import models
 from snella_jax.models import swin, vit
 from snella_jax.models.layers import attention
@@ -31,9 +34,10 @@ CLASSES = 100  # VTAB-1k's largest common head (CIFAR-100)
 DENSITY = 0.3
 HEAD = "head|cls_token"
 TARGETS = r"blocks/.*/(query|key|value|out|fc1|fc2)"
+SCOPE = Scope(TARGETS, HEAD)
 
-Method = Literal["linear", Trained, "snella_parallel", "snella_stored"]
-USUAL: tuple[Method, ...] = (
+VARIANTS = ("snella_parallel", "snella_stored")  # of snella, for comparison
+USUAL = (
     "full",
     "linear",
     "bias",
@@ -61,7 +65,7 @@ class Setting:
       remat: what is recomputed besides delta, see `vit.ViTConfig`.
     """
 
-    method: Method
+    method: str
     model: str = "vit_b16"
     batch: int = 64
     rank: int = 8
@@ -71,32 +75,24 @@ class Setting:
     remat: Literal["none", "blocks"] = "none"
 
     @property
-    def trained(self) -> Trained | None:
-        """The method as the trainer knows it; None for the linear probe."""
-        if self.method == "linear":
+    def trained(self) -> Method | None:
+        """The method with the settings that it is measured with; None for a probe."""
+        if self.method == registry.LINEAR:
             return None
-        if self.method == "snella_parallel" or self.method == "snella_stored":
-            return "snella"
-        return self.method
-
-    @property
-    def config(self) -> RunConfig:
-        """What the trainer would be told."""
-        config = RunConfig(targets=TARGETS, trainable=HEAD)
-        changes: dict[str, Any] = {
-            name: dataclasses.replace(getattr(config, name), rank=self.rank)
-            for name in get_args(Trained)
-            if hasattr(getattr(config, name), "rank")
-        }
+        name = "snella" if self.method in VARIANTS else self.method
+        own = registry.METHODS[name]
+        changes: dict[str, Any] = {}
+        if "rank" in {field.name for field in dataclasses.fields(own)}:
+            changes["rank"] = self.rank
         if self.method == "snella_parallel":
-            changes["snella"] = dataclasses.replace(changes["snella"], path="parallel")
-        return dataclasses.replace(config, **changes)
+            changes["path"] = "parallel"
+        return dataclasses.replace(own, **changes)
 
     @property
     def path(self) -> str | None:
         """How a kernelized update is applied; None for the other methods."""
-        own = getattr(self.config, self.trained) if self.trained else None
-        return own.path if isinstance(own, Kernelized) else None
+        own = self.trained
+        return own.path if isinstance(own, Snella) else None
 
     @property
     def attention(self) -> str | None:
@@ -112,8 +108,8 @@ class Setting:
 class Options:
     """The options of a program that compares methods."""
 
-    method: tuple[Method, ...] = USUAL
-    """What is compared. snella_parallel: the update in a matmul of its own.
+    method: tuple[str, ...] = USUAL
+    """Methods to compare. snella_parallel: the update in a matmul of its own.
     snella_stored: without the recompute."""
     batch: int = 8
     """Images in a step."""
@@ -184,7 +180,7 @@ def _training(setting: Setting, model: Any) -> Step:
     graphdef, trainable, budgets, frozen = nnx.split(
         model, nnx.Param, snella.Budget, ...
     )
-    watch = METHODS[setting.trained].watch(setting.config) if setting.trained else ()
+    watch = setting.trained.watch() if setting.trained else ()
     if watch:  # the budgets of a run's last epoch, divided evenly
         budgets = jax.tree.map(lambda b: (b * DENSITY).astype(b.dtype), budgets)
     tx = optax.chain(*watch, optax.adamw(1e-3, mask=snella.decay_mask))
@@ -194,12 +190,12 @@ def _training(setting: Setting, model: Any) -> Step:
     return Step(run, arguments, model.config.stacked, donated=(0, 1))
 
 
-def _scoring(setting: Setting, stage: sensitivity.Scoring) -> Step:
+def _scoring(setting: Setting, method: Scored) -> Step:
     """Of scores so far, kernels, the rest of the base, in float32, and a batch."""
     model = sensitivity.headed(_base(setting), jax.random.key(0))
     graphdef, kernels, rest = sensitivity.split(model, TARGETS)
     scores = jax.tree.map(jnp.zeros_like, kernels)
-    run = sensitivity.scoring_step(graphdef, stage.rule)
+    run = sensitivity.scoring_step(graphdef, method.rule)
     arguments = scores, kernels, rest, *_batch(setting)
     return Step(run, arguments, setting.stacked, donated=(0,))
 
@@ -209,16 +205,16 @@ def checked(setting: Setting) -> Setting:
     if setting.model not in models.PRESETS:
         known = ", ".join(models.PRESETS)
         raise ValueError(f"No model is called {setting.model!r}; there are {known}.")
+    own = setting.trained
     plain = isinstance(models.PRESETS[setting.model], vit.ViTConfig)
-    if setting.method in plain_vit.ALONE and not plain:
+    if own is not None and own.needs_vit and not plain:
         raise ValueError(
             f"method={setting.method}: expected a ViT, not a {setting.model}."
         )
     for name in ("batch", "rank"):
         if getattr(setting, name) < 1:
             raise ValueError(f"{name}={getattr(setting, name)}: expected at least 1.")
-    own = getattr(setting.config, setting.trained) if setting.trained else None
-    if isinstance(own, Kernelized | Masked) and setting.rank % 2:
+    if isinstance(own, Snella | MaskedSnella) and setting.rank % 2:
         raise ValueError(
             f"rank={setting.rank}: expected a multiple of mix_k's 2 pieces."
         )
@@ -235,11 +231,11 @@ def parameters(model: str) -> int:
 
 def locating(setting: Setting) -> Step | None:
     """The step of a method's first stage, abstract; None where it has none."""
-    stage = METHODS[setting.trained].stage if setting.trained else None
-    if isinstance(stage, sensitivity.Scoring):
-        return _abstract(lambda: _scoring(setting, stage))
-    if isinstance(stage, noah.Search):
-        return _abstract(lambda: _training(setting, _supernet(setting, stage)))
+    own = setting.trained
+    if isinstance(own, Scored):
+        return _abstract(lambda: _scoring(setting, own))
+    if isinstance(own, Noah):
+        return _abstract(lambda: _training(setting, _supernet(setting, own)))
     return None
 
 
@@ -263,20 +259,20 @@ def _base(setting: Setting) -> models.Model:
 
 def _model(setting: Setting) -> Any:
     model: Any = _base(setting)
-    if setting.method == "linear":
+    own, scope = setting.trained, SCOPE
+    if own is None:
         freeze(model, "head")
-    elif setting.trained:
-        method = METHODS[setting.trained]
-        stage = method.stage
-        located = [stage.typical(setting.config, model)] if stage else []
-        model = method.adapt(setting.config, model, *located)
+    else:
+        if isinstance(own, Staged):
+            scope = dataclasses.replace(scope, places=own.typical(model, scope))
+        model = own.adapt(model, scope)
     if setting.method == "snella_stored":
         stored_delta.keep_delta(model)
     return _cast(setting, model)
 
 
-def _supernet(setting: Setting, stage: noah.Search) -> Any:
-    return _cast(setting, stage.supernet(setting.config, _base(setting)))
+def _supernet(setting: Setting, method: Noah) -> Any:
+    return _cast(setting, method.supernet(_base(setting), SCOPE))
 
 
 def _cast(setting: Setting, model: Any) -> Any:

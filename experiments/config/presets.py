@@ -9,8 +9,8 @@ import dataclasses
 from typing import Any
 
 from experiments.config.run_config import RunConfig
-from experiments.methods.settings import Ranked
-from experiments.methods.snella import RELEASED, Kernelized
+from experiments.methods.lora import Lora
+from experiments.methods.snella import ReleasedSnella, Snella
 from experiments.tasks import catalogue, fgvc, vtab
 
 
@@ -77,15 +77,15 @@ QUICKSTART = Preset(
 def _released(task: str, row: Row, initial_sparsity: float, **changes) -> Preset:
     dense = row.sparsity is None
     density = round(1 - (row.sparsity or 0.0), 4)
-    variant: Any = RELEASED | ({"gate": "none"} if dense else {})
-    adapter = Kernelized(
+    released = ReleasedSnella(
         lr=row.lr,
         weight_decay=row.weight_decay,
         rank=32,
         initial_density=max(density, round(1 - initial_sparsity, 4)),
         target_density=density,
-        **variant,
+        gate="none" if dense else "released",
     )
+    settings: dict[str, Any] = dataclasses.asdict(released)
     config = RunConfig(
         task=task,
         model="ViT-B_16.npz",
@@ -97,8 +97,7 @@ def _released(task: str, row: Row, initial_sparsity: float, **changes) -> Preset
         eval_every=10,
         batch=row.batch,
         drop_path=0.1,
-        lora=Ranked(lr=1e-3),
-        snella=adapter,
+        settings={"lora": Lora(lr=1e-3), "snella": Snella(**settings)},
         source=f"the released code: {'SNELL-32' if row.derived else 'SNELLA-32'}",
         **changes,
     )
@@ -113,8 +112,7 @@ def _local(task: str) -> Preset:
         image_size=112,
         epochs=8,
         warmup_epochs=1,
-        lora=Ranked(lr=1e-3),
-        snella=Kernelized(lr=3e-3),
+        settings={"lora": Lora(lr=1e-3), "snella": Snella(lr=3e-3)},
     )
     return Preset("needs no network; a real ViT-S/14 (extra `demo`), 112 x 112", config)
 

@@ -8,13 +8,16 @@ MLP's branch: a block that scales its branches (LayerScale: DINOv2, ConvNeXt) sc
 them, too, which the models of the two papers do not have.
 """
 
-from typing import Any, Literal
+import dataclasses
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from experiments.methods.method import Ranked
+from experiments.training.session import Scope
 from snella_jax.models.layers.basic import MLP
 from snella_jax.nnx.surgery import become, freeze, mixed_class
 from snella_jax.nnx.variables import Factor
@@ -22,6 +25,27 @@ from snella_jax.ops.matmul import matmul
 
 SCALE = 0.1
 Where = Literal["sequential", "parallel"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter(Ranked):
+    """A bottleneck after every MLP."""
+
+    title: ClassVar[str] = "Adapter"
+    where: ClassVar[Where] = "sequential"
+
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy of a model with bottlenecks; raises as `bottlenecked`."""
+        how = self.where, scope.trainable, self.rank, scope.rngs()
+        return bottlenecked(base, *how)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptFormer(Adapter):
+    """A bottleneck beside every MLP."""
+
+    title: ClassVar[str] = "AdaptFormer"
+    where: ClassVar[Where] = "parallel"
 
 
 class Dense(nnx.Module):
@@ -70,14 +94,14 @@ class Parallel(nnx.Module):
         return y + SCALE * self.bottleneck(x, jax.nn.relu)
 
 
-def adapt(
+def bottlenecked(
     model: nnx.Module,
     where: Where,
     trainable: str,
     rank: int,
     rngs: nnx.Rngs,
 ) -> Any:
-    """A copy of a model with a bottleneck at every MLP.
+    """Returns a copy of a model with a bottleneck at every MLP.
 
     Raises:
       ValueError: a rank below 1, a model without MLPs, or a `trainable` that matches

@@ -6,71 +6,67 @@ starts at `W0`. As in the paper's 4.3 the norm is a constant to the gradient. Me
 costs nothing at inference.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.methods import lora
-from snella_jax.nnx.surgery import become, mixed_class, plain_class, thaw
+from experiments.methods import linear_layer, lora
+from experiments.methods.method import Ranked
+from experiments.training.session import Scope
+from snella_jax.nnx.surgery import become, mixed_class, plain_class
 from snella_jax.nnx.targets import select
 from snella_jax.nnx.variables import Factor
 from snella_jax.ops.matmul import matmul
 
 
-class Dora(nnx.Module):
+@dataclasses.dataclass(frozen=True)
+class Dora(Ranked):
+    """DoRA: LoRA with magnitudes that train apart."""
+
+    title: ClassVar[str] = "DoRA"
+
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy of a model whose targeted layers are decomposed.
+
+        Raises:
+          ValueError: as `lora.branched`.
+        """
+        targets, trainable = scope.targets, scope.trainable
+        model = lora.branched(base, targets, trainable, self.rank, scope.rngs())
+        for layer in select(model, targets).values():
+            kernel = layer.kernel[...].astype(jnp.float32)
+            layer.magnitude = Factor(jnp.linalg.norm(kernel, axis=-2))
+            become(layer, mixed_class(DoraLinear, plain_class(type(layer))))
+        return model
+
+    def merged(self, model: Any) -> Any:
+        """Returns a plain copy with the composed weights."""
+
+        def weight(layer: Any) -> Array:
+            moved = layer.kernel[...] + layer.lora.product()
+            return moved * layer.scale()[..., None, :]
+
+        return linear_layer.merged(model, DoraLinear, weight, "lora", "magnitude")
+
+
+class DoraLinear(linear_layer.OtherProduct):
     """Mixed into `nnx.Linear`: its weight is decomposed."""
 
     lora: lora.Factors
     magnitude: Factor
-    kernel: nnx.Variable
-    bias: nnx.Variable | None
-    dtype: Any
 
-    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-        dtype = self.dtype or jnp.result_type(x, self.kernel[...])
+    def product(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+        """Returns the sum of both products, times the scales."""
         a, b = self.lora.a[...], self.lora.b[...]
-        scale = (self.magnitude[...] / _norms(self.kernel[...], a, b)).astype(dtype)
-        x = x.astype(dtype)
+        scale, dtype = self.scale().astype(x.dtype), x.dtype
         y = matmul(x, self.kernel[...].astype(dtype))
-        y = (y + matmul(matmul(x, a.astype(dtype)), b.astype(dtype).T)) * scale
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
+        return (y + matmul(matmul(x, a.astype(dtype)), b.astype(dtype).T)) * scale
 
-
-def adapt(
-    model: nnx.Module, targets: str, trainable: str, rank: int, rngs: nnx.Rngs
-) -> Any:
-    """A copy of `model` whose targeted `nnx.Linear` layers are decomposed.
-
-    Raises:
-      ValueError: as `lora.adapt`.
-    """
-    model = lora.adapt(model, targets, trainable, rank, rngs)
-    for layer in select(model, targets).values():
-        kernel = layer.kernel[...].astype(jnp.float32)
-        layer.magnitude = Factor(jnp.linalg.norm(kernel, axis=-2))
-        become(layer, mixed_class(Dora, plain_class(type(layer))))
-    return model
-
-
-def merge(model: Any) -> Any:
-    """A plain copy with the composed weights."""
-    model = nnx.clone(model)
-    layers: list[Any] = [x for _, x in nnx.iter_graph(model) if isinstance(x, Dora)]
-    for layer in layers:
-        a, b = layer.lora.a[...], layer.lora.b[...]
-        kernel = layer.kernel[...]
-        scale = (layer.magnitude[...] / _norms(kernel, a, b))[..., None, :]
-        moved = (kernel + jnp.einsum("...nr,...mr->...nm", a, b)) * scale
-        layer.kernel[...] = moved.astype(kernel.dtype)
-        del layer.lora, layer.magnitude
-        become(layer, plain_class(type(layer)))
-    thaw(model)
-    return model
-
-
-def _norms(kernel: Array, a: Array, b: Array) -> Float[Array, "... m"]:
-    direction = kernel.astype(jnp.float32) + jnp.einsum("...nr,...mr->...nm", a, b)
-    return jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=-2))
+    def scale(self) -> Float[Array, "*stack m"]:
+        """Returns the magnitudes over the norms of the directions, in float32."""
+        direction = self.kernel[...].astype(jnp.float32) + self.lora.product()
+        norms = jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=-2))
+        return self.magnitude[...] / norms

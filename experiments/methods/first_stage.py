@@ -1,22 +1,34 @@
-"""What a first stage is: it looks at a task and says what shall train on it."""
+"""First stages: a look at a task that decides what trains on it."""
 
-from typing import Any, Protocol
+import abc
+import dataclasses
+from typing import Any
 
-import numpy as np
-
-from experiments.config.run_config import RunConfig
-from experiments.training.session import Setting
-
-Places = dict[str, np.ndarray]  # of ints or bools, by name: what was located
+from experiments.methods.method import Method
+from experiments.training.session import Places, Scope, Session
 
 
-class Stage(Protocol):
-    """A first stage."""
+@dataclasses.dataclass(frozen=True)
+class Staged(Method):
+    """A method with a first stage, whose result `adapt` finds in `scope.places`."""
 
-    def locate(self, setting: Setting) -> Places:
-        """What it finds on a task; the test split plays no part."""
-        ...
+    @abc.abstractmethod
+    def locate(self, session: Session) -> Places:
+        """Returns what the first stage finds on a task, without its test split.
 
-    def typical(self, config: RunConfig, base: Any) -> Places:
-        """What it might find, without a look, to check settings and measure memory."""
-        ...
+        Raises:
+          FloatingPointError: a loss or score is not finite.
+          ValueError, RuntimeError: it finds nothing; says why.
+        """
+
+    @abc.abstractmethod
+    def typical(self, base: Any, scope: Scope) -> Places:
+        """Returns places as `locate` might, without a look at the task.
+
+        Checks of settings and measurements of memory use them.
+        """
+
+    @property
+    def variant(self) -> str:
+        """Part of the name of the file of places, for settings that change them."""
+        return ""

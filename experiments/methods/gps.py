@@ -8,38 +8,63 @@ an optimizer's state, where that code masks the gradients of all. Merged, it cos
 nothing at inference; locating costs the gradient of every targeted kernel once.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from experiments.methods.first_stage import Places
-from experiments.methods.sensitivity import Scores
-from experiments.methods.sparse import linear_layers, loosen
+from experiments.methods import sparse
+from experiments.methods.linear_layer import linear_layers
+from experiments.methods.method import check_counts
+from experiments.methods.sensitivity import Rule, Scored, Scores
+from experiments.training.session import Places, Scope
 from snella_jax.nnx.surgery import freeze
 
 
-def adapt(model: nnx.Module, places: Places, trainable: str) -> Any:
-    """A copy of `model` in which the weights at some places train.
+@dataclasses.dataclass(frozen=True)
+class Gps(Scored):
+    """GPS: every neuron's inputs with the largest gradient train."""
 
-    Args:
-      model: not adapted.
-      places: of `selected`.
-      trainable: regex of what trains besides.
+    title: ClassVar[str] = "GPS"
+    rule: ClassVar[Rule] = "contrastive"
 
-    Raises:
-      ValueError: `trainable` matches nothing, or a target is no `nnx.Linear`.
-    """
-    model = nnx.clone(model)
-    for path, layer in linear_layers(model, "|".join(places)).items():
-        loosen(layer, places[path])
-    freeze(model, trainable)
-    return model
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW; the selected weights have none in any case."""
+    per_neuron: int = 1
+    """Number of inputs of every output of the targeted kernels."""
+
+    def check(self, name: str) -> None:
+        """Raises a `ValueError` on settings that would fail in the midst of a run."""
+        super().check(name)
+        check_counts(name, per_neuron=self.per_neuron)
+
+    def choose(self, scores: Scores) -> Places:
+        """Returns flat places by layer; raises as `selected`."""
+        return selected(scores, self.per_neuron)
+
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy of a model in which the selected weights train.
+
+        Raises:
+          ValueError: `trainable` matches nothing, or a target is no `nnx.Linear`.
+        """
+        model = nnx.clone(base)
+        for path, layer in linear_layers(model, "|".join(scope.places)).items():
+            sparse.loosen(layer, scope.places[path])
+        freeze(model, scope.trainable)
+        return model
+
+    def merged(self, model: Any) -> Any:
+        """Returns a plain copy with the values added."""
+        return sparse.merge(model)
 
 
 def selected(scores: Scores, per_neuron: int) -> Places:
-    """Where the largest scores of every output are.
+    """Returns where the largest scores of every output are.
 
     Raises:
       ValueError: `per_neuron` is more than the inputs of one.
@@ -54,7 +79,7 @@ def selected(scores: Scores, per_neuron: int) -> Places:
 
 
 def largest(scores: np.ndarray, per_neuron: int) -> Int[np.ndarray, "*stack k"]:
-    """Flat places of the largest scores in each column of `[*stack, n, m]`.
+    """Returns flat places of the largest scores in each column of `[*stack, n, m]`.
 
     >>> largest(np.array([[1, 5], [2, 4], [0, 6]]), 1)
     array([2, 5])

@@ -8,8 +8,9 @@ or the highest of them.
 
 import contextlib
 import dataclasses
+import math
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jax.sharding import Mesh
@@ -21,8 +22,28 @@ from experiments.training import evaluation
 from experiments.training.grid import beyond
 
 
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A linear probe: a logistic regression on features, fitted to convergence."""
+
+    title: ClassVar[str] = "linear probe"
+    knobs: ClassVar[tuple[str, ...]] = ()
+
+    strengths: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    """Inverse L2 strengths, from which the validation split chooses; it goes on beyond
+    the lowest or the highest."""
+
+    def check(self, name: str) -> None:
+        """Raises a `ValueError` on strengths that no head can be fitted with."""
+        good = all(0 < value < math.inf for value in self.strengths)
+        if not self.strengths or not good:
+            raise ValueError(
+                f"{name}.strengths={self.strengths}: expected positive numbers."
+            )
+
+
 class NotConverged(RuntimeError):
-    """L-BFGS has not come to its end."""
+    """L-BFGS did not converge."""
 
 
 @dataclasses.dataclass(frozen=True)

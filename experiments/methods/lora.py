@@ -5,17 +5,35 @@ alpha / r is 1: SNELLA's linear kernel without a threshold, computed the cheap w
 without the n x m product. Merged, it costs nothing at inference.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from experiments.methods.sparse import linear_layers
-from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class, thaw
+from experiments.methods import linear_layer
+from experiments.methods.method import Ranked
+from experiments.training.session import Scope
+from snella_jax.nnx.surgery import become, freeze, mixed_class
 from snella_jax.nnx.variables import Factor
 from snella_jax.ops.matmul import matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora(Ranked):
+    """LoRA: two factors beside every targeted matrix."""
+
+    title: ClassVar[str] = "LoRA"
+
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy of a model with low-rank branches; raises as `branched`."""
+        return branched(base, scope.targets, scope.trainable, self.rank, scope.rngs())
+
+    def merged(self, model: Any) -> Any:
+        """Returns a plain copy with the branches added to the kernels."""
+        return merge(model)
 
 
 class Factors(nnx.Module):
@@ -31,8 +49,12 @@ class Factors(nnx.Module):
         a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
         return matmul(matmul(x, a), b.T)
 
+    def product(self) -> Float[Array, "*stack n m"]:
+        """Returns `a b^T`."""
+        return jnp.einsum("...nr,...mr->...nm", self.a[...], self.b[...])
 
-class Lora(nnx.Module):
+
+class LoraLinear(nnx.Module):
     """Mixed into `nnx.Linear`: adds the low-rank branch to its output."""
 
     lora: Factors
@@ -47,14 +69,14 @@ class Lora(nnx.Module):
         return y + self.lora(x.astype(y.dtype))
 
 
-def adapt(
+def branched(
     model: nnx.Module,
     targets: str,
     trainable: str,
     rank: int,
     rngs: nnx.Rngs,
 ) -> Any:
-    """A copy of `model` whose targeted `nnx.Linear` layers have a low-rank branch.
+    """Returns a copy of a model whose targeted layers have a low-rank branch.
 
     Only the branches and what `trainable` matches train.
 
@@ -63,7 +85,8 @@ def adapt(
     """
     model = nnx.clone(model)
     key = rngs.params()
-    for index, layer in enumerate(linear_layers(model, targets).values()):
+    layers = linear_layer.linear_layers(model, targets)
+    for index, layer in enumerate(layers.values()):
         join(layer, rank, jax.random.fold_in(key, index))
     freeze(model, trainable)
     return model
@@ -72,18 +95,13 @@ def adapt(
 def join(layer: Any, rank: int, key: PRNGKeyArray) -> None:
     """Gives an `nnx.Linear` a low-rank branch, in place."""
     layer.lora = Factors(layer.kernel, rank, key)
-    become(layer, mixed_class(Lora, type(layer)))
+    become(layer, mixed_class(LoraLinear, type(layer)))
 
 
 def merge(model: Any) -> Any:
-    """A plain copy with the branches added to the kernels."""
-    model = nnx.clone(model)
-    layers: list[Any] = [x for _, x in nnx.iter_graph(model) if isinstance(x, Lora)]
-    for layer in layers:
-        kernel, a, b = layer.kernel[...], layer.lora.a[...], layer.lora.b[...]
-        moved = kernel + jnp.einsum("...nr,...mr->...nm", a, b)
-        layer.kernel[...] = moved.astype(kernel.dtype)
-        del layer.lora
-        become(layer, plain_class(type(layer)))
-    thaw(model)
-    return model
+    """Returns a plain copy with the branches added to the kernels."""
+
+    def weight(layer: Any) -> Array:
+        return layer.kernel[...] + layer.lora.product()
+
+    return linear_layer.merged(model, LoraLinear, weight, "lora")

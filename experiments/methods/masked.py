@@ -7,8 +7,9 @@ the update is recomputed on the way back. Merged, it costs nothing at inference;
 locating costs the gradient of every targeted kernel once.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,89 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from experiments.methods.first_stage import Places
-from experiments.methods.sparse import linear_layers
+import snella_jax as snella
+from experiments.methods import linear_layer
+from experiments.methods.method import Ranked
+from experiments.methods.sensitivity import Rule, Scored, Scores, top
+from experiments.training.session import Places, Scope
 from snella_jax.kernels import Factors, Kernel
-from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class, thaw
+from snella_jax.nnx.surgery import become, freeze, mixed_class
 from snella_jax.nnx.variables import Factor, Frozen
 from snella_jax.ops.matmul import matmul
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedSnella(Scored, Ranked):
+    """SNELLA's kernel under a mask that SPT's sensitivity fixes beforehand."""
+
+    title: ClassVar[str] = "Masked SNELLA"
+    rule: ClassVar[Rule] = "squares"
+
+    lr: float = 2e-2
+    """Peak learning rate."""
+    kernel: Literal["piecewise_linear", "mix_k"] = "mix_k"
+    """Kernel that makes the update from the factors."""
+    target_density: float = 0.3
+    """Fraction of the targeted weights that move."""
+
+    def choose(self, scores: Scores) -> Places:
+        """Returns masks of the largest of all scores."""
+        return top(scores, self.target_density)
+
+    @property
+    def variant(self) -> str:
+        """The density, which masks differ by."""
+        return f"_{self.target_density:g}"
+
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy whose targeted kernels move where a mask allows.
+
+        Raises:
+          ValueError: `trainable` matches nothing, or a target is no `nnx.Linear`.
+        """
+        model = nnx.clone(base)
+        kernel, key = snella.kernels.named(self.kernel), scope.rngs().params()
+        layers = linear_layer.linear_layers(model, "|".join(scope.places))
+        for index, (path, layer) in enumerate(layers.items()):
+            own = jax.random.fold_in(key, index)
+            layer.update = Update(kernel, scope.places[path], self.rank, own)
+            become(layer, mixed_class(MaskedLinear, type(layer)))
+        freeze(model, scope.trainable)
+        return model
+
+    def merged(self, model: Any) -> Any:
+        """Returns a plain copy with the masked updates added."""
+
+        def weight(layer: Any) -> Array:
+            kernel, own = layer.kernel[...], layer.update
+            delta = functools.partial(_delta, own.kernel)
+            for _ in kernel.shape[:-2]:
+                delta = jax.vmap(delta)
+            return kernel + delta(own.factors(), own.mask[...])
+
+        return linear_layer.merged(model, MaskedLinear, weight, "update")
+
+    @property
+    def searched(self) -> dict[str, float]:
+        """Settings that a search can choose, with their values."""
+        return super().searched | {"target_density": self.target_density}
+
+    @property
+    def has_density(self) -> bool:
+        """True: the mask has one."""
+        return True
+
+    def check(self, name: str) -> None:
+        """Raises a `ValueError` on settings that would fail in the midst of a run."""
+        super().check(name)
+        if not 0 < self.target_density <= 1:
+            raise ValueError(
+                f"{name}.target_density={self.target_density}: expected above 0, to 1."
+            )
+        if self.rank % 2:
+            raise ValueError(
+                f"{name}.rank={self.rank}: expected a multiple of 2, its pieces."
+            )
 
 
 class Update(nnx.Module):
@@ -48,78 +126,25 @@ class Update(nnx.Module):
         self.mask = Frozen(jnp.asarray(mask))
 
     def factors(self) -> Factors:
-        """Those of all matrices of the stack."""
+        """Returns the factors of all matrices of the stack."""
         return {name: getattr(self, name)[...] for name in self.names}
 
 
-class MaskedLinear(nnx.Module):
+class MaskedLinear(linear_layer.OtherProduct):
     """Mixed into `nnx.Linear`: adds the masked update to its kernel."""
 
     update: Update
-    kernel: nnx.Variable
-    bias: nnx.Variable | None
-    dtype: Any
 
-    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-        dtype = self.dtype or jnp.result_type(x, self.kernel[...])
+    def product(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+        """Returns `x @ (kernel + update)`; the sum is not kept for the way back."""
         own = self.update
 
         @jax.checkpoint
         def op(x: Array, kernel: Array, factors: Factors, mask: Array) -> Array:
             moved = kernel + _delta(own.kernel, factors, mask)
-            return matmul(x, moved.astype(dtype))
+            return matmul(x, moved.astype(x.dtype))
 
-        operands = self.kernel[...], own.factors(), own.mask[...]
-        y = op(x.astype(dtype), *operands)
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
-
-
-def adapt(
-    model: nnx.Module,
-    masks: Places,
-    trainable: str,
-    kernel: Kernel,
-    rank: int,
-    rngs: nnx.Rngs,
-) -> Any:
-    """A copy of `model` whose targeted `nnx.Linear` kernels move where a mask allows.
-
-    Args:
-      model: not adapted.
-      masks: of `locate.top`.
-      trainable: regex of what trains besides.
-      kernel: makes the update.
-      rank: columns of its factors.
-
-    Raises:
-      ValueError: `trainable` matches nothing, or a target is no `nnx.Linear`.
-    """
-    model = nnx.clone(model)
-    key = rngs.params()
-    layers = linear_layers(model, "|".join(masks))
-    for index, (path, layer) in enumerate(layers.items()):
-        own = jax.random.fold_in(key, index)
-        layer.update = Update(kernel, masks[path], rank, own)
-        become(layer, mixed_class(MaskedLinear, type(layer)))
-    freeze(model, trainable)
-    return model
-
-
-def merge(model: Any) -> Any:
-    """A plain copy with the masked updates added."""
-    model = nnx.clone(model)
-    layers = [x for _, x in nnx.iter_graph(model) if isinstance(x, MaskedLinear)]
-    for layer in layers:
-        kernel, own = layer.kernel[...], layer.update
-        delta = functools.partial(_delta, own.kernel)
-        for _ in kernel.shape[:-2]:
-            delta = jax.vmap(delta)
-        moved = kernel + delta(own.factors(), own.mask[...])
-        layer.kernel[...] = moved.astype(kernel.dtype)
-        del layer.update
-        become(layer, plain_class(type(layer)))
-    thaw(model)
-    return model
+        return op(x, self.kernel[...], own.factors(), own.mask[...])
 
 
 def _delta(kernel: Kernel, factors: Factors, mask: Array) -> Float[Array, "n m"]:

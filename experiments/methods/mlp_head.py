@@ -4,15 +4,37 @@ Jia et al. (arXiv 2203.12119): the linear head becomes an MLP whose hidden layer
 wide as the features, with ReLU between them. Its last layer starts at 0.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from experiments.methods.method import Method
+from experiments.training.session import Scope
 from snella_jax.nnx.surgery import freeze
 
 LAYERS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpHead(Method):
+    """A head of three layers trains, and nothing else."""
+
+    title: ClassVar[str] = "MLP-3"
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy of a model with such a head."""
+        model = nnx.clone(base)
+        c = model.config
+        width = model.head.in_features
+        model.head = Head(width, c.num_classes, c.dtype, scope.rngs())
+        freeze(model, "head")
+        return model
 
 
 class Head(nnx.Module):
@@ -31,13 +53,3 @@ class Head(nnx.Module):
         for layer in hidden:
             x = jax.nn.relu(layer(x))
         return last(x)
-
-
-def adapt(model: Any, rngs: nnx.Rngs) -> Any:
-    """A copy of a model with such a head, of which nothing else trains."""
-    model = nnx.clone(model)
-    c = model.config
-    width = model.head.in_features
-    model.head = Head(width, c.num_classes, c.dtype, rngs)
-    freeze(model, "head")
-    return model

@@ -7,7 +7,8 @@ sparsity and its loss between two passes are left out. Ours: the active part cou
 times the number of parts, as dropout scales. At inference it is an AdaptFormer.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,56 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.methods import adapter
+from experiments.methods.method import Ranked
+from experiments.training.session import Scope
 from snella_jax.nnx.surgery import become, mixed_class
 from snella_jax.nnx.variables import Frozen
 from snella_jax.ops.matmul import matmul
 
 WHOLE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Mosa(Ranked):
+    """AdaptFormer's bottleneck, a part of it at a time."""
+
+    title: ClassVar[str] = "MoSA"
+
+    parts: int = 4
+    """Parts that the up-projection is divided into."""
+
+    def check(self, name: str) -> None:
+        """Raises a `ValueError` on settings that would fail in the midst of a run."""
+        super().check(name)
+        if not 2 <= self.parts <= 127:
+            raise ValueError(f"{name}.parts={self.parts}: expected 2 to 127.")
+
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy of a model with a divided bottleneck beside every MLP.
+
+        Raises:
+          ValueError: as `adapter.bottlenecked`.
+        """
+        rngs, parts = scope.rngs(), self.parts
+        how = "parallel", scope.trainable, self.rank, rngs
+        model = adapter.bottlenecked(base, *how)
+        nodes: list[Any] = [
+            node
+            for _, node in nnx.iter_graph(model)
+            if isinstance(node, adapter.Bottleneck)
+        ]
+        for node in nodes:
+            *stack, rank, width = node.up.kernel.shape
+            even = (jnp.arange(rank * width) % parts).astype(jnp.int8)
+            even = jnp.broadcast_to(even, (*stack, rank * width))
+            key = rngs.params()
+            mixed = jax.random.permutation(key, even, axis=-1, independent=True)
+            node.part = Frozen(mixed.reshape(node.up.kernel.shape))
+            node.active = Active(jnp.full(stack, WHOLE, jnp.int32))
+            node.parts = parts
+            become(node, mixed_class(Divided, type(node)))
+        become(model, mixed_class(Drawing, type(model)))
+        return model
 
 
 class Active(nnx.Variable):
@@ -62,32 +108,3 @@ class Drawing(nnx.Module):
                 active = jax.random.randint(own, active.shape, 0, node.parts)
             node.active = Active(active)
         return base.__call__(images, key)
-
-
-def adapt(
-    model: nnx.Module, trainable: str, rank: int, parts: int, rngs: nnx.Rngs
-) -> Any:
-    """A copy of a model with a divided bottleneck beside every MLP.
-
-    Raises:
-      ValueError: as `adapter.adapt`, or fewer than two parts.
-    """
-    if not 2 <= parts <= 127:
-        raise ValueError(f"parts={parts}: expected 2 to 127.")
-    model = adapter.adapt(model, "parallel", trainable, rank, rngs)
-    nodes: list[Any] = [
-        node
-        for _, node in nnx.iter_graph(model)
-        if isinstance(node, adapter.Bottleneck)
-    ]
-    for node in nodes:
-        *stack, rank, width = node.up.kernel.shape
-        even = (jnp.arange(rank * width) % parts).astype(jnp.int8)
-        even = jnp.broadcast_to(even, (*stack, rank * width))
-        mixed = jax.random.permutation(rngs.params(), even, axis=-1, independent=True)
-        node.part = Frozen(mixed.reshape(node.up.kernel.shape))
-        node.active = Active(jnp.full(stack, WHOLE, jnp.int32))
-        node.parts = parts
-        become(node, mixed_class(Divided, type(node)))
-    become(model, mixed_class(Drawing, type(model)))
-    return model

@@ -14,7 +14,9 @@ finding them costs the supernet's training and 800 evaluations on validation.
 """
 
 import dataclasses
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +25,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rich.progress import Progress
 
-from experiments.config.run_config import RunConfig
 from experiments.methods import adapter, lora, plain_vit, prompts
 from experiments.methods.evolution import Space, Subnet, evolve
-from experiments.methods.first_stage import Places
-from experiments.methods.settings import Searched
+from experiments.methods.first_stage import Staged
+from experiments.methods.method import check_counts
 from experiments.training import evaluation, sharding
 from experiments.training.fit import fit
-from experiments.training.session import Setting
+from experiments.training.recipe import Recipe
+from experiments.training.session import Places, Scope, Session
 from snella_jax.models import Model, unstack
 from snella_jax.models.vit import ViTConfig
 from snella_jax.nnx.surgery import become, freeze, mixed_class
@@ -38,6 +40,192 @@ from snella_jax.ops.matmul import matmul
 
 KINDS = ("prompts", "lora", "adapter")
 SUPERNET = "noah_supernet"
+
+
+@dataclasses.dataclass(frozen=True)
+class Noah(Staged):
+    """Prompts, LoRA and adapters, as large as a search finds best."""
+
+    title: ClassVar[str] = "NOAH"
+    needs_vit: ClassVar[bool] = True
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    supernet_lr: float = 5e-4
+    """Peak learning rate of the supernet."""
+    supernet_epochs: int | None = None
+    """Epochs of the supernet. Default: as many as of the subnet that is found."""
+    sizes: tuple[int, ...] = (1, 5, 10)
+    """Prompts of a block, rank of a matrix, or units of a bottleneck."""
+    depths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    """Shares of the blocks, from the first on, that may have modules of a kind."""
+    limit: int = 640_000
+    """Maximum number of parameters of the modules."""
+    generations: int = 15
+    """Generations of the evolution, after the first."""
+    population: int = 50
+    """Subnets that are tried in a generation."""
+    parents: int = 10
+    """Number of the best so far, from which a generation comes."""
+
+    def check(self, name: str) -> None:
+        """Raises a `ValueError` on settings that would fail in the midst of a run."""
+        super().check(name)
+        counts = {"limit": self.limit, "population": self.population}
+        check_counts(name, parents=self.parents, **counts)
+        if not 0 < self.supernet_lr < math.inf:
+            raise ValueError(f"{name}.supernet_lr={self.supernet_lr}: expected > 0.")
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"{name}.sizes={self.sizes}: expected positive numbers.")
+        if not self.depths or not all(0 < share <= 1 for share in self.depths):
+            raise ValueError(f"{name}.depths={self.depths}: expected shares of 1.")
+        if self.generations < 0:
+            raise ValueError(
+                f"{name}.generations={self.generations}: expected at least 0."
+            )
+
+    def check_run(self, name: str, scope: Scope, recipe: Recipe) -> None:
+        """Raises a `ValueError` on settings that fail `check`, or do not fit a run."""
+        super().check_run(name, scope, recipe)
+        if (
+            self.supernet_epochs is not None
+            and self.supernet_epochs <= recipe.warmup_epochs
+        ):
+            raise ValueError(
+                f"{name}.supernet_epochs={self.supernet_epochs}: expected more than "
+                f"the {recipe.warmup_epochs} of the warm-up."
+            )
+
+    def locate(self, session: Session) -> Places:
+        """Trains the supernet, on the training split alone, and finds the best subnet.
+
+        Returns:
+          Sizes of its modules in every block, by kind.
+
+        Raises:
+          FloatingPointError: a loss or update that is not finite.
+          ValueError: as `space`.
+        """
+        recipe = dataclasses.replace(session.recipe, lr=self.supernet_lr, ema=0.0)
+        if self.supernet_epochs is not None:
+            recipe = dataclasses.replace(recipe, epochs=self.supernet_epochs)
+        task = session.task
+        data = dataclasses.replace(
+            session.data, train=task.train, follow=task.validation
+        )
+        session = dataclasses.replace(
+            session, recipe=recipe, data=data, followed="validation"
+        )
+        net = self.supernet(session.base, session.scope)
+        fitted = fit(SUPERNET, "NOAH's supernet", net, session)
+        best = self.search(fitted.model, session)
+        return {kind: np.array(row) for kind, row in zip(KINDS, best, strict=True)}
+
+    def typical(self, base: Model, scope: Scope) -> Places:
+        """Returns the middle one of the sizes, everywhere, whatever the limit.
+
+        Raises:
+          ValueError: as `space`, or the model is no ViT.
+        """
+        plain_vit.require(base, "NOAH")
+        self.space(base.config)
+        middle = sorted(self.sizes)[len(self.sizes) // 2]
+        return {kind: np.full(base.config.depth, middle) for kind in KINDS}
+
+    def adapt(self, base: Model, scope: Scope) -> Any:
+        """Returns a copy of a ViT, as a list of blocks, with modules of given sizes.
+
+        `scope.places` has a size for every block, for each of `KINDS`; 0 for none.
+
+        Raises:
+          ValueError: `scope.trainable` matches nothing.
+        """
+        adapted, rngs = nnx.clone(base), scope.rngs()
+        freeze(adapted, scope.trainable)
+        adapted = unstack(adapted)
+        for index, block in enumerate(adapted.blocks):
+            sizes = tuple(int(scope.places[kind][index]) for kind in KINDS)
+            _join(block, adapted.config, sizes, rngs.params())
+        return adapted
+
+    def merged(self, model: Any) -> Any:
+        """Returns a copy with LoRA in the kernels; prompts and adapters stay."""
+        return lora.merge(model)
+
+    def supernet(self, base: Model, scope: Scope) -> Any:
+        """Returns a copy of a ViT with all modules at their largest.
+
+        Raises:
+          ValueError: as `space`, `scope.trainable` matches nothing, or the model is no
+            ViT.
+        """
+        plain_vit.require(base, "NOAH")
+        net: Any = nnx.clone(base)
+        room, rngs = max(self.sizes), scope.rngs()
+        for block in [net.blocks] if net.config.stacked else net.blocks:
+            _join(block, net.config, (room,) * len(KINDS), rngs.params())
+            block.attn.room = room
+            stack = block.attn.query.kernel.shape[:-2]
+            for mixin, nodes in zip(MIXINS, _modules(block), strict=True):
+                for node in nodes:
+                    node.size = Size(jnp.full(stack, room, jnp.int32))
+                    become(node, mixed_class(mixin, type(node)))
+        net.space = self.space(net.config)
+        become(net, mixed_class(Drawing, type(net)))
+        freeze(net, scope.trainable)
+        return net
+
+    def space(self, config: ViTConfig) -> Space:
+        """Returns the subnets to search among.
+
+        Raises:
+          ValueError: the smallest is beyond the limit.
+        """
+        depths = tuple(max(1, round(share * config.depth)) for share in self.depths)
+        found = Space(config.depth, len(KINDS), depths, self.sizes)
+        least = parameters(found.smallest, config.width)
+        if self.limit < least:
+            raise ValueError(
+                f"noah.limit={self.limit}: the smallest subnet has {least}."
+            )
+        return found
+
+    def search(self, net: Any, session: Session) -> Subnet:
+        """Returns the subnet of a trained supernet that is best on validation."""
+        width = net.config.width
+
+        def allowed(subnet: Subnet) -> bool:
+            return parameters(subnet, width) <= self.limit
+
+        found = evolve(
+            net.space,
+            _accuracy(net, session),
+            allowed,
+            population=self.population,
+            parents=self.parents,
+            seed=session.scope.seed,
+        )
+        console, scores = session.console, {}
+        with Progress(console=console) as bar:
+            total = self.population * (self.generations + 1)
+            shown = bar.add_task("NOAH's search", total=total)
+            for generation in range(self.generations + 1):
+                scores = next(found)
+                value = next(iter(scores.values()))
+                text = f"NOAH's search {generation}/{self.generations} val {value:.1%}"
+                done = self.population * (generation + 1)
+                bar.update(shown, completed=done, description=text)
+                if not console.is_terminal:  # a log file has no bar
+                    console.print(text, soft_wrap=True)
+        best = next(iter(scores))
+        console.print(
+            f"NOAH: the best of {len(scores)} subnets has "
+            f"{parameters(best, width):,} parameters, {scores[best]:.1%} on "
+            "validation in the supernet. Block by block:"
+        )
+        for kind, row in zip(KINDS, best, strict=True):
+            console.print(f"  {kind} {', '.join(map(str, row))}", soft_wrap=True)
+        return best
 
 
 class Size(nnx.Variable):
@@ -97,52 +285,8 @@ class Drawing(nnx.Module):
 MIXINS = SomePrompts, SomeColumns, SomeUnits  # in the order of KINDS
 
 
-def supernet(model: Model, own: Searched, trainable: str, rngs: nnx.Rngs) -> Any:
-    """A copy of a ViT with all modules at their largest.
-
-    Raises:
-      ValueError: as `space`, `trainable` matches nothing, or the model is no ViT.
-    """
-    plain_vit.require(model, "NOAH")
-    net: Any = nnx.clone(model)
-    room = max(own.sizes)
-    for block in [net.blocks] if net.config.stacked else net.blocks:
-        _join(block, net.config, (room,) * len(KINDS), rngs.params())
-        block.attn.room = room
-        stack = block.attn.query.kernel.shape[:-2]
-        for mixin, nodes in zip(MIXINS, _modules(block), strict=True):
-            for node in nodes:
-                node.size = Size(jnp.full(stack, room, jnp.int32))
-                become(node, mixed_class(mixin, type(node)))
-    net.space = space(own, net.config)
-    become(net, mixed_class(Drawing, type(net)))
-    freeze(net, trainable)
-    return net
-
-
-def adapt(model: Model, places: Places, trainable: str, rngs: nnx.Rngs) -> Any:
-    """A copy of a ViT, as a list of blocks, with modules of given sizes.
-
-    Args:
-      model: a ViT, not adapted.
-      places: for each of `KINDS` a size for every block, 0 for none.
-      trainable: regex of what trains besides.
-      rngs: of what the modules start from.
-
-    Raises:
-      ValueError: `trainable` matches nothing.
-    """
-    adapted = nnx.clone(model)
-    freeze(adapted, trainable)
-    adapted = unstack(adapted)
-    for index, block in enumerate(adapted.blocks):
-        sizes = tuple(int(places[kind][index]) for kind in KINDS)
-        _join(block, adapted.config, sizes, rngs.params())
-    return adapted
-
-
 def assign(net: Any, sizes: Int[Array, "kinds blocks"]) -> None:
-    """Sets what counts of a supernet, in place."""
+    """Sets the sizes of a supernet's modules, in place."""
     if net.config.stacked:
         blocks = [(net.blocks, sizes)]
     else:
@@ -153,22 +297,8 @@ def assign(net: Any, sizes: Int[Array, "kinds blocks"]) -> None:
                 node.size = Size(size)
 
 
-def space(own: Searched, config: ViTConfig) -> Space:
-    """What is searched.
-
-    Raises:
-      ValueError: its smallest subnet is beyond the limit.
-    """
-    depths = tuple(max(1, round(share * config.depth)) for share in own.depths)
-    found = Space(config.depth, len(KINDS), depths, own.sizes)
-    least = parameters(found.smallest, config.width)
-    if own.limit < least:
-        raise ValueError(f"noah.limit={own.limit}: the smallest subnet has {least}.")
-    return found
-
-
 def parameters(net: Subnet, width: int) -> int:
-    """Of a subnet's modules in a ViT of some width.
+    """Returns the number of parameters of a subnet's modules in a ViT of some width.
 
     >>> parameters(((2, 0), (1, 1), (3, 0)), 8)
     171
@@ -178,100 +308,28 @@ def parameters(net: Subnet, width: int) -> int:
     return sum(tokens) * width + sum(ranks) * 3 * 2 * width + bottlenecks
 
 
-@dataclasses.dataclass(frozen=True)
-class Search:
-    """The first stage: trains the supernet, then finds the best subnet."""
-
-    def locate(self, setting: Setting) -> Places:
-        """Sizes by kind; the supernet trains on the training split alone.
-
-        Raises:
-          FloatingPointError: a loss or update that is not finite.
-          ValueError: as `space`.
-        """
-        config, own = setting.config, setting.config.noah
-        config = dataclasses.replace(config, protocol="choose", search=False, ema=0.0)
-        if own.supernet_epochs is not None:
-            config = dataclasses.replace(config, epochs=own.supernet_epochs)
-        setting = dataclasses.replace(setting, config=config)
-        net = self.supernet(config, setting.base)
-        recipe = dataclasses.replace(config.recipe("noah"), lr=own.supernet_lr)
-        fitted = fit(SUPERNET, "NOAH's supernet", net, setting, recipe)
-        best = _searched(fitted.model, own, setting)
-        return {kind: np.array(row) for kind, row in zip(KINDS, best, strict=True)}
-
-    def typical(self, config: RunConfig, base: Model) -> Places:
-        """The middle one of the sizes, everywhere, whatever the limit.
-
-        Raises:
-          ValueError: as `space`, or the model is no ViT.
-        """
-        plain_vit.require(base, "NOAH")
-        space(config.noah, base.config)
-        middle = sorted(config.noah.sizes)[len(config.noah.sizes) // 2]
-        return {kind: np.full(base.config.depth, middle) for kind in KINDS}
-
-    def supernet(self, config: RunConfig, base: Model) -> Any:
-        """What trains in this stage."""
-        rngs = nnx.Rngs(config.seed + 1)
-        return supernet(base, config.noah, config.trainable, rngs)
-
-
-def _searched(net: Any, own: Searched, setting: Setting) -> Subnet:
-    """The subnet of a trained supernet that is best on validation.
+def _accuracy(net: Any, session: Session) -> Callable[[Subnet], float]:
+    """Returns the accuracy on validation as a function of a supernet's sizes.
 
     All validation images stay on the devices, in float32.
     """
-    width = net.config.width
     graphdef, _, rest = nnx.split(net, Size, ...)
-    rest = sharding.place(rest, setting.mesh)
+    rest = sharding.place(rest, session.mesh)
     count = evaluation.counter(graphdef)
-    validation = setting.task.validation
-    transform = setting.transforms[1]
-    batches = list(evaluation.batches(validation, transform, setting.mesh))
+    images = session.task.validation, session.data.transform
+    batches = list(evaluation.batches(*images, session.mesh))
 
     def accuracy(subnet: Subnet) -> float:
         assign(net, jnp.array(subnet, jnp.int32))
-        sizes = sharding.place(nnx.state(net, Size), setting.mesh)
+        sizes = sharding.place(nnx.state(net, Size), session.mesh)
         right = sum(int(count((sizes, rest), batch)) for batch in batches)
-        return right / len(validation)
+        return right / len(session.task.validation)
 
-    def allowed(subnet: Subnet) -> bool:
-        return parameters(subnet, width) <= own.limit
-
-    found = evolve(
-        net.space,
-        accuracy,
-        allowed,
-        population=own.population,
-        parents=own.parents,
-        seed=setting.config.seed,
-    )
-    scores: dict[Subnet, float] = {}
-    with Progress(console=setting.console) as bar:
-        total = own.population * (own.generations + 1)
-        shown = bar.add_task("NOAH's search", total=total)
-        for generation in range(own.generations + 1):
-            scores = next(found)
-            value = next(iter(scores.values()))
-            text = f"NOAH's search {generation}/{own.generations} val {value:.1%}"
-            bar.update(
-                shown, completed=own.population * (generation + 1), description=text
-            )
-            if not setting.console.is_terminal:  # a log file has no bar
-                setting.console.print(text, soft_wrap=True)
-    best = next(iter(scores))
-    setting.console.print(
-        f"NOAH: the best of {len(scores)} subnets has {parameters(best, width):,} "
-        f"parameters, {scores[best]:.1%} on validation in the supernet. Block by block:"
-    )
-    for kind, row in zip(KINDS, best, strict=True):
-        setting.console.print(f"  {kind} {', '.join(map(str, row))}", soft_wrap=True)
-    return best
+    return accuracy
 
 
 def _modules(block: Any) -> tuple[list[Any], ...]:
-    """What has a size in a block of the supernet, for each of `KINDS`."""
+    """Returns what has a size in a block of the supernet, for each of `KINDS`."""
     attention = block.attn
     layers = attention.query, attention.key, attention.value
     return [attention], [layer.lora for layer in layers], [block.mlp.bottleneck]
@@ -294,7 +352,7 @@ def _join(
 
 
 def _drawn(space: Space, key: PRNGKeyArray) -> Int[Array, "kinds blocks"]:
-    """Sizes of a random subnet."""
+    """Draws the sizes of a random subnet."""
     one, two = jax.random.split(key)
     depths = jax.random.choice(one, jnp.array(space.depths), (space.kinds, 1))
     shape = space.kinds, space.blocks
@@ -303,5 +361,5 @@ def _drawn(space: Space, key: PRNGKeyArray) -> Int[Array, "kinds blocks"]:
 
 
 def _first(x: Float[Array, "... n"], count: Int[Array, ""]) -> Float[Array, "... n"]:
-    """The first so many columns; the others are 0."""
+    """Keeps the first so many columns; the others are 0."""
     return jnp.where(jnp.arange(x.shape[-1]) < count, x, 0)

@@ -1,10 +1,8 @@
-"""Which methods work on the tokens of a plain ViT alone."""
+"""Methods that put tokens beside those of a plain ViT."""
 
 from typing import Any
 
 from snella_jax.models.vit import ViT
-
-ALONE = ("vpt_shallow", "vpt_deep", "vqt", "noah")
 
 
 def require(model: Any, method: str) -> None:

@@ -7,8 +7,9 @@ tell from VPT's place in front of them. Simplified: no dropout on them. At infer
 they stay: every block has so many tokens more.
 """
 
+import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,72 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from experiments.methods import plain_vit
-from snella_jax.models.vit import ViT, ViTConfig
+from experiments.methods.method import Method, check_counts
+from experiments.training.session import Scope
+from snella_jax.models.vit import ViTConfig
 from snella_jax.nnx.surgery import become, freeze, mixed_class
 from snella_jax.nnx.variables import Factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens(Method):
+    """A method with tokens of its own."""
+
+    needs_vit: ClassVar[bool] = True
+
+    lr: float = 1e-2
+    """Peak learning rate."""
+    weight_decay: float = 1e-4
+    """Weight decay of AdamW; tokens have none in any case."""
+    count: int = 10
+    """Number of tokens, in each block where every block has its own."""
+
+    def check(self, name: str) -> None:
+        """Raises a `ValueError` on settings that would fail in the midst of a run."""
+        super().check(name)
+        check_counts(name, count=self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class VptShallow(Tokens):
+    """Learnt tokens at the first block."""
+
+    title: ClassVar[str] = "VPT-Shallow"
+
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy of a ViT with prompts at its first block.
+
+        Raises:
+          ValueError: `scope.trainable` matches nothing, or the model is no ViT.
+        """
+        plain_vit.require(base, "VPT")
+        model = nnx.clone(base)
+        model.prompts = drawn(model.config, (self.count,), scope.rngs().params())
+        become(model, mixed_class(Prompted, type(model)))
+        freeze(model, scope.trainable)
+        return model
+
+
+@dataclasses.dataclass(frozen=True)
+class VptDeep(Tokens):
+    """Learnt tokens at every block."""
+
+    title: ClassVar[str] = "VPT-Deep"
+
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy of a ViT with prompts at every block.
+
+        Raises:
+          ValueError: `scope.trainable` matches nothing, or the model is no ViT.
+        """
+        plain_vit.require(base, "VPT")
+        model, rngs = nnx.clone(base), scope.rngs()
+        c = model.config
+        shape = (c.depth, self.count) if c.stacked else (self.count,)
+        for block in [model.blocks] if c.stacked else model.blocks:
+            join(block, drawn(c, shape, rngs.params()))
+        freeze(model, scope.trainable)
+        return model
 
 
 class Prompted(nnx.Module):
@@ -57,32 +121,6 @@ class Prompting(nnx.Module):
         return block.attention_map(behind(x, self.prompts[...]))
 
 
-def adapt(
-    model: ViT,
-    where: Literal["shallow", "deep"],
-    trainable: str,
-    count: int,
-    rngs: nnx.Rngs,
-) -> Any:
-    """A copy of a ViT with `count` prompts, at its first block or at each.
-
-    Raises:
-      ValueError: `trainable` matches nothing, or the model is no ViT.
-    """
-    plain_vit.require(model, "VPT")
-    prompted: Any = nnx.clone(model)
-    c = prompted.config
-    if where == "shallow":
-        prompted.prompts = drawn(c, (count,), rngs.params())
-        become(prompted, mixed_class(Prompted, type(prompted)))
-    else:
-        shape = (c.depth, count) if c.stacked else (count,)
-        for block in [prompted.blocks] if c.stacked else prompted.blocks:
-            join(block, drawn(c, shape, rngs.params()))
-    freeze(prompted, trainable)
-    return prompted
-
-
 def join(block: Any, prompts: Factor) -> None:
     """Gives a block prompts of its own, in place."""
     block.prompts = prompts
@@ -90,7 +128,7 @@ def join(block: Any, prompts: Factor) -> None:
 
 
 def drawn(config: ViTConfig, shape: tuple[int, ...], key: PRNGKeyArray) -> Factor:
-    """Tokens `[*shape, D]`, uniform as Xavier's weights of the patch embedding."""
+    """Draws tokens `[*shape, D]`, uniform as Xavier's weights of the patch embedding."""
     fans = config.channels * math.prod(config.patch_hw) + config.width
     bound = (6 / fans) ** 0.5
     whole = (*shape, config.width)
@@ -100,7 +138,7 @@ def drawn(config: ViTConfig, shape: tuple[int, ...], key: PRNGKeyArray) -> Facto
 def behind(
     tokens: Float[Array, "B T D"], prompts: Float[Array, "P D"]
 ) -> Float[Array, "B T_plus_P D"]:
-    """The tokens of every image, and the prompts behind them."""
+    """Puts the prompts behind the tokens of every image."""
     every = jnp.broadcast_to(
         prompts.astype(tokens.dtype), (len(tokens), *prompts.shape)
     )

@@ -4,9 +4,10 @@ It takes the gradient of every targeted kernel at once, as full fine-tuning does
 adds up a number for each weight: `experiments.benchmarks.memory` counts that, too.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from experiments.config.run_config import RunConfig
 from experiments.data import pipeline
 from experiments.data.source import Source
 from experiments.data.transforms import Transform
-from experiments.methods.first_stage import Places
+from experiments.methods.first_stage import Staged
 from experiments.training import sharding
-from experiments.training.session import Setting
+from experiments.training.session import Places, Scope, Session
 from snella_jax.core.paths import join
 from snella_jax.nnx.targets import select
 
@@ -33,41 +33,43 @@ DEVIATION = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
-class Scoring:
-    """A first stage by scores; its places are flat, by layer.
+class Scored(Staged):
+    """A method whose first stage scores every targeted weight.
 
     Attributes:
       rule: how weights are scored, see `scores`.
-      choose: what is made of the scores.
     """
 
-    rule: Rule
-    choose: Callable[[RunConfig, Scores], Places]
+    rule: ClassVar[Rule]
 
-    def locate(self, setting: Setting) -> Places:
-        """What a pass over the training images finds; raises as `scores`."""
-        config = setting.config
-        with setting.console.status("locating what to train"):
+    @abc.abstractmethod
+    def choose(self, scores: Scores) -> Places:
+        """Returns what trains, by layer, of the scores."""
+
+    def locate(self, session: Session) -> Places:
+        """Returns what a pass over the training images finds; raises as `scores`."""
+        recipe = session.recipe
+        with session.console.status("locating what to train"):
             found = scores(
-                setting.base,
-                config.targets,
+                session.base,
+                session.scope.targets,
                 self.rule,
-                setting.data.train,
-                setting.transforms[1],
-                setting.mesh,
-                config.batch // config.accumulate,
-                config.seed,
+                session.data.train,
+                session.data.transform,
+                session.mesh,
+                recipe.batch // recipe.accumulate,
+                session.scope.seed,
             )
-        return self.choose(config, found)
+        return self.choose(found)
 
-    def typical(self, config: RunConfig, base: Any) -> Places:
-        """What is chosen of random scores."""
+    def typical(self, base: Any, scope: Scope) -> Places:
+        """Returns what is chosen of random scores."""
         random = np.random.default_rng(0)
         found = {
             path: random.random(layer.kernel.shape, np.float32)
-            for path, layer in select(base, config.targets).items()
+            for path, layer in select(base, scope.targets).items()
         }
-        return self.choose(config, found)
+        return self.choose(found)
 
 
 def scores(

@@ -1,37 +1,49 @@
-"""The settings of SNELLA and of what differs from it in settings alone."""
+"""SNELLA, and methods that differ from it in their settings alone."""
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import optax
+from flax import nnx
 
 import snella_jax as snella
-from experiments.methods.settings import Plain
+from experiments.methods.method import Method, check_counts
 from experiments.training.competition import Competition, Every, Metric
+from experiments.training.recipe import Recipe
+from experiments.training.session import Scope
+from snella_jax.nnx.targets import select
+
+KernelName = Literal[
+    "linear", "piecewise_linear", "rbf", "sigmoid", "normalized_rbf", "mix_k"
+]
+Gate = Literal["product", "released", "soft", "hard", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernelized(Plain):
-    """Low-rank factors under a kernel; the defaults are SNELLA as in the paper."""
+class Snella(Method):
+    """Low-rank factors under a kernel; the matrices compete for what may move."""
+
+    title: ClassVar[str] = "SNELLA"
+    knobs: ClassVar[tuple[str, ...]] = (
+        *("metric", "every", "settled", "exponent", "floor", "floor_every"),
+        *("beta_rate", "beta1", "beta2", "power", "undropped"),
+    )
 
     lr: float = 2e-2
     """Peak learning rate."""
     rank: int = 8
     """Columns of the factors."""
-    kernel: Literal[
-        "linear", "piecewise_linear", "rbf", "sigmoid", "normalized_rbf", "mix_k"
-    ] = "mix_k"
-    """Makes the update from the factors."""
+    kernel: KernelName = "mix_k"
+    """Kernel that makes the update from the factors."""
     pieces: int = 2
-    """In how many parts piecewise_linear, normalized_rbf and mix_k cut the rank."""
+    """Pieces that piecewise_linear, normalized_rbf and mix_k cut the rank into."""
     temperature: bool = False
     """Learn mix_k's temperature, as the released code does."""
     learn_piece_coeff: bool = True
     """Learn the coefficients of the pieces; the released code does not."""
-    gate: Literal["product", "released", "soft", "hard", "none"] = "product"
-    """What a surviving weight's update becomes. product: the paper's Eq. 13; released:
+    gate: Gate = "product"
+    """Update of a weight that survives. product: the paper's Eq. 13; released:
     the authors' code; none: no competition (densities of 1)."""
     path: Literal["merged", "parallel"] = "merged"
     """merged: added to the weight; parallel: a matmul of its own, as released."""
@@ -42,56 +54,102 @@ class Kernelized(Plain):
     allocation: Literal["adaptive", "fixed"] = "adaptive"
     """adaptive: the matrices compete. fixed: each has the target density throughout."""
     power: float = 3.0
-    """Of the budget schedule, Eq. 12."""
+    """Exponent of the budget schedule, Eq. 12."""
     dropout: float = 0.0
-    """On the adapter's input; needs path=parallel."""
+    """Rate of dropout on the adapter's input; needs path=parallel."""
     undropped: str = ""
     """Regex of targets without that dropout."""
     drop_path: float = 0.0
-    """Of the adapter's output; needs path=parallel."""
+    """Rate of drop-path on the adapter's output; needs path=parallel."""
     metric: Metric = "sensitivity"
-    """What matrices compete by. magnitude: that of the factors. merged_magnitude: that
-    of the update (the paper's Table X)."""
+    """Score that matrices compete by. magnitude: that of the factors. merged_magnitude:
+    that of the update (the paper's Table X)."""
     every: Every = "epoch"
-    """When budgets move. settled: where the matrices' ranking no longer changes, and
-    where the schedule ends."""
+    """Occasion on which budgets move. settled: where the matrices' ranking no longer
+    changes, and where the schedule ends."""
     settled: float = 0.9
     """Rank correlation of scores some steps apart (as many as they remember) from which
     on every=settled moves budgets."""
     exponent: float = 1.0
-    """Of the scores: below 1 they lie closer together."""
+    """Exponent of the scores: below 1 they lie closer together."""
     floor: float = 0.0
     """Share of the total budget that is divided evenly, whatever the scores."""
     floor_every: int = 1
     """Epochs from one with the floor to the next: 1 for always; above, matrices without
     a budget get a chance to come back."""
     beta_rate: float = 1.0
-    """Times the learning rate: that of beta, the shift of mix_k and normalized_rbf; 0
+    """Factor on the learning rate of beta, the shift of mix_k and normalized_rbf; 0
     freezes it."""
     beta1: float = 0.85
     """Smoothing of the sensitivity, Eq. 9."""
     beta2: float = 0.85
     """Smoothing of the uncertainty, Eq. 10."""
 
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy of a model whose targeted layers have adapters.
+
+        Raises:
+          ValueError: a regex matches nothing, or settings do not fit one another.
+        """
+        adapter = self.config(scope)
+        layers = select(base, scope.targets)
+        own = {adapter.override(path) for path in layers}  # a ConvNeXt has no `out`
+        kept = {
+            regex: rule for regex, rule in adapter.overrides.items() if regex in own
+        }
+        adapter = dataclasses.replace(adapter, overrides=kept)
+        return snella.adapt(base, adapter, rngs=scope.rngs())
+
+    def watch(self) -> tuple[optax.GradientTransformation, ...]:
+        """Returns the importance of the factors, where matrices compete.
+
+        Raises:
+          ValueError: `beta1` or `beta2` is not between 0 and 1.
+        """
+        return (self._importance(),) if self.competes else ()
+
+    def competition(
+        self, model: nnx.Module, scope: Scope, recipe: Recipe
+    ) -> Competition | None:
+        """Returns how budgets move; the total stays as it is in the cool-down.
+
+        Raises:
+          ValueError: the recipe is too short for the schedule.
+        """
+        if not self.competes:
+            return None
+        return self._competition(snella.adapted_weights(model), scope, recipe)
+
+    def merged(self, model: Any) -> Any:
+        """Returns a plain copy, perhaps of an epoch before the first reallocation."""
+        return snella.merge(model, unmoved_budgets=True)
+
+    @property
+    def rates(self) -> tuple[tuple[str, float], ...]:
+        """The rate of beta, where it is not that of the rest."""
+        own = self.beta_rate != 1
+        return ((r".*/adapter/beta", self.beta_rate),) * own
+
+    @property
+    def searched(self) -> dict[str, float]:
+        """Settings that a search can choose, with their values."""
+        return super().searched | {"target_density": self.target_density}
+
     @property
     def has_density(self) -> bool:
-        """Whether its gate leaves weights out."""
+        """True if the gate leaves weights out."""
         return self.gate != "none"
 
     @property
     def competes(self) -> bool:
-        """Whether budgets move while it trains."""
+        """True if budgets move during training."""
         return self.allocation == "adaptive" and self.has_density
 
-    @property
-    def rates(self) -> tuple[tuple[str, float], ...]:
-        """What does not train at the learning rate, see `Recipe`."""
-        own = self.beta_rate != 1
-        return ((r".*/adapter/beta", self.beta_rate),) * own
-
     def check(self, name: str) -> None:
-        """As `Plain.check`."""
+        """Raises a `ValueError` on settings that would fail in the midst of a run."""
         super().check(name)
+        counts = {"rank": self.rank, "pieces": self.pieces}
+        check_counts(name, floor_every=self.floor_every, **counts)
         if not 0 <= self.beta_rate < math.inf:
             raise ValueError(f"{name}.beta_rate={self.beta_rate}: expected at least 0.")
         if self.beta_rate != 1 and self.kernel not in ("normalized_rbf", "mix_k"):
@@ -104,37 +162,66 @@ class Kernelized(Plain):
         if not -1 <= self.settled <= 1:
             raise ValueError(f"{name}.settled={self.settled}: expected -1 to 1.")
 
-    def importance(self) -> optax.GradientTransformation:
-        """What watches the gradients for the scores."""
+    def check_run(self, name: str, scope: Scope, recipe: Recipe) -> None:
+        """Raises a `ValueError` on settings that fail `check`, or do not fit a run."""
+        super().check_run(name, scope, recipe)
+        self._importance()
+        self._competition(1, scope, recipe)
+
+    def config(self, scope: Scope) -> snella.SnellaConfig:
+        """Returns the library's config for these settings."""
+        overrides = {}
+        if self.undropped and self.dropout:
+            overrides = {self.undropped: {"dropout": 0.0}}
+        return snella.SnellaConfig(
+            targets=scope.targets,
+            trainable=scope.trainable,
+            kernel=self._kernel(),
+            rank=self.rank,
+            gate=self.gate,
+            path=self.path,
+            dropout=self.dropout,
+            drop_path=self.drop_path,
+            initial_density=self.initial_density,
+            target_density=self.target_density,
+            allocation=self.allocation,
+            overrides=overrides,
+        )
+
+    def _importance(self) -> optax.GradientTransformation:
         metric = "sensitivity" if self.metric == "merged_magnitude" else self.metric
         return snella.track_importance(self.beta1, self.beta2, metric)
 
-    def competition(self, schedule: Callable[[float], int], final: int) -> Competition:
-        """When and how budgets move along a schedule that ends with an epoch."""
-        names = ("metric", "every", "settled", "exponent", "floor", "floor_every")
-        own = {name: getattr(self, name) for name in names}
+    def _competition(self, weights: int, scope: Scope, recipe: Recipe) -> Competition:
+        schedule = self.config(scope).schedule(
+            weights,
+            recipe.total_epochs,
+            power=self.power,
+            cooldown=recipe.cooldown_epochs,
+        )
         window = max(1, round(1 / (1 - self.beta1))) if self.beta1 < 1 else 1
-        return Competition(schedule, window=window, final=final, **own)
-
-    def adapter(self, targets: str, trainable: str) -> snella.SnellaConfig:
-        """The library's config for these settings."""
-        same = ("rank", "gate", "path", "dropout", "drop_path", "allocation")
-        densities = ("initial_density", "target_density")
-        fields = {name: getattr(self, name) for name in (*same, *densities)}
-        if self.undropped and self.dropout:
-            fields["overrides"] = {self.undropped: {"dropout": 0.0}}
-        return snella.SnellaConfig(
-            targets=targets, trainable=trainable, kernel=self._kernel(), **fields
+        return Competition(
+            schedule,
+            metric=self.metric,
+            every=self.every,
+            settled=self.settled,
+            window=window,
+            exponent=self.exponent,
+            floor=self.floor,
+            floor_every=self.floor_every,
+            final=recipe.epochs - 1,
         )
 
     def _kernel(self) -> snella.kernels.Kernel:
         kernel: Any = snella.kernels.named(self.kernel)
         own = {field.name for field in dataclasses.fields(kernel)}
+        options = {
+            "pieces": (self.pieces, Snella.pieces),
+            "temperature": (self.temperature, Snella.temperature),
+            "learn_piece_coeff": (self.learn_piece_coeff, Snella.learn_piece_coeff),
+        }
         changes = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name in ("pieces", "temperature", "learn_piece_coeff")
-            and getattr(self, field.name) != field.default
+            name: value for name, (value, usual) in options.items() if value != usual
         }
         if foreign := changes.keys() - own:
             raise ValueError(
@@ -145,13 +232,47 @@ class Kernelized(Plain):
         return dataclasses.replace(kernel, **changes)
 
 
-DENSE: dict[str, Any] = {"gate": "none", "initial_density": 1.0, "target_density": 1.0}
-RELEASED: dict[str, Any] = {
-    "temperature": True,
-    "learn_piece_coeff": False,
-    "gate": "released",
-    "path": "parallel",
-    "dropout": 0.1,
-    "undropped": r".*/out",
-    "drop_path": 0.1,
-}
+@dataclasses.dataclass(frozen=True)
+class Klora(Snella):
+    """Kernelized LoRA: SNELL's kernel without sparsity."""
+
+    title: ClassVar[str] = "KLoRA"
+
+    kernel: KernelName = "piecewise_linear"
+    gate: Gate = "none"
+    target_density: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MixK(Snella):
+    """SNELLA's kernel without sparsity."""
+
+    title: ClassVar[str] = "Mix-K"
+
+    gate: Gate = "none"
+    target_density: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Snell(Snella):
+    """SNELL: one density for all matrices."""
+
+    title: ClassVar[str] = "SNELL"
+
+    kernel: KernelName = "piecewise_linear"
+    allocation: Literal["adaptive", "fixed"] = "fixed"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleasedSnella(Snella):
+    """SNELLA as the authors' code sets it up, apart from rates and densities."""
+
+    title: ClassVar[str] = "Released SNELLA"
+
+    temperature: bool = True
+    learn_piece_coeff: bool = False
+    gate: Gate = "released"
+    path: Literal["merged", "parallel"] = "parallel"
+    dropout: float = 0.1
+    undropped: str = r".*/out"
+    drop_path: float = 0.1

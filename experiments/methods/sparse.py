@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from snella_jax.nnx.surgery import become, mixed_class, plain_class, thaw
-from snella_jax.nnx.targets import select
+from experiments.methods import linear_layer
+from snella_jax.nnx.surgery import become, mixed_class
 from snella_jax.nnx.variables import Factor, Frozen
 from snella_jax.ops.matmul import matmul
 
@@ -27,37 +27,20 @@ class Weights(nnx.Module):
         self.values = Factor(jnp.zeros(places.shape))
 
 
-class Sparse(nnx.Module):
+class Sparse(linear_layer.OtherProduct):
     """Mixed into `nnx.Linear`: adds the values to its kernel."""
 
     sparse: Weights
-    kernel: nnx.Variable
-    bias: nnx.Variable | None
-    dtype: Any
 
-    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-        dtype = self.dtype or jnp.result_type(x, self.kernel[...])
+    def product(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+        """Returns `x @ (kernel + values)`; the sum is not kept for the way back."""
         places = self.sparse.places[...]
 
         @jax.checkpoint
         def op(x: Array, kernel: Array, values: Array) -> Array:
-            return matmul(x, _added(kernel, places, values).astype(dtype))
+            return matmul(x, _added(kernel, places, values).astype(x.dtype))
 
-        y = op(x.astype(dtype), self.kernel[...], self.sparse.values[...])
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
-
-
-def linear_layers(model: nnx.Module, targets: str) -> dict[str, Any]:
-    """The `nnx.Linear` layers that a regex matches, by path.
-
-    Raises:
-      ValueError: it matches nothing, or another layer.
-    """
-    layers = select(model, targets)
-    other = [path for path, x in layers.items() if not isinstance(x, nnx.Linear)]
-    if other:
-        raise ValueError(f"{', '.join(other)}: expected nnx.Linear layers alone.")
-    return layers
+        return op(x, self.kernel[...], self.sparse.values[...])
 
 
 def loosen(layer: Any, places: Int[np.ndarray, "*stack k"]) -> None:
@@ -67,20 +50,16 @@ def loosen(layer: Any, places: Int[np.ndarray, "*stack k"]) -> None:
 
 
 def merge(model: Any) -> Any:
-    """A plain copy with the values added."""
-    model = nnx.clone(model)
-    layers: list[Any] = [x for _, x in nnx.iter_graph(model) if isinstance(x, Sparse)]
-    for layer in layers:
+    """Returns a plain copy with the values added."""
+
+    def weight(layer: Any) -> Array:
         add = _added
         for _ in layer.kernel.shape[:-2]:
             add = jax.vmap(add)
-        kernel, own = layer.kernel[...], layer.sparse
-        moved = add(kernel, own.places[...], own.values[...])
-        layer.kernel[...] = moved.astype(kernel.dtype)
-        del layer.sparse
-        become(layer, plain_class(type(layer)))
-    thaw(model)
-    return model
+        own = layer.sparse
+        return add(layer.kernel[...], own.places[...], own.values[...])
+
+    return linear_layer.merged(model, Sparse, weight, "sparse")
 
 
 def _added(kernel: Array, places: Array, values: Array) -> Array:

@@ -5,18 +5,64 @@ a bias (which takes the shift up when merged), the head apart. The scales start 
 and the shifts around 0 (deviation 0.02). Merged, they cost nothing at inference.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from experiments.methods.method import Method
+from experiments.training.session import Scope
 from snella_jax.core.paths import join
 from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class, thaw
 from snella_jax.nnx.variables import Factor
 
 LAYERS = (nnx.Linear, nnx.LayerNorm, nnx.Conv)
 DEVIATION = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Ssf(Method):
+    """SSF: scales and shifts of every layer's output."""
+
+    title: ClassVar[str] = "SSF"
+
+    lr: float = 1e-2
+    """Peak learning rate."""
+
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy of a model whose layers but the head's are modulated.
+
+        Raises:
+          ValueError: `scope.trainable` matches nothing.
+        """
+        model = nnx.clone(base)
+        key = scope.rngs().params()
+        for index, layer in enumerate(_layers(model)):
+            layer.ssf = Modulation(layer.bias.shape, jax.random.fold_in(key, index))
+            become(layer, mixed_class(Modulated, type(layer)))
+        freeze(model, scope.trainable)
+        return model
+
+    def merged(self, model: Any) -> Any:
+        """Returns a plain copy: `(x W + b) s + t = x (W s) + (b s + t)`."""
+        model = nnx.clone(model)
+        modulated: list[Any] = [
+            node for _, node in nnx.iter_graph(model) if isinstance(node, Modulated)
+        ]
+        for layer in modulated:
+            scale, shift = layer.ssf.scale[...], layer.ssf.shift[...]
+            weight = layer.kernel if hasattr(layer, "kernel") else layer.scale
+            axes = weight[...].ndim - scale.ndim  # between the stack and the outputs
+            wide = scale.reshape(*scale.shape[:-1], *[1] * axes, scale.shape[-1])
+            weight[...] = weight[...] * wide.astype(weight.dtype)
+            moved = layer.bias[...] * scale + shift
+            layer.bias[...] = moved.astype(layer.bias.dtype)
+            del layer.ssf
+            become(layer, plain_class(type(layer)))
+        thaw(model)
+        return model
 
 
 class Modulation(nnx.Module):
@@ -39,43 +85,10 @@ class Modulated(nnx.Module):
         return y * scale.astype(y.dtype) + shift.astype(y.dtype)
 
 
-def adapt(model: nnx.Module, trainable: str, rngs: nnx.Rngs) -> Any:
-    """A copy of `model` whose layers but the head's are modulated.
-
-    Raises:
-      ValueError: `trainable` matches nothing.
-    """
-    model = nnx.clone(model)
-    key = rngs.params()
-    for index, (_, layer) in enumerate(_layers(model)):
-        layer.ssf = Modulation(layer.bias.shape, jax.random.fold_in(key, index))
-        become(layer, mixed_class(Modulated, type(layer)))
-    freeze(model, trainable)
-    return model
-
-
-def merge(model: Any) -> Any:
-    """A plain copy: `(x W + b) s + t = x (W s) + (b s + t)`."""
-    model = nnx.clone(model)
-    modulated: list[Any] = [
-        node for _, node in nnx.iter_graph(model) if isinstance(node, Modulated)
+def _layers(model: nnx.Module) -> list[Any]:
+    """Returns what is modulated, in the order of the graph."""
+    return [
+        node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, LAYERS) and node.bias is not None and join(path) != "head"
     ]
-    for layer in modulated:
-        scale, shift = layer.ssf.scale[...], layer.ssf.shift[...]
-        weight = layer.kernel if hasattr(layer, "kernel") else layer.scale
-        axes = weight[...].ndim - scale.ndim  # between the stack's axis and the outputs
-        wide = scale.reshape(*scale.shape[:-1], *[1] * axes, scale.shape[-1])
-        weight[...] = weight[...] * wide.astype(weight.dtype)
-        layer.bias[...] = (layer.bias[...] * scale + shift).astype(layer.bias.dtype)
-        del layer.ssf
-        become(layer, plain_class(type(layer)))
-    thaw(model)
-    return model
-
-
-def _layers(model: nnx.Module) -> list[tuple[str, Any]]:
-    found = ((join(path), node) for path, node in nnx.iter_graph(model))
-    with_bias = (
-        (p, x) for p, x in found if isinstance(x, LAYERS) and x.bias is not None
-    )
-    return [(path, layer) for path, layer in with_bias if path != "head"]

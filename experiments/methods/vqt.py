@@ -7,7 +7,8 @@ Simplified: one linear head, without the paper's selection of its inputs, which 
 the model's last norm first. At inference the queries and the wide head stay.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,47 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from experiments.methods import plain_vit
-from experiments.methods.prompts import behind, drawn
-from snella_jax.models.vit.model import ViT
+from experiments.methods.prompts import Tokens, behind, drawn
+from experiments.training.session import Scope
 from snella_jax.nnx.surgery import become, freeze, mixed_class
 from snella_jax.nnx.variables import Factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Vqt(Tokens):
+    """Learnt queries that read every block."""
+
+    title: ClassVar[str] = "VQT"
+
+    count: int = 1
+    """Number of queries in each block."""
+
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy of a ViT with queries in each block; they and the head train.
+
+        Raises:
+          ValueError: the model is no ViT.
+        """
+        plain_vit.require(base, "VQT")
+        read, rngs = nnx.clone(base), scope.rngs()
+        c = read.config
+        read.room = c.depth * self.count
+        shape = (c.depth, self.count) if c.stacked else (self.count,)
+        for block in [read.blocks] if c.stacked else read.blocks:
+            block.room = read.room
+            block.queries = drawn(c, shape, rngs.params())
+            become(block, mixed_class(Queried, type(block)))
+        zeros = nnx.initializers.zeros_init()
+        read.head = nnx.Linear(
+            (1 + read.room) * c.width,
+            c.num_classes,
+            kernel_init=zeros,
+            dtype=c.dtype,
+            rngs=rngs,
+        )
+        become(read, mixed_class(Read, type(read)))
+        freeze(read, "head")
+        return read
 
 
 class Queried(nnx.Module):
@@ -66,31 +104,3 @@ class Read(nnx.Module):
         base: Any = super()
         found = tokens[:, -self.room :].reshape(len(tokens), -1)
         return jnp.concatenate([base.pool(tokens[:, : -self.room]), found], -1)
-
-
-def adapt(model: ViT, count: int, rngs: nnx.Rngs) -> Any:
-    """A copy of a ViT with `count` queries in each block; they and the head train.
-
-    Raises:
-      ValueError: the model is no ViT.
-    """
-    plain_vit.require(model, "VQT")
-    read: Any = nnx.clone(model)
-    c = read.config
-    read.room = c.depth * count
-    shape = (c.depth, count) if c.stacked else (count,)
-    for block in [read.blocks] if c.stacked else read.blocks:
-        block.room = read.room
-        block.queries = drawn(c, shape, rngs.params())
-        become(block, mixed_class(Queried, type(block)))
-    zeros = nnx.initializers.zeros_init()
-    read.head = nnx.Linear(
-        (1 + read.room) * c.width,
-        c.num_classes,
-        kernel_init=zeros,
-        dtype=c.dtype,
-        rngs=rngs,
-    )
-    become(read, mixed_class(Read, type(read)))
-    freeze(read, "head")
-    return read

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import files
+from experiments.config import run_config
 from experiments.config.run_config import WHERE, RunConfig
-from experiments.methods.registry import METHODS
+from experiments.methods import registry
 from experiments.tasks import catalogue
 
 # Of these, LoRA's factors did not decay while decay went by the number of their axes:
@@ -56,8 +57,9 @@ def collect(paths: Iterable[Path]) -> list[Run]:
 
 def label(method: str, settings: dict[str, Any]) -> str:
     """How tables call a method with its settings."""
-    title = METHODS[method].title if method in METHODS else "linear probe"
-    return title + (f"-{settings['rank']}" if "rank" in settings else "")
+    return registry.title(method) + (
+        f"-{settings['rank']}" if "rank" in settings else ""
+    )
 
 
 def _runs(where: Path) -> list[Run]:
@@ -70,8 +72,8 @@ def _runs(where: Path) -> list[Run]:
     protocol = config["protocol"] + ", searched" * config["search"]
     runs = []
     for method, result in summary["methods"].items():
-        known = dataclasses.asdict(getattr(RunConfig(), method))
-        own = {**known, **config[method]}  # which may be older than some settings
+        usual = run_config.as_dict(RunConfig())[method]
+        own = {**usual, **config[method]}  # which may be older than some settings
         shared = {k: v for k, v in config.items() if not isinstance(v, dict)}
         settings = {k: v for k, v in shared.items() if k not in IRRELEVANT}
         settings |= {f"{method}.{name}": value for name, value in own.items()}

@@ -1,7 +1,7 @@
 """One run: every method of a config on its task, into a run folder."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import nnx
@@ -11,19 +11,16 @@ import snella_jax as snella
 from experiments import files
 from experiments.config import run_config
 from experiments.data import fingerprint
-from experiments.methods import linear_probe
-from experiments.methods.registry import METHODS, Name
+from experiments.methods import linear_probe, registry
 from experiments.reports import figures, finished
 from experiments.runs import folder, search
+from experiments.runs.setup import Prepared
 from experiments.runs.train_method import tune
 from experiments.training import evaluation, metric_log
 from experiments.training.fit import TEST, VAL, Fitted
 from experiments.training.recipe import Recipe
-from experiments.training.session import Setting
 from snella_jax.nnx.selection import has_adapters
 from snella_jax.nnx.targets import select
-
-TITLES = {"linear": "linear probe"} | {n: m.title for n, m in METHODS.items()}
 
 
 class RunFailed(SystemExit):
@@ -68,7 +65,7 @@ class Result:
     settings: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def run(setting: Setting, resume: bool = False) -> dict[str, Any]:
+def run(setting: Prepared, resume: bool = False) -> dict[str, Any]:
     """Trains every method, writes the run folder, and returns `summary.json`.
 
     Args:
@@ -96,13 +93,13 @@ def run(setting: Setting, resume: bool = False) -> dict[str, Any]:
         raise SystemExit(f"Go on with it by --resume {out}") from None
 
 
-def complete(setting: Setting, resume: bool = False) -> dict[str, Any]:
+def complete(setting: Prepared, resume: bool = False) -> dict[str, Any]:
     """`run` for programs that know better how to go on: errors are what they are."""
     with folder.held(setting.out, resume):
         return _run(setting)
 
 
-def _run(setting: Setting) -> dict[str, Any]:
+def _run(setting: Prepared) -> dict[str, Any]:
     config, task, out = setting.config, setting.task, setting.out
     began = begin(setting)
     done = files.read(out / "results.json") or {}
@@ -127,7 +124,7 @@ def _run(setting: Setting) -> dict[str, Any]:
     return summary
 
 
-def begin(setting: Setting) -> dict[str, Any]:
+def begin(setting: Prepared) -> dict[str, Any]:
     """Writes what runs and on what, or reads what began; gives the environment.
 
     Raises:
@@ -147,7 +144,7 @@ def begin(setting: Setting) -> dict[str, Any]:
     return folder.started(setting.out, setting.mesh, setting.console)
 
 
-def _same_inputs(setting: Setting, begun: bool) -> None:
+def _same_inputs(setting: Prepared, begun: bool) -> None:
     """Writes fingerprints of the data and the weights, or compares them."""
     path, now = setting.out / "inputs.json", setting.inputs
     known = files.read(path)
@@ -169,7 +166,7 @@ def _same_inputs(setting: Setting, begun: bool) -> None:
         )
 
 
-def _check_decay(setting: Setting) -> None:
+def _check_decay(setting: Prepared) -> None:
     """Raises where a method would end with decay that began without it.
 
     A folder without fingerprints may be from before LoRA's factors decayed in all.
@@ -178,28 +175,32 @@ def _check_decay(setting: Setting) -> None:
     done = files.read(out / "results.json") or {}
     for method in finished.UNDECAYED:
         tried = config.grid.weight_decays if config.search else ()
-        decays = any((getattr(config, method).weight_decay, *tried))
+        decays = any((config.settings[method].weight_decay, *tried))
         if method not in config.methods or method in done or not decays:
             continue
         # NOAH's supernet has checkpoints of its own.
         left = f"checkpoints/{method}*/[0-9]*", f"search/{method}"
         if any(found for pattern in left for found in out.glob(pattern)):
             raise files.MismatchError(
-                f"{TITLES[method]} began in {out} when weight decay did not reach its "
-                "LoRA factors, and would end with it: expected a folder in which it "
+                f"{registry.title(method)} began in {out} when weight decay did not "
+                "reach its LoRA factors, and would end with it: expected a folder in which it "
                 "has not begun, or is finished. Begin another run."
             )
 
 
-def _result(method: Literal["linear"] | Name, setting: Setting) -> Result:
+def _result(method: str, setting: Prepared) -> Result:
     try:
-        return _linear(setting) if method == "linear" else _by_steps(method, setting)
+        return (
+            _linear(setting)
+            if method == registry.LINEAR
+            else _by_steps(method, setting)
+        )
     except (FloatingPointError, RuntimeError) as error:
         name = setting.task.name
-        raise RunFailed(f"{name}, {TITLES[method]}: {error}.") from error
+        raise RunFailed(f"{name}, {registry.title(method)}: {error}.") from error
 
 
-def _linear(setting: Setting) -> Result:
+def _linear(setting: Prepared) -> Result:
     config = setting.config
     with setting.console.status("linear probe"):
         probe = linear_probe.train(
@@ -225,37 +226,35 @@ def _linear(setting: Setting) -> Result:
     )
 
 
-def _by_steps(method: Name, setting: Setting) -> Result:
+def _by_steps(method: str, setting: Prepared) -> Result:
     if setting.config.search:
         config = search.chosen(method, setting)
         setting = dataclasses.replace(setting, config=config)
-    fitted, table = tune(method, setting), METHODS[method]
+    fitted, own = tune(method, setting), setting.config.settings[method]
     if has_adapters(fitted.model):
         name, place = setting.config.model, setting.out / "adapters" / method
         snella.save(fitted.model, place, base=name)
-    merged = table.merged(fitted.model)
-    moved = table.moved(setting.config, setting.base, fitted.model, merged)
-    own, last = getattr(setting.config, method), fitted.last_row
+    merged = own.merged(fitted.model)
     return Result(
         **_accuracies(method, setting, fitted, merged),
         trainable=_size(nnx.state(fitted.model, nnx.Param)),
         decayed=_decayed(setting.config.recipe(method), fitted.model),
         seconds_per_step=metric_log.median(fitted.rows, "seconds_per_step"),
-        density=last.get("density"),
-        weights_moved=moved,
-        settings={name: getattr(own, name) for name in search.names(own)},
+        density=fitted.last_row.get("density"),
+        weights_moved=own.moved(setting.base, merged, setting.config.scope()),
+        settings=own.searched,
     )
 
 
 def _accuracies(
-    method: Name, setting: Setting, fitted: Fitted, merged: Any
+    method: str, setting: Prepared, fitted: Fitted, merged: Any
 ) -> dict[str, Any]:
     """What the test split says of the last epoch, the best one and the mean weights."""
 
-    table, last, best = METHODS[method], fitted.last_row, fitted.best_row
+    last, best = fitted.last_row, fitted.best_row
 
     def tested(model: Any, merged: bool = False) -> float:
-        model = model if merged else table.merged(model)
+        model = model if merged else setting.config.settings[method].merged(model)
         source, transform = setting.task.test, setting.transforms[1]
         return evaluation.evaluate(model, source, transform, setting.mesh)
 
@@ -276,22 +275,22 @@ def _accuracies(
     return found
 
 
-def _draw(setting: Setting) -> None:
+def _draw(setting: Prepared) -> None:
     """The pictures of a run; says of which epochs there is nothing to draw."""
     config, pictures = setting.config, setting.out / "figures"
-    rows: dict[Name, list[dict[str, Any]]] = {
+    rows: dict[str, list[dict[str, Any]]] = {
         method: metric_log.of(setting.out, method) for method in config.adapted
     }
     for method, own in rows.items():
         if lost := metric_log.lacking(own, config.recipe(method).total_epochs):
             setting.console.print(
-                f"{TITLES[method]}: {setting.out / metric_log.NAME} has lost {lost}, "
-                "which curves and results lack.",
+                f"{registry.title(method)}: {setting.out / metric_log.NAME} has lost "
+                f"{lost}, which curves and results lack.",
                 style="yellow",
                 soft_wrap=True,
             )
     if rows:
-        titled = {TITLES[method]: own for method, own in rows.items()}
+        titled = {registry.title(method): own for method, own in rows.items()}
         figures.curves(pictures / "curves.png", titled, setting.task.name)
     moves = [row for row in rows.get("snella", ()) if "importance" in row]
     if moves:
@@ -299,7 +298,7 @@ def _draw(setting: Setting) -> None:
         figures.sparsity(pictures / "sparsity.png", moves[-1], setting.task.name)
 
 
-def _table(setting: Setting, results: dict[str, Result]) -> Table:
+def _table(setting: Prepared, results: dict[str, Result]) -> Table:
     task = setting.task
     sizes = "/".join(str(len(s)) for s in (task.train, task.validation, task.test))
     all_of = ", trained on the first two" if setting.config.trains_on_all else ""
@@ -321,7 +320,7 @@ def _table(setting: Setting, results: dict[str, Result]) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     for method, result in results.items():
         table.add_row(
-            TITLES[method],
+            registry.title(method),
             f"{result.test_accuracy:.2%}",
             *(_percent(getattr(result, attribute)) for _, attribute in extra),
             f"{result.trainable:,}",

@@ -14,18 +14,17 @@ from typing import Any
 
 from experiments import files
 from experiments.config.run_config import RunConfig
-from experiments.methods.registry import METHODS, Name
+from experiments.methods.method import Method
+from experiments.runs.setup import Prepared
 from experiments.runs.train_method import tune
 from experiments.training.fit import VAL
 from experiments.training.grid import beyond
-from experiments.training.session import Setting
 
 FILE = "search.json"
-SETTINGS = ("lr", "weight_decay", "target_density")
 
 
-def chosen(method: Name, setting: Setting) -> RunConfig:
-    """The config with the best settings of a method.
+def chosen(method: str, setting: Prepared) -> RunConfig:
+    """Returns the config with the best settings of a method.
 
     Trials that an interrupted run finished are not repeated, and one that it began goes
     on. One whose loss is not finite counts as failed.
@@ -37,19 +36,21 @@ def chosen(method: Name, setting: Setting) -> RunConfig:
     path = setting.out / FILE
     found = files.read(path) or {}
     trials: list[dict[str, Any]] = found.setdefault(method, [])
-    settings = getattr(setting.config, method)
+    settings = setting.config.settings[method]
     grid = setting.config.grid
     _tidy(setting.out, method, len(trials))
 
-    def tried(name: str, values: Iterable[float]) -> Any:
-        """The best settings after some values of one of them."""
+    def tried(name: str, values: Iterable[float]) -> Method:
+        """Returns the best settings after some values of one of them."""
         for value in values:
-            new = dataclasses.replace(settings, **{name: value})
+            changed: Any = {name: value}
+            new = dataclasses.replace(settings, **changed)
             if not any(_same(trial, new) for trial in trials):
                 trials.append(_trial(method, setting, new, len(trials)))
                 files.write(path, found)
                 _tidy(setting.out, method, len(trials))
-        return dataclasses.replace(settings, **_best(method, trials))
+        best: Any = _best(settings, trials)
+        return dataclasses.replace(settings, **best)
 
     rates = [settings.lr * factor for factor in (1.0, *grid.lr_factors)]
     settings = tried("lr", rates)
@@ -61,22 +62,22 @@ def chosen(method: Name, setting: Setting) -> RunConfig:
     if settings.has_density:
         settings = tried("target_density", grid.densities)
     setting.console.print(
-        f"{METHODS[method].title}: of {len(trials)} settings "
-        + ", ".join(f"{name} {getattr(settings, name):g}" for name in names(settings))
-        + f" is best on validation ({max(map(_score, trials)):.1%})",
+        f"{settings.title}: of {len(trials)} settings {_text(settings.searched)}"
+        f" is best on validation ({max(map(_score, trials)):.1%})",
         soft_wrap=True,
     )
-    return dataclasses.replace(setting.config, **{method: settings})
+    return setting.config.with_settings(**{method: settings})
 
 
-def _trial(method: Name, setting: Setting, settings: Any, index: int) -> dict[str, Any]:
+def _trial(
+    method: str, setting: Prepared, settings: Method, index: int
+) -> dict[str, Any]:
     out = setting.out / "search" / method / str(index)
-    described = {name: getattr(settings, name) for name in names(settings)}
     config = dataclasses.replace(
         setting.config, protocol="choose", search=False, ema=0.0, wandb=None
     )
-    config = dataclasses.replace(config, **{method: settings})
-    setting.console.print(f"trial {index + 1}: {_text(described)}")
+    config = config.with_settings(**{method: settings})
+    setting.console.print(f"trial {index + 1}: {_text(settings.searched)}")
     trial = dataclasses.replace(setting, config=config, out=out, located=out.parent)
     try:
         last = tune(method, trial).last_row
@@ -89,10 +90,10 @@ def _trial(method: Name, setting: Setting, settings: Any, index: int) -> dict[st
     except FloatingPointError as error:
         setting.console.print(f"failed: {error}", style="yellow", soft_wrap=True)
         result = {VAL: None, "failed": str(error)}
-    return {**described, **result}
+    return {**settings.searched, **result}
 
 
-def _tidy(out: Path, method: Name, trials: int) -> None:
+def _tidy(out: Path, method: str, trials: int) -> None:
     """Removes the checkpoints of trials that are on record; their curves stay."""
     if files.is_primary():
         for index in range(trials):
@@ -100,24 +101,19 @@ def _tidy(out: Path, method: Name, trials: int) -> None:
             shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def _best(method: Name, trials: list[dict[str, Any]]) -> dict[str, float]:
+def _best(settings: Method, trials: list[dict[str, Any]]) -> dict[str, float]:
     best = max(trials, key=lambda trial: (_score(trial), -trial["lr"]))
     if best[VAL] is None:
         raise FloatingPointError("no trial's loss stayed finite; lower its lr")
-    return {name: best[name] for name in SETTINGS if name in best}
+    return {name: best[name] for name in settings.searched}
 
 
 def _score(trial: dict[str, Any]) -> float:
     return -1.0 if trial[VAL] is None else trial[VAL]
 
 
-def _same(trial: dict[str, Any], settings: Any) -> bool:
-    return all(trial[name] == getattr(settings, name) for name in names(settings))
-
-
-def names(settings: Any) -> list[str]:
-    """Which of the settings that are searched a method has."""
-    return [name for name in SETTINGS if hasattr(settings, name)]
+def _same(trial: dict[str, Any], settings: Method) -> bool:
+    return all(trial[name] == value for name, value in settings.searched.items())
 
 
 def _text(settings: dict[str, float]) -> str:

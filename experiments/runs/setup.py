@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,89 @@ from rich.console import Console
 
 from experiments import files, paths
 from experiments.config.run_config import RunConfig
-from experiments.data import check, source
+from experiments.data import check, fingerprint, source
 from experiments.data.task import Task
-from experiments.methods.registry import METHODS
-from experiments.methods.settings import Trained
+from experiments.data.transforms import Transform
+from experiments.methods.first_stage import Staged
 from experiments.pretrained import base_models
 from experiments.tasks import catalogue
 from experiments.training import sharding
-from experiments.training.session import Setting
+from experiments.training.session import Followed, Session
+from experiments.training.trainer import Data
 from snella_jax.models import Model
 
 
-def prepared(name: str, config: RunConfig, console: Console) -> Setting:
-    """Everything that a run needs; what does not fit is said before it writes.
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run with all that it needs: config, task, model, devices and folder.
+
+    Attributes:
+      config: what the run is.
+      task: splits of the data, checked.
+      base: pre-trained model.
+      mesh: devices.
+      console: console that progress is printed to.
+      out: run folder.
+      located: folder of what first stages locate; None for the run folder.
+    """
+
+    config: RunConfig
+    task: Task
+    base: Model
+    mesh: Mesh
+    console: Console
+    out: Path
+    located: Path | None = None
+
+    @cached_property
+    def transforms(self) -> tuple[Transform, Transform]:
+        """Transforms of training images, and of all others."""
+        return base_models.transforms(self.config, self.base)
+
+    @cached_property
+    def inputs(self) -> fingerprint.Inputs:
+        """Fingerprints of the data and of the base's weights."""
+        splits = self.task.fingerprint
+        if splits is None:
+            raise ValueError(f"{self.task.name} was not looked at by check.checked.")
+        return fingerprint.of(splits, self.task.classes, base_models.files(self.config))
+
+    @property
+    def followed(self) -> Followed | None:
+        """The split that is evaluated during training."""
+        if not self.config.trains_on_all:
+            return "validation"
+        return "test" if self.config.protocol == "released" else None
+
+    @property
+    def data(self) -> Data:
+        """Examples that the protocol trains on and follows."""
+        task, config = self.task, self.config
+        return Data(
+            task.full if config.trains_on_all else task.train,
+            getattr(task, self.followed) if self.followed else None,
+            *self.transforms,
+            mix=config.mix(task.classes),
+        )
+
+    def session(self, method: str) -> Session:
+        """Returns what a method receives of the run."""
+        return Session(
+            task=self.task,
+            base=self.base,
+            mesh=self.mesh,
+            console=self.console,
+            out=self.out,
+            scope=self.config.scope(),
+            recipe=self.config.recipe(method),
+            data=self.data,
+            followed=self.followed,
+            wandb=self.config.wandb,
+        )
+
+
+def prepared(name: str, config: RunConfig, console: Console) -> Prepared:
+    """Returns everything that a run needs; writes nothing.
 
     Args:
       name: of the folder among the runs, where `config.out` does not say it.
@@ -48,11 +119,11 @@ def prepared(name: str, config: RunConfig, console: Console) -> Setting:
     check_methods(config, base)
     task = check.checked(task, console, config.skip_corrupt, to_train=True)
     check_batch(config, task, mesh)
-    return Setting(config, task, base, mesh, console, out)
+    return Prepared(config, task, base, mesh, console, out)
 
 
 def _sampled(task: Task, count: int | None) -> Task:
-    """The task with at most that many of its test images."""
+    """Returns the task with at most that many of its test images."""
     if count is None or count >= len(task.test):
         return task
     sample, _ = source.split(task.test, 0, count)
@@ -76,11 +147,12 @@ def check_methods(config: RunConfig, base: Model) -> None:
         config.recipe(method).decays(nnx.state(adapted, nnx.Param))
 
 
-def _adapted(method: Trained, config: RunConfig, base: Model) -> Any:
-    """Adapted, as if a first stage had found something, where there is one."""
-    table = METHODS[method]
-    located = [table.stage.typical(config, base)] if table.stage else []
-    return table.adapt(config, base, *located)
+def _adapted(name: str, config: RunConfig, base: Model) -> Any:
+    """Returns the adapted base, as if a first stage had found something."""
+    method, scope = config.settings[name], config.scope()
+    if isinstance(method, Staged):
+        scope = dataclasses.replace(scope, places=method.typical(base, scope))
+    return method.adapt(base, scope)
 
 
 def join_processes(config: RunConfig, console: Console) -> None:
@@ -108,7 +180,7 @@ def check_batch(config: RunConfig, task: Task, mesh: Mesh) -> None:
 
 
 def missing(config: RunConfig) -> str | None:
-    """Why a task cannot be run; None where it can."""
+    """Returns why a task cannot be run; None if it can."""
     try:
         task = catalogue.load(config.task, config.data_dir)
         check_classes(task)

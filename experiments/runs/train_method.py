@@ -1,40 +1,44 @@
 """One method on one task: its first stage, where it has one, and its training."""
 
+import dataclasses
 from typing import Any
 
 from jax.experimental import multihost_utils
 
 from experiments import files
-from experiments.methods.registry import METHODS, Name
+from experiments.methods.first_stage import Staged
+from experiments.runs.setup import Prepared
 from experiments.training.fit import Fitted, fit
-from experiments.training.session import Setting
+from experiments.training.session import Places
 
 
-def tune(method: Name, setting: Setting) -> Fitted:
+def tune(name: str, run: Prepared) -> Fitted:
     """Trains a method, from its last checkpoint on.
 
     Raises:
       FloatingPointError: a loss, update or score that is not finite.
       ValueError, RuntimeError: a first stage finds nothing; says why.
     """
-    config, table = setting.config, METHODS[method]
-    model = adapted(method, setting)
-    watch, rules = table.watch(config), table.competition(config, model)
-    recipe = config.recipe(method)
-    return fit(method, table.title, model, setting, recipe, watch, rules)
+    method, session = run.config.settings[name], run.session(name)
+    model = adapted(name, run)
+    rules = method.competition(model, session.scope, session.recipe)
+    return fit(name, method.title, model, session, method.watch(), rules)
 
 
-def adapted(method: Name, setting: Setting) -> Any:
-    """The base as the method trains it; what a first stage locates is kept.
+def adapted(name: str, run: Prepared) -> Any:
+    """Returns the base as a method trains it; keeps what a first stage locates.
 
     Values of a checkpoint belong to the places that were located before it.
     """
-    config, table = setting.config, METHODS[method]
-    if table.stage is None:
-        return table.adapt(config, setting.base)
-    density = getattr(getattr(config, method), "target_density", None)  # of a mask
-    name = f"located_{method}" + (f"_{density:g}" if density else "")
-    path = (setting.located or setting.out) / f"{name}.npz"
+    method, scope = run.config.settings[name], run.config.scope()
+    if isinstance(method, Staged):
+        scope = dataclasses.replace(scope, places=_located(name, method, run))
+    return method.adapt(run.base, scope)
+
+
+def _located(name: str, method: Staged, run: Prepared) -> Places:
+    """Returns what a first stage located, from its file once that is there."""
+    path = (run.located or run.out) / f"located_{name}{method.variant}.npz"
     if not multihost_utils.broadcast_one_to_all(path.exists()):
-        files.save(path, table.stage.locate(setting))
-    return table.adapt(config, setting.base, files.load(path))
+        files.save(path, method.locate(run.session(name)))
+    return files.load(path)

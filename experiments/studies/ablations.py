@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from experiments.config.run_config import RunConfig
-from experiments.methods.snella import DENSE
 from experiments.reports import paper
 
 BASE = "snella"
 OWN_RATE = {"kernel", "gate", "path"}  # what gets a search for its rate
+DENSE: dict[str, Any] = {"gate": "none", "initial_density": 1.0, "target_density": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,10 @@ class Variant:
 
     def config(self, run: RunConfig, seed: int, **settings: Any) -> RunConfig:
         """The run of a seed; `settings` of the method besides its changes."""
-        own = dataclasses.replace(getattr(run, self.method), **self.changes, **settings)
-        fields = {self.method: own, "methods": (self.method,), "seed": seed, **self.run}
+        own = run.settings[self.method]
+        own = dataclasses.replace(own, **self.changes, **settings)
+        run = run.with_settings(**{self.method: own})
+        fields = {"methods": (self.method,), "seed": seed, **self.run}
         return dataclasses.replace(run, **fields)
 
 

@@ -2,17 +2,16 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from experiments.config import run_config
 from experiments.config.run_config import RunConfig
-from experiments.methods.settings import Located, Masked, Parted, Plain, Ranked, Trained
+from experiments.methods import registry
 from experiments.paths import Given
 from experiments.reports import finished, table
 from experiments.studies.table_store import Store
 from experiments.training.grid import Grid
 
-Name = Literal["linear"] | Trained
 TASKS = (
     "dsprites_loc_rerendered",
     "dsprites_ori_rerendered",
@@ -20,6 +19,18 @@ TASKS = (
     "fashion_mnist",
     "elpv",
 )
+RATES = {  # where they are not the usual ones
+    "full": 3e-5,
+    "partial1": 3e-4,
+    "bias": 3e-3,
+    "ssf": 1e-3,
+    **dict.fromkeys(("adapter", "adaptformer", "lora", "dora", "mosa"), 1e-3),
+    **dict.fromkeys(("spt_adapter", "spt_lora"), 1e-3),
+    **dict.fromkeys(("klora", "snell", "snella"), 3e-3),
+    **dict.fromkeys(("snella_masked", "snella_released"), 3e-3),
+    # Without a gate its softmax and beta shift all weights: at 9e-4 it is at chance.
+    "mixk": 3e-5,
+}
 RUN = RunConfig(
     model="dinov2_saliency",
     image_size=56,
@@ -28,21 +39,10 @@ RUN = RunConfig(
     warmup_epochs=3,
     test_images=2000,
     grid=Grid(lr_factors=(0.3, 3.0), weight_decays=(), densities=(0.1, 0.6)),
-    full=Plain(lr=3e-5),
-    partial1=Plain(lr=3e-4),
-    bias=Plain(lr=3e-3),
-    ssf=Plain(lr=1e-3),
-    **dict.fromkeys(("adapter", "adaptformer", "lora", "dora"), Ranked(lr=1e-3)),
-    mosa=Parted(lr=1e-3),
-    spt_adapter=Located(lr=1e-3),
-    spt_lora=Located(lr=1e-3),
-    klora=dataclasses.replace(RunConfig.klora, lr=3e-3),
-    # Without a gate its softmax and beta shift all weights: at 9e-4 it is at chance.
-    mixk=dataclasses.replace(RunConfig.mixk, lr=3e-5),
-    snell=dataclasses.replace(RunConfig.snell, lr=3e-3),
-    snella=dataclasses.replace(RunConfig.snella, lr=3e-3),
-    snella_masked=Masked(lr=3e-3),
-    snella_released=dataclasses.replace(RunConfig.snella_released, lr=3e-3),
+    settings={
+        name: dataclasses.replace(registry.METHODS[name], lr=lr)
+        for name, lr in RATES.items()
+    },
     source="python -m experiments.compare",
 )
 
@@ -53,9 +53,9 @@ class Comparison:
 
     tasks: tuple[str, ...] = TASKS
     """Columns of the table, in the order in which they run."""
-    methods: tuple[Name, ...] = ("linear", *get_args(Trained))
+    methods: tuple[str, ...] = registry.names()
     """Rows of the table, in the order in which they run."""
-    controls: tuple[Name, ...] = ("linear", "full")
+    controls: tuple[str, ...] = ("linear", "full")
     """Methods that are run from random weights, too."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of factors and order, and of random weights. (Searches have seed 0.)"""
@@ -92,7 +92,7 @@ class Comparison:
 class Row:
     """A row of the table: a method, from pre-trained or from random weights."""
 
-    method: Name
+    method: str
     random: bool = False
     undecayed: bool = False
     """Made when LoRA's factors did not decay; of `finished.UNDECAYED` alone."""
@@ -100,7 +100,7 @@ class Row:
     @property
     def fixed(self) -> bool:
         """Whether all seeds give the same: a linear probe is fitted from zeros."""
-        return self.method == "linear" and not self.random
+        return self.method == registry.LINEAR and not self.random
 
     @property
     def name(self) -> str:
@@ -117,7 +117,7 @@ class Row:
         )
 
 
-METHODS = ("linear", *get_args(Trained))
+METHODS = registry.names()
 ROWS = [
     Row(method, random, undecayed)
     for method in METHODS

@@ -25,12 +25,12 @@ from experiments.benchmarks import targets
 from experiments.config import command_line
 from experiments.config.presets import VTAB
 from experiments.data import source
-from experiments.methods.registry import METHODS
-from experiments.methods.settings import Trained
+from experiments.methods import registry
+from experiments.methods.first_stage import Staged
 from experiments.reports import figures
 from experiments.runs import setup
+from experiments.runs.setup import Prepared
 from experiments.training.fit import VAL, fit
-from experiments.training.session import Setting
 
 PROGRAM = "python -m experiments.studies.overfit"
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     console = showing.console()
     try:
         setting = _small(setup.prepared(name, config, console), own.images)
-        staged = [m for m in config.adapted if METHODS[m].stage]
+        staged = [m for m in config.adapted if isinstance(config.settings[m], Staged)]
         if staged or not config.adapted:
             raise ValueError(
                 f"methods={config.methods}: expected some without a stage."
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         setting.out.mkdir(parents=True)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{PROGRAM}: {error}") from error
-    rows: dict[Trained, list[dict[str, Any]]] = {
+    rows: dict[str, list[dict[str, Any]]] = {
         method: _learnt(setting, method) for method in config.adapted
     }
     found = {
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "jax": jax.__version__,
     }
     files.replace(setting.out / "overfit.json", json.dumps(found, indent=1) + "\n")
-    titled = {METHODS[method].title: own for method, own in rows.items()}
+    titled = {registry.title(method): own for method, own in rows.items()}
     figures.curves(
         setting.out / "overfit.png", titled, f"{config.model}, {setting.task.name}"
     )
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return found
 
 
-def _small(setting: Setting, count: int) -> Setting:
+def _small(setting: Prepared, count: int) -> Prepared:
     """Trained and followed on the same few images."""
     task, config = setting.task, setting.config
     if not config.batch <= count <= len(task.train):
@@ -97,32 +97,25 @@ def _small(setting: Setting, count: int) -> Setting:
     return dataclasses.replace(setting, task=task, config=config)
 
 
-def _learnt(setting: Setting, name: Trained) -> list[dict[str, Any]]:
+def _learnt(setting: Prepared, name: str) -> list[dict[str, Any]]:
     """The rows of a method's epochs."""
-    method, config = METHODS[name], setting.config
-    model = method.adapt(config, setting.base)
-    return fit(
-        name,
-        method.title,
-        model,
-        setting,
-        config.recipe(name),
-        method.watch(config),
-        method.competition(config, model),
-    ).rows
+    method, session = setting.config.settings[name], setting.session(name)
+    model = method.adapt(setting.base, session.scope)
+    rules = method.competition(model, session.scope, session.recipe)
+    return fit(name, method.title, model, session, method.watch(), rules).rows
 
 
 def _accuracies(rows: list[dict[str, Any]]) -> list[float]:
     return [row[VAL] for row in rows if VAL in row]
 
 
-def _table(rows: dict[Trained, list[dict[str, Any]]]) -> Table:
+def _table(rows: dict[str, list[dict[str, Any]]]) -> Table:
     table = Table("method", "accuracy", "first at 100%", "loss", "s/step")
     for method, own in rows.items():
         learnt = next((row["epoch"] for row in own if row.get(VAL) == 1), None)
         last = own[-1]
         table.add_row(
-            METHODS[method].title,
+            registry.title(method),
             f"{last[VAL]:.1%}",
             "never" if learnt is None else f"epoch {learnt}",
             f"{last['train_loss']:.3g}",

@@ -20,8 +20,7 @@ from experiments.training import trainer as train
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.competition import Competition
 from experiments.training.metric_log import Tracker
-from experiments.training.recipe import Recipe
-from experiments.training.session import Setting
+from experiments.training.session import Session
 
 VAL, TEST = "val_accuracy", "test_accuracy"  # of rows, by what is followed
 
@@ -51,39 +50,37 @@ def fit(
     name: str,
     title: str,
     model: Any,
-    setting: Setting,
-    recipe: Recipe,
+    session: Session,
     watch: tuple[optax.GradientTransformation, ...] = (),
     competition: Competition | None = None,
 ) -> Fitted:
-    """Trains a model on a setting's data, from its last checkpoint on.
+    """Trains a model on a session's data, from its last checkpoint on.
 
     Args:
       name: of its checkpoints and rows in `metrics.jsonl`.
       title: of its progress bar.
-      model: as `train.Trainer` takes it; so are `recipe`, `watch` and
-        `competition`.
-      setting: the data, the devices and the folder.
+      model: as `train.Trainer` takes it; so are `watch` and `competition`.
+      session: the data, the recipe, the devices and the folder.
 
     Raises:
       FloatingPointError: a loss or update that is not finite.
     """
     with contextlib.ExitStack() as stack:
-        saved = Checkpoints(setting.out / "checkpoints" / name)
+        saved = Checkpoints(session.out / "checkpoints" / name)
         stack.callback(saved.close)
         trainer = train.Trainer(
             model,
-            setting.data,
-            recipe,
-            setting.mesh,
+            session.data,
+            session.recipe,
+            session.mesh,
             watch=watch,
             competition=competition,
             checkpoints=saved,
         )
         stack.callback(trainer.close)
-        tracker = Tracker(setting.out, name, trainer.passed, setting.config.wandb)
+        tracker = Tracker(session.out, name, trainer.passed, session.wandb)
         stack.callback(tracker.close)
-        _watched(title, trainer, tracker, setting)
+        _watched(title, trainer, tracker, session)
         epoch, best = trainer.best_model()
         rows = {row["epoch"]: row for row in tracker.rows}
         return Fitted(
@@ -97,10 +94,10 @@ def fit(
 
 
 def _watched(
-    title: str, trainer: train.Trainer, tracker: Tracker, setting: Setting
+    title: str, trainer: train.Trainer, tracker: Tracker, session: Session
 ) -> None:
     """Runs the epochs that are left."""
-    console, recipe = setting.console, trainer.recipe
+    console, recipe = session.console, trainer.recipe
     done, total = (n * trainer.steps for n in (trainer.passed, recipe.total_epochs))
     with Progress(
         TextColumn(title, table_column=Column(no_wrap=True)),
@@ -120,7 +117,7 @@ def _watched(
             bar.update(shown, advance=1, description=_brief(now, losses, tracker.rows))
 
         for epoch in trainer.epochs(on_step):
-            tracker.log(_row(epoch, setting.followed))
+            tracker.log(_row(epoch, session.followed))
             brief = _brief((epoch.epoch, recipe.total_epochs), losses, tracker.rows)
             bar.update(shown, description=brief)
             if not console.is_terminal:  # a log file has no bar

@@ -1,66 +1,69 @@
-"""What the methods of a run share: base model, task, devices, folder."""
+"""What a method receives to train a model on a task: nothing of how runs are told."""
 
 import dataclasses
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from experiments.config.run_config import RunConfig
-from experiments.data import fingerprint
 from experiments.data.task import Task
-from experiments.data.transforms import Transform
-from experiments.pretrained import base_models
-from experiments.training import trainer as train
+from experiments.training.recipe import Recipe
+from experiments.training.trainer import Data
 from snella_jax.models import Model
+
+Places = dict[str, np.ndarray]  # ints or bools by name, as a first stage found them
+Followed = Literal["validation", "test"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """What all methods of a run share.
+class Scope:
+    """Parts of a model that a method adapts, and the seed of what it adds.
 
     Attributes:
-      base: the pre-trained model.
-      out: the run folder.
-      located: the folder of what first stages locate, that of the run by default.
+      targets: regex of the layers that are adapted.
+      trainable: regex of what trains besides.
+      seed: seed of the run.
+      places: result of the method's first stage; empty for methods without one.
     """
 
-    config: RunConfig
+    targets: str
+    trainable: str
+    seed: int = 0
+    places: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def rngs(self) -> nnx.Rngs:
+        """Returns fresh keys for what a method adds; `seed` itself is the base's."""
+        return nnx.Rngs(self.seed + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """Everything that one method needs to train on one task.
+
+    Attributes:
+      task: splits of the data; NOAH's first stage chooses on validation.
+      base: pre-trained model.
+      mesh: devices.
+      console: console that progress is printed to.
+      out: folder of checkpoints and `metrics.jsonl`.
+      scope: parts of the model that are adapted.
+      recipe: length, rates and batches of the method's training.
+      data: examples to train on and to follow, with their transforms.
+      followed: name of the split that is followed; None where none is.
+      wandb: project in Weights & Biases to log to as well.
+    """
+
     task: Task
     base: Model
     mesh: Mesh
     console: Console
     out: Path
-    located: Path | None = None
-
-    @cached_property
-    def transforms(self) -> tuple[Transform, Transform]:
-        """Of training images, and of all others."""
-        return base_models.transforms(self.config, self.base)
-
-    @cached_property
-    def inputs(self) -> fingerprint.Inputs:
-        """Fingerprints of the data and of the base's weights."""
-        splits = self.task.fingerprint
-        if splits is None:
-            raise ValueError(f"{self.task.name} was not looked at by check.checked.")
-        return fingerprint.of(splits, self.task.classes, base_models.files(self.config))
-
-    @property
-    def followed(self) -> str | None:
-        """The split that is evaluated while training."""
-        if not self.config.trains_on_all:
-            return "validation"
-        return "test" if self.config.protocol == "released" else None
-
-    @property
-    def data(self) -> train.Data:
-        """What the protocol trains on and follows."""
-        task, config = self.task, self.config
-        return train.Data(
-            task.full if config.trains_on_all else task.train,
-            getattr(task, self.followed) if self.followed else None,
-            *self.transforms,
-            mix=config.mix(task.classes),
-        )
+    scope: Scope
+    recipe: Recipe
+    data: Data
+    followed: Followed | None
+    wandb: str | None = None
