@@ -2,12 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.config.run_config import RunConfig
 from experiments.data.transforms import Transform
 from experiments.paths import at_home
 from experiments.pretrained import dinov2_saliency, small_vit
@@ -31,7 +30,26 @@ PUBLISHED = {
 SUFFIXES = (".json", ".safetensors", ".bin")  # of a Hugging Face folder's files
 
 
-def load(config: RunConfig, classes: int) -> models.Model:
+class Choice(Protocol):
+    """A base model as a `RunConfig` names it."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def random_weights(self) -> bool: ...
+    @property
+    def image_size(self) -> int | None: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def drop_path(self) -> float: ...
+    @property
+    def crop(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def load(config: Choice, classes: int) -> models.Model:
     """The model that `config.model` names, with a new head that starts at 0.
 
     Raises:
@@ -56,7 +74,7 @@ def load(config: RunConfig, classes: int) -> models.Model:
     return model
 
 
-def taken(config: RunConfig) -> str | None:
+def taken(config: Choice) -> str | None:
     """What to say where `config.model` is a model's name and that of a file, too."""
     names = {small_vit.NAME, "dinov2_saliency", *PUBLISHED}
     if config.random_weights:
@@ -109,7 +127,7 @@ def given(name: str) -> Path:
     return at_home(PUBLISHED[name][0] if name in PUBLISHED else name)
 
 
-def files(config: RunConfig) -> list[Path]:
+def files(config: Choice) -> list[Path]:
     """What `load` reads; nothing where all weights are random."""
     if config.model == small_vit.NAME:
         return [small_vit.WEIGHTS]
@@ -123,7 +141,7 @@ def files(config: RunConfig) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
 
 
-def transforms(config: RunConfig, model: models.Model) -> tuple[Transform, Transform]:
+def transforms(config: Choice, model: models.Model) -> tuple[Transform, Transform]:
     """Of training images, and of all others, with the constants of the weights."""
     given = model.config
     if config.model == small_vit.NAME:

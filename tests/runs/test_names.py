@@ -13,7 +13,7 @@ import pictures
 import pytest
 from rich.console import Console
 
-from experiments import compare, paths, report, showing, vtab
+from experiments import compare, paths, plotting, report, terminal, vtab
 from experiments.config import command_line, presets, run_config
 from experiments.data import check
 from experiments.reports import figures
@@ -98,7 +98,7 @@ def test_no_checkpoint_lies_where_tensorstore_would_name_it_otherwise(monkeypatc
 @pytest.mark.parametrize("text", ["$5 to $9", "a$b", r"\$ and $", "$", "$$", "%_^$x$"])
 def test_text_is_drawn_as_it_is(text):
     figure = plt.figure()
-    found = figure.text(0, 0, showing.drawn(text))
+    found = figure.text(0, 0, plotting.label(text))
     drawn, is_formula = found._preprocess_math(found.get_text())
     plt.close(figure)
     assert (drawn, is_formula) == (text, False)
@@ -108,10 +108,10 @@ def test_a_console_prints_text_as_it_is(monkeypatch):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, "ascii", write_through=True)
     monkeypatch.setattr("sys.stdout", stream)
-    console = showing.console()
+    console = terminal.console()
     console.print("[red]a[/] :dog: [/b] ü \udcff", soft_wrap=True)
     console.rule("[/x]")
-    with showing.progress(Console(file=stream, force_terminal=True)) as bar:
+    with terminal.progress(Console(file=stream, force_terminal=True)) as bar:
         bar.add_task("[/y] :dog: [v2]", total=1)
     said = raw.getvalue().decode()
     assert said.startswith(r"[red]a[/] :dog: [/b] \xfc \udcff" + "\n")
