@@ -226,7 +226,7 @@ def test_a_cell_of_a_long_name_has_a_place(tmp_path):
 def test_what_moved_is_drawn_by_epoch(tmp_path, monkeypatch):
     """Rows that are lost leave no other in their place."""
     drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plotting, "save", lambda figure, path: drawn.append(figure))
     rows = [
         {"epoch": epoch, "importance": {"a": 1.0, "b": 3.0},
          "budget": {"b": 6 + epoch, "a": epoch}, "capacity": {"a": 10, "b": 20}}
