@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import files, paths, showing
+from experiments import files, paths, terminal
 from experiments.config import run_config
 from experiments.config.run_config import RunConfig
 from experiments.methods.masked import MaskedSnella
@@ -134,8 +134,8 @@ class Ablation:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and runs what is left."""
     config = tyro.cli(Ablation, prog=PROGRAM, args=argv, description=__doc__)
-    console = showing.console()
-    try:
+    console = terminal.console()
+    with terminal.exit_on_error(PROGRAM):
         config.check()
         paths.check_out(config.out)
         if not config.table_only:
@@ -146,8 +146,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         shared = {k: v for k, v in fields.items() if k not in finished.IRRELEVANT}
         shared["search_epochs"] = config.search_epochs
         store = table_store.Store(config.out, shared, run_config.as_dict(RUN))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"{PROGRAM}: {error}") from error
     left = [] if config.table_only else config.variants
     failed = [
         text for variant in left if (text := _tried(variant, config, store, console))

@@ -21,7 +21,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from experiments import files, paths, showing
+from experiments import files, paths, terminal
 from experiments.config.run_config import RunConfig
 from experiments.methods.registry import LINEAR
 from experiments.pretrained import base_models
@@ -39,8 +39,8 @@ PROGRAM = "python -m experiments.compare"
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line and runs what is left."""
     config = tyro.cli(Comparison, prog=PROGRAM, args=argv, description=__doc__)
-    console = showing.console()
-    try:
+    console = terminal.console()
+    with terminal.exit_on_error(PROGRAM):
         config.check()
         memory = _memory(config.memory)
         rows = [Row(method) for method in config.methods]
@@ -49,8 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not config.table_only:
             _check_inputs(config)
         table = Table(config)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"{PROGRAM}: {error}") from error
     store = table.store
     left = [] if config.table_only else list(itertools.product(config.tasks, rows))
     failed = [text for cell in left if (text := _tried(*cell, config, store, console))]

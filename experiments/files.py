@@ -1,7 +1,6 @@
-"""JSON and arrays in files, whole or not there; the first process writes them."""
+"""JSON, text and arrays in files, each whole or not there; one process writes them."""
 
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,49 +9,41 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.showing import shown
+from experiments.paths import printable
+from snella_jax.files.atomic import whole_file
 
 
 class MismatchError(ValueError):
-    """What is in a run folder is of another run, or damaged."""
+    """Error of a run folder whose content is damaged or belongs to another run."""
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes."""
+    """Returns True in the process that writes files."""
     return jax.process_index() == 0
 
 
-def write(path: Path, values: Any) -> None:
+def write(path: Path, values: Any, indent: int = 2) -> None:
     """Writes JSON; a reader sees the old file or the new one, whole."""
     if is_primary():
-        replace(path, json.dumps(values, indent=2) + "\n")
+        replace(path, json.dumps(values, indent=indent) + "\n")
 
 
 def replace(path: Path, text: str) -> None:
-    """Puts a text file in UTF-8 in the place of another, at once and on the disk."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(shown(text))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Writes a text file in UTF-8; a reader sees the old file or the new one, whole."""
+    with whole_file(path) as new:
+        new.write_text(printable(text), "utf-8")
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes arrays, whole or not at all; all processes return once that is done."""
     if is_primary():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("wb") as file:
+        with whole_file(path) as new, new.open("wb") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     multihost_utils.sync_global_devices(path.name)
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """What `save` wrote.
+    """Reads the arrays that `save` wrote.
 
     Raises:
       MismatchError: the file is damaged.
@@ -65,10 +56,10 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def read(path: Path) -> Any:
-    """What JSON there is at a path; None where there is no file.
+    """Reads JSON; returns None if there is no file.
 
     Raises:
-      MismatchError: it is none.
+      MismatchError: the file is not JSON.
     """
     try:
         return json.loads(path.read_text("utf-8")) if path.exists() else None

@@ -74,6 +74,16 @@ def check_out(out: Path) -> None:
         )
 
 
+def printable(name: str) -> str:
+    r"""Returns a name as any file can hold it; bytes that are no UTF-8 become escapes.
+
+    >>> printable("caf\udce9")
+    'caf\\xe9'
+    """
+    data = name.encode("utf-8", "surrogateescape")
+    return data.decode("utf-8", "backslashreplace")
+
+
 def shortened(name: str, room: int) -> str:
     """A name of at most so many bytes, cut at its end.
 

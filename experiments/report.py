@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import showing
+from experiments import terminal
 from experiments.paths import Given, check_out
 from experiments.reports import finished
 from experiments.reports.table import Accuracy, table, write
@@ -41,16 +41,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Parses the command line, prints the table, returns what `report.json` holds."""
     program = "python -m experiments.report"
     options = tyro.cli(Options, prog=program, args=argv, description=__doc__)
-    console = showing.console()
-    try:
+    console = terminal.console()
+    with terminal.exit_on_error(program):
         if not options.runs:
             raise ValueError("name at least one run folder.")
         if options.out is not None:
             check_out(options.out)
         runs = finished.collect(options.runs)
         made = table(runs, options.accuracy)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{program}: {error}") from error
     write(made, options.out, console)
     return made
 

@@ -22,9 +22,9 @@ warnings.filterwarnings(
     "error", category=EncodingWarning, module="experiments|snella_jax"
 )
 from pathlib import Path
-from experiments import folder, report, vtab
-from experiments.data import catalogue
-from snella_jax.models.checkpoints.mapping import read_json
+from experiments import files, report, vtab
+from experiments.tasks import catalogue
+from snella_jax.files.readers import read_json
 
 assert locale.getencoding() != "utf-8", locale.getencoding()
 vtab.main(sys.argv[1:])
@@ -37,10 +37,10 @@ for name in ("table.csv", "lists"):
     assert [part[1]["label"] for part in (task.train, task.validation, task.test)] == [
         1, 1, 1
     ]
-assert catalogue.load(folder.read(Path("task.json"))).name == task.name
+assert catalogue.load(files.read(Path("task.json"))).name == task.name
 (model,) = Path("weights").iterdir()
 print(ascii(read_json(model / "config.json")["id2label"]))
-folder.replace(Path("dash.md"), "\u2013\n")
+files.replace(Path("dash.md"), "\u2013\n")
 """
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reports import figures
-from experiments.reports.figures import plt
+from experiments import plotting
+from experiments.plotting import plt
+from experiments.reports.text import memory_setup
 
 
 def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -51,17 +52,10 @@ def _memory_by_method(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     axes.set(
         xlabel="peak memory (GiB)",
         xlim=(0, 1.1 * max(totals)),
-        title=f"{first['model']}, {_setting(first)}",
+        title=f"{first['model']}, {memory_setup(first)}",
     )
     axes.legend(loc="lower right", fontsize=8)
-    figures.save(figure, path)
-
-
-def _setting(row: dict[str, Any]) -> str:
-    return (
-        f"{row['target']}, batch {row['batch']}, {row['dtype']}, frozen weights "
-        f"{row['frozen_dtype']}"
-    )
+    plotting.save(figure, path)
 
 
 def _memory_by_size(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -91,10 +85,10 @@ def _memory_by_size(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     axes.set(
         ylabel="peak memory of a step (GiB)",
         ylim=(None, max(110, 1.2 * max(row["total_bytes"] for row in rows) / 2**30)),
-        title=_setting(first),
+        title=memory_setup(first),
     )
     figure.legend(fontsize=8, loc="outside right upper")
-    figures.save(figure, path)
+    plotting.save(figure, path)
 
 
 def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -128,7 +122,7 @@ def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         title=f"{first['model']}, batch {first['batch']}, {first['dtype']}: "
         f"{first['device']}",
     )
-    figures.save(figure, path)
+    plotting.save(figure, path)
 
 
 def profile(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -154,4 +148,4 @@ def profile(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         f"{first['device']}",
     )
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    figures.save(figure, path)
+    plotting.save(figure, path)

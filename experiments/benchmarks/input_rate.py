@@ -8,7 +8,6 @@ stream that delivers less than the fastest step consumes would hold the training
 """
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,14 +20,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import files, showing
+from experiments import terminal
 from experiments.benchmarks import targets, throughput, workload
 from experiments.data import pipeline
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
 from experiments.paths import Given, check_out
+from experiments.reports import result_files
 from experiments.tasks import catalogue
 from snella_jax import models
+
+PROGRAM = "python -m experiments.benchmarks.input_rate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +61,8 @@ class RateConfig:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Parses the command line, times, and returns the rows of `input_rate.json`."""
-    program = "python -m experiments.benchmarks.input_rate"
-    config = tyro.cli(RateConfig, prog=program, args=argv, description=__doc__)
-    try:
+    config = tyro.cli(RateConfig, prog=PROGRAM, args=argv, description=__doc__)
+    with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
         for name in ("batches", "repetitions", "threads"):
             if getattr(config, name) < 1:
@@ -82,17 +83,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         }
         task = catalogue.load(config.task, config.data_dir)
         streams = {f"stream, {crop}": _stream(crop, task, config) for crop in CROPS}
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"{program}: {error}") from error
-    console = showing.console()
+    console = terminal.console()
     runs = dict(streams)
     for name, setting in track(steps.items(), "compiling", console=console):
         runs[name] = _images_of(throughput.compiled(setting)[1], config.batch)
     rows = _timed(runs, config, console)
-    config.out.mkdir(parents=True, exist_ok=True)
-    files.replace(config.out / "input_rate.json", json.dumps(rows, indent=1) + "\n")
-    console.print(_table(rows))
-    console.print(f"input_rate.json is in {config.out}", soft_wrap=True)
+    result_files.write(config.out, "input_rate", rows, console, table=_table(rows))
     return rows
 
 

@@ -13,21 +13,22 @@ where it takes more (`locating_bytes`).
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import optax
 import tyro
 from rich.progress import track
 from rich.table import Table
 
-from experiments import files, showing
+from experiments import terminal
 from experiments.benchmarks import figures, targets, workload
 from experiments.paths import Given, check_out
+from experiments.reports import result_files
 
+PROGRAM = "python -m experiments.benchmarks.memory"
 GIB = 2**30
 PARTS = ("total", "argument", "temporary", "locating")
 
@@ -47,30 +48,21 @@ class MemoryConfig(workload.Options):
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Parses the command line, compiles, and returns the rows of `memory.json`."""
-    config = tyro.cli(
-        MemoryConfig,
-        prog="python -m experiments.benchmarks.memory",
-        args=argv,
-        description=__doc__,
-    )
-    try:
+    config = tyro.cli(MemoryConfig, prog=PROGRAM, args=argv, description=__doc__)
+    with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
         if not config.model:
             raise ValueError("--model names nothing: expected at least one.")
         settings = [each for name in config.model for each in config.settings(name)]
         where = targets.sharding(config.target)
-    except (ValueError, ModuleNotFoundError) as error:
-        raise SystemExit(f"python -m experiments.benchmarks.memory: {error}") from error
-    console = showing.console()
+    console = terminal.console()
     rows = [
         row(setting, config.target, where)
         for setting in track(settings, "compiling", console=console)
     ]
-    config.out.mkdir(parents=True, exist_ok=True)
-    files.replace(config.out / "memory.json", json.dumps(rows, indent=1) + "\n")
-    figures.memory(config.out / "memory.png", rows)
-    console.print(_table(rows))
-    console.print(f"memory.json and memory.png are in {config.out}", soft_wrap=True)
+    result_files.write(
+        config.out, "memory", rows, console, figures.memory, _table(rows)
+    )
     return rows
 
 
@@ -98,7 +90,7 @@ def row(
         "remat": setting.remat,
         "attention": setting.attention,
         "parameters": workload.parameters(setting.model),
-        "trainable": _size(one.arguments[0]),
+        "trainable": optax.tree.size(one.arguments[0]),
         "compile_seconds": round(seconds, 1),
         "device": targets.describe(target),
         "jax": jax.__version__,
@@ -117,10 +109,6 @@ def _allocated(one: workload.Step, where: Any) -> dict[str, int]:
         "result_bytes": parts.output_size_in_bytes - parts.alias_size_in_bytes,
     }
     return {"total_bytes": sum(found.values())} | found
-
-
-def _size(tree: Any) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -10,7 +10,6 @@ Prints a table and writes `profile.json` and `profile.png` into `--out`. Tested 
 """
 
 import collections
-import json
 import math
 import re
 import statistics
@@ -28,9 +27,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import files, showing
+from experiments import terminal
 from experiments.benchmarks import figures, targets, workload
 from experiments.paths import Given, check_out
+from experiments.reports import result_files
+
+PROGRAM = "python -m experiments.benchmarks.profile"
 
 # The first that is found in the name of an operation is its part.
 PARTS = {
@@ -66,25 +68,20 @@ class ProfileConfig(workload.Options):
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Parses the command line, profiles, and returns the rows of `profile.json`."""
-    program = "python -m experiments.benchmarks.profile"
-    config = tyro.cli(ProfileConfig, prog=program, args=argv, description=__doc__)
-    try:
+    config = tyro.cli(ProfileConfig, prog=PROGRAM, args=argv, description=__doc__)
+    with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
         if config.steps < 1:
             raise ValueError(f"steps={config.steps}: expected at least 1.")
         settings = config.settings(config.model)
-    except ValueError as error:
-        raise SystemExit(f"{program}: {error}") from error
-    console = showing.console()
+    console = terminal.console()
     runs = [
         compiled(setting) for setting in track(settings, "compiling", console=console)
     ]
     rows = _in_turns(runs, config.steps, console)
-    config.out.mkdir(parents=True, exist_ok=True)
-    files.replace(config.out / "profile.json", json.dumps(rows, indent=1) + "\n")
-    figures.profile(config.out / "profile.png", rows)
-    console.print(_table(rows))
-    console.print(f"profile.json and profile.png are in {config.out}", soft_wrap=True)
+    result_files.write(
+        config.out, "profile", rows, console, figures.profile, _table(rows)
+    )
     return rows
 
 

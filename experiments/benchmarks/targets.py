@@ -13,6 +13,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from experiments import hardware
+
 Target = Literal["local", "tpu-v5e", "h100"]
 
 # What the compilers want to know of the host and the device, read when they start.
@@ -64,7 +66,7 @@ def sharding(target: Target) -> SingleDeviceSharding:
 def describe(target: Target) -> str:
     """The device's name as results give it."""
     if target == "local":
-        return f"{jax.devices()[0].device_kind}, {os.cpu_count()} host cores"
+        return hardware.describe()
     return f"{target}, compiled without the device"
 
 

@@ -11,7 +11,6 @@ needs `pip install torch transformers peft`.
 """
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -24,9 +23,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import files, showing
+from experiments import terminal
 from experiments.benchmarks import figures, targets, workload
 from experiments.paths import Given, check_out
+from experiments.reports import result_files
+
+PROGRAM = "python -m experiments.benchmarks.throughput"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,28 +51,22 @@ class ThroughputConfig(workload.Options):
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Parses the command line, times, and returns the rows of `throughput.json`."""
-    program = "python -m experiments.benchmarks.throughput"
-    config = tyro.cli(ThroughputConfig, prog=program, args=argv, description=__doc__)
-    try:
+    config = tyro.cli(ThroughputConfig, prog=PROGRAM, args=argv, description=__doc__)
+    with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
         if config.repetitions < 1:
             raise ValueError(f"repetitions={config.repetitions}: expected at least 1.")
         settings = config.settings(config.model)
         peer = _torch_peer(settings[0]) if config.peer == "torch" else None
-    except (ValueError, ModuleNotFoundError) as error:
-        raise SystemExit(f"{program}: {error}") from error
-    console = showing.console()
+    console = terminal.console()
     runs: list[tuple[dict[str, Any], Callable[[], None]]] = [
         compiled(setting) for setting in track(settings, "compiling", console=console)
     ]
     if peer is not None:
         runs.append(peer)
     rows = _timed(runs, config.repetitions, console)
-    config.out.mkdir(parents=True, exist_ok=True)
-    files.replace(config.out / "throughput.json", json.dumps(rows, indent=1) + "\n")
-    figures.throughput(config.out / "throughput.png", rows)
-    console.print(_table(rows))
-    console.print(f"throughput.json and throughput.png are in {config.out}")
+    draw = figures.throughput
+    result_files.write(config.out, "throughput", rows, console, draw, _table(rows))
     return rows
 
 

@@ -226,7 +226,7 @@ def parameters(model: str) -> int:
     shapes = nnx.eval_shape(
         lambda: models.create(model, num_classes=CLASSES, rngs=nnx.Rngs(0))
     )
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+    return optax.tree.size(nnx.state(shapes, nnx.Param))
 
 
 def locating(setting: Setting) -> Step | None:

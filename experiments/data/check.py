@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from rich.console import Console
 
-from experiments import showing
+from experiments import terminal
 from experiments.data import fingerprint
 from experiments.data.source import CorruptImageError, Source, take
 from experiments.data.task import Task
+from experiments.paths import printable
 
 SHOWN, MISSING_SHOWN = 5, 50
 SPLITS = "train", "validation", "test"
@@ -38,7 +39,7 @@ def checked(
     """
     tell(task, console)
     looked = {}
-    with showing.progress(console) as progress:
+    with terminal.progress(console) as progress:
         for name in SPLITS:
             source: Source = getattr(task, name)
             bar = progress.add_task(f"checking {task.name}, {name}", total=len(source))
@@ -61,8 +62,9 @@ def tell(task: Task, console: Console) -> None:
 
 
 def _say(console: Console, text: str) -> None:
-    text = showing.shown(text)
-    console.print(text, style="yellow", markup=False, emoji=False, soft_wrap=True)
+    console.print(
+        printable(text), style="yellow", markup=False, emoji=False, soft_wrap=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)

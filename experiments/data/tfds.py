@@ -13,8 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.data.source import Example, Source, decoding, pixels_of, take
-from experiments.paths import at_home
-from experiments.showing import shown
+from experiments.paths import at_home, printable
 
 LabelOf = Callable[[dict[str, Any]], int]
 FORMAT, INFO = "array_record", "dataset_info.json"
@@ -76,9 +75,9 @@ class Builder:
           ValueError: the path is no UTF-8.
         """
         data_dir = at_home(data_dir)
-        if shown(str(data_dir)) != str(data_dir):
+        if printable(str(data_dir)) != str(data_dir):
             raise ValueError(
-                f"TFDS reads nothing below {shown(str(data_dir))!r}: expected a "
+                f"TFDS reads nothing below {printable(str(data_dir))!r}: expected a "
                 "--data_dir in UTF-8."
             )
         folders = [data_dir / self.name / version for version in self.versions]

@@ -30,8 +30,8 @@ PUBLISHED = {
 SUFFIXES = (".json", ".safetensors", ".bin")  # of a Hugging Face folder's files
 
 
-class Wanted(Protocol):
-    """The base model that a run starts from: those fields of its config."""
+class Choice(Protocol):
+    """A base model as a `RunConfig` names it."""
 
     @property
     def model(self) -> str: ...
@@ -40,16 +40,16 @@ class Wanted(Protocol):
     @property
     def image_size(self) -> int | None: ...
     @property
-    def drop_path(self) -> float: ...
-    @property
     def dtype(self) -> str: ...
+    @property
+    def drop_path(self) -> float: ...
     @property
     def crop(self) -> str: ...
     @property
     def seed(self) -> int: ...
 
 
-def load(config: Wanted, classes: int) -> models.Model:
+def load(config: Choice, classes: int) -> models.Model:
     """The model that `config.model` names, with a new head that starts at 0.
 
     Raises:
@@ -74,7 +74,7 @@ def load(config: Wanted, classes: int) -> models.Model:
     return model
 
 
-def taken(config: Wanted) -> str | None:
+def taken(config: Choice) -> str | None:
     """What to say where `config.model` is a model's name and that of a file, too."""
     names = {small_vit.NAME, "dinov2_saliency", *PUBLISHED}
     if config.random_weights:
@@ -127,7 +127,7 @@ def given(name: str) -> Path:
     return at_home(PUBLISHED[name][0] if name in PUBLISHED else name)
 
 
-def files(config: Wanted) -> list[Path]:
+def files(config: Choice) -> list[Path]:
     """What `load` reads; nothing where all weights are random."""
     if config.model == small_vit.NAME:
         return [small_vit.WEIGHTS]
@@ -141,7 +141,7 @@ def files(config: Wanted) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
 
 
-def transforms(config: Wanted, model: models.Model) -> tuple[Transform, Transform]:
+def transforms(config: Choice, model: models.Model) -> tuple[Transform, Transform]:
     """Of training images, and of all others, with the constants of the weights."""
     given = model.config
     if config.model == small_vit.NAME:

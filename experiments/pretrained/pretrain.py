@@ -23,7 +23,7 @@ from flax import nnx
 from rich.progress import track
 
 from experiments.paths import Given
-from experiments.pretrained import weights
+from experiments.pretrained import small_vit
 from experiments.pretrained.small_vit import SMALL, normalise
 from experiments.tasks import fashion_mnist
 from snella_jax.models.vit import ViT
@@ -81,9 +81,8 @@ def main(config: PretrainConfig) -> None:
             print(row)
             log.write(json.dumps(row) + "\n")
             log.flush()
-            weights.save(
-                nnx.merge(graphdef, params), config.out / "weights.safetensors"
-            )
+            model = nnx.merge(graphdef, params)
+            small_vit.save(model, config.out / "weights.safetensors")
 
 
 def _step(

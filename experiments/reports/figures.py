@@ -1,20 +1,15 @@
 """Pictures of a run."""
 
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
-from experiments.showing import drawn
+from experiments import plotting
+from experiments.plotting import plt
 
 
 def allocation(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -52,7 +47,7 @@ def allocation(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     right.set(title=f"Budget in the epoch ({totals})", xlabel="epoch")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    save(figure, path)
+    plotting.save(figure, path)
 
 
 def curves(path: Path, methods: dict[str, list[dict[str, Any]]], task: str) -> None:
@@ -84,8 +79,8 @@ def curves(path: Path, methods: dict[str, list[dict[str, Any]]], task: str) -> N
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    figure.suptitle(drawn(task))
-    save(figure, path)
+    figure.suptitle(plotting.label(task))
+    plotting.save(figure, path)
 
 
 def sparsity(path: Path, row: dict[str, Any], task: str) -> None:
@@ -122,11 +117,11 @@ def sparsity(path: Path, row: dict[str, Any], task: str) -> None:
         line = [start + slope * b for b in blocks]
         axes.plot(blocks, line, color="black", label=f"fit, {slope:+.3f} a block")
     axes.set(xlabel="block", ylabel="share that may not move", ylim=(-0.03, 1.03))
-    axes.set_title(f"{drawn(task)}: sparsity in epoch {row['epoch']}")
+    axes.set_title(f"{plotting.label(task)}: sparsity in epoch {row['epoch']}")
     labels = [".".join(map(str, block)) for block in every]
     axes.set_xticks(blocks, labels, rotation=90 * any("." in text for text in labels))
     figure.legend(loc="outside right upper", fontsize=8)
-    save(figure, path)
+    plotting.save(figure, path)
 
 
 def block_of(name: str) -> tuple[int, ...] | None:
@@ -153,12 +148,3 @@ def kind_of(name: str) -> str:
     ('query', 'fc1')
     """
     return re.sub(r"\[\d+\]", "", name).rsplit("/", 1)[-1]
-
-
-def save(figure: Figure, path: Path, dpi: int = 130) -> None:
-    """Writes a PNG and forgets the figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():  # of names in letters that the font draws as boxes
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        figure.savefig(path, dpi=dpi)
-    plt.close(figure)

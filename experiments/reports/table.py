@@ -1,6 +1,5 @@
 """Tables of a benchmark's runs: means over seeds, beside the paper's numbers."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ def write(made: dict[str, Any], out: Path | None, console: Console) -> None:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         files.replace(out / "report.md", text.markdown(made))
-        files.replace(out / "report.json", json.dumps(made, indent=1) + "\n")
+        files.write(out / "report.json", made, indent=1)
         console.print(f"report.md and report.json are in {out}", soft_wrap=True)
 
 

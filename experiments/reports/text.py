@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from experiments.showing import celled
+from experiments.paths import printable
 
 MISSING = "–"  # noqa: RUF001
 
@@ -50,6 +50,28 @@ def markdown(made: dict[str, Any]) -> str:
     cells = [[*map(celled, row)] for row in (header, ruler, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([*lines, "", caption(made), ""])
+
+
+def celled(text: str) -> str:
+    r"""Text as a cell of a Markdown table, in one line.
+
+    >>> print(celled("cats|dogs"))
+    cats\|dogs
+    """
+    return " ".join(printable(text).split("\n")).replace("|", r"\|")
+
+
+def memory_setup(row: dict[str, Any]) -> str:
+    """Returns what a row of `memory.json` was measured with, for titles.
+
+    >>> row = {"target": "h100", "batch": 8, "dtype": "bfloat16"}
+    >>> memory_setup(row | {"frozen_dtype": "float32"})
+    'h100, batch 8, bfloat16, frozen weights float32'
+    """
+    return (
+        f"{row['target']}, batch {row['batch']}, {row['dtype']}, frozen weights "
+        f"{row['frozen_dtype']}"
+    )
 
 
 def _lines(made: dict[str, Any]) -> tuple[list[str], list[list[str]], list[int]]:

@@ -4,7 +4,7 @@ import itertools
 import sys
 from typing import Any
 
-from experiments import showing
+from experiments import terminal
 from experiments.config import command_line
 from experiments.config.presets import SUITES
 from experiments.runs import setup, suite
@@ -26,7 +26,7 @@ def main(
       SystemExit: with a message, where something does not fit, is missing or fails.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    console = showing.console()
+    console = terminal.console()
     resumed, words = command_line.interrupted(program, words)
     if resumed is not None and (resumed / suite.FILE).exists():
         return suite.resume(resumed, console)
@@ -40,10 +40,8 @@ def main(
         return suite.start(program, suite_name, found, console)
     name, config = command_line.parse(program, presets, words, suite_name)
     setup.join_processes(config, console)
-    try:
+    with terminal.exit_on_error(program):
         setting = setup.prepared(name, config, console)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"{program}: {error}") from error
     return run(setting, resume=resumed is not None)
 
 

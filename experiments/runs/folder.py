@@ -5,7 +5,6 @@ are finished, `summary.json` that all are. Of several processes the first one wr
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 import snella_jax as snella
+from experiments import hardware
 from experiments.files import is_primary, read, write
 from experiments.training import sharding
 
@@ -51,7 +51,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     count = jax.process_count()
     processes = f", {count} processes" if count > 1 else ""
     return {
-        "device": f"{sharding.describe(mesh)}{processes}, {os.cpu_count()} host cores",
+        "device": hardware.describe(f"{sharding.describe(mesh)}{processes}"),
         "versions": {m.__name__: m.__version__ for m in (snella, jax, flax)},
     }
 
@@ -77,6 +77,6 @@ def started(out: Path, mesh: Mesh, console: Console) -> dict[str, Any]:
 
 
 def in_use(out: Path) -> bool:
-    """Whether there is something in a folder that a run would have to respect."""
+    """Returns True if a folder has files; hidden ones (locks) do not count."""
     found = out.iterdir() if out.exists() else ()
-    return any(path.suffix != ".partial" and path.name != LOCK for path in found)
+    return any(not path.name.startswith(".") for path in found)

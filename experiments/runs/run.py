@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 from rich.table import Table
 
@@ -237,7 +238,7 @@ def _by_steps(method: str, setting: Prepared) -> Result:
     merged = own.merged(fitted.model)
     return Result(
         **_accuracies(method, setting, fitted, merged),
-        trainable=_size(nnx.state(fitted.model, nnx.Param)),
+        trainable=optax.tree.size(nnx.state(fitted.model, nnx.Param)),
         decayed=_decayed(setting.config.recipe(method), fitted.model),
         seconds_per_step=metric_log.median(fitted.rows, "seconds_per_step"),
         density=fitted.last_row.get("density"),
@@ -338,10 +339,6 @@ def _seconds(seconds: float | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
-
-
-def _size(tree: Any) -> int:
-    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def _decayed(recipe: Recipe, model: nnx.Module) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import files, paths
+from experiments import files, paths, terminal
 from experiments.config import command_line, run_config
 from experiments.config.run_config import RunConfig
 from experiments.pretrained import base_models
@@ -42,11 +42,9 @@ def start(
             "runs some of them.\n  " + "\n  ".join(lacking)
         )
     out = some.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
-    try:
+    with terminal.exit_on_error(program):
         paths.check_out(out)
         base_models.load(some, classes=2)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"{program}: {error}") from error
     if files.is_primary():
         if folder.in_use(out):
             raise SystemExit(

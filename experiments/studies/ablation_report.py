@@ -1,7 +1,6 @@
 """The ablations' tables and pictures, from what is done of them."""
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -11,11 +10,9 @@ from typing import Any
 from rich.console import Console
 from scipy import stats
 
-from experiments import files
-from experiments.reports import figures
-from experiments.reports.figures import plt
+from experiments import files, plotting
+from experiments.plotting import plt
 from experiments.reports.text import MISSING
-from experiments.showing import drawn
 from experiments.studies.ablations import STUDIES, Study, Variant
 from experiments.studies.table_store import Done, Store
 
@@ -66,7 +63,7 @@ def write(store: Store, task: str, out: Path, console: Console) -> None:
         ]
     text = "\n".join(lines)
     files.replace(out / "report.md", text)
-    files.replace(out / "report.json", json.dumps(tables, indent=1) + "\n")
+    files.write(out / "report.json", tables, indent=1)
     console.print(f"report.md and report.json are in {out}", soft_wrap=True)
 
 
@@ -197,5 +194,5 @@ def picture(path: Path, study: Study, made: dict[str, Any], setup: str) -> None:
     left.set(xlabel="test accuracy, %", title="accuracy of each seed, and their mean")
     right.set(xlabel="epoch", yscale="log", title="norm of the factors' gradient")
     right.legend(fontsize=7)
-    figure.suptitle(f"{heading(study)}\n{drawn(setup)}", fontsize=10)
-    figures.save(figure, path)
+    figure.suptitle(f"{heading(study)}\n{plotting.label(setup)}", fontsize=10)
+    plotting.save(figure, path)

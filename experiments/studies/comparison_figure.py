@@ -9,10 +9,9 @@ import numpy as np
 from adjustText import adjust_text
 from matplotlib import patheffects
 
-from experiments.benchmarks.figures import _setting
-from experiments.reports import figures
-from experiments.reports.figures import plt
-from experiments.showing import drawn
+from experiments import plotting
+from experiments.plotting import plt
+from experiments.reports.text import memory_setup
 
 
 def accuracy_memory(
@@ -48,17 +47,18 @@ def accuracy_memory(
         labels[axes] = [_point(axes, point) for point in learnt]
         for point in not_learnt:
             _arrow(axes, point)
-        axes.set(title=drawn(task), ylabel="test accuracy (%)")
+        axes.set(title=plotting.label(task), ylabel="test accuracy (%)")
         axes.margins(x=0.15, y=0.1)
     figure.supxlabel("peak memory of a step or first stage (GiB)", fontsize="medium")
-    what = f"accuracy: {drawn(setup)}\nmemory: {memory['model']}, {_setting(memory)}"
-    figure.suptitle(what, fontsize="medium")
+    accuracy_of = f"accuracy: {plotting.label(setup)}"
+    memory_of = f"memory: {memory['model']}, {memory_setup(memory)}"
+    figure.suptitle(f"{accuracy_of}\n{memory_of}", fontsize="medium")
     figure.canvas.draw()  # now the panels are where they will be
     figure.set_layout_engine("none")
     for axes, texts in labels.items():
         arrows = {"arrowstyle": "-", "color": "grey", "linewidth": 0.6}
         adjust_text(texts, ax=axes, expand=(1.2, 1.8), arrowprops=arrows, iter_lim=900)
-    figures.save(figure, path)
+    plotting.save(figure, path)
 
 
 def _divided(points: Sequence[dict[str, Any]]) -> tuple[list[Any], list[Any]]:

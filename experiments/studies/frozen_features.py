@@ -10,15 +10,12 @@ for what to install.
 """
 
 import dataclasses
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from flax import nnx
@@ -30,13 +27,15 @@ from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from experiments import files, showing
+from experiments import hardware, plotting, terminal
 from experiments.paths import Given, check_out
+from experiments.plotting import plt
 from experiments.pretrained import dinov2_saliency
-from experiments.reports.figures import save
+from experiments.reports import result_files
 from experiments.tasks import elpv
 from snella_jax.models import vit
 
+PROGRAM = "python -m experiments.studies.frozen_features"
 BATCH = 32
 STRENGTHS = np.logspace(-1, 5, 13)
 BLOCK = 12  # from 1: the last, so that nothing is chosen
@@ -76,9 +75,8 @@ class FeaturesConfig:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parses the command line, measures, and returns what the JSON file holds."""
-    program = "python -m experiments.studies.frozen_features"
-    config = tyro.cli(FeaturesConfig, prog=program, args=argv, description=__doc__)
-    try:
+    config = tyro.cli(FeaturesConfig, prog=PROGRAM, args=argv, description=__doc__)
+    with terminal.exit_on_error(PROGRAM):
         config.check()
         check_out(config.out)
         models = {
@@ -91,9 +89,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             ),
         }
         cells = elpv.photographs()
-    except (ValueError, ModuleNotFoundError) as error:
-        raise SystemExit(f"{program}: {error}") from error
-    console = showing.console()
+    console = terminal.console()
     drawn, draws = _draw(config)
     labels = {
         "defective": cells.defect[drawn] >= 2,  # a probability of 2/3 or 1
@@ -110,16 +106,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "model": dinov2_saliency.NAME,
         "data": elpv.NAME,
         **settings,
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} host cores",
+        "device": hardware.describe(),
         "jax": jax.__version__,
         "rows": rows,
     }
-    config.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1) + "\n"
-    files.replace(config.out / "frozen_features.json", text)
-    _figure(config.out / "frozen_features.png", result)
-    console.print(_table(result))
-    console.print(f"frozen_features.json and .png are in {config.out}", soft_wrap=True)
+    name, table = "frozen_features", _table(result)
+    result_files.write(config.out, name, result, console, _figure, table)
     return result
 
 
@@ -196,10 +188,6 @@ def _table(result: dict[str, Any]) -> Table:
     return table
 
 
-if __name__ == "__main__":
-    main()
-
-
 def _figure(path: Path, result: dict[str, Any]) -> None:
     """Draws accuracy by block, a panel for each kind of label, a line for each model.
 
@@ -228,4 +216,8 @@ def _figure(path: Path, result: dict[str, Any]) -> None:
         f"{result['model']}, frozen, on {result['data']}: ridge, {result['train']} "
         f"cells to train, mean and deviation of {result['splits']} splits"
     )
-    save(figure, path)
+    plotting.save(figure, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,10 +17,12 @@ import numpy as np
 import tyro
 
 import snella_jax as snella
-from experiments import files, showing
-from experiments.paths import Given
+from experiments import terminal
+from experiments.paths import Given, check_out
+from experiments.reports import result_files
 from experiments.studies import kernel_figures
 
+PROGRAM = "python -m experiments.studies.kernel_curves"
 POINTS = 101
 NORMALIZED = ("normalized_rbf", "mix_k")
 
@@ -37,19 +39,16 @@ class CurvesConfig:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parses the command line, draws, and returns what the JSON file holds."""
-    program = "python -m experiments.studies.kernel_curves"
-    config = tyro.cli(CurvesConfig, prog=program, args=argv, description=__doc__)
-    if not 0 < config.reach < np.inf:
-        raise SystemExit(f"{program}: reach={config.reach}: expected more than 0.")
+    config = tyro.cli(CurvesConfig, prog=PROGRAM, args=argv, description=__doc__)
+    with terminal.exit_on_error(PROGRAM):
+        check_out(config.out)
+        if not 0 < config.reach < np.inf:
+            raise ValueError(f"reach={config.reach}: expected more than 0.")
     x = np.linspace(-config.reach, config.reach, POINTS)
-    rows = [row(name, x) for name in snella.kernels.KERNELS]
-    result = {"x": x.tolist(), "rows": rows}
-    config.out.mkdir(parents=True, exist_ok=True)
-    files.write(config.out / "kernel_curves.json", result)
-    kernel_figures.curves(config.out / "kernel_curves.png", x, rows)
-    text = f"kernel_curves.json and .png are in {config.out}"
-    showing.console().print(text, soft_wrap=True)
-    return result
+    curves = {"x": x.tolist(), "rows": [row(n, x) for n in snella.kernels.KERNELS]}
+    draw, console = kernel_figures.curves, terminal.console()
+    result_files.write(config.out, "kernel_curves", curves, console, draw)
+    return curves
 
 
 def row(name: str, x: np.ndarray) -> dict[str, Any]:

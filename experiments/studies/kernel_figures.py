@@ -1,22 +1,21 @@
 """Pictures of the kernels, beside the paper's Figure 4."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.reports import figures
-from experiments.reports.figures import plt
+from experiments import plotting
+from experiments.plotting import plt
 
 
-def curves(path: Path, x: np.ndarray, rows: Sequence[dict[str, Any]]) -> None:
+def curves(path: Path, result: dict[str, Any]) -> None:
     """Draws every kernel in one dimension, and its slope (Figure 4(a)).
 
     Args:
       path: the PNG to write.
-      x: where the kernels were evaluated.
-      rows: with `kernel`, `values` and `slopes`.
+      result: content of `kernel_curves.json`: `x`, where the kernels were evaluated,
+        and `rows`, each with `kernel`, `values` and `slopes`.
     """
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     names = {
@@ -24,12 +23,12 @@ def curves(path: Path, x: np.ndarray, rows: Sequence[dict[str, Any]]) -> None:
         "slopes": "its slope",
     }
     for axes, (name, title) in zip(panels, names.items(), strict=True):
-        for row in rows:
-            axes.plot(x, row[name], label=row["kernel"])
+        for row in result["rows"]:
+            axes.plot(result["x"], row[name], label=row["kernel"])
         axes.set(title=title, xlabel="x")
         axes.axhline(0, color="lightgrey", linewidth=0.8, zorder=0)
     panels[0].legend(fontsize=8)
-    figures.save(figure, path)
+    plotting.save(figure, path)
 
 
 def fitting(path: Path, result: dict[str, Any]) -> None:
@@ -59,4 +58,4 @@ def fitting(path: Path, result: dict[str, Any]) -> None:
         f"{result['matrices']} sparse {sign}matrices of each rank, {result['size']} x "
         f"{result['size']}, by factors of rank {result['rank']}"
     )
-    figures.save(figure, path)
+    plotting.save(figure, path)

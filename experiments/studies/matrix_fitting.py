@@ -11,7 +11,6 @@ keeps every kernel that is finished: the same command goes on with it.
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +26,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import snella_jax as snella
-from experiments import files, showing
+from experiments import files, hardware, terminal
 from experiments.paths import Given, check_out
+from experiments.reports import result_files
 from experiments.studies import kernel_figures
 
 Name = Literal[
@@ -36,7 +36,7 @@ Name = Literal[
 ]
 PAPERS_ORDER: tuple[Name, ...] = ("linear", "piecewise_linear", "rbf", "mix_k")
 POINTS = 60  # of a curve
-FILE = "matrix_fitting.json"
+NAME = "matrix_fitting"
 PROGRAM = "python -m experiments.studies.matrix_fitting"
 
 
@@ -90,31 +90,26 @@ class FittingConfig:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parses the command line, fits, and returns what the JSON file holds."""
     config = tyro.cli(FittingConfig, prog=PROGRAM, args=argv, description=__doc__)
-    try:
+    with terminal.exit_on_error(PROGRAM):
         config.check()
         check_out(config.out)
         result = _begun(config)
-    except ValueError as error:
-        raise SystemExit(f"{PROGRAM}: {error}") from error
-    console = showing.console()
+    console = terminal.console()
     targets = np.concatenate([matrices(config, rank) for rank in config.ranks])
     result["targets"] = {
         "rank": np.linalg.matrix_rank(targets).tolist(),
         "density": (targets != 0).mean((1, 2)).tolist(),
     }
-    path = config.out / FILE
     for name in config.kernels:
         if name not in result["kernels"]:
             try:
                 result["kernels"][name] = _fitted(name, config, targets, console)
             except FloatingPointError as error:
                 raise SystemExit(f"{PROGRAM}: {name}: {error}; lower --lr") from error
-            config.out.mkdir(parents=True, exist_ok=True)
-            files.write(path, result)
-    kernel_figures.fitting(path.with_suffix(".png"), result)
-    console.print(_table(result))
+            files.write(config.out / f"{NAME}.json", result)
+    draw, table = kernel_figures.fitting, _table(result)
+    result_files.write(config.out, NAME, result, console, draw, table)
     console.print(_order(result), soft_wrap=True)
-    console.print(f"{FILE} and .png are in {config.out}", soft_wrap=True)
     return result
 
 
@@ -183,20 +178,16 @@ def _begun(config: FittingConfig) -> dict[str, Any]:
     for name in ("out", "kernels"):
         settings.pop(name)
     settings = json.loads(json.dumps(settings))
-    found = files.read(config.out / FILE)
+    found = files.read(config.out / f"{NAME}.json")
     if found is None:
-        return {**settings, "device": _device(), "kernels": {}}
+        device = f"{hardware.describe()}, jax {jax.__version__}"
+        return {**settings, "device": device, "kernels": {}}
     if other := [name for name in settings if found.get(name) != settings[name]]:
         raise ValueError(
-            f"{config.out / FILE} was made with another {', '.join(other)}: expected "
-            "the same, or another --out."
+            f"{config.out / NAME}.json was made with another {', '.join(other)}: "
+            "expected the same, or another --out."
         )
     return found
-
-
-def _device() -> str:
-    kind = jax.devices()[0].device_kind
-    return f"{kind}, {os.cpu_count()} host cores, jax {jax.__version__}"
 
 
 def _fitted(

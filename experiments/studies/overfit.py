@@ -11,23 +11,22 @@ Writes `overfit.json` and `overfit.png` into `--out`.
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 from rich.table import Table
 
-from experiments import files, showing
-from experiments.benchmarks import targets
+from experiments import hardware, terminal
 from experiments.config import command_line
 from experiments.config.presets import VTAB
 from experiments.data import source
 from experiments.methods import registry
 from experiments.methods.first_stage import Staged
-from experiments.reports import figures
+from experiments.reports import figures, result_files
 from experiments.runs import setup
 from experiments.runs.setup import Prepared
 from experiments.training.fit import VAL, fit
@@ -47,8 +46,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     own, words = first.parse_known_args(words)
     name, config = command_line.parse(PROGRAM, VTAB, words)
     config = dataclasses.replace(config, out=config.out or Path("runs/overfit"))
-    console = showing.console()
-    try:
+    console = terminal.console()
+    with terminal.exit_on_error(PROGRAM):
         setting = _small(setup.prepared(name, config, console), own.images)
         staged = [m for m in config.adapted if isinstance(config.settings[m], Staged)]
         if staged or not config.adapted:
@@ -56,8 +55,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 f"methods={config.methods}: expected some without a stage."
             )
         setting.out.mkdir(parents=True)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"{PROGRAM}: {error}") from error
     rows: dict[str, list[dict[str, Any]]] = {
         method: _learnt(setting, method) for method in config.adapted
     }
@@ -66,18 +63,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "task": setting.task.name,
         "images": own.images,
         "image_size": list(setting.base.config.image_hw),
-        "parameters": _size(setting.base),
+        "parameters": optax.tree.size(nnx.state(setting.base, nnx.Param)),
         "accuracy": {method: _accuracies(own) for method, own in rows.items()},
-        "device": targets.describe("local"),
+        "device": hardware.describe(),
         "jax": jax.__version__,
     }
-    files.replace(setting.out / "overfit.json", json.dumps(found, indent=1) + "\n")
     titled = {registry.title(method): own for method, own in rows.items()}
-    figures.curves(
-        setting.out / "overfit.png", titled, f"{config.model}, {setting.task.name}"
-    )
-    console.print(_table(rows))
-    console.print(f"overfit.json and overfit.png are in {setting.out}", soft_wrap=True)
+    title = f"{config.model}, {setting.task.name}"
+
+    def draw(path: Path, _: Any) -> None:
+        figures.curves(path, titled, title)
+
+    result_files.write(setting.out, "overfit", found, console, draw, _table(rows))
     if failed := [m for m, own in rows.items() if _accuracies(own)[-1] < 1]:
         raise SystemExit(f"{PROGRAM}: {', '.join(failed)} did not learn every image.")
     return found
@@ -122,10 +119,6 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> Table:
             f"{last['seconds_per_step']:.2f}",
         )
     return table
-
-
-def _size(model: nnx.Module) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 if __name__ == "__main__":

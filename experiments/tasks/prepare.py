@@ -12,7 +12,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 import tyro
 
-from experiments import showing
+from experiments import terminal
 from experiments.data.tfds import FORMAT, Builder
 from experiments.paths import Given, at_home
 from experiments.tasks import catalogue, fgvc, vtab
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
             prepare(builder, at_home(config.data_dir), config.manual_dir)
     except (ValueError, AssertionError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {error}") from error
-    showing.console().print(f"Everything is in {config.data_dir}", soft_wrap=True)
+    terminal.console().print(f"Everything is in {config.data_dir}", soft_wrap=True)
 
 
 def prepare(builder: Builder, data_dir: Path, manual_dir: Path | None = None) -> None:

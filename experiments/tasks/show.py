@@ -10,16 +10,15 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from experiments import showing
+from experiments import plotting, terminal
 from experiments.data import check, pipeline
 from experiments.data.task import Task
 from experiments.data.transforms import NORMALISATIONS, Transform
 from experiments.paths import Given, shortened
-from experiments.reports import figures
+from experiments.plotting import plt
 from experiments.tasks import catalogue
 
 
@@ -53,12 +52,12 @@ class ShowConfig:
 
 def main(argv: list[str] | None = None) -> Path | None:
     """Parses the command line, writes the sheet and returns its path."""
-    program, console = "python -m experiments.tasks.show", showing.console()
+    program, console = "python -m experiments.tasks.show", terminal.console()
     config = tyro.cli(ShowConfig, prog=program, args=argv, description=__doc__)
     if config.list:
         console.print(catalogue.listing())
         return None
-    try:
+    with terminal.exit_on_error(program):
         if not config.task:
             raise ValueError("--task is missing; --list prints what there is.")
         if config.images < 1:
@@ -75,8 +74,6 @@ def main(argv: list[str] | None = None) -> Path | None:
             or Path("runs/show") / f"{shortened(Path(config.task).stem, 240)}.png"
         )
         sheet(path, task, transform, config.images, config.seed)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"{program}: {error}") from error
     sizes = [len(s) for s in (task.train, task.validation, task.test)]
     console.print(
         f"{task.name}: {task.classes} classes; {sizes[0]} to train, {sizes[1]} to "
@@ -106,10 +103,10 @@ def sheet(path: Path, task: Task, transform: Transform, images: int, seed: int) 
     for axes, image, label in zip(panels.flat, pixels, batch["label"], strict=False):
         axes.imshow(np.squeeze(image), cmap="gray", vmin=0, vmax=255)
         title = task.names[label] if task.names else str(label)
-        axes.set_title(showing.drawn(title), fontsize=8)
+        axes.set_title(plotting.label(title), fontsize=8)
     title = f"{task.name}, training images ({transform.crop})"
-    figure.suptitle(showing.drawn(title))
-    figures.save(figure, path, dpi=100)
+    figure.suptitle(plotting.label(title))
+    plotting.save(figure, path, dpi=100)
 
 
 if __name__ == "__main__":

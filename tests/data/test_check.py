@@ -15,7 +15,7 @@ from experiments.data import check
 from experiments.data.source import Arrays
 from experiments.data.task import Task
 from experiments.methods import linear_probe
-from experiments.pretrained import base_models, small_vit, weights
+from experiments.pretrained import base_models, small_vit
 from experiments.runs import run
 from experiments.tasks import catalogue, show
 from experiments.training import evaluation, sharding
@@ -126,7 +126,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, monkeypatch, value):
     model = small_vit.load(0)
     kernel = model.blocks.attn.query.kernel
     kernel[...] = kernel[...].at[0, 0, 0].set(value)
-    weights.save(model, tmp_path / "bad.safetensors")
+    small_vit.save(model, tmp_path / "bad.safetensors")
     monkeypatch.setattr(small_vit, "WEIGHTS", tmp_path / "bad.safetensors")
     monkeypatch.setattr("experiments.runs.cli.run", pytest.fail)
     expected = "has weights that are not finite .*: blocks/attn/query/kernel"

@@ -16,14 +16,13 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from experiments import ablate, compare, vtab
-from experiments.config import command_line
 from experiments.config.run_config import RunConfig
 from experiments.data import check, fingerprint
 from experiments.data.source import Arrays
 from experiments.data.task import Task
 from experiments.files import MismatchError
 from experiments.pretrained import base_models
-from experiments.runs import search
+from experiments.runs import search, setup
 from experiments.runs.run import RunFailed
 from experiments.studies import table_store
 from experiments.studies.ablations import SNELLA
@@ -302,7 +301,7 @@ def test_an_ablation_searches_and_trains_on_the_images_it_began_with(
     task = check.checked(catalogue.load("digits"), Console(quiet=True))
     config = ablate.Ablation(out=tmp_path)
     setting = SimpleNamespace(task=task, inputs=inputs(), out=tmp_path / "x")
-    monkeypatch.setattr(command_line, "prepared", lambda *_: setting)
+    monkeypatch.setattr(setup, "prepared", lambda *_: setting)
     monkeypatch.setattr(search, "chosen", lambda *_: pytest.fail("it was searched"))
     store = table_store.Store(tmp_path, {}, {})
     store.begin(config.run.task, inputs(sha="b"), Console(quiet=True))

@@ -13,11 +13,11 @@ import pictures
 import pytest
 from rich.console import Console
 
-from experiments import compare, paths, report, showing, vtab
+from experiments import compare, paths, plotting, report, terminal, vtab
 from experiments.config import command_line, presets, run_config
 from experiments.data import check
 from experiments.reports import figures
-from experiments.runs import cli
+from experiments.runs import cli, setup
 from experiments.studies import matrix_fitting, table_store
 from experiments.tasks import catalogue
 from experiments.training.checkpoints import Checkpoints
@@ -98,7 +98,7 @@ def test_no_checkpoint_lies_where_tensorstore_would_name_it_otherwise(monkeypatc
 @pytest.mark.parametrize("text", ["$5 to $9", "a$b", r"\$ and $", "$", "$$", "%_^$x$"])
 def test_text_is_drawn_as_it_is(text):
     figure = plt.figure()
-    found = figure.text(0, 0, showing.drawn(text))
+    found = figure.text(0, 0, plotting.label(text))
     drawn, is_formula = found._preprocess_math(found.get_text())
     plt.close(figure)
     assert (drawn, is_formula) == (text, False)
@@ -108,10 +108,10 @@ def test_a_console_prints_text_as_it_is(monkeypatch):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, "ascii", write_through=True)
     monkeypatch.setattr("sys.stdout", stream)
-    console = showing.console()
+    console = terminal.console()
     console.print("[red]a[/] :dog: [/b] ü \udcff", soft_wrap=True)
     console.rule("[/x]")
-    with showing.progress(Console(file=stream, force_terminal=True)) as bar:
+    with terminal.progress(Console(file=stream, force_terminal=True)) as bar:
         bar.add_task("[/y] :dog: [v2]", total=1)
     said = raw.getvalue().decode()
     assert said.startswith(r"[red]a[/] :dog: [/b] \xfc \udcff" + "\n")
@@ -160,7 +160,7 @@ def test_a_run_goes_on_in_the_folder_that_is_named(name, tmp_path, monkeypatch):
     values = run_config.as_dict(presets.VTAB["quickstart"].config) | {"epochs": 7}
     (tmp_path / name / "config.json").write_text(json.dumps(values), "utf-8")
     found = []
-    monkeypatch.setattr(command_line, "prepared", lambda _, config, __: config)
+    monkeypatch.setattr(setup, "prepared", lambda _, config, __: config)
     monkeypatch.setattr(cli, "run", lambda config, resume: found.append(config))
     vtab.main([f"--resume=./{name}"])
     assert [(config.out, config.epochs) for config in found] == [(tmp_path / name, 7)]
@@ -226,7 +226,7 @@ def test_a_cell_of_a_long_name_has_a_place(tmp_path):
 def test_what_moved_is_drawn_by_epoch(tmp_path, monkeypatch):
     """Rows that are lost leave no other in their place."""
     drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plotting, "save", lambda figure, path: drawn.append(figure))
     rows = [
         {"epoch": epoch, "importance": {"a": 1.0, "b": 3.0},
          "budget": {"b": 6 + epoch, "a": epoch}, "capacity": {"a": 10, "b": 20}}

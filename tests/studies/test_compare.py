@@ -8,14 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from experiments.methods.settings import Ranked
 from rich.console import Console
 
-from experiments import compare
+from experiments import compare, plotting
 from experiments.config.run_config import RunConfig
 from experiments.data import check
-from experiments.methods.settings import Ranked
 from experiments.pretrained import base_models
-from experiments.reports import figures
 from experiments.reports import text as report_text
 from experiments.runs import run, search, setup
 from experiments.studies import comparison, comparison_figure, table_store
@@ -130,7 +129,7 @@ def test_accuracy_is_drawn_against_memory(tmp_path):
 
 def test_a_method_that_did_not_learn_does_not_squeeze_the_others(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plotting, "save", lambda figure, path: drawn.append(figure))
     accuracies = {  # SNELL-8 has learnt in some seeds only
         "linear probe": (50.0, None),
         "LoRA-8": (70.0, 1.0),

@@ -79,7 +79,7 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
         matrix_fitting.main(words)
     result = matrix_fitting.main(words)
     assert fitted == ["linear", "mix_k", "mix_k"]
-    assert json.loads((tmp_path / matrix_fitting.FILE).read_text("utf-8")) == result
+    assert json.loads((tmp_path / "matrix_fitting.json").read_text("utf-8")) == result
     own = result["kernels"]["mix_k"]
     assert np.shape(own["errors"]) == np.shape(own["fitted_ranks"]) == (2, 2)
     assert np.shape(own["curves"]) == (2, len(own["steps"])) and own["steps"][-1] == 40
@@ -109,7 +109,7 @@ def test_bad_options_are_said_before_anything_runs(tmp_path, words, message):
 def test_a_fit_that_is_not_finite_says_so(tmp_path):
     with pytest.raises(SystemExit, match=r"linear: an MSE is not finite .* lower --lr"):
         matrix_fitting.main([*SMALL, "--lr", "1e30", "--out", str(tmp_path)])
-    assert not (tmp_path / matrix_fitting.FILE).exists()
+    assert not (tmp_path / "matrix_fitting.json").exists()
 
 
 def test_the_orders_are_compared():
