@@ -24,7 +24,7 @@ warnings.filterwarnings(
 from pathlib import Path
 from experiments import folder, report, vtab
 from experiments.data import catalogue
-from snella_jax.models.checkpoints.mapping import read_json
+from snella_jax.files.readers import read_json
 
 assert locale.getencoding() != "utf-8", locale.getencoding()
 vtab.main(sys.argv[1:])
