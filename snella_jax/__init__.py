@@ -11,6 +11,7 @@ pieces, `L` adapted matrices. *Density* is the fraction of weights that may move
 from snella_jax import kernels
 from snella_jax.core.budgets import allocate, budget_schedule
 from snella_jax.core.config import Rule, SnellaConfig
+from snella_jax.core.decay import decay_mask
 from snella_jax.core.dense import adapted, adapted_dense, sparse_delta
 from snella_jax.core.gates import sparsify
 from snella_jax.core.importance import ImportanceState, importance, track_importance
@@ -33,7 +34,7 @@ from snella_jax.nnx.adapt import (
 from snella_jax.nnx.delta_file import apply_delta, save_delta, unmerge
 from snella_jax.nnx.export import export
 from snella_jax.nnx.inspection import Matrix, describe, parameters, sparsity
-from snella_jax.nnx.masks import decay_mask, labels, stop_gradients
+from snella_jax.nnx.labels import labels, stop_gradients
 from snella_jax.nnx.multi_adapter import combine, per_example
 from snella_jax.nnx.saving import load, save, unload
 from snella_jax.nnx.variables import Budget, Factor, Frozen

@@ -47,9 +47,9 @@ from snella_jax.adapters.tree import (
 from snella_jax.core.binding import check_binding
 from snella_jax.core.config import Rule, SnellaConfig
 from snella_jax.core.layout import Layout
+from snella_jax.core.names import is_added
 from snella_jax.core.paths import chosen, listed, matches_or_holds, path_of
 from snella_jax.core.weight import Site
-from snella_jax.nnx.targets import is_added
 
 __all__ = ["Adapters", "adapt", "flattened", "join", "load"]
 

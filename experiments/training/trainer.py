@@ -23,7 +23,7 @@ from experiments.training.competition import Competition, Round
 from experiments.training.recipe import Recipe
 from experiments.training.step import training_step
 from experiments.training.step_metrics import NotFinite, Readings
-from snella_jax.core.paths import factor_leaves
+from snella_jax.core.factors import factor_leaves
 
 NORM = "gradient_norm"
 

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from snella_jax.adapters.fingerprint import Fingerprint, are_rows, dtype_of, total
-from snella_jax.models.arithmetic import POSITIONS
 
 log = logging.getLogger("snella_jax")
 
@@ -30,12 +29,16 @@ class Base:
       weights: of the model, by path.
       others: variables that other bindings may not have, by path: they count where
         there are some of the same name.
-      configs: of the models of `snella_jax.models` in it, see `models.arithmetic`.
+      configs: fields of the configs of models in it that weights do not show, by path
+        of the model (`models.arithmetic`).
+      positions: name of the weights that follow from a config's `grid`; "" in a file,
+        where the model says it.
     """
 
     weights: Mapping[str, Any]
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    positions: str = ""
 
     def rest(self, adapted: Iterable[str], carried: Collection[str]) -> "Base":
         """Without the weights of the layers at `adapted`, and what a file carries.
@@ -244,15 +247,14 @@ def _configs(
         ours, theirs = known.configs[one], found.configs[other]
         shared = [name for name in ours if name in theirs and name != "grid"]
         differ = [name for name in shared if not _equal(ours[name], theirs[name])]
-        positions = {_join(path, POSITIONS) for path in (one, other)}
         if ours.get("grid") != theirs.get("grid"):
-            name = _join(other, POSITIONS)
+            name = _join(other, found.positions)
             own, value = known.weights.get(name), found.weights.get(name)
             if name in trained or (own and value is not None and own.is_of(value)):
                 differ.append("grid")  # the same weights for other places
             else:
                 log.warning("%s is that of another grid: it was not compared", name)
-                resized |= positions
+                resized |= {_join(one, found.positions), name}
         problems += [
             f"{_join(other, name)}: {ours[name]} in {sides[0]} and {theirs[name]} in "
             f"{sides[1]}"

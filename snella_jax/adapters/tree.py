@@ -23,13 +23,9 @@ from snella_jax.adapters.base import Base
 from snella_jax.adapters.fitting import any_of
 from snella_jax.core.config import Rule, SnellaConfig, check_overrides
 from snella_jax.core.dense import summed
+from snella_jax.core.factors import factor_paths
 from snella_jax.core.layout import Layout
-from snella_jax.core.paths import (
-    check_trainable,
-    factor_paths,
-    listed,
-    matches_or_holds,
-)
+from snella_jax.core.paths import check_trainable, listed, matches_or_holds
 from snella_jax.core.placement import beside, like
 from snella_jax.core.specs import adapter_spec, names_in
 from snella_jax.core.weight import AdaptedWeight, Site, start

@@ -21,16 +21,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from snella_jax.core.gates import TAU, check_gate, sparsify
+from snella_jax.core.gates import check_gate, sparsify
 from snella_jax.core.layout import Layout
 from snella_jax.kernels import Factors, Kernel
 from snella_jax.ops import dropout as stochastic
 from snella_jax.ops.dtypes import at_least_float32
 from snella_jax.ops.matmul import matmul
-from snella_jax.ops.recompute import opened, recomputed
+from snella_jax.ops.recompute import kept, opened, recomputed
 from snella_jax.ops.threshold import check_budget, threshold
 from snella_jax.ops.varying import varying_alike
 
@@ -71,7 +70,7 @@ def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
             if tau is None and gate == "none":  # nothing to search for: recomputed
                 tau = jax.lax.stop_gradient(jnp.max(dense))
             if tau is None:
-                tau = checkpoint_name(threshold(dense, budget), TAU)
+                tau = kept(threshold(dense, budget))
         with jax.named_scope("snella_delta"):
             return sparsify(dense, budget, gate, tau), tau
 

@@ -21,8 +21,6 @@ from jaxtyping import Array, Float, Int
 
 from snella_jax.ops.threshold import bit_pattern, check_budget, clamped, threshold
 
-TAU = "snella_tau"  # the threshold's name for checkpoint policies
-
 # The value of a survivor, from delta, |delta| and tau.
 GATES: dict[str, Callable[[Array, Array, Array], Array]] = {
     "product": lambda delta, size, tau: delta * (size - tau),

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from snella_jax.core.paths import Smoothed, factors
+from snella_jax.core.factors import Pairs, factors
 from snella_jax.core.placement import everywhere
 
 
@@ -38,8 +38,8 @@ class ImportanceState(NamedTuple):
     """
 
     step: Int[Array, ""]
-    sensitivity: Smoothed
-    uncertainty: Smoothed
+    sensitivity: Pairs
+    uncertainty: Pairs
 
 
 # For `jax.export`; Flax's and optax's states are not registered by their libraries.
@@ -185,7 +185,7 @@ def importance_state(opt_state: Any) -> ImportanceState:
 
 
 @jax.jit
-def _scores(sensitivity: Smoothed, uncertainty: Smoothed) -> dict[str, Array]:
+def _scores(sensitivity: Pairs, uncertainty: Pairs) -> dict[str, Array]:
     def mean(matrix: str, name: str) -> Array:
         product = sensitivity[matrix][name] * uncertainty[matrix][name]
         return product.mean((-3, -2, -1))  # pieces, rows, columns

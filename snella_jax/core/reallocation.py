@@ -1,4 +1,4 @@
-"""Around a user's optax transformation: reallocation and the weight-decay mask."""
+"""Moves budgets between matrices by what the optimizer's state says of them."""
 
 import dataclasses
 import logging

@@ -18,8 +18,8 @@ from flax import struct
 from jaxtyping import Array
 
 from snella_jax.adapters.tree import Key, arrays_of, flat, nested
+from snella_jax.core.names import is_added
 from snella_jax.linen.dataflow import NOTHING, Dataflow, mark, region
-from snella_jax.nnx.targets import is_added
 
 ADAPTABLE = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)
 # Their tables and scales may meet the input in a product (`nn.Embed.attend`).

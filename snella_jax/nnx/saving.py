@@ -181,6 +181,7 @@ def base_of(model: nnx.Module) -> Base:
         {path: variable.get_value() for path, variable in params.items()},
         others,
         arithmetic.of(model),
+        arithmetic.POSITIONS,
     )
 
 

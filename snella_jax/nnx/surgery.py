@@ -1,4 +1,7 @@
-"""Classes of adapted layers: subclasses of the layer's own, which pickle as such."""
+"""Changes a model in place: the classes of its layers, and what of it is frozen.
+
+The class of a changed layer is a subclass of the layer's own, and pickles as such.
+"""
 
 import copyreg
 import functools

@@ -10,6 +10,7 @@ from flax import nnx
 
 from snella_jax.core.config import Rule
 from snella_jax.core.layout import Layout
+from snella_jax.core.names import is_added, is_multiplied
 from snella_jax.core.paths import chosen, join, listed
 from snella_jax.core.weight import Site
 from snella_jax.nnx.layers import ADAPTABLE, adapters_of, check_layer, layout_of
@@ -192,36 +193,7 @@ def is_weight(path: str, shape: tuple[int, ...], dtype: Any, layer: Any) -> bool
     looks_up = "embed" in kind and "patch" not in kind
     if is_added(name) or "norm" in kind or looks_up or not wide:
         return False
-    return any(map(WEIGHT.fullmatch, _words(name))) or not _holds_layers(layer)
-
-
-def is_added(name: str) -> bool:
-    """Whether a parameter of this name is added, looked up, or scales channels.
-
-    >>> is_added("pos_embedding"), is_added("layer_scale1"), is_added("pos_proj")
-    (True, True, False)
-    """
-    *_, last = words = ["", *_words(name)]
-    return any(map(NO_WEIGHT.fullmatch, words)) and not PRODUCT.fullmatch(last)
-
-
-def _words(name: str) -> list[str]:
-    return re.findall("[a-z]+", name.lower())
-
-
-# Words in the names of parameters that are added, looked up, or scale channels,
-NO_WEIGHT = re.compile(
-    "bias(es)?|beta|scale|gamma|norm|ln|emb|embed(dings?)?|pos|positions?|positional"
-    "|posemb|posembed|relpos|tokens?|cls|latents?|probe|prompts?|table|mean|var"
-    "|temperature|wte|wpe"
-)
-# of those that multiply whatever they are called besides,
-PRODUCT = re.compile("proj(ection)?|einsum|linear|dense|matrix|mix(er|ing)?")
-# and of those that multiply.
-WEIGHT = re.compile(
-    f"{PRODUCT.pattern}|w[iokqvud]*|weights?|kernels?|query|key|value|out|[qkv]{{2,3}}"
-    "|up|down|gate|experts?|router|fc|ff|ffn|mlp|conv|heads?|lora"
-)
+    return is_multiplied(name) or not _holds_layers(layer)
 
 
 def _holds_layers(module: Any) -> bool:

@@ -1,7 +1,8 @@
 """Recomputes in the backward pass what a plain call would keep.
 
 An adapted call keeps its arguments and its thresholds for the backward pass, and no
-update, no sum of weights and nothing that the call made on its way.
+update, no sum of weights and nothing that the call made on its way. A block of a model
+that is rematerialised keeps its arguments and what its layers mark with `kept`.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import eval_jaxpr
 from jaxtyping import Array
+
+KEPT = "snella_jax.kept"  # the name that `kept` gives, for checkpoint policies
+
+
+def kept(value: Array) -> Array:
+    """Marks an array that `rematerialised` keeps: small, and costly to make again."""
+    return checkpoint_name(value, KEPT)
+
+
+def rematerialised(function: Callable, *, prevent_cse: bool = True) -> Callable:
+    """Recomputes a function in its backward pass, but for what is marked with `kept`.
+
+    Args:
+      function: of trees of arrays.
+      prevent_cse: as in `jax.checkpoint`; False inside a scan.
+    """
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    return jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)
 
 
 class Arrays:

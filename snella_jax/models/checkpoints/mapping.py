@@ -17,7 +17,6 @@ from flax import nnx
 
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints.read import Checkpoint
-from snella_jax.nnx.variables import variables_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def fill(
       CheckpointError: lists `problems`, every part without a place, place without a
         part, and part that does not fit; then the model is as it was.
     """
-    variables = dict(variables_of(model, nnx.Param))
+    variables = parameters_of(model)
     rooms = places(variables, stacked)
     found = [
         f"{name} {list(part.shape)}: this model has no such parameter"
@@ -104,6 +103,12 @@ def fill(
             rows.setdefault(variable, []).append(parts[name])
     for variable, own in rows.items():
         _set(variables[variable], np.stack(own))
+
+
+def parameters_of(model: nnx.Module) -> dict[str, nnx.Param]:
+    """Every parameter of a model by "/"-joined path, each once."""
+    nodes = nnx.iter_graph(model)
+    return {"/".join(map(str, p)): x for p, x in nodes if isinstance(x, nnx.Param)}
 
 
 Place = tuple[str, int | None, tuple[int, ...]]  # variable, row of it, shape

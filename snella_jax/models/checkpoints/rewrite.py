@@ -14,9 +14,13 @@ from flax import nnx
 
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import to_host
-from snella_jax.models.checkpoints.mapping import TensorRule, place_of, places
+from snella_jax.models.checkpoints.mapping import (
+    TensorRule,
+    parameters_of,
+    place_of,
+    places,
+)
 from snella_jax.models.checkpoints.read import Checkpoint
-from snella_jax.nnx.variables import variables_of
 
 
 def parts_of(model: nnx.Module, stacked: str) -> dict[str, np.ndarray]:
@@ -26,7 +30,7 @@ def parts_of(model: nnx.Module, stacked: str) -> dict[str, np.ndarray]:
       model: plain.
       stacked: regex as of `fill`.
     """
-    variables = dict(variables_of(model, nnx.Param))
+    variables = parameters_of(model)
     arrays = {path: to_host(variable[...]) for path, variable in variables.items()}
     return {
         name: arrays[path] if row is None else arrays[path][row]

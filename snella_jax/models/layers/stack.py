@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from snella_jax.ops.dropout import drop_path
+from snella_jax.ops.recompute import rematerialised
 
 M = TypeVar("M", bound=nnx.Module)
 Drop = tuple[Array, Array]  # key and rate of stochastic depth in a block
@@ -89,8 +90,8 @@ def through(blocks: Any, x: Array, drops: Drop | None, remat: str) -> Array:
 def call(graphdef: nnx.GraphDef, remat: str, *, scanned: bool) -> Callable[..., Array]:
     """A block as a function of its state, its input and its drop.
 
-    With `remat="blocks"` only its input is kept for the backward pass (and the
-    thresholds of adapters, which are few).
+    With `remat="blocks"` only its input is kept for the backward pass (and the few
+    numbers that layers mark with `ops.recompute.kept`).
     """
 
     def run(state: nnx.State, x: Array, drop: Drop | None) -> Array:
@@ -98,8 +99,7 @@ def call(graphdef: nnx.GraphDef, remat: str, *, scanned: bool) -> Callable[..., 
 
     if remat == "none":
         return run
-    keep = jax.checkpoint_policies.save_only_these_names("snella_tau")
-    return jax.checkpoint(run, policy=keep, prevent_cse=not scanned)
+    return rematerialised(run, prevent_cse=not scanned)
 
 
 def row(blocks: Any, index: int) -> Any:
