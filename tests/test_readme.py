@@ -10,7 +10,9 @@ from places import ROOT
 
 import snella_jax as snella
 
-BASE = 'vit.create("vit_ti16", depth=2, image_size=32, num_classes=10, rngs=nnx.Rngs(0))'
+BASE = (
+    'vit.create("vit_ti16", depth=2, image_size=32, num_classes=10, rngs=nnx.Rngs(0))'
+)
 LOADED = 'vit.load("ViT-B_16.npz", image_size=32, num_classes=10)'
 
 
