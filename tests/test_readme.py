@@ -1,60 +1,55 @@
 """The programs of the README and of the pages in docs, as they stand there."""
 
-import re
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
+import pytest
+from documented import blocks
 from places import ROOT
 
 import snella_jax as snella
-from snella_jax.models import vit
+
+BASE = (
+    'vit.create("vit_ti16", depth=2, image_size=32, num_classes=10, rngs=nnx.Rngs(0))'
+)
+LOADED = 'vit.load("ViT-B_16.npz", image_size=32, num_classes=10)'
 
 
-def test_the_ten_lines_load_a_checkpoint_and_train(tmp_path, monkeypatch):
-    lines = re.findall(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S
-    )[0]
+@pytest.mark.parametrize("base", [BASE, LOADED])
+def test_the_example_of_the_readme_runs(base, tmp_path, monkeypatch, capsys):
+    (example,) = blocks("README.md")
+    assert BASE in example and LOADED in example
     shutil.copy(ROOT / "tests/assets/vit/original.npz", tmp_path / "ViT-B_16.npz")
     monkeypatch.chdir(tmp_path)
-    images = np.load(ROOT / "tests/assets/vit/expected.npz")["images"]
-    space = {"snella": snella, "vit": vit, "nnx": nnx, "optax": optax, "epochs": 3}
-    losses = []
+    space = {}
+    exec(example.replace(BASE, base), space)
+    losses = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 5 and float(losses[-1]) < float(losses[0]) < np.log(10)
+    assert abs(space["report"].density - 0.3) < 0.01
+    images, plain = space["x"], space["plain"]
+    with pytest.raises(ValueError, match="no adapters"):
+        snella.sparsity(plain)
+    adapted = space["adapted"](images)
+    np.testing.assert_allclose(plain(images), adapted, atol=1e-4)
+    loaded = snella.load(space["base"], "my_adapter")
+    np.testing.assert_array_equal(loaded(images), adapted)
 
-    @jax.jit
-    def update(trainable, opt_state, budgets, frozen, batch):
-        def loss_fn(trainable):
-            model = nnx.merge(space["graphdef"], trainable, budgets, frozen)
-            log_likelihood = jax.nn.log_softmax(model(batch))
-            return -log_likelihood[jnp.arange(2), jnp.array([3, 8])].mean()
 
-        loss, grads = jax.value_and_grad(loss_fn)(trainable)
-        updates, opt_state = space["tx"].update(grads, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state, loss
-
-    def step(*arguments):
-        *state, loss = update(*arguments)
-        losses.append(float(loss))
-        return state
-
-    space |= {"step": step, "batches": lambda: [images] * 3}
-    exec(lines, space)
-    assert losses[0] == np.float32(np.log(100)) and losses[-1] < losses[0]
-    assert space["report"].density < 0.31
-    plain = space["plain"](images)
-    assert plain.shape == (2, 100) and np.all(np.isfinite(plain))
+def test_the_program_of_the_quickstart_runs(capsys):
+    (program,) = blocks("docs/quickstart.md")
+    exec(program, space := {})
+    *epochs, final = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[-1]) for line in epochs]
+    assert len(losses) == 10 and losses[-1] < 0.7 * losses[0]
+    assert final.startswith("{'fc1': ") and final.endswith("density 0.30")
+    with pytest.raises(ValueError, match="no adapters"):
+        snella.sparsity(space["model"])
 
 
 def test_the_program_of_the_data_guide_runs():
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text("utf-8"), re.S
-    )
-    assert len(blocks) == 1
-    space = {}
-    exec(blocks[0], space)
+    (program,) = blocks("docs/data.md")
+    exec(program, space := {})
     assert space["batch"]["image"].shape == (32, 224, 224, 3)
     following = next(space["batches"])
     space["batches"].set_state(space["state"])
@@ -64,12 +59,10 @@ def test_the_program_of_the_data_guide_runs():
 
 def test_the_page_on_adapters_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs/adapters.md").read_text("utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    space = {}
-    for block in blocks:
-        exec(block, space)
-    assert len(blocks) >= 9 and float(space["loss"]) < 1.2
+    programs, space = blocks("docs/adapters.md"), {}
+    for program in programs:
+        exec(program, space)
+    assert len(programs) >= 9 and float(space["loss"]) < 1.2
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"pets", "pets.safetensors", "digits"}
     assert "fc1" in capsys.readouterr().out
@@ -77,10 +70,9 @@ def test_the_page_on_adapters_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_on_ones_own_models_runs(capsys):
-    page = (ROOT / "docs/own_models.md").read_text("utf-8")
     space = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.S):
-        exec(block, space)
+    for program in blocks("docs/own_models.md"):
+        exec(program, space)
     assert "attn/kv/w[1]" in capsys.readouterr().out
     assert float(space["loss"]) < 1.2 and space["report"].density < 0.31
     assert all((v != 0).any() for v in jax.tree.leaves(space["trainable"]["attn"]))

@@ -1,4 +1,4 @@
-"""The programs of the README and of docs, as they stand there, for one's own models."""
+"""The programs of the README and of docs, as they stand there."""
 
 import functools
 import re
@@ -12,11 +12,9 @@ from places import ROOT
 import snella_jax as snella
 from snella_jax import linen
 
-README = ROOT / "README.md"
-
 
 class Counting:
-    """The module `jax`, but that `jit` counts how often it traces its function."""
+    """The module `jax` with a `jit` that counts how often it traces its function."""
 
     def __init__(self):
         self.traces = 0
@@ -33,18 +31,18 @@ class Counting:
         return jax.jit(traced)
 
 
-def program() -> str:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.S)
-    (found,) = (block for block in blocks if block.startswith("import jax, optax"))
-    return found
+def blocks(page: str) -> list[str]:
+    """Returns the Python programs of a page, a path from the project's root."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S)
 
 
 def trained(model, config, x, y, epochs):
-    """Everything that the program has named, from the optimizer on.
+    """Trains by the program of docs/quickstart.md, and returns all that it has named.
 
     `adapted` is the trained model, `model` what it is merged to.
     """
-    _, first, rest = program().partition("graphdef, trainable, budgets, frozen =")
+    (program,) = blocks("docs/quickstart.md")
+    _, first, rest = program.partition("graphdef, trainable, budgets, frozen =")
     space = {
         "jax": Counting(),
         "jnp": jnp,
@@ -60,13 +58,12 @@ def trained(model, config, x, y, epochs):
 
 
 def trained_linen(adapters, params, **given):
-    """Everything that docs/adapters.md names, from the split to the end of training.
+    """Trains by the Linen program of docs/adapters.md, and returns all it has named.
 
     `given`: `variables`, `inputs`, `targets`, `config` and `epochs`.
     """
-    page = (ROOT / "docs/adapters.md").read_text("utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    (block,) = (b for b in blocks if b.startswith("import flax.linen"))
+    found = (b for b in blocks("docs/adapters.md") if b.startswith("import flax.linen"))
+    (block,) = found
     _, first, rest = block.partition("trainable, budgets, frozen =")
     training, _, _ = (first + rest).partition("params = linen.join(")
     space = {"jax": Counting(), "linen": linen, "optax": optax, "snella": snella}
