@@ -29,7 +29,7 @@ from snella_jax.ops.matmul import matmul
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedSnella(Scored, Ranked):
+class MaskedSnella(Ranked, Scored):
     """SNELLA's kernel under a mask that SPT's sensitivity fixes beforehand."""
 
     title: ClassVar[str] = "Masked SNELLA"

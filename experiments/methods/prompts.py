@@ -128,7 +128,7 @@ def join(block: Any, prompts: Factor) -> None:
 
 
 def drawn(config: ViTConfig, shape: tuple[int, ...], key: PRNGKeyArray) -> Factor:
-    """Draws tokens `[*shape, D]`, uniform as Xavier's weights of the patch embedding."""
+    """Draws tokens `[*shape, D]`, uniform as Xavier's for the patch embedding."""
     fans = config.channels * math.prod(config.patch_hw) + config.width
     bound = (6 / fans) ** 0.5
     whole = (*shape, config.width)

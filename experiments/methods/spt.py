@@ -29,7 +29,7 @@ from snella_jax.nnx.surgery import become, freeze, mixed_class
 
 
 @dataclasses.dataclass(frozen=True)
-class Spt(Scored, Ranked):
+class Spt(Ranked, Scored):
     """A method that gives sensitive matrices a module of their own."""
 
     rule: ClassVar[Rule] = "squares"

@@ -184,8 +184,8 @@ def _check_decay(setting: Prepared) -> None:
         if any(found for pattern in left for found in out.glob(pattern)):
             raise files.MismatchError(
                 f"{registry.title(method)} began in {out} when weight decay did not "
-                "reach its LoRA factors, and would end with it: expected a folder in which it "
-                "has not begun, or is finished. Begin another run."
+                "reach its LoRA factors, and would end with it: expected a folder in "
+                "which it has not begun, or is finished. Begin another run."
             )
 
 

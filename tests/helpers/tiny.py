@@ -1,5 +1,6 @@
 """A tiny ViT and images for it, adapted by any method."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,8 +11,10 @@ from experiments.config.run_config import RunConfig
 from experiments.data.source import Arrays
 from experiments.data.transforms import Transform
 from experiments.methods import sensitivity
-from experiments.methods.registry import METHODS
-from experiments.methods.settings import Located, Prompted
+from experiments.methods.first_stage import Staged
+from experiments.methods.prompts import VptDeep
+from experiments.methods.sensitivity import Scored
+from experiments.methods.spt import SptAdapter, SptLora
 from experiments.training import sharding
 from snella_jax.models.vit import ViT, ViTConfig
 
@@ -26,9 +29,11 @@ LOCATED = {"share": 0.2, "ease": 2.0, "rank": 1}
 CONFIG = RunConfig(
     epochs=3,
     warmup_epochs=0,
-    spt_lora=Located(**LOCATED),
-    spt_adapter=Located(**LOCATED),
-    vpt_deep=Prompted(count=2),
+    settings={
+        "spt_lora": SptLora(**LOCATED),
+        "spt_adapter": SptAdapter(**LOCATED),
+        "vpt_deep": VptDeep(count=2),
+    },
 )
 SUBNET = {"prompts": np.array([2, 1]), "lora": np.array([0, 3]),
           "adapter": np.array([2, 0])}  # fmt: skip
@@ -58,12 +63,12 @@ def scores(rule):
 
 
 def adapted(name, config=CONFIG):
-    stage, own = METHODS[name].stage, base()
-    if isinstance(stage, sensitivity.Scoring):
-        located = [stage.choose(config, scores(stage.rule))]
-    else:
-        located = [SUBNET] if stage else []
-    model = METHODS[name].adapt(config, own, *located)
+    method, scope, own = config.settings[name], config.scope(), base()
+    if isinstance(method, Scored):
+        scope = dataclasses.replace(scope, places=method.choose(scores(method.rule)))
+    elif isinstance(method, Staged):
+        scope = dataclasses.replace(scope, places=SUBNET)
+    model = method.adapt(own, scope)
     before = leaves(base())  # nothing happened to what was adapted
     assert all(np.array_equal(before[p], value) for p, value in leaves(own).items())
     return model

@@ -24,7 +24,9 @@ from tiny import (
 
 import snella_jax as snella
 from experiments.methods import mosa
+from experiments.methods.first_stage import Staged
 from experiments.methods.registry import METHODS
+from experiments.methods.snella import Klora
 from experiments.training import sharding
 from experiments.training import trainer as train
 from experiments.training.recipe import Recipe
@@ -80,14 +82,14 @@ UNMOVED = r"blocks/attn/key/(bias|ssf/shift)"
 @functools.cache
 def trained(name):
     """The adapted model before and after three epochs, and the epochs."""
-    method, model = METHODS[name], adapted(name)
+    method, model = CONFIG.settings[name], adapted(name)
     trainer = train.Trainer(
         model,
         train.Data(SOURCE, None, TRANSFORM, TRANSFORM),
         Recipe(epochs=3, batch=8, lr=3e-2),
         sharding.make("data=1"),
-        watch=method.watch(CONFIG),
-        competition=method.competition(CONFIG, model),
+        watch=method.watch(),
+        competition=method.competition(model, CONFIG.scope(), CONFIG.recipe(name)),
     )
     with contextlib.closing(trainer):
         rows = list(trainer.epochs(lambda _: None))
@@ -112,7 +114,7 @@ def test_what_trains_moves_and_all_else_is_bit_identical(name):
         if path in trains:
             # attention ignores what is added to all keys alike
             assert not same or re.fullmatch(UNMOVED, path), path
-        elif not (counts and METHODS[name].competition(CONFIG, before)):
+        elif not (counts and CONFIG.settings[name].watch()):
             assert same, path
     plain = base() if before.config.stacked else models.unstack(base())
     kept = leaves(plain).keys() & every.keys() - trains
@@ -131,7 +133,7 @@ def test_what_is_tested_computes_what_was_trained(name):
     merged = method.merged(after)
     images = jax.random.normal(jax.random.key(2), (4, 8, 8, 1))
     np.testing.assert_allclose(merged(images), after(images), rtol=1e-4, atol=1e-5)
-    moved = method.moved(CONFIG, base(), after, merged)
+    moved = method.moved(base(), merged, CONFIG.scope())
     if name in ("spt_lora", "spt_adapter"):  # what was located
         structured, single = (
             sum(size for path, size in sizes(after).items() if part in path)
@@ -191,7 +193,7 @@ def test_masked_weights_move_by_the_kernel_alone():
 
 
 def test_snell_gives_every_matrix_the_same_share():
-    model = METHODS["snell"].adapt(CONFIG, base())
+    model = METHODS["snell"].adapt(base(), CONFIG.scope())
     budgets = leaves(model, snella.Budget)
     shares = {
         path: budgets[path] / size
@@ -205,11 +207,11 @@ def test_snell_gives_every_matrix_the_same_share():
 
 
 def test_settings_of_a_method_are_its_own():
-    changed = dataclasses.replace(CONFIG.klora, rank=4)
-    config = dataclasses.replace(CONFIG, klora=changed)
-    model = METHODS["klora"].adapt(config, base())
+    config = CONFIG.with_settings(klora=Klora(rank=4))
+    model = config.settings["klora"].adapt(base(), config.scope())
     assert model.blocks.mlp.fc1.adapter.a.shape == (2, 2, 8, 2)
-    assert METHODS["mixk"].adapt(config, base()).blocks.mlp.fc1.adapter.rule.rank == 8
+    other = config.settings["mixk"].adapt(base(), config.scope())
+    assert other.blocks.mlp.fc1.adapter.rule.rank == 8
     assert jnp.isfinite(model(jnp.zeros((1, 8, 8, 1)))).all()
 
 
@@ -234,8 +236,8 @@ def test_the_parts_of_an_adapter_are_equal_and_take_turns():
     one.active[...] = jnp.int32(mosa.WHOLE)
     mean = sum(outputs) / 4
     np.testing.assert_allclose(mean, one(hidden, jax.nn.relu), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="parts=1"):
-        mosa.adapt(base(), "head", 8, 1, nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"mosa\.parts=1"):
+        mosa.Mosa(parts=1).check("mosa")
 
 
 def _first(stacked):
@@ -247,10 +249,10 @@ def test_targets_may_name_stacked_blocks_alone():
     """Those of a list have other paths; what is counted is the same."""
     config = dataclasses.replace(CONFIG, targets=r"blocks/attn/(query|value)")
     for name in ("partial1", "spt_lora"):
-        stage = METHODS[name].stage
+        method, scope = config.settings[name], config.scope()
         own = {path: s for path, s in scores("squares").items()
                if re.fullmatch(config.targets, path)}  # fmt: skip
-        located = [stage.choose(config, own)] if stage else []
-        model = METHODS[name].adapt(config, base(), *located)
-        merged = METHODS[name].merged(model)
-        assert METHODS[name].moved(config, base(), model, merged) == 0
+        if isinstance(method, Staged):
+            scope = dataclasses.replace(scope, places=method.choose(own))
+        merged = method.merged(method.adapt(base(), scope))
+        assert method.moved(base(), merged, scope) == 0

@@ -15,12 +15,12 @@ from experiments.config.run_config import RunConfig
 from experiments.data.source import Arrays
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
-from experiments.methods import noah, spt
+from experiments.methods import noah
 from experiments.methods.evolution import Space, evolve
-from experiments.methods.registry import METHODS
-from experiments.methods.settings import Searched
-from experiments.runs import train_method
-from experiments.training import evaluation, session, sharding
+from experiments.methods.spt import SptLora
+from experiments.runs import setup, train_method
+from experiments.training import evaluation, sharding
+from experiments.training.session import Scope
 from snella_jax import models
 from snella_jax.models.vit import ViT, ViTConfig
 from snella_jax.nnx.variables import Factor
@@ -28,7 +28,7 @@ from snella_jax.nnx.variables import Factor
 TINY = ViTConfig(
     width=8, depth=2, heads=2, patch_size=4, image_size=8, channels=1, num_classes=3
 )
-OWN = Searched(lr=1e-2, sizes=(1, 3), depths=(0.5, 1.0), population=8, generations=2)
+OWN = noah.Noah(lr=1e-2, sizes=(1, 3), depths=(0.5, 1.0), population=8, generations=2)
 SPACE = Space(blocks=12, kinds=3, depths=(3, 6, 9, 12), sizes=(1, 5, 10))
 IMAGES = jax.random.normal(jax.random.key(2), (4, 8, 8, 1))
 SUBNETS = [
@@ -47,7 +47,7 @@ def base():
 
 def supernet(model=None):
     """With modules as they might be after some training: none starts where it does."""
-    net = noah.supernet(model or base(), OWN, "head", nnx.Rngs(0))
+    net = OWN.supernet(model or base(), Scope("", "head", seed=-1))
     key = jax.random.key(5)
     flat = nnx.to_flat_state(nnx.state(net, Factor))
     for index, (_, variable) in enumerate(flat):
@@ -60,7 +60,7 @@ def supernet(model=None):
 def subnet(net, sizes, model=None):
     """A model with modules of these sizes, and the starts of the supernet's in them."""
     places = {k: np.array(row) for k, row in zip(noah.KINDS, sizes, strict=True)}
-    model = noah.adapt(model or base(), places, "head", nnx.Rngs(1))
+    model = OWN.adapt(model or base(), Scope("", "head", places=places))
     for index, block in enumerate(model.blocks):
         whole = models.unstack(net).blocks[index]
         tokens, rank, units = (row[index] for row in sizes)
@@ -91,9 +91,10 @@ def test_a_supernet_computes_what_its_subnet_does(sizes):
 def test_what_trains_besides_is_named_as_in_the_base():
     """Whose blocks are stacked, here and in SPT, though theirs are a list."""
     places = {k: np.array([1, 1]) for k in noah.KINDS}
-    own = noah.adapt(base(), places, "head|blocks/norm1", nnx.Rngs(0))
-    other = spt.adapt(base(), {"blocks/0/attn/query": np.arange(9)}, "lora",
-                      "head|blocks/norm1", 1, 1.0, nnx.Rngs(0))  # fmt: skip
+    scope = Scope("", "head|blocks/norm1", places=places)
+    own = OWN.adapt(base(), scope)
+    found = dataclasses.replace(scope, places={"blocks/0/attn/query": np.arange(9)})
+    other = SptLora(rank=1, ease=1.0).adapt(base(), found)
     for model in (own, other):
         trains = nnx.state(model, nnx.Param)["blocks"]
         assert all("norm1" in trains[i] and "norm2" not in trains[i] for i in (0, 1))
@@ -219,10 +220,15 @@ def setting(tmp_path):
     parts = [Arrays(pixels[i::2].astype(np.uint8), labels[i::2]) for i in (0, 1)]
     task = Task("tiny", 3, parts[0], parts[1], parts[1])
     config = RunConfig(
-        model="none", methods=("noah",), epochs=2, warmup_epochs=0, batch=8, noah=OWN
+        model="none",
+        methods=("noah",),
+        epochs=2,
+        warmup_epochs=0,
+        batch=8,
+        settings={"noah": OWN},
     )
     quiet = Console(quiet=True)
-    found = session.Setting(
+    found = setup.Prepared(
         config, task, base(), sharding.make("data=1"), quiet, tmp_path
     )
     transform = Transform((8, 8), mean=(0.5,), std=(0.5,))
@@ -237,7 +243,7 @@ def test_the_best_on_validation_is_found(setting):
     net = supernet(one)
     limit = 3 * 8 + 3 * 6 * 8 + 17 + 8
     own = dataclasses.replace(OWN, population=64, limit=limit)
-    best = noah._searched(net, own, setting)
+    best = own.search(net, setting.session("noah"))
     every = itertools.product([(1,), (3,)], repeat=3)
     within = [sizes for sizes in every if noah.parameters(sizes, 8) <= limit]
     assert 4 <= len(within) < 8
@@ -268,14 +274,14 @@ def test_the_supernet_trains_before_the_subnet(setting, protocol, monkeypatch):
     assert shapes == jax.tree.map(
         jnp.shape, nnx.to_pure_dict(nnx.state(subnet(supernet(), sizes), Factor))
     )
-    monkeypatch.setattr(noah.Search, "locate", None)
+    monkeypatch.setattr(noah.Noah, "locate", None)
     train_method.adapted("noah", setting)
 
 
 def test_a_limit_that_no_subnet_meets_is_an_error():
     own = dataclasses.replace(OWN, limit=80)
     with pytest.raises(ValueError, match=r"limit=80: the smallest subnet has 81\."):
-        METHODS["noah"].stage.typical(RunConfig(noah=own), base())
+        own.typical(base(), Scope("", "head"))
 
 
 @pytest.mark.parametrize(
@@ -290,6 +296,6 @@ def test_a_limit_that_no_subnet_meets_is_an_error():
     ],
 )
 def test_settings_that_cannot_be_are_refused(changed, message):
-    own = dataclasses.replace(Searched(), **changed)
+    own = dataclasses.replace(noah.Noah(), **changed)
     with pytest.raises(ValueError, match=message):
-        RunConfig(methods=("noah",), noah=own).check()
+        RunConfig(methods=("noah",), settings={"noah": own}).check()

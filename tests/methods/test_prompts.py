@@ -66,7 +66,7 @@ def test_attention_to_itself_is_attention_to_what_is_seen():
 def test_queries_read_one_block_too():
     one = ViT(dataclasses.replace(TINY, depth=1), rngs=nnx.Rngs(0))
     for model in (one, models.unstack(one)):
-        read = METHODS["vqt"].adapt(CONFIG, model)
+        read = METHODS["vqt"].adapt(model, CONFIG.scope())
         assert read.features(jnp.zeros((2, 8, 8, 1))).shape == (2, 6, 8)
         assert read(jnp.zeros((2, 8, 8, 1))).shape == (2, 3)
 

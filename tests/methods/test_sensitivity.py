@@ -14,8 +14,10 @@ import snella_jax as snella
 from experiments import files
 from experiments.data.task import Task
 from experiments.methods import gps, sensitivity, sparse, spt
+from experiments.methods.masked import MaskedSnella
 from experiments.runs import setup, train_method
-from experiments.training import session, sharding
+from experiments.training import sharding
+from experiments.training.session import Scope
 from snella_jax.models.vit import ViT
 
 
@@ -97,7 +99,8 @@ def test_spt_structures_matrices_with_enough_sensitive_weights():
     own["blocks/attn/key"][1, :3] = 1  # 24
     share = 56 / WEIGHTS
     places = spt.sensitive(own, share)
-    model = spt.adapt(base(), places, "lora", "head", 2, 1.0, nnx.Rngs(0))
+    method = spt.SptLora(rank=2, ease=1.0)
+    model = method.adapt(base(), Scope("", "head", places=places))
     trains = {path for path in leaves(model, snella.Factor)}
     assert trains == {
         "blocks/0/attn/query/lora/a",
@@ -152,7 +155,7 @@ def test_what_was_located_is_kept_for_a_run_that_goes_on(tmp_path, monkeypatch):
     task = Task("tiny", 3, SOURCE, SOURCE, SOURCE)
     config = dataclasses.replace(CONFIG, model="none", batch=8)
     quiet = Console(quiet=True)
-    setting = session.Setting(
+    setting = setup.Prepared(
         config, task, base(), sharding.make("data=1"), quiet, tmp_path
     )
     vars(setting)["transforms"] = (TRANSFORM, TRANSFORM)
@@ -169,9 +172,9 @@ def test_a_mask_is_that_of_its_density(tmp_path):
     task = Task("tiny", 3, SOURCE, SOURCE, SOURCE)
     quiet, one, found = Console(quiet=True), sharding.make("data=1"), {}
     for density in (0.3, 0.1):
-        own = dataclasses.replace(CONFIG.snella_masked, target_density=density)
-        config = dataclasses.replace(CONFIG, model="none", batch=8, snella_masked=own)
-        setting = session.Setting(config, task, base(), one, quiet, tmp_path)
+        own = {"snella_masked": MaskedSnella(target_density=density)}
+        config = dataclasses.replace(CONFIG, model="none", batch=8, settings=own)
+        setting = setup.Prepared(config, task, base(), one, quiet, tmp_path)
         vars(setting)["transforms"] = (TRANSFORM, TRANSFORM)
         train_method.adapted("snella_masked", setting)
         places = files.load(tmp_path / f"located_snella_masked_{density:g}.npz")

@@ -16,9 +16,10 @@ from experiments.config import command_line
 from experiments.config.run_config import RunConfig
 from experiments.data.source import Arrays
 from experiments.data.task import Task
-from experiments.methods import plain_vit, spt
+from experiments.methods.first_stage import Staged
+from experiments.methods.method import by_block
 from experiments.methods.registry import METHODS
-from experiments.methods.settings import Located
+from experiments.methods.spt import SptAdapter, SptLora
 from experiments.pretrained import base_models
 from experiments.runs import setup
 from experiments.studies import overfit
@@ -29,8 +30,10 @@ TINY = {
     "swin": swin.SwinConfig(8, (2, 2), (2, 4), 2, image_size=20, num_classes=3),
     "convnext": convnext.ConvNeXtConfig((8, 12), (1, 2), image_size=20, num_classes=3),
 }
-LOCATED = Located(share=0.3, ease=2.0, rank=1)
-CONFIG = RunConfig(spt_lora=LOCATED, spt_adapter=LOCATED)
+LOCATED = {"share": 0.3, "ease": 2.0, "rank": 1}
+CONFIG = RunConfig(
+    settings={"spt_lora": SptLora(**LOCATED), "spt_adapter": SptAdapter(**LOCATED)}
+)
 VIT_ALONE = {"vpt_shallow": "VPT", "vpt_deep": "VPT", "vqt": "VQT", "noah": "NOAH"}
 IMAGES = jax.random.normal(jax.random.key(0), (2, 20, 20, 3))
 LAST = {"swin": r"blocks/1/0/shifted/.*", "convnext": r"blocks/1/1/.*"}
@@ -49,9 +52,10 @@ def base(family):
 
 
 def adapted(name, own):
-    stage = METHODS[name].stage
-    located = [stage.typical(CONFIG, own)] if stage else []
-    return METHODS[name].adapt(CONFIG, own, *located)
+    method, scope = CONFIG.settings[name], CONFIG.scope()
+    if isinstance(method, Staged):
+        scope = dataclasses.replace(scope, places=method.typical(own, scope))
+    return method.adapt(own, scope)
 
 
 def paths(model, kind=nnx.Param):
@@ -126,7 +130,7 @@ def test_places_of_stacked_blocks_have_the_paths_of_lists():
         scores = {
             p: np.zeros(x.kernel.shape) for p, x in select(own, CONFIG.targets).items()
         }
-        listed = spt.by_block(scores)
+        listed = by_block(scores)
         assert listed.keys() == select(of(
             dataclasses.replace(TINY[family], stacked=False), nnx.Rngs(0)
         ), CONFIG.targets).keys()  # fmt: skip
@@ -145,7 +149,7 @@ def test_a_step_of_a_preset_is_built_and_unknown_ones_are_listed():
     for method in VIT_ALONE:
         with pytest.raises(ValueError, match=f"method={method}: expected a ViT, not a"):
             workload.checked(workload.Setting(method, "swin_b"))
-    assert set(plain_vit.ALONE) == set(VIT_ALONE)
+    assert {n for n, m in METHODS.items() if m.needs_vit} == set(VIT_ALONE)
 
 
 # Runs

@@ -1,5 +1,7 @@
 """Which leaves decay: by kind, whatever their stacking, method or binding."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import tiny
 from flax import nnx
 
 import snella_jax as snella
+from experiments.methods.first_stage import Staged
 from experiments.methods.registry import METHODS
 from snella_jax import linen, models, pytree
 from snella_jax.core.paths import path_of
@@ -32,12 +35,13 @@ def decayed(mask):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method(name, stacked):
     """All matrices and nothing else, of Variables and of their arrays."""
-    base, stage = tiny.base(), METHODS[name].stage
+    base, method = tiny.base(), tiny.CONFIG.settings[name]
     base = base if stacked else models.unstack(base)
-    located = [stage.typical(tiny.CONFIG, base)] if stage else []
-    if name == "noah":
-        located = [tiny.SUBNET]
-    state = nnx.state(METHODS[name].adapt(tiny.CONFIG, base, *located), nnx.Param)
+    scope = tiny.CONFIG.scope()
+    if isinstance(method, Staged):
+        places = tiny.SUBNET if name == "noah" else method.typical(base, scope)
+        scope = dataclasses.replace(scope, places=places)
+    state = nnx.state(method.adapt(base, scope), nnx.Param)
     paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
     names = {path.split("/")[-1] for path in paths}
     assert names <= MATRICES | OTHERS
@@ -56,7 +60,7 @@ def snella_methods():
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "unrolled"])
 def test_noahs_supernet(stacked):
     base = tiny.base() if stacked else models.unstack(tiny.base())
-    net = METHODS["noah"].stage.supernet(tiny.CONFIG, base)
+    net = METHODS["noah"].supernet(base, tiny.CONFIG.scope())
     state = nnx.state(net, nnx.Param)
     paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
     expected = {path for path in paths if path.split("/")[-1] in MATRICES}

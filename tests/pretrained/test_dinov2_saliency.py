@@ -67,12 +67,12 @@ def test_its_tokens_are_those_of_onnx_runtime(cells):
 
 
 def snella_adapted(model):
-    adapter = RULES.snella.adapter(RULES.targets, RULES.trainable)
+    adapter = RULES.settings["snella"].config(RULES.scope())
     return snella.adapt(model, adapter, rngs=nnx.Rngs(0))
 
 
 def lora_adapted(model):
-    return lora.adapt(model, RULES.targets, RULES.trainable, 8, nnx.Rngs(0))
+    return lora.branched(model, RULES.targets, RULES.trainable, 8, nnx.Rngs(0))
 
 
 def test_the_rules_of_vit_b_choose_the_same_matrices():

@@ -34,7 +34,11 @@ def test_a_preset_and_overrides_of_single_fields():
         "--config", "quickstart", "--epochs", "7", "--snella.rank", "4"
     )
     assert name == "quickstart"
-    assert (config.epochs, config.snella.rank, config.lora.rank) == (7, 4, 8)
+    assert (
+        config.epochs,
+        config.settings["snella"].rank,
+        config.settings["lora"].rank,
+    ) == (7, 4, 8)
     assert config.methods == ("linear", "lora", "snella")
 
 
@@ -301,7 +305,7 @@ def test_lora_is_the_linear_kernel_without_a_threshold():
     base = ViT(SMALL, rngs=nnx.Rngs(0))
     base.head.kernel[...] = jax.random.normal(jax.random.key(4), (8, 3))
     targets = r"blocks/mlp/fc."
-    ours = lora.adapt(base, targets, "head", 4, nnx.Rngs(1))
+    ours = lora.branched(base, targets, "head", 4, nnx.Rngs(1))
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     np.testing.assert_array_equal(ours(x), base(x))
     config = snella.SnellaConfig(
@@ -323,7 +327,7 @@ def test_lora_is_the_linear_kernel_without_a_threshold():
     branches = {f"blocks/mlp/{fc}/lora/{ab}" for fc in ("fc1", "fc2") for ab in "ab"}
     assert trains == branches | {"head/kernel", "head/bias"}
     with pytest.raises(ValueError, match=r"patch_embed: expected nnx\.Linear"):
-        lora.adapt(base, "patch_embed", "head", 4, nnx.Rngs(1))
+        lora.branched(base, "patch_embed", "head", 4, nnx.Rngs(1))
 
 
 def run(out, *argv):

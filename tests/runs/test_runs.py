@@ -18,6 +18,7 @@ from experiments.runs import run as runs
 from experiments.runs import search, suite
 from experiments.training import evaluation
 from experiments.training.metric_log import Tracker
+from experiments.training.session import Scope
 
 QUICK = ["--config", "quickstart", "--mesh", "data=1", "--batch", "100"]
 SHORT = [*QUICK, "--epochs", "2", "--warmup-epochs", "1"]
@@ -45,22 +46,23 @@ def tested(monkeypatch):
 
 def test_every_task_of_the_benchmarks_has_the_released_settings():
     config = presets.VTAB["cifar100"].config
-    assert (config.batch, config.snella.weight_decay) == (8, 0.05)
-    densities = config.snella.initial_density, config.snella.target_density
-    assert densities == (0.99, 0.2) and config.snella.rank == 32
+    own = config.settings["snella"]
+    assert (config.batch, own.weight_decay) == (8, 0.05)
+    densities = own.initial_density, own.target_density
+    assert densities == (0.99, 0.2) and own.rank == 32
     epochs = config.epochs, config.warmup_epochs, config.cooldown_epochs
     assert epochs == (100, 10, 10)
     assert config.source == "the released code: SNELLA-32"
     assert presets.VTAB["sun397"].config.source == "the released code: SNELL-32"
     assert presets.VTAB["sun397"].config.epochs == 200
-    assert presets.VTAB["svhn"].config.snella.gate == "none"
+    assert presets.VTAB["svhn"].config.settings["snella"].gate == "none"
     dogs = presets.FGVC["dogs"].config
-    assert (dogs.snella.lr, dogs.batch) == (1e-4, 32)
+    assert (dogs.settings["snella"].lr, dogs.batch) == (1e-4, 32)
     assert (dogs.ema, dogs.crop) == (0.9999, "random")
     for preset in (*presets.VTAB.values(), *presets.FGVC.values()):
         preset.config.check()
         dataclasses.replace(preset.config, search=True).check()
-        adapter = preset.config.snella.adapter("fc", "head")
+        adapter = preset.config.settings["snella"].config(Scope("fc", "head"))
         assert adapter.rank in (8, 32)
     assert all(set(presets.SUITES[s]) <= set(p) for s, p in (
         ("vtab1k", presets.VTAB), ("fgvc", presets.FGVC)))  # fmt: skip
@@ -141,7 +143,7 @@ def test_a_search_chooses_on_validation_and_tests_once(tmp_path, tested, monkeyp
     summary = vtab.main(["--resume", str(out)])
     trials = read(out / "search.json")["snella"]
     assert len(trials) == 4 and len(fitted) == 5
-    own = presets.QUICKSTART.config.snella
+    own = presets.QUICKSTART.config.settings["snella"]
     assert [t["lr"] for t in trials[:2]] == [own.lr, pytest.approx(own.lr / 100)]
     assert trials[0]["val_accuracy"] > trials[1]["val_accuracy"]  # 1% of it is too slow
     assert [t["weight_decay"] for t in trials[:3]] == [1e-4, 1e-4, 0.05]

@@ -11,10 +11,11 @@ from flax import nnx
 
 from experiments import ablate
 from experiments.config.run_config import RunConfig
+from experiments.methods.snella import Snella
 from experiments.reports import paper
+from experiments.runs.setup import Prepared
 from experiments.studies import ablation_report
 from experiments.studies.ablations import SNELLA, STUDIES, Variant
-from experiments.training.session import Setting
 from snella_jax.models.vit import ViT, ViTConfig
 
 SHORT = ["--run.epochs", "2", "--run.warmup_epochs", "0", "--search_epochs", "2"]
@@ -72,9 +73,9 @@ def test_variants_that_are_the_same_are_one():
 def test_a_variant_changes_what_it_says():
     variant = Variant("x", {"rank": 4}, {"dtype": "bfloat16"})
     changed = variant.config(RunConfig(), seed=7, lr=0.5)
-    own = dataclasses.replace(RunConfig().snella, rank=4, lr=0.5)
+    own = {"snella": Snella(rank=4, lr=0.5)}
     expected = dataclasses.replace(
-        RunConfig(), methods=("snella",), seed=7, dtype="bfloat16", snella=own
+        RunConfig(), methods=("snella",), seed=7, dtype="bfloat16", settings=own
     )
     assert changed == expected
     assert variant.name == "snella,dtype=bfloat16,rank=4"
@@ -87,7 +88,7 @@ def test_ablations_go_on_with_their_results_alone(tmp_path, monkeypatch, capsys)
     inner, runs = ablate.tune, []
 
     def interrupt(method, setting):
-        runs.append((setting.config.snella, setting.config.seed))
+        runs.append((setting.config.settings["snella"], setting.config.seed))
         if len(runs) == 2:
             raise KeyboardInterrupt
         return inner(method, setting)
@@ -143,7 +144,7 @@ def test_updates_are_measured_by_hand():
     before = np.asarray(kernel[...])
     kernel[...] = jnp.asarray(before + moved)
     run = RunConfig(targets="blocks/attn/query")
-    setting = Setting(run, None, base, None, None, None)
+    setting = Prepared(run, None, base, None, None, None)
     found = ablate._updates(setting, merged)
     assert found["density"] == pytest.approx(65 / 192)
     assert found["dead"] == found["full"] == pytest.approx(1 / 3)

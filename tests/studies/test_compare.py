@@ -8,18 +8,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from experiments.methods.settings import Ranked
 from rich.console import Console
 
 from experiments import compare, plotting
 from experiments.config.run_config import RunConfig
 from experiments.data import check
+from experiments.methods.dora import Dora
+from experiments.methods.lora import Lora
 from experiments.pretrained import base_models
 from experiments.reports import text as report_text
 from experiments.runs import run, search, setup
 from experiments.studies import comparison, comparison_figure, table_store
 from experiments.tasks import catalogue
-from experiments.training import grid, session, sharding
+from experiments.training import grid, sharding
 
 SMALL = ["--run.model", "vit_fashion_mnist", "--run.image_size", "None"]
 SHORT = ["--run.epochs", "1", "--run.warmup_epochs", "0", "--search_epochs", "1"]
@@ -62,7 +63,9 @@ def test_a_comparison_goes_on_with_its_results_alone(tmp_path, monkeypatch, caps
         ("linear", "seed0"), ("lora", "seed0"), ("lora", "seed1"),
         ("lora", "seed1"), ("linear_random", "seed0"), ("linear_random", "seed1"),
     ]  # fmt: skip
-    assert {c.lora.lr for c, name in runs if "lora" in name} == {chosen["lr"]}
+    assert {c.settings["lora"].lr for c, name in runs if "lora" in name} == {
+        chosen["lr"]
+    }
     assert {c.protocol for c, _ in runs} == {"final"}
     assert [c.random_weights for c, _ in runs] == [False] * 4 + [True] * 2
     rows = read(out / "results.json")["rows"]["digits"]
@@ -269,20 +272,20 @@ def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
     """On whatever devices, and whatever methods that do not run are set to."""
     quiet = Console(quiet=True)
     task = check.checked(catalogue.load("digits"), quiet)
-    began = RunConfig(methods=("lora",), lora=Ranked(lr=1e-3))
+    began = RunConfig(methods=("lora",), settings={"lora": Lora(lr=1e-3)})
 
     def begin(config):
         one = sharding.make("data=1")
-        return run.begin(session.Setting(config, task, None, one, quiet, tmp_path))
+        return run.begin(setup.Prepared(config, task, None, one, quiet, tmp_path))
 
     begin(began)
     begin(dataclasses.replace(began, mesh="data=2", data_dir=Path("elsewhere")))
-    begin(dataclasses.replace(began, dora=Ranked(lr=1.0)))
+    begin(began.with_settings(dora=Dora(lr=1.0)))
     known = read(tmp_path / "config.json")
     del known["clip"], known["vqt"]  # of an earlier version
     (tmp_path / "config.json").write_text(json.dumps(known), "utf-8")
     begin(began)
-    other = dataclasses.replace(began, lora=Ranked(lr=1e-4), clip=2.0)
+    other = dataclasses.replace(began.with_settings(lora=Lora(lr=1e-4)), clip=2.0)
     with pytest.raises(
         ValueError, match=r"begun with another clip, lora\.lr: expected"
     ):
@@ -309,28 +312,26 @@ def test_the_search_follows_the_best_rate(tmp_path, monkeypatch, peak, lrs):
 
     def score(method, setting, settings, index):
         accuracy = 1 - abs(np.log10(settings.lr / peak)) / 10
-        names = search.names(settings)
-        return {n: getattr(settings, n) for n in names} | {"val_accuracy": accuracy}
+        return settings.searched | {"val_accuracy": accuracy}
 
     monkeypatch.setattr(search, "_trial", score)
     chosen = search.chosen("lora", Setting(comparison.RUN, tmp_path))
     trials = read(tmp_path / search.FILE)["lora"]
     assert [t["lr"] for t in trials] == pytest.approx(lrs)
     best = min(lrs, key=lambda lr: abs(np.log10(lr / peak)))
-    assert chosen.lora.lr == pytest.approx(best)
+    assert chosen.settings["lora"].lr == pytest.approx(best)
 
 
 def test_of_rates_that_tie_the_lowest_goes_on(tmp_path, monkeypatch):
     """Where all are too high, the search goes on below."""
 
     def score(method, setting, settings, index):
-        names = search.names(settings)
         accuracy = 0.06 if settings.lr > 2e-4 else 0.5
-        return {n: getattr(settings, n) for n in names} | {"val_accuracy": accuracy}
+        return settings.searched | {"val_accuracy": accuracy}
 
     monkeypatch.setattr(search, "_trial", score)
     run = dataclasses.replace(comparison.RUN, grid=grid.Grid((0.3, 3.0), 2, (0.05,)))
-    chosen = search.chosen("lora", Setting(run, tmp_path)).lora
+    chosen = search.chosen("lora", Setting(run, tmp_path)).settings["lora"]
     trials = read(tmp_path / search.FILE)["lora"]
     lrs = [1e-3, 3e-4, 3e-3, 9e-5, 2.7e-5, 2.7e-5]
     assert [t["lr"] for t in trials] == pytest.approx(lrs)
@@ -342,7 +343,7 @@ def test_the_density_of_a_mask_is_searched(tmp_path, monkeypatch):
     trials = []
 
     def tune(method, setting):
-        own = getattr(setting.config, method)
+        own = setting.config.settings[method]
         density = getattr(own, "target_density", None)
         trials.append((own.lr, density))
         accuracy = own.lr * (1 + (density == 0.1))
@@ -350,7 +351,9 @@ def test_the_density_of_a_mask_is_searched(tmp_path, monkeypatch):
 
     monkeypatch.setattr(search, "tune", tune)
     run = dataclasses.replace(comparison.RUN, grid=grid.Grid((2.0,), 0, (), (0.1, 0.6)))
-    chosen = search.chosen("snella_masked", Setting(run, tmp_path)).snella_masked
+    chosen = search.chosen("snella_masked", Setting(run, tmp_path)).settings[
+        "snella_masked"
+    ]
     assert trials == [(3e-3, 0.3), (6e-3, 0.3), (6e-3, 0.1), (6e-3, 0.6)]
     assert (chosen.lr, chosen.target_density) == (6e-3, 0.1)
     for method in ("klora", "spt_lora"):  # neither has a density to search

@@ -14,16 +14,16 @@ from rich.console import Console
 
 from experiments import files
 from experiments.config.run_config import RunConfig
-from experiments.methods.settings import Located
+from experiments.methods import registry
+from experiments.methods.spt import SptLora
 from experiments.reports import finished
 from experiments.reports import table as report
 from experiments.runs import run
-from experiments.runs.run import TITLES
 from experiments.studies import comparison, table_store
 from experiments.studies.comparison import Comparison, Row, Table
 
 COMPARISON = RESULTS / "comparison"
-PLAIN = Located(weight_decay=0.0)
+PLAIN = {"spt_lora": SptLora(weight_decay=0.0)}
 OLD = {"seeds": {"0": {"test_accuracy": 0.5, "trainable": 5}}, "chosen": {"lr": 1e-3}}
 
 
@@ -119,7 +119,7 @@ def test_a_result_counts_what_decays():
         ("spt_lora", "checkpoints/lora/3", {}, False),  # its own has no epoch yet
         ("spt_lora", "checkpoints/spt_lora", {}, False),
         ("spt_lora", "checkpoints/spt_lora/3", {"methods": ("lora",)}, False),
-        ("spt_lora", "checkpoints/spt_lora/3", {"spt_lora": PLAIN}, False),
+        ("spt_lora", "checkpoints/spt_lora/3", {"settings": PLAIN}, False),
     ],
 )
 def test_what_began_without_decay_does_not_end_with_it(
@@ -133,7 +133,9 @@ def test_what_began_without_decay_does_not_end_with_it(
         config=config, out=tmp_path, inputs=inputs, console=Console(quiet=True)
     )
     if refused:
-        with pytest.raises(files.MismatchError, match=f"{TITLES[method]} began in"):
+        with pytest.raises(
+            files.MismatchError, match=f"{registry.title(method)} began in"
+        ):
             run._same_inputs(setting, begun=True)
         assert not (tmp_path / "inputs.json").exists()
         files.write(tmp_path / "results.json", {method: {}})

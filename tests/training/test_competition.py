@@ -15,7 +15,7 @@ import snella_jax as snella
 from experiments.config.run_config import RunConfig
 from experiments.data.source import Arrays
 from experiments.data.transforms import Transform
-from experiments.methods.snella import Kernelized
+from experiments.methods.snella import Snella
 from experiments.training import sharding
 from experiments.training import trainer as train
 from experiments.training.competition import Competition, agreement
@@ -34,19 +34,20 @@ EPOCHS = 4
 
 def trained(settings=None, epochs=EPOCHS, spy=None, **changes):
     """Epochs, model and opt_state of a tiny model, trained with some settings."""
-    own = dataclasses.replace(Kernelized(lr=1e-2, rank=4), **changes)
-    config = RunConfig(epochs=epochs, warmup_epochs=0, batch=8, snella=own)
+    own = dataclasses.replace(Snella(lr=1e-2, rank=4), **changes)
+    config = RunConfig(
+        epochs=epochs, warmup_epochs=0, batch=8, settings={"snella": own}
+    )
     base = ViT(TINY, rngs=nnx.Rngs(0))
     base.head.kernel[...] = jax.random.normal(jax.random.key(1), (8, 2))
-    adapter = own.adapter(config.targets, config.trainable)
-    model = snella.adapt(base, adapter, rngs=nnx.Rngs(1))
-    rules = config.competition(own, snella.adapted_weights(model))
+    model = own.adapt(base, config.scope())
+    rules = own.competition(model, config.scope(), config.recipe("snella"))
     trainer = train.Trainer(
         model,
         train.Data(SOURCE, None, TRANSFORM, TRANSFORM),
         config.recipe("snella"),
         sharding.make("data=1"),
-        watch=(own.importance(),),
+        watch=own.watch(),
         competition=rules,
     )
     with contextlib.closing(trainer):
@@ -229,6 +230,6 @@ def test_the_gradient_norm_is_that_of_the_factors():
     ],
 )
 def test_wrong_settings_are_refused(changes, message):
-    own = dataclasses.replace(Kernelized(), **changes)
+    own = dataclasses.replace(Snella(), **changes)
     with pytest.raises(ValueError, match=message):
-        RunConfig(methods=("snella",), snella=own).check()
+        RunConfig(methods=("snella",), settings={"snella": own}).check()

@@ -249,7 +249,7 @@ def test_scores_that_are_not_finite_name_the_step_before_them():
 def test_the_callers_model_stays_as_it_was():
     """Steps donate their state; what the caller holds is not the trainer's."""
     base = ViT(TINY, rngs=nnx.Rngs(0))
-    model = lora.adapt(base, TARGETS, "head|cls_token", 4, nnx.Rngs(1))
+    model = lora.branched(base, TARGETS, "head|cls_token", 4, nnx.Rngs(1))
     before = leaves(base)
     with training(model=model) as trainer:
         run(trainer)
