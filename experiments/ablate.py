@@ -45,11 +45,11 @@ from experiments.runs.train_method import tune
 from experiments.studies import ablation_report, table_store
 from experiments.studies.ablations import BASE, SNELLA, STUDIES, Variant
 from experiments.training import evaluation, metric_log
-from experiments.training.fit import VAL
 from experiments.training.grid import Grid
 from snella_jax.nnx.targets import select
 
 PROGRAM = "python -m experiments.ablate"
+VAL = "val_accuracy"
 Name = Literal[
     "kernels_sparsity",
     "kernels",
@@ -205,7 +205,7 @@ def _searched(
     """The trials of a variant's search, and the rate that follows from them."""
     console.rule(f"{variant.name}, search")
     own = variant.config(config.run, config.run.seed)
-    own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
+    own = dataclasses.replace(own, epochs=config.search_epochs, steps=None, out=place)
     setting = setup.prepared(config.run.task, own, console)
     store.begin(config.run.task, setting.inputs, console)
     search.chosen(variant.method, setting)
@@ -250,17 +250,20 @@ def measured(
     if lost := metric_log.lacking(fitted.rows, fitted.last_row["epoch"]):
         raise files.MismatchError(
             f"{setting.out} has lost {lost} of {metric_log.NAME}: delete that folder "
-            ""
             "for the seed to begin anew."
         )
     merged = setting.config.settings[method].merged(fitted.model)
-    source, transform = setting.task.test, setting.transforms[1]
-    accuracy = evaluation.evaluate(merged, source, transform, setting.mesh)
-    unmerged = accuracy
+
+    def accuracy(model: Any) -> float:
+        where = setting.task.test, setting.transforms[1], setting.mesh
+        found = evaluation.evaluate(model, *where, setting.objective)
+        return found.metrics["accuracy"]
+
+    unmerged = tested = accuracy(merged)
     if setting.config.dtype != "float32":  # where merging rounds
-        unmerged = evaluation.evaluate(fitted.model, source, transform, setting.mesh)
+        unmerged = accuracy(fitted.model)
     return {
-        "test_accuracy": accuracy,
+        "test_accuracy": tested,
         "unmerged_accuracy": unmerged,
         "train_loss": fitted.last_row["train_loss"],
         "seconds_per_step": metric_log.median(fitted.rows, "seconds_per_step"),

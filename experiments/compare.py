@@ -136,7 +136,7 @@ def _searched(
         return {"chosen": {}}
     console.rule(f"{task}, {row.name}, search")
     own = _config(task, row, config, config.run.seed)
-    own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
+    own = dataclasses.replace(own, epochs=config.search_epochs, steps=None, out=place)
     setting = setup.prepared(task, own, console)
     store.begin(task, setting.inputs, console)
     best = search.chosen(row.method, setting).settings[row.method]

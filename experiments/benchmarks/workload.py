@@ -1,6 +1,6 @@
 """One training step of every method on a model: what memory and time are measured of.
 
-The step is the trainer's own (`update.training_step`), with AdamW, on images of noise.
+The step is the trainer's own (`step.training_step`), with AdamW, on images of noise.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from experiments.methods.noah import Noah
 from experiments.methods.sensitivity import Scored
 from experiments.methods.snella import Snella
 from experiments.training import step
+from experiments.training.classification import Classification
 from experiments.training.session import Scope
 from snella_jax import models
 from snella_jax.models import swin, vit
@@ -185,8 +186,10 @@ def _training(setting: Setting, model: Any) -> Step:
         budgets = jax.tree.map(lambda b: (b * DENSITY).astype(b.dtype), budgets)
     tx = optax.chain(*watch, optax.adamw(1e-3, mask=snella.decay_mask))
     state, key = tx.init(trainable), jax.random.key(0)
-    arguments = (trainable, state, budgets, frozen, *_batch(setting), key)
-    run = step.training_step(graphdef, tx)
+    images, labels = _batch(setting)
+    batch = {"image": images, "label": labels}
+    arguments = (trainable, state, budgets, frozen, batch, key)
+    run = step.training_step(graphdef, tx, Classification().loss)
     return Step(run, arguments, model.config.stacked, donated=(0, 1))
 
 

@@ -13,6 +13,7 @@ from experiments.methods.linear_probe import Linear
 from experiments.methods.method import Method
 from experiments.paths import Given
 from experiments.tasks.catalogue import DATA_DIR
+from experiments.training import schedules
 from experiments.training.grid import Grid
 from experiments.training.recipe import Recipe
 from experiments.training.session import Scope
@@ -86,8 +87,17 @@ class TrainingOptions:
     """The first of them, in which the learning rate rises from 0."""
     cooldown_epochs: int = 0
     """More epochs at the lowest learning rate."""
+    steps: int | None = None
+    """Length in updates, instead of --epochs; warm-up and cool-down then count
+    rounds."""
+    round_steps: int | None = None
+    """Updates in a round, after which a method is evaluated and saved and budgets move.
+    Default: those of an epoch."""
+    schedule: schedules.Name = "cosine"
+    """Course of the learning rate after the warm-up. cosine: to 1% of it. linear: to 0.
+    constant: none. cosine_epoch: a cosine that is constant within a round."""
     eval_every: int = 1
-    """Epochs between evaluations; the last ten are all evaluated."""
+    """Rounds between evaluations; the last ten are all evaluated."""
     batch: int = 32
     """Images in a step, over all devices."""
     accumulate: int = 1
@@ -195,9 +205,25 @@ class RunConfig(RunOptions, TrainingOptions, MethodOptions, ModelOptions, DataOp
         self.mix(1)
         if self.search:
             self._check_grid()
+        if self.steps is None and self.round_steps is None:
+            self.check_rounds(self.batch)  # as many rounds for any number of images
+
+    def check_rounds(self, images: int) -> None:
+        """Raises a `ValueError` where a run on so many images has too few rounds."""
+        for name in self.adapted:
+            rounds = self.recipe(name).rounds(images)
+            for method in self._tried(name):
+                method.check_rounds(name, self.scope(), rounds)
 
     def _check(self, name: str, method: Method) -> None:
         method.check_run(name, self.scope(), self.recipe(name))
+
+    def _tried(self, name: str) -> list[Method]:
+        """Returns a method's settings, and copies with the densities of a search."""
+        own = self.settings[name]
+        densities = self.grid.densities if self.search and own.has_density else ()
+        changes: list[Any] = [{"target_density": density} for density in densities]
+        return [own, *(dataclasses.replace(own, **change) for change in changes)]
 
     def _check_grid(self) -> None:
         if self.protocol == "released":
@@ -213,10 +239,8 @@ class RunConfig(RunOptions, TrainingOptions, MethodOptions, ModelOptions, DataOp
         ):
             raise ValueError(f"grid={self.grid}: expected positive numbers.")
         for name in self.adapted:
-            method = self.settings[name]
-            for density in self.grid.densities if method.has_density else ():
-                tried: Any = {"target_density": density}
-                self._check(name, dataclasses.replace(method, **tried))
+            for method in self._tried(name):
+                self._check(name, method)
 
 
 WHERE = ("data_dir", "mesh", "distributed", "wandb")  # a run may go on elsewhere

@@ -7,28 +7,38 @@ for bit.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import grain
 import jax
 import numpy as np
 from absl import flags
 
-from experiments.data.mix import Mix
 from experiments.data.source import Source
-from experiments.data.transforms import Transform
+
+Arrays = dict[str, np.ndarray]
+Mixing = Callable[[Arrays, np.random.Generator], Arrays]
+
+
+class Preparation(Protocol):
+    """What makes arrays of an example: `transforms.Transform`, for images."""
+
+    def prepare(self, example: Any, rng: np.random.Generator) -> Arrays:
+        """Returns arrays of one shape for all examples; `rng` where they are random."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Which part of every batch this process makes: `index` of `count`."""
+    """The part of every batch that one process makes: `index` of `count`."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def of_this_process(cls) -> "Shard":
-        """By JAX's process index and count."""
+        """Returns that of JAX's process index and count."""
         return cls(jax.process_index(), jax.process_count())
 
     def __post_init__(self):
@@ -40,12 +50,12 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How batches are made ahead of time.
+    """Settings of how batches are made ahead of time.
 
     Attributes:
-      threads: that make a batch each.
-      ahead: batches that may wait.
-      workers: processes that share the work; 0 for threads alone.
+      threads: number of threads, each of which makes a batch.
+      ahead: number of batches that may wait.
+      workers: number of processes that share the work; 0 for threads alone.
     """
 
     threads: int = 4
@@ -55,28 +65,33 @@ class Reading:
 
 def training(
     source: Source,
-    transform: Transform,
+    transform: Preparation,
     *,
     batch: int,
     epochs: int,
     seed: int,
-    mix: Mix | None = None,
+    mix: Mixing | None = None,
     shard: Shard = Shard(),
     reading: Reading = Reading(),
 ) -> grain.IterDataset:
-    """Batches of shuffled, augmented examples, epoch after epoch.
+    """Returns batches of shuffled, augmented examples, epoch after epoch.
 
     An epoch is `len(source) // batch` batches in an order of its own; what is left over
     is left out, as in the released recipe. The shards of a batch are disjoint.
 
     Args:
-      batch: images in a batch, over all shards.
-      epochs: until the stream ends.
-      mix: what happens to whole batches, such as mixup; a shard mixes within itself.
+      source: the examples.
+      transform: makes arrays of them.
+      batch: examples in a batch, over all shards.
+      epochs: number of epochs until the stream ends.
+      seed: decides the order and everything that is drawn.
+      mix: changes whole batches (mixup, say); a shard mixes within itself.
+      shard: the part that is made here.
+      reading: how far ahead.
 
     Returns:
-      Batches of `image` float32 `[batch / count, H, W, C]` and `label`, int32 `[.]` or
-      what `mix` makes of it.
+      Batches of what `transform` makes, `[batch / count, ...]`, and `index`, int32, the
+      examples' places in the source.
 
     Raises:
       ValueError: the batch is larger than the source, or no multiple of the shards.
@@ -87,7 +102,7 @@ def training(
         raise ValueError(f"batch={batch}: {shard.count} processes do not divide it.")
     used = len(source) // batch * batch
     examples = grain.MapDataset.source(_Indexed(source)).seed(seed).shuffle()
-    examples = examples.random_map(_Transformed(transform))
+    examples = examples.random_map(_Prepared(transform))
     examples = examples.slice(slice(shard.index, used, shard.count))
     batches = examples.batch(batch // shard.count, drop_remainder=True)
     if mix is not None:
@@ -97,17 +112,20 @@ def training(
 
 def evaluation(
     source: Source,
-    transform: Transform,
+    transform: Preparation,
     *,
     batch: int,
     shard: Shard = Shard(),
     reading: Reading = Reading(),
 ) -> grain.IterDataset:
-    """Every example once, in order; the last batches are filled up.
+    """Returns every example once, in order; the last batches are filled up.
 
     Returns:
-      Batches of `image`, `label` and `valid` (False for what fills up). All have one
-      shape, and every shard has as many.
+      Batches of what `transform` makes, `index` and `valid`, which is False for what
+      fills up. All have one shape, and every shard has as many.
+
+    Raises:
+      ValueError: the batch is no positive multiple of the shards.
     """
     if batch < 1 or batch % shard.count:
         raise ValueError(
@@ -120,7 +138,7 @@ def evaluation(
 
 
 def to_devices(stream: grain.IterDataset, sharding: jax.sharding.Sharding) -> Any:
-    """The batches as arrays on devices, a few of them ahead of their use.
+    """Returns the batches as arrays on devices, a few of them ahead of their use.
 
     Args:
       stream: this process's shard of the batches.
@@ -128,7 +146,7 @@ def to_devices(stream: grain.IterDataset, sharding: jax.sharding.Sharding) -> An
         devices may be those of several processes.
     """
 
-    def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def place(batch: Arrays) -> dict[str, jax.Array]:
         make = jax.make_array_from_process_local_data
         return {name: make(sharding, array) for name, array in batch.items()}
 
@@ -150,26 +168,27 @@ class _Indexed:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Transformed:
-    transform: Transform
+class _Prepared:
+    transform: Preparation
 
-    def __call__(self, example: Any, rng: np.random.Generator) -> dict[str, Any]:
-        image = self.transform(example["image"], rng)
-        label, index = np.int32(example["label"]), np.int32(example["index"])
-        return {"image": image, "label": label, "index": index}
+    def __call__(self, example: Any, rng: np.random.Generator) -> Arrays:
+        return {
+            **self.transform.prepare(example, rng),
+            "index": np.asarray(example["index"], np.int32),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Filled:
     source: Source
-    transform: Transform
+    transform: Preparation
 
-    def __call__(self, index: int) -> dict[str, Any]:
+    def __call__(self, index: int) -> Arrays:
         valid = index < len(self.source)
-        example = self.source[index if valid else 0]
-        image = self.transform(example["image"], np.random.default_rng(0))
-        label = np.int32(example["label"] if valid else 0)
-        return {"image": image, "label": label, "valid": np.bool_(valid)}
+        index = index if valid else 0
+        arrays = self.transform.prepare(self.source[index], np.random.default_rng(0))
+        own = {"index": np.asarray(index, np.int32), "valid": np.asarray(valid)}
+        return {**arrays, **own}
 
 
 def _read(batches: grain.MapDataset, reading: Reading) -> grain.IterDataset:

@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -26,10 +26,13 @@ class Example(TypedDict):
 
 
 class Source(Protocol):
-    """Examples by index: the same one each time, from any thread or process."""
+    """Examples by index: the same one each time, from any thread or process.
+
+    An example is a dict, for classification an `Example`.
+    """
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Example: ...
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class CorruptImageError(ValueError):

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageEnhance
 
+from experiments.data.source import Example
+
 NORMALISATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -74,6 +76,13 @@ class Transform:
         pixels = np.asarray(picture, np.float32).reshape(*self.size, len(self.mean))
         mean, std = (np.asarray(x, np.float32) for x in (self.mean, self.std))
         return (pixels / np.float32(255) - mean) / std
+
+    def prepare(
+        self, example: Example, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """Returns the transformed `image` and `label`, int32, for `data.pipeline`."""
+        label = np.asarray(example["label"], np.int32)
+        return {"image": self(example["image"], rng), "label": label}
 
     def unnormalised(
         self, image: Float[np.ndarray, "... channels"]

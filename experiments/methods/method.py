@@ -14,6 +14,7 @@ from flax import nnx
 
 from experiments.training.competition import Competition
 from experiments.training.recipe import Recipe
+from experiments.training.rounds import Rounds
 from experiments.training.session import Scope
 from snella_jax.nnx.targets import select
 
@@ -56,14 +57,8 @@ class Method(abc.ABC):
         """Returns transformations that see the raw gradient; none by default."""
         return ()
 
-    def competition(
-        self, model: Any, scope: Scope, recipe: Recipe
-    ) -> Competition | None:
-        """Returns how budgets of an adapted model move; None if they never do.
-
-        Raises:
-          ValueError: the settings do not fit the recipe.
-        """
+    def competition(self, model: Any, scope: Scope) -> Competition | None:
+        """Returns how budgets of an adapted model move; None if they never do."""
         return None
 
     def merged(self, model: Any) -> Any:
@@ -115,6 +110,10 @@ class Method(abc.ABC):
     def check_run(self, name: str, scope: Scope, recipe: Recipe) -> None:
         """Raises a `ValueError` on settings that fail `check`, or do not fit a run."""
         self.check(name)
+
+    def check_rounds(self, name: str, scope: Scope, rounds: Rounds) -> None:
+        """Raises a `ValueError` if a run has too few rounds for the method."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

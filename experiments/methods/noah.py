@@ -108,7 +108,9 @@ class Noah(Staged):
         """
         recipe = dataclasses.replace(session.recipe, lr=self.supernet_lr, ema=0.0)
         if self.supernet_epochs is not None:
-            recipe = dataclasses.replace(recipe, epochs=self.supernet_epochs)
+            recipe = dataclasses.replace(
+                recipe, epochs=self.supernet_epochs, steps=None
+            )
         task = session.task
         data = dataclasses.replace(
             session.data, train=task.train, follow=task.validation
@@ -199,28 +201,30 @@ class Noah(Staged):
 
         found = evolve(
             net.space,
-            _accuracy(net, session),
+            _fitness(net, session),
             allowed,
             population=self.population,
             parents=self.parents,
             seed=session.scope.seed,
         )
+        metric = session.objective.metrics[0]
         console, scores = session.console, {}
         with Progress(console=console) as bar:
             total = self.population * (self.generations + 1)
             shown = bar.add_task("NOAH's search", total=total)
             for generation in range(self.generations + 1):
                 scores = next(found)
-                value = next(iter(scores.values()))
-                text = f"NOAH's search {generation}/{self.generations} val {value:.1%}"
+                value = metric.text(metric.rank(next(iter(scores.values()))))
+                text = f"NOAH's search {generation}/{self.generations} val {value}"
                 done = self.population * (generation + 1)
                 bar.update(shown, completed=done, description=text)
                 if not console.is_terminal:  # a log file has no bar
                     console.print(text, soft_wrap=True)
         best = next(iter(scores))
+        value = metric.text(metric.rank(scores[best]))
         console.print(
             f"NOAH: the best of {len(scores)} subnets has "
-            f"{parameters(best, width):,} parameters, {scores[best]:.1%} on "
+            f"{parameters(best, width):,} parameters, {value} on "
             "validation in the supernet. Block by block:"
         )
         for kind, row in zip(KINDS, best, strict=True):
@@ -308,24 +312,26 @@ def parameters(net: Subnet, width: int) -> int:
     return sum(tokens) * width + sum(ranks) * 3 * 2 * width + bottlenecks
 
 
-def _accuracy(net: Any, session: Session) -> Callable[[Subnet], float]:
-    """Returns the accuracy on validation as a function of a supernet's sizes.
+def _fitness(net: Any, session: Session) -> Callable[[Subnet], float]:
+    """Returns how good a supernet is on validation, as a function of its sizes.
 
     All validation images stay on the devices, in float32.
     """
     graphdef, _, rest = nnx.split(net, Size, ...)
     rest = sharding.place(rest, session.mesh)
-    count = evaluation.counter(graphdef)
-    images = session.task.validation, session.data.transform
-    batches = list(evaluation.batches(*images, session.mesh))
+    objective, source = session.objective, session.task.validation
+    metric = objective.metrics[0]
+    measure = evaluation.measurer(graphdef, objective, session.mesh)
+    transform = session.data.transform
+    batches = list(evaluation.batches(source, transform, session.mesh))
 
-    def accuracy(subnet: Subnet) -> float:
+    def fitness(subnet: Subnet) -> float:
         assign(net, jnp.array(subnet, jnp.int32))
         sizes = sharding.place(nnx.state(net, Size), session.mesh)
-        right = sum(int(count((sizes, rest), batch)) for batch in batches)
-        return right / len(session.task.validation)
+        of = (sizes, rest), source, batches, objective
+        return metric.rank(evaluation.measured(measure, *of)[metric.name])
 
-    return accuracy
+    return fitness
 
 
 def _modules(block: Any) -> tuple[list[Any], ...]:

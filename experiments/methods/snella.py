@@ -1,6 +1,7 @@
 """SNELLA, and methods that differ from it in their settings alone."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar, Literal
 
@@ -11,9 +12,11 @@ import snella_jax as snella
 from experiments.methods.method import Method, check_counts
 from experiments.training.competition import Competition, Every, Metric
 from experiments.training.recipe import Recipe
+from experiments.training.rounds import Rounds
 from experiments.training.session import Scope
 from snella_jax.nnx.targets import select
 
+WEIGHTS = 1000  # of a model, to check that a budget has time to move
 KernelName = Literal[
     "linear", "piecewise_linear", "rbf", "sigmoid", "normalized_rbf", "mix_k"
 ]
@@ -108,17 +111,11 @@ class Snella(Method):
         """
         return (self._importance(),) if self.competes else ()
 
-    def competition(
-        self, model: nnx.Module, scope: Scope, recipe: Recipe
-    ) -> Competition | None:
-        """Returns how budgets move; the total stays as it is in the cool-down.
-
-        Raises:
-          ValueError: the recipe is too short for the schedule.
-        """
+    def competition(self, model: nnx.Module, scope: Scope) -> Competition | None:
+        """Returns how budgets move; the total stays as it is in the cool-down."""
         if not self.competes:
             return None
-        return self._competition(snella.adapted_weights(model), scope, recipe)
+        return self._competition(snella.adapted_weights(model), scope)
 
     def merged(self, model: Any) -> Any:
         """Returns a plain copy, perhaps of an epoch before the first reallocation."""
@@ -166,7 +163,18 @@ class Snella(Method):
         """Raises a `ValueError` on settings that fail `check`, or do not fit a run."""
         super().check_run(name, scope, recipe)
         self._importance()
-        self._competition(1, scope, recipe)
+        self._competition(WEIGHTS, scope)
+
+    def check_rounds(self, name: str, scope: Scope, rounds: Rounds) -> None:
+        """Raises a `ValueError` if there are too few rounds to move the budget."""
+        try:
+            self._competition(WEIGHTS, scope).begin(0, rounds)
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: its budget moves between rounds, of which there are "
+                f"{rounds.count - rounds.cooldown} before the cool-down: expected at "
+                "least 2, or an initial_density that is the target_density."
+            ) from error
 
     def config(self, scope: Scope) -> snella.SnellaConfig:
         """Returns the library's config for these settings."""
@@ -192,13 +200,9 @@ class Snella(Method):
         metric = "sensitivity" if self.metric == "merged_magnitude" else self.metric
         return snella.track_importance(self.beta1, self.beta2, metric)
 
-    def _competition(self, weights: int, scope: Scope, recipe: Recipe) -> Competition:
-        schedule = self.config(scope).schedule(
-            weights,
-            recipe.total_epochs,
-            power=self.power,
-            cooldown=recipe.cooldown_epochs,
-        )
+    def _competition(self, weights: int, scope: Scope) -> Competition:
+        course = self.config(scope).schedule
+        schedule = functools.partial(course, weights, power=self.power)
         window = max(1, round(1 / (1 - self.beta1))) if self.beta1 < 1 else 1
         return Competition(
             schedule,
@@ -209,7 +213,6 @@ class Snella(Method):
             exponent=self.exponent,
             floor=self.floor,
             floor_every=self.floor_every,
-            final=recipe.epochs - 1,
         )
 
     def _kernel(self) -> snella.kernels.Kernel:

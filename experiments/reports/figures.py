@@ -9,16 +9,21 @@ import numpy as np
 from matplotlib.colors import LogNorm
 
 from experiments import plotting
+from experiments.data.source import Source
 from experiments.plotting import plt
+from experiments.training.objective import Metric, Objective
+
+ACCURACY = Metric("accuracy", percent=True)
 
 
-def allocation(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws budget and importance of every matrix over the epochs.
+def allocation(path: Path, rows: Sequence[dict[str, Any]], unit: str = "epoch") -> None:
+    """Draws budget and importance of every matrix over the rounds.
 
     Args:
       path: the PNG to write.
-      rows: of `metrics.jsonl`, of the epochs that began with a reallocation; each
+      rows: those of `metrics.jsonl` whose rounds began with a reallocation; each
         stands until the next of them.
+      unit: name of a round.
     """
     epochs = [row["epoch"] for row in rows]
     paths = list(rows[0]["importance"])
@@ -38,43 +43,52 @@ def allocation(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     norm = LogNorm(vmin=1e-4, vmax=1, clip=True)
     mesh = left.pcolormesh(*edges, np.maximum(shares, 1e-4), norm=norm, cmap="magma")
     figure.colorbar(mesh, ax=left, label="share of the importance of all matrices")
-    left.set(title="Importance before the epoch", xlabel="epoch")
+    left.set(title=f"Importance before the {unit}", xlabel=unit)
     left.set_yticks(range(len(names)), names, fontsize=7)
     left.invert_yaxis()
     mesh = right.pcolormesh(*edges, density, vmin=0, vmax=1, cmap="viridis")
     figure.colorbar(mesh, ax=right, label="fraction of the matrix that may move")
     totals = f"{total[0]:.2f} to {total[-1]:.2f} of all weights"
-    right.set(title=f"Budget in the epoch ({totals})", xlabel="epoch")
+    right.set(title=f"Budget in the {unit} ({totals})", xlabel=unit)
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
     plotting.save(figure, path)
 
 
-def curves(path: Path, methods: dict[str, list[dict[str, Any]]], task: str) -> None:
-    """Draws training loss and followed accuracy over the epochs, a line a method.
+def curves(
+    path: Path,
+    methods: dict[str, list[dict[str, Any]]],
+    task: str,
+    metric: Metric = ACCURACY,
+    unit: str = "epoch",
+) -> None:
+    """Draws training loss and a followed metric over the rounds, a line a method.
 
     Args:
       path: the PNG to write.
       methods: rows of `metrics.jsonl` by the method's title.
       task: its name.
+      metric: the one to draw.
+      unit: name of a round.
     """
+    scale = 100 if metric.percent else 1
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for title, rows in methods.items():
         known = [(r["epoch"], r["train_loss"]) for r in rows if "train_loss" in r]
         left.plot(*zip(*known, strict=True), marker=".", label=title)
-        for key, style in (("val_accuracy", "-"), ("test_accuracy", "--")):
-            known = [(r["epoch"], 100 * r[key]) for r in rows if key in r]
+        for split, style in (("val", "-"), ("test", "--")):
+            key = f"{split}_{metric.name}"
+            known = [(r["epoch"], scale * r[key]) for r in rows if key in r]
             if known:
-                split = key.split("_")[0]
                 line = right.plot(*zip(*known, strict=True), style, marker=".")
                 line[0].set_label(f"{title}, {split}")
     left.set(title="training loss", yscale="log")
-    right.set(title="accuracy, %")
+    right.set(title=metric.name + ", %" * metric.percent)
     if not right.lines:
         right.annotate("nothing was followed", (0.5, 0.5), ha="center",
                        xycoords="axes fraction")  # fmt: skip
     for axes in (left, right):
-        axes.set_xlabel("epoch")
+        axes.set_xlabel(unit)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -83,15 +97,17 @@ def curves(path: Path, methods: dict[str, list[dict[str, Any]]], task: str) -> N
     plotting.save(figure, path)
 
 
-def sparsity(path: Path, row: dict[str, Any], task: str) -> None:
+def sparsity(path: Path, row: dict[str, Any], task: str, unit: str = "epoch") -> None:
     """Draws final sparsity by depth with its linear fit, as the paper's Figure 10.
 
     A bar is a block, a dot one of its matrices: the share that may not move.
 
     Args:
       path: the PNG to write.
-      row: of `metrics.jsonl`, of the last epoch that began with a reallocation.
+      row: that of `metrics.jsonl` whose round was the last to begin with a
+        reallocation.
       task: its name.
+      unit: name of a round.
     """
     budget, capacity = row["budget"], row["capacity"]
     found = {name: block_of(name) for name in budget}
@@ -117,10 +133,34 @@ def sparsity(path: Path, row: dict[str, Any], task: str) -> None:
         line = [start + slope * b for b in blocks]
         axes.plot(blocks, line, color="black", label=f"fit, {slope:+.3f} a block")
     axes.set(xlabel="block", ylabel="share that may not move", ylim=(-0.03, 1.03))
-    axes.set_title(f"{plotting.label(task)}: sparsity in epoch {row['epoch']}")
+    axes.set_title(f"{plotting.label(task)}: sparsity in {unit} {row['epoch']}")
     labels = [".".join(map(str, block)) for block in every]
     axes.set_xticks(blocks, labels, rotation=90 * any("." in text for text in labels))
     figure.legend(loc="outside right upper", fontsize=8)
+    plotting.save(figure, path)
+
+
+def predictions(
+    path: Path, objective: Objective, source: Source, outputs: Sequence[tuple[int, Any]]
+) -> None:
+    """Draws a model's outputs for some examples, side by side.
+
+    Args:
+      path: the PNG to write.
+      objective: draws each of them.
+      source: has the examples.
+      outputs: indices of examples, and what the model makes of them.
+    """
+    figure, row = plt.subplots(
+        1,
+        len(outputs),
+        figsize=(1.6 * len(outputs), 2),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (index, output) in zip(row[0], outputs, strict=True):
+        axes.axis("off")
+        objective.draw(axes, source[index], output)
     plotting.save(figure, path)
 
 

@@ -9,7 +9,9 @@ from experiments import files
 from experiments.config import run_config
 from experiments.config.run_config import WHERE, RunConfig
 from experiments.methods import registry
+from experiments.reports.figures import ACCURACY
 from experiments.tasks import catalogue
+from experiments.training.objective import Metric
 
 # Of these, LoRA's factors did not decay while decay went by the number of their axes:
 # runs from then are no seeds of later ones.
@@ -28,6 +30,7 @@ class Run:
       setup: model and protocol, which columns of one table may differ in.
       settings: all that has to agree for two runs to be seeds of one another.
       result: the method's entry of `summary.json`.
+      metric: the one that tables show; older runs are all of accuracy.
     """
 
     folder: Path
@@ -37,6 +40,7 @@ class Run:
     seed: int
     settings: dict[str, Any]
     result: dict[str, Any]
+    metric: Metric = ACCURACY
 
 
 def collect(paths: Iterable[Path]) -> list[Run]:
@@ -70,11 +74,13 @@ def _runs(where: Path) -> list[Run]:
         "random_weights", False
     )
     protocol = config["protocol"] + ", searched" * config["search"]
+    metric = Metric(**summary["metrics"][0]) if "metrics" in summary else ACCURACY
+    usual = run_config.as_dict(RunConfig())
+    filled = usual | config  # which may be older than some fields
     runs = []
     for method, result in summary["methods"].items():
-        usual = run_config.as_dict(RunConfig())[method]
-        own = {**usual, **config[method]}  # which may be older than some settings
-        shared = {k: v for k, v in config.items() if not isinstance(v, dict)}
+        own = {**usual[method], **config[method]}
+        shared = {k: v for k, v in filled.items() if not isinstance(v, dict)}
         settings = {k: v for k, v in shared.items() if k not in IRRELEVANT}
         settings |= {f"{method}.{name}": value for name, value in own.items()}
         if method in UNDECAYED:
@@ -90,6 +96,7 @@ def _runs(where: Path) -> list[Run]:
                 seed=config["seed"],
                 settings=settings,
                 result=result,
+                metric=metric,
             )
         )
     return runs

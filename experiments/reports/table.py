@@ -9,17 +9,13 @@ from rich.console import Console
 
 from experiments import files
 from experiments.reports import paper, text
+from experiments.reports.figures import ACCURACY
 from experiments.reports.finished import Run
 from experiments.tasks import catalogue
+from experiments.training.objective import Metric
 
 Accuracy = Literal["last", "best", "ema"]
-
-
-KEYS = {
-    "last": "test_accuracy",
-    "best": "best_test_accuracy",
-    "ema": "ema_test_accuracy",
-}
+KINDS = {"last": "test", "best": "best_test", "ema": "ema_test"}
 
 
 def write(made: dict[str, Any], out: Path | None, console: Console) -> None:
@@ -39,11 +35,12 @@ def table(
     tasks: Sequence[str] = (),
     failed: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The accuracies by column and task, and their means.
+    """Returns the metric of every column and task, and its means.
 
     Args:
       runs: finished ones.
-      accuracy: which of a run's.
+      accuracy: which of a run's values: of the last round, the best or the mean of the
+        weights.
       methods: labels that have a column in any case, the first ones.
       tasks: names that have a row in any case.
       failed: what else was tried, and why it gave no number.
@@ -53,13 +50,15 @@ def table(
       numbers), `tasks` (each with `mean`, `deviation`, `seeds`), `groups`,
       `mean_of_groups`, `mean_of_tasks`, `trainable`, from the fewest parameters to the
       most (heads and masks differ); `tasks`, the group of each; and `failed`.
-      Accuracies are in percent, deviations those of a sample, None for one seed. There
-      is no mean where one of its tasks is missing.
+      `metric` has the metric's name, and whether its values are in percent. Deviations
+      are those of a sample, None for one seed. There is no mean where one of its tasks
+      is missing.
 
     Raises:
-      ValueError: a method lacks that accuracy, or two runs of a method on a task differ
-        in more than the seed, or not even in that.
+      ValueError: runs have different metrics, a method lacks that value, or two runs
+        of a method on a task differ in more than the seed, or not even in that.
     """
+    metric = _metric(runs)
     cells: dict[tuple[str, str], dict[str, list[Run]]] = {}
     setups = sorted({run.setup for run in runs})
     for method in methods:
@@ -75,7 +74,7 @@ def table(
     columns = []
     for (method, setup), by_task in cells.items():
         own = {
-            name: _cell(by_task[name], KEYS[accuracy])
+            name: _cell(by_task[name], KINDS[accuracy], metric)
             for name in groups
             if name in by_task
         }
@@ -83,9 +82,9 @@ def table(
         sizes = {run.result["trainable"] for done in by_task.values() for run in done}
         trainable = [min(sizes), max(sizes)] if sizes else None
         columns.append({**column, **_means(own, groups), "trainable": trainable})
-    theirs = {}
+    theirs, accurate = {}, metric.name == ACCURACY.name
     for column in columns:  # over the same tasks as ours
-        known = paper.TABLE_XIII.get(column["method"], {})
+        known = paper.TABLE_XIII.get(column["method"], {}) if accurate else {}
         own = {n: {"mean": known[n]} for n in column["tasks"] if n in known}
         if own:
             same = {"method": column["method"], "setup": "", "paper": True}
@@ -93,6 +92,7 @@ def table(
     columns += theirs.values()
     return {
         "accuracy": accuracy,
+        "metric": {"name": metric.name, "percent": metric.percent},
         "setups": setups,
         "tasks": groups,
         "columns": columns,
@@ -100,9 +100,18 @@ def table(
     }
 
 
-def _cell(runs: list[Run], key: str) -> dict[str, Any]:
-    """Mean and deviation of a method's seeds on a task."""
-    first, accuracies = runs[0], {}
+def _metric(runs: list[Run]) -> Metric:
+    """Returns the metric of all runs, accuracy where there are none."""
+    found = {run.metric: run for run in runs}
+    if len(found) > 1:
+        named = (f"{run.folder} has {metric.name}" for metric, run in found.items())
+        raise ValueError(f"{', '.join(named)}: report them separately.")
+    return next(iter(found), ACCURACY)
+
+
+def _cell(runs: list[Run], kind: str, metric: Metric) -> dict[str, Any]:
+    """Returns mean and deviation of a method's seeds on a task."""
+    first, values, key = runs[0], {}, f"{kind}_{metric.name}"
     for run in runs:
         differing = sorted(
             name
@@ -114,29 +123,29 @@ def _cell(runs: list[Run], key: str) -> dict[str, Any]:
                 f"{first.folder} and {run.folder} are both {run.method} on {run.task}, "
                 f"but differ in {', '.join(differing)}: report them separately."
             )
-        if run.seed in accuracies:
+        if run.seed in values:
             raise ValueError(
                 f"There are two runs of {run.method} on {run.task} with seed "
                 f"{run.seed}, one in {run.folder}: expected one."
             )
-        accuracies[run.seed] = run.result.get(key)
-        if accuracies[run.seed] is None:
-            if run.method == "linear probe":  # it has no epochs
-                accuracies[run.seed] = run.result[KEYS["last"]]
+        values[run.seed] = run.result.get(key)
+        if values[run.seed] is None:
+            if run.method == "linear probe":  # it has no rounds
+                values[run.seed] = run.result[f"test_{metric.name}"]
             else:
                 raise ValueError(f"{run.folder} has no {key} of {run.method}.")
-    percent = [100 * accuracy for accuracy in accuracies.values()]
+    shown = [100 * value if metric.percent else value for value in values.values()]
     return {
-        "mean": statistics.mean(percent),
-        "deviation": statistics.stdev(percent) if len(percent) > 1 else None,
-        "seeds": {str(seed): value for seed, value in sorted(accuracies.items())},
+        "mean": statistics.mean(shown),
+        "deviation": statistics.stdev(shown) if len(shown) > 1 else None,
+        "seeds": {str(seed): value for seed, value in sorted(values.items())},
     }
 
 
 def _means(
     tasks: dict[str, dict[str, Any]], group_of: dict[str, str]
 ) -> dict[str, Any]:
-    """The tasks' accuracies, and means over groups, of the groups and of the tasks."""
+    """Returns the tasks' values, and means of each group, the groups and the tasks."""
     means = {name: cell["mean"] for name, cell in tasks.items()}
     groups = {}
     for group in dict.fromkeys(group_of.values()):

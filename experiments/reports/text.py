@@ -1,4 +1,4 @@
-"""A table of `report.table` as text."""
+"""The table of `reports.table` as text."""
 
 from typing import Any
 
@@ -10,13 +10,15 @@ MISSING = "–"  # noqa: RUF001
 
 
 def caption(made: dict[str, Any]) -> str:
-    """What the numbers are, and what is missing."""
+    """Returns a line on the kind of numbers and on what is missing."""
     which = {
         "last": "the last epoch",
         "best": "the best epoch on what was followed",
         "ema": "the running mean of the weights",
     }[made["accuracy"]]
-    text = f"Test accuracy of {which}, %. {'; '.join(made['setups'])}."
+    metric = made["metric"]
+    text = f"Test {metric['name']} of {which}{', %' * metric['percent']}. "
+    text += f"{'; '.join(made['setups'])}."
     ours = [column for column in made["columns"] if not column["paper"]]
     counts = _counts(made)
     fewer = " (in parentheses where fewer)" if len(counts) > 1 else ""
@@ -33,7 +35,7 @@ def caption(made: dict[str, Any]) -> str:
 
 
 def printed(made: dict[str, Any]) -> Table:
-    """For the terminal."""
+    """Returns the table for the terminal."""
     header, rows, rules = _lines(made)
     shown = Table(caption=caption(made), caption_justify="left")
     for index, title in enumerate(header):
@@ -44,7 +46,7 @@ def printed(made: dict[str, Any]) -> Table:
 
 
 def markdown(made: dict[str, Any]) -> str:
-    """A Markdown table, and its caption below."""
+    """Returns a Markdown table with its caption below."""
     header, rows, _ = _lines(made)
     ruler = ["---"] + ["--:"] * (len(header) - 1)
     cells = [[*map(celled, row)] for row in (header, ruler, *rows)]
@@ -75,7 +77,12 @@ def memory_setup(row: dict[str, Any]) -> str:
 
 
 def _lines(made: dict[str, Any]) -> tuple[list[str], list[list[str]], list[int]]:
-    """Header, rows, and after which rows a line is drawn; wide tables are turned."""
+    """Returns header, rows, and the rows with a line below; wide tables are turned."""
+    form = ".1f" if made["metric"]["percent"] else ".4g"
+
+    def number(mean: float | None) -> str:
+        return MISSING if mean is None else f"{mean:{form}}"
+
     columns, group_of = made["columns"], made["tasks"]
     header = ["", *map(_title, columns)]
     rows, rules, most = [], [], max(_counts(made))
@@ -84,18 +91,16 @@ def _lines(made: dict[str, Any]) -> tuple[list[str], list[list[str]], list[int]]
         names = [name for name in group_of if group_of[name] == group]
         for name in names:
             cells = (column["tasks"].get(name) for column in columns)
-            rows.append([name, *(_cell_text(cell, most) for cell in cells)])
+            rows.append([name, *(_cell_text(cell, most, form) for cell in cells)])
         rules.append(len(rows) - 1)
     for group in groups if len(groups) > 1 else ():
         count = sum(own == group for own in group_of.values())
         means = (column["groups"].get(group) for column in columns)
-        rows.append([f"mean, {group} ({count})", *map(_number, means)])
+        rows.append([f"mean, {group} ({count})", *map(number, means)])
     if len(groups) > 1:
-        rows.append(
-            ["mean of groups", *(_number(c["mean_of_groups"]) for c in columns)]
-        )
+        rows.append(["mean of groups", *(number(c["mean_of_groups"]) for c in columns)])
     if len(group_of) > 1:
-        rows.append(["mean of tasks", *(_number(c["mean_of_tasks"]) for c in columns)])
+        rows.append(["mean of tasks", *(number(c["mean_of_tasks"]) for c in columns)])
         rules.append(len(rows) - 1)
     sizes = (column.get("trainable") for column in columns)
     rows.append(["trainable", *map(_range, sizes)])
@@ -111,26 +116,22 @@ def _title(column: dict[str, Any]) -> str:
 
 
 def _counts(made: dict[str, Any]) -> set[int]:
-    """How many seeds the cells have."""
+    """Returns the numbers of seeds that cells have."""
     ours = (
         column["tasks"].values() for column in made["columns"] if not column["paper"]
     )
     return {len(cell["seeds"]) for cells in ours for cell in cells}
 
 
-def _cell_text(cell: dict[str, Any] | None, most: int) -> str:
+def _cell_text(cell: dict[str, Any] | None, most: int, form: str) -> str:
     if cell is None:
         return MISSING
-    text, deviation = f"{cell['mean']:.1f}", cell.get("deviation")
+    text, deviation = f"{cell['mean']:{form}}", cell.get("deviation")
     if deviation is not None:
-        text += f" ± {deviation:.1f}"
+        text += f" ± {deviation:{form}}"
     seeds = len(cell.get("seeds", ())) or most  # the paper's have none
     return text if seeds == most else f"{text} ({seeds})"
 
 
 def _range(ends: list[int] | None) -> str:
     return " to ".join(f"{end:,}" for end in dict.fromkeys(ends or ()))
-
-
-def _number(mean: float | None) -> str:
-    return MISSING if mean is None else f"{mean:.1f}"

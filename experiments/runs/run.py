@@ -1,6 +1,7 @@
 """One run: every method of a config on its task, into a run folder."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,10 +19,14 @@ from experiments.runs import folder, search
 from experiments.runs.setup import Prepared
 from experiments.runs.train_method import tune
 from experiments.training import evaluation, metric_log
-from experiments.training.fit import TEST, VAL, Fitted
+from experiments.training.fit import Fitted
+from experiments.training.objective import Metric, Objective
 from experiments.training.recipe import Recipe
 from snella_jax.nnx.selection import has_adapters
 from snella_jax.nnx.targets import select
+
+KINDS = ("test", "val", "best_val", "best_test", "ema_test")  # of metrics in results
+SHOWN = 6  # predictions in a picture
 
 
 class RunFailed(SystemExit):
@@ -30,40 +35,42 @@ class RunFailed(SystemExit):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One method's line in the table and in `summary.json`.
+    """Result of one method: its line in the table and its entry in `summary.json`.
 
     Attributes:
-      test_accuracy: on the test split, of the last epoch: the one to compare.
-      ema_test_accuracy: likewise, of the running mean of the weights.
-      best_epoch: the best epoch on what was followed, of equals the last; None where
-        nothing was.
-      best_test_accuracy: on the test split, of that epoch. Where validation was
-        followed, that is early stopping; where the test split was
-        (`protocol=released`), it was chosen by what it measures, as in the paper.
-      val_accuracy: on the validation split, of the last epoch (for the linear probe, of
-        the head that was fitted without it); None where it was trained on.
-      best_val_accuracy: likewise, of the best epoch.
-      trainable: parameters that train, the head's among them.
-      decayed: those of them that weight decay is for; None in older folders.
+      metrics: for every metric of the objective, by name, with None for what there is
+        not: `test_NAME`, on the test split, of the last round: the one to compare;
+        `ema_test_NAME`, the same of the running mean of the weights; `val_NAME`, on the
+        validation split, of the last round (for the linear probe, of the head that was
+        fitted without it), None where it was trained on; `best_val_NAME` and
+        `best_test_NAME`, of the best round. Where validation was followed, the latter
+        is early stopping; where the test split was (`protocol=released`), it was chosen
+        by what it measures, as in the paper.
+      trainable: number of parameters that train, the head's among them.
       seconds_per_step: median; of an L-BFGS iteration for the linear probe; None, as
         whatever else only the rows of `metrics.jsonl` say, where these are lost.
+      weights_moved: number of weights of the targeted kernels that differ after
+        training.
+      best_epoch: the best round on what was followed, of equals the last; None where
+        nothing was.
       density: fraction of the adapted weights that may move; None without budgets.
-      weights_moved: weights of the targeted kernels that differ after training.
+      decayed: number of parameters that weight decay is for; None in older folders.
       settings: rate, decay and density that were used, perhaps those of a search.
     """
 
-    test_accuracy: float
+    metrics: dict[str, float | None]
     trainable: int
     seconds_per_step: float | None
     weights_moved: int
-    val_accuracy: float | None = None
     best_epoch: int | None = None
-    best_val_accuracy: float | None = None
-    best_test_accuracy: float | None = None
-    ema_test_accuracy: float | None = None
     density: float | None = None
     decayed: int | None = None
     settings: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the entry of `results.json`, with the metrics beside the rest."""
+        values = dataclasses.asdict(self)
+        return values.pop("metrics") | values
 
 
 def run(setting: Prepared, resume: bool = False) -> dict[str, Any]:
@@ -106,16 +113,17 @@ def _run(setting: Prepared) -> dict[str, Any]:
     done = files.read(out / "results.json") or {}
     for method in config.methods:
         if method not in done:
-            done[method] = dataclasses.asdict(_result(method, setting))
+            done[method] = _result(method, setting).as_dict()
             files.write(out / "results.json", done)
-    results = {name: Result(**done[name]) for name in config.methods}
+    results = {name: done[name] for name in config.methods}
     summary = {
         "task": task.name,
         "name": config.task,
         "seed": config.seed,
         "followed": setting.followed,
+        "metrics": [dataclasses.asdict(m) for m in setting.objective.metrics],
         **began,
-        "methods": {name: done[name] for name in config.methods},
+        "methods": results,
     }
     if files.is_primary():
         _draw(setting)
@@ -217,9 +225,9 @@ def _linear(setting: Prepared) -> Result:
     if files.is_primary():
         metric_log.keep(setting.out, "linear", 0)
         metric_log.log(setting.out, {"method": "linear", **dataclasses.asdict(probe)})
+    found = {"test_accuracy": probe.test_accuracy, "val_accuracy": probe.val_accuracy}
     return Result(
-        test_accuracy=probe.test_accuracy,
-        val_accuracy=probe.val_accuracy,
+        metrics=_absent(setting.objective) | found,
         trainable=probe.trainable,
         seconds_per_step=probe.seconds_per_step,
         weights_moved=0,
@@ -235,55 +243,70 @@ def _by_steps(method: str, setting: Prepared) -> Result:
     if has_adapters(fitted.model):
         name, place = setting.config.model, setting.out / "adapters" / method
         snella.save(fitted.model, place, base=name)
-    merged = own.merged(fitted.model)
+    merged, best = own.merged(fitted.model), fitted.best_row
     return Result(
-        **_accuracies(method, setting, fitted, merged),
+        metrics=_metrics(method, setting, fitted, merged),
         trainable=optax.tree.size(nnx.state(fitted.model, nnx.Param)),
         decayed=_decayed(setting.config.recipe(method), fitted.model),
         seconds_per_step=metric_log.median(fitted.rows, "seconds_per_step"),
+        best_epoch=best["epoch"] if best else None,
         density=fitted.last_row.get("density"),
         weights_moved=own.moved(setting.base, merged, setting.config.scope()),
         settings=own.searched,
     )
 
 
-def _accuracies(
+def _absent(objective: Objective) -> dict[str, float | None]:
+    """Returns a None for each of a result's metrics."""
+    return {f"{kind}_{m.name}": None for m in objective.metrics for kind in KINDS}
+
+
+def _metrics(
     method: str, setting: Prepared, fitted: Fitted, merged: Any
-) -> dict[str, Any]:
-    """What the test split says of the last epoch, the best one and the mean weights."""
-
+) -> dict[str, float | None]:
+    """Returns the metrics of the last round, the best one and the mean weights."""
+    own, objective = setting.config.settings[method], setting.objective
     last, best = fitted.last_row, fitted.best_row
+    names = [metric.name for metric in objective.metrics]
 
-    def tested(model: Any, merged: bool = False) -> float:
-        model = model if merged else setting.config.settings[method].merged(model)
-        source, transform = setting.task.test, setting.transforms[1]
-        return evaluation.evaluate(model, source, transform, setting.mesh)
+    def tested(model: Any, show: int = 0) -> evaluation.Evaluation:
+        where = setting.task.test, setting.transforms[1], setting.mesh
+        return evaluation.evaluate(model, *where, objective, show)
 
-    found: dict[str, Any] = {"val_accuracy": last.get(VAL)}
-    found["test_accuracy"] = tested(merged, merged=True)
+    found = _absent(objective)
+
+    def note(kind: str, values: Mapping[str, float | None]) -> None:
+        found.update({f"{kind}_{name}": values[name] for name in names})
+
+    final = tested(merged, show=SHOWN)
+    note("test", final.metrics)
+    note("val", {name: last.get(f"val_{name}") for name in names})
+    if files.is_primary():
+        path = setting.out / "figures" / f"predictions_{method}.png"
+        figures.predictions(path, objective, setting.task.test, final.shown)
     if fitted.ema_model is not None:
-        found["ema_test_accuracy"] = tested(fitted.ema_model)
+        note("ema_test", tested(own.merged(fitted.ema_model)).metrics)
     if best is not None:
-        accuracy = best.get(TEST)
-        if accuracy is None:  # validation was followed
+        of_best = {name: best.get(f"test_{name}") for name in names}
+        if None in of_best.values():  # validation was followed
             same = best["epoch"] == last["epoch"]
-            accuracy = found["test_accuracy"] if same else tested(fitted.best_model)
-        found |= {
-            "best_epoch": best["epoch"],
-            "best_val_accuracy": best.get(VAL),
-            "best_test_accuracy": accuracy,
-        }
+            of_best = (final if same else tested(own.merged(fitted.best_model))).metrics
+        note("best_test", of_best)
+        note("best_val", {name: best.get(f"val_{name}") for name in names})
     return found
 
 
 def _draw(setting: Prepared) -> None:
-    """The pictures of a run; says of which epochs there is nothing to draw."""
+    """Draws a run's curves; says of which rounds there is nothing to draw."""
     config, pictures = setting.config, setting.out / "figures"
+    unit, examples = "epoch", len(setting.data.train)
     rows: dict[str, list[dict[str, Any]]] = {
         method: metric_log.of(setting.out, method) for method in config.adapted
     }
     for method, own in rows.items():
-        if lost := metric_log.lacking(own, config.recipe(method).total_epochs):
+        recipe = config.recipe(method)
+        unit = recipe.unit
+        if lost := metric_log.lacking(own, recipe.rounds(examples).count, unit):
             setting.console.print(
                 f"{registry.title(method)}: {setting.out / metric_log.NAME} has lost "
                 f"{lost}, which curves and results lack.",
@@ -292,53 +315,60 @@ def _draw(setting: Prepared) -> None:
             )
     if rows:
         titled = {registry.title(method): own for method, own in rows.items()}
-        figures.curves(pictures / "curves.png", titled, setting.task.name)
+        followed = setting.objective.metrics[0]
+        figures.curves(
+            pictures / "curves.png", titled, setting.task.name, followed, unit
+        )
     moves = [row for row in rows.get("snella", ()) if "importance" in row]
     if moves:
-        figures.allocation(pictures / "allocation.png", moves)
-        figures.sparsity(pictures / "sparsity.png", moves[-1], setting.task.name)
+        figures.allocation(pictures / "allocation.png", moves, unit)
+        name = setting.task.name
+        figures.sparsity(pictures / "sparsity.png", moves[-1], name, unit)
 
 
-def _table(setting: Prepared, results: dict[str, Result]) -> Table:
+def _table(setting: Prepared, results: dict[str, dict[str, Any]]) -> Table:
+    """Returns the table that a run ends with, of the entries of `results.json`."""
     task = setting.task
     sizes = "/".join(str(len(s)) for s in (task.train, task.validation, task.test))
     all_of = ", trained on the first two" if setting.config.trains_on_all else ""
     table = Table(title=f"{task.name}, {sizes} images to train/validate/test{all_of}")
-    extra = [
-        (name, attribute)
-        for name, attribute in (
-            ("best on test", "best_test_accuracy"),
-            ("mean weights", "ema_test_accuracy"),
-            ("val", "val_accuracy"),
+    columns = [
+        (title, kind, metric)
+        for metric in setting.objective.metrics
+        for title, kind in (
+            ("test", "test"),
+            ("best on test", "best_test"),
+            ("mean weights", "ema_test"),
+            ("val", "val"),
         )
-        if any(getattr(result, attribute) is not None for result in results.values())
-        and (name != "best on test" or setting.followed == "test")
+        if any(r.get(f"{kind}_{metric.name}") is not None for r in results.values())
+        and (kind != "best_test" or setting.followed == "test")
     ]
-    names = [name for name, _ in extra]
+    many = len(setting.objective.metrics) > 1
+    names = [
+        f"{title} {metric.name}" if many else title for title, _, metric in columns
+    ]
     layers = select(setting.base, setting.config.targets)
     targeted = sum(layer.kernel.size for layer in layers.values())
-    for column in ("", "test", *names, "trainable", "s/step", "weights moved"):
+    for column in ("", *names, "trainable", "s/step", "weights moved"):
         table.add_column(column, justify="left" if not column else "right")
     for method, result in results.items():
+        moved, seconds = result["weights_moved"], result["seconds_per_step"]
         table.add_row(
             registry.title(method),
-            f"{result.test_accuracy:.2%}",
-            *(_percent(getattr(result, attribute)) for _, attribute in extra),
-            f"{result.trainable:,}",
-            _seconds(result.seconds_per_step),
-            f"{result.weights_moved:,} ({result.weights_moved / targeted:.0%})",
+            *(_shown(result, kind, metric) for _, kind, metric in columns),
+            f"{result['trainable']:,}",
+            "" if seconds is None else f"{seconds:.4f}",
+            f"{moved:,} ({moved / targeted:.0%})",
         )
     if "linear" in results:
         table.caption = "a step of the linear probe is an L-BFGS iteration on features"
     return table
 
 
-def _seconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds:.4f}"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
+def _shown(result: dict[str, Any], kind: str, metric: Metric) -> str:
+    value = result.get(f"{kind}_{metric.name}")
+    return "" if value is None else metric.text(value, 2 if kind == "test" else 1)
 
 
 def _decayed(recipe: Recipe, model: nnx.Module) -> int:

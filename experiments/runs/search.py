@@ -1,12 +1,13 @@
 """A search on validation: the learning rate, then the weight decay, then the density.
 
-Every trial trains on the 800 images and is judged on the 200, after its last epoch; the
-test split is not looked at. Of rates that tie, the lowest is taken (above the best ones
-all are at chance); of other settings the first that was tried, the method's own.
-`search.json` holds every trial.
+Every trial trains on the training split and is judged on the validation split, by the
+objective's first metric, after its last round; the test split is not looked at. Of
+rates that tie, the lowest is taken (above the best ones all are at chance); of other
+settings the first that was tried, the method's own. `search.json` holds every trial.
 """
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +18,8 @@ from experiments.config.run_config import RunConfig
 from experiments.methods.method import Method
 from experiments.runs.setup import Prepared
 from experiments.runs.train_method import tune
-from experiments.training.fit import VAL
 from experiments.training.grid import beyond
+from experiments.training.objective import Metric
 
 FILE = "search.json"
 
@@ -37,7 +38,7 @@ def chosen(method: str, setting: Prepared) -> RunConfig:
     found = files.read(path) or {}
     trials: list[dict[str, Any]] = found.setdefault(method, [])
     settings = setting.config.settings[method]
-    grid = setting.config.grid
+    grid, metric = setting.config.grid, setting.objective.metrics[0]
     _tidy(setting.out, method, len(trials))
 
     def tried(name: str, values: Iterable[float]) -> Method:
@@ -49,7 +50,7 @@ def chosen(method: str, setting: Prepared) -> RunConfig:
                 trials.append(_trial(method, setting, new, len(trials)))
                 files.write(path, found)
                 _tidy(setting.out, method, len(trials))
-        best: Any = _best(settings, trials)
+        best: Any = _best(settings, trials, metric)
         return dataclasses.replace(settings, **best)
 
     rates = [settings.lr * factor for factor in (1.0, *grid.lr_factors)]
@@ -61,9 +62,10 @@ def chosen(method: str, setting: Prepared) -> RunConfig:
     settings = tried("weight_decay", grid.weight_decays)
     if settings.has_density:
         settings = tried("target_density", grid.densities)
+    best = metric.rank(max(_score(trial, metric) for trial in trials))
     setting.console.print(
         f"{settings.title}: of {len(trials)} settings {_text(settings.searched)}"
-        f" is best on validation ({max(map(_score, trials)):.1%})",
+        f" is best on validation ({metric.text(best)})",
         soft_wrap=True,
     )
     return setting.config.with_settings(**{method: settings})
@@ -73,6 +75,8 @@ def _trial(
     method: str, setting: Prepared, settings: Method, index: int
 ) -> dict[str, Any]:
     out = setting.out / "search" / method / str(index)
+    metric = setting.objective.metrics[0]
+    key = f"val_{metric.name}"
     config = dataclasses.replace(
         setting.config, protocol="choose", search=False, ema=0.0, wandb=None
     )
@@ -81,15 +85,15 @@ def _trial(
     trial = dataclasses.replace(setting, config=config, out=out, located=out.parent)
     try:
         last = tune(method, trial).last_row
-        if VAL not in last:
+        if key not in last:
             raise files.MismatchError(
-                f"{out} has lost the accuracy of its last epoch, by which a trial is "
-                "judged: delete that folder for it to begin anew."
+                f"{out} has lost the {metric.name} of its last epoch, by which a "
+                "trial is judged: delete that folder for it to begin anew."
             )
-        result = {VAL: last[VAL], "train_loss": last["train_loss"]}
+        result = {key: last[key], "train_loss": last["train_loss"]}
     except FloatingPointError as error:
         setting.console.print(f"failed: {error}", style="yellow", soft_wrap=True)
-        result = {VAL: None, "failed": str(error)}
+        result = {key: None, "failed": str(error)}
     return {**settings.searched, **result}
 
 
@@ -101,15 +105,18 @@ def _tidy(out: Path, method: str, trials: int) -> None:
             shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def _best(settings: Method, trials: list[dict[str, Any]]) -> dict[str, float]:
-    best = max(trials, key=lambda trial: (_score(trial), -trial["lr"]))
-    if best[VAL] is None:
+def _best(
+    settings: Method, trials: list[dict[str, Any]], metric: Metric
+) -> dict[str, float]:
+    best = max(trials, key=lambda trial: (_score(trial, metric), -trial["lr"]))
+    if best[f"val_{metric.name}"] is None:
         raise FloatingPointError("no trial's loss stayed finite; lower its lr")
     return {name: best[name] for name in settings.searched}
 
 
-def _score(trial: dict[str, Any]) -> float:
-    return -1.0 if trial[VAL] is None else trial[VAL]
+def _score(trial: dict[str, Any], metric: Metric) -> float:
+    value = trial[f"val_{metric.name}"]
+    return -math.inf if value is None else metric.rank(value)
 
 
 def _same(trial: dict[str, Any], settings: Method) -> bool:

@@ -21,6 +21,8 @@ from experiments.methods.first_stage import Staged
 from experiments.pretrained import base_models
 from experiments.tasks import catalogue
 from experiments.training import sharding
+from experiments.training.classification import Classification
+from experiments.training.objective import Objective
 from experiments.training.session import Followed, Session
 from experiments.training.trainer import Data
 from snella_jax.models import Model
@@ -69,6 +71,11 @@ class Prepared:
         return "test" if self.config.protocol == "released" else None
 
     @property
+    def objective(self) -> Objective:
+        """Loss and metrics of the task."""
+        return Classification(self.task.names)
+
+    @property
     def data(self) -> Data:
         """Examples that the protocol trains on and follows."""
         task, config = self.task, self.config
@@ -89,6 +96,7 @@ class Prepared:
             out=self.out,
             scope=self.config.scope(),
             recipe=self.config.recipe(method),
+            objective=self.objective,
             data=self.data,
             followed=self.followed,
             wandb=self.config.wandb,
@@ -177,6 +185,9 @@ def check_batch(config: RunConfig, task: Task, mesh: Mesh) -> None:
             f"batch={config.batch}: {devices} devices and accumulate="
             f"{config.accumulate} do not divide it. --mesh data=N takes fewer devices."
         )
+    config.check_rounds(len(task.full if config.trains_on_all else task.train))
+    if config.search:
+        config.check_rounds(images)
 
 
 def missing(config: RunConfig) -> str | None:

@@ -21,7 +21,7 @@ def tune(name: str, run: Prepared) -> Fitted:
     """
     method, session = run.config.settings[name], run.session(name)
     model = adapted(name, run)
-    rules = method.competition(model, session.scope, session.recipe)
+    rules = method.competition(model, session.scope)
     return fit(name, method.title, model, session, method.watch(), rules)
 
 

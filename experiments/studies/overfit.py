@@ -29,9 +29,10 @@ from experiments.methods.first_stage import Staged
 from experiments.reports import figures, result_files
 from experiments.runs import setup
 from experiments.runs.setup import Prepared
-from experiments.training.fit import VAL, fit
+from experiments.training.fit import fit
 
 PROGRAM = "python -m experiments.studies.overfit"
+VAL = "val_accuracy"
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def _learnt(setting: Prepared, name: str) -> list[dict[str, Any]]:
     """The rows of a method's epochs."""
     method, session = setting.config.settings[name], setting.session(name)
     model = method.adapt(setting.base, session.scope)
-    rules = method.competition(model, session.scope, session.recipe)
+    rules = method.competition(model, session.scope)
     return fit(name, method.title, model, session, method.watch(), rules).rows
 
 

@@ -1,4 +1,4 @@
-"""What a run needs to go on where it was: Orbax checkpoints, one at each epoch's end.
+"""Checkpoints of a run (Orbax), one at each round's end, from which it goes on.
 
 A checkpoint appears whole or not at all. The newest stays, and the best on what is
 followed.
@@ -18,25 +18,33 @@ from orbax.checkpoint import checkpoint_managers
 
 from experiments import paths
 from experiments.files import MismatchError
-
-METRIC = "accuracy"
+from experiments.training.objective import Metric
 
 
 class Checkpoints:
-    """The checkpoints of one method's run, written while the next epoch trains."""
+    """Checkpoints of one method's run, written while the next round trains."""
 
-    def __init__(self, folder: Path):
-        """Opens `folder`, or makes it."""
-        self.folder = folder
+    def __init__(self, folder: Path, metric: Metric):
+        """Opens `folder`, or makes it.
+
+        Args:
+          folder: holds these checkpoints alone.
+          metric: decides which is the best.
+        """
+        self.folder, self.metric = folder, metric
+
+        def rank(metrics: dict[str, float]) -> float:
+            return metric.rank(metrics[metric.name])
+
         newest = checkpoint_managers.LatestN(1)
         best = checkpoint_managers.BestN(
-            get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False
         )
         keep = checkpoint_managers.AnyPreservationPolicy([newest, best])
-        # An epoch that is not evaluated has no accuracy, and Orbax would say so.
+        # A round that is not evaluated has no metrics, and Orbax would say so.
         logging.getLogger("absl").addFilter(_is_news)
         options = ocp.CheckpointManagerOptions(
-            best_fn=_accuracy,  # without it no metric is written to disk
+            best_fn=rank,  # without it no metric is written to disk
             preservation_policy=keep,
             cleanup_tmp_directories=True,
         )
@@ -53,15 +61,16 @@ class Checkpoints:
         )
 
     def save(
-        self, epoch: int, state: Any, position: dict[str, Any], accuracy: float | None
+        self, passed: int, state: Any, position: dict[str, Any], value: float | None
     ) -> None:
-        """Saves what an epoch left behind.
+        """Saves the state after a round.
 
         Args:
-          epoch: how many have passed.
+          passed: number of rounds so far.
           state: a pytree of arrays.
-          position: of the stream of batches.
-          accuracy: by which the best is kept; None where it was not evaluated.
+          position: that of the stream of batches.
+          value: of the metric, by which the best is kept; None where it was not
+            evaluated.
 
         Raises:
           OSError: the checkpoint before it could not be written; so do the methods
@@ -70,12 +79,12 @@ class Checkpoints:
         what = ocp.args.Composite(
             state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
         )
-        metrics = None if accuracy is None else {METRIC: accuracy}
+        metrics = None if value is None else {self.metric.name: value}
         with self._writing():
-            self.manager.save(epoch, args=what, metrics=metrics)
+            self.manager.save(passed, args=what, metrics=metrics)
 
     def newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Epochs passed, state and position of the newest; None where there is none.
+        """Returns rounds passed, state and position of the newest, or None.
 
         Args:
           like: a state of the same structure, shapes, dtypes and shardings.
@@ -83,21 +92,23 @@ class Checkpoints:
         Raises:
           MismatchError: it is of another state, or damaged; so does `best`.
         """
-        epoch = self.manager.latest_step()
-        if epoch is None:
+        passed = self.manager.latest_step()
+        if passed is None:
             return None
-        found = self._restored(epoch, like)
-        return epoch, found["state"], found["position"]
+        found = self._restored(passed, like)
+        return passed, found["state"], found["position"]
 
     def best(self, like: Any) -> tuple[int, Any] | None:
-        """The best epoch and its state; None where none was evaluated."""
+        """Returns the best round and its state; None where none was evaluated."""
         with self._writing():
             self.manager.wait_until_finished()
-        epoch = self.manager.best_step()
-        return None if epoch is None else (epoch, self._restored(epoch, like)["state"])
+        passed = self.manager.best_step()
+        if passed is None:
+            return None
+        return passed, self._restored(passed, like)["state"]
 
     def last(self) -> int | None:
-        """The epoch of the newest one, once everything is written."""
+        """Returns the round of the newest one, once everything is written."""
         with self._writing():
             self.manager.wait_until_finished()
         return self.manager.latest_step()
@@ -117,20 +128,20 @@ class Checkpoints:
                 f"A checkpoint could not be written into {self.folder}: {reason}"
             ) from error
 
-    def _restored(self, epoch: int, like: Any) -> Any:
+    def _restored(self, passed: int, like: Any) -> Any:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         what = ocp.args.Composite(
             state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
         )
         try:
             # Orbax would find another shape halfway, with other reads under way.
-            _check_shapes(self.manager.item_metadata(epoch)["state"], shapes)
-            return self.manager.restore(epoch, args=what)
+            _check_shapes(self.manager.item_metadata(passed)["state"], shapes)
+            return self.manager.restore(passed, args=what)
         except Exception as error:  # Orbax's and TensorStore's are of many kinds
             reason = textwrap.shorten(str(error) or type(error).__name__, 250)
             raise MismatchError(
-                f"The checkpoint of epoch {epoch} in {self.folder} is of another model "
-                f"or of other data, or is damaged: {reason}"
+                f"Checkpoint {passed} in {self.folder} is of another model or of other "
+                f"data, or is damaged: {reason}"
             ) from error
 
 
@@ -157,10 +168,6 @@ def _check_shapes(saved: Any, wanted: Any) -> None:
     for name, shape in expected.items():
         if name in found and found[name] != shape:
             raise ValueError(f"{name} is of {found[name]} and should be of {shape}")
-
-
-def _accuracy(metrics: dict[str, float]) -> float:
-    return metrics[METRIC]
 
 
 def _is_news(record: logging.LogRecord) -> bool:

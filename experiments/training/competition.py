@@ -2,41 +2,54 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from scipy import stats
 
 import snella_jax as snella
+from experiments.training.rounds import Rounds
 
 Metric = Literal["sensitivity", "magnitude", "merged_magnitude"]
 Every = Literal["epoch", "step", "settled"]
 Scores = Mapping[str, np.ndarray]
 
 
+class Schedule(Protocol):
+    """Makes the total budget's course: `SnellaConfig.schedule`, given the weights."""
+
+    def __call__(self, *, steps: int, cooldown: int) -> Callable[[float], int]:
+        """Returns the total budget by rounds passed, which may be fractional.
+
+        Args:
+          steps: number of rounds.
+          cooldown: number of rounds at the end that keep the last budget.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Competition:
-    """How matrices compete for weights that may move.
+    """Rules by which matrices compete for weights that may move.
 
     Attributes:
-      schedule: the total budget by epochs passed, from 0; those may be fractional.
+      schedule: course of the total budget (Eq. 12), for any number of rounds.
       metric: "sensitivity" or "magnitude", as the optimizer tracks it, or
         "merged_magnitude", the mean `|delta|` (Table X).
-      every: "epoch" or "step" (Table X); or "settled": where the ranking of the scores
-        has settled, and where the schedule ends.
+      every: "epoch" (at the start of each round) or "step" (Table X); or "settled":
+        where the ranking of the scores has settled, and where the schedule ends.
       settled: rank correlation (Spearman's) of scores `window` steps apart from which
         on the ranking counts as settled.
-      window: steps; the memory of the scores' running mean, say. In short epochs at
-        most half of one: scores are compared within an epoch.
-      exponent: of the scores: 1 in the paper, 0.5 for their square root.
+      window: steps; the memory of the scores' running mean, say. In short rounds at
+        most half of one: scores are compared within a round.
+      exponent: applied to the scores: 1 in the paper, 0.5 for their square root.
       floor: share of the total that is divided evenly, see `snella.allocate`.
-      floor_every: epochs from one with the floor to the next: 1 for always. Where it is
+      floor_every: rounds from one with the floor to the next: 1 for always. Where it is
         more, matrices without a budget get a chance to show a gradient that often,
         but not once the schedule has ended.
-      final: the epoch, from 0, at which the schedule ends; None for the last of all.
     """
 
-    schedule: Callable[[float], int]
+    schedule: Schedule
     metric: Metric = "sensitivity"
     every: Every = "epoch"
     settled: float = 0.9
@@ -44,15 +57,17 @@ class Competition:
     exponent: float = 1.0
     floor: float = 0.0
     floor_every: int = 1
-    final: int | None = None
 
-    def begin(self, epoch: int, epochs: int, steps: int) -> "Round":
-        """The competition in an epoch of `epochs`, from 0, with so many steps."""
-        final = epochs - 1 if self.final is None else self.final
-        return Round(self, epoch, epoch >= final, steps)
+    def begin(self, index: int, rounds: Rounds) -> "Moves":
+        """Returns the reallocations of a round, from 0, to be.
+
+        Raises:
+          ValueError: there are too few rounds to move the budget.
+        """
+        return Moves(self, index, rounds)
 
     def scores(self, opt_state: Any, model: Callable[[], Any]) -> Scores:
-        """What matrices compete by, float64 by adapter path."""
+        """Returns the scores that matrices compete by, float64 by adapter path."""
         if self.metric == "merged_magnitude":
             found = snella.merged_magnitude(model())
         else:
@@ -60,38 +75,40 @@ class Competition:
         return {p: np.asarray(s, np.float64) ** self.exponent for p, s in found.items()}
 
 
-class Round:
-    """An epoch of a competition; nothing of it outlasts the epoch's end.
+class Moves:
+    """Reallocations in one round; nothing of them outlasts the round's end.
 
     Attributes:
-      moves: how often budgets moved in it.
-      moved: the last time.
+      count: how often budgets moved so far.
+      last: the last reallocation; None where there was none.
     """
 
-    def __init__(self, rules: Competition, epoch: int, last: bool, steps: int):
-        self.rules, self.epoch, self.last, self.steps = rules, epoch, last, steps
+    def __init__(self, rules: Competition, index: int, rounds: Rounds):
+        self.rules, self.index, self.steps = rules, index, rounds.size
+        self.total = rules.schedule(steps=rounds.count, cooldown=rounds.cooldown)
+        self.ends = index >= rounds.last
         self.seen: Scores | None = None
-        self.moves = 0
-        self.moved: snella.Reallocation | None = None
+        self.count = 0
+        self.last: snella.Reallocation | None = None
 
     def before(
         self, step: int, budgets: Any, opt_state: Any, model: Callable[[], Any]
     ) -> Any:
-        """The budgets for a step of the epoch, from 0; moved, or as they are.
+        """Returns the budgets for a step of the round, from 0; moved, or as they are.
 
         Raises:
           ValueError: scores that are not finite.
         """
-        if not (self.epoch or step) or not self._may_move(step):
+        if not (self.index or step) or not self._may_move(step):
             return budgets
         scores = self.rules.scores(opt_state, model)
         if not self._is_due(step, scores):
             return budgets
-        total = self.rules.schedule(self.epoch + step / self.steps)
-        budgets, self.moved = snella.reallocate(
+        total = self.total(self.index + step / self.steps)
+        budgets, self.last = snella.reallocate(
             budgets, opt_state, total, scores=scores, floor=self._floor()
         )
-        self.moves += 1
+        self.count += 1
         return budgets
 
     def _may_move(self, step: int) -> bool:
@@ -108,19 +125,19 @@ class Round:
         if self.rules.every != "settled":
             return True
         before, self.seen = self.seen, scores
-        if self.last and step == 0:
+        if self.ends and step == 0:
             return True
         return before is not None and agreement(before, scores) >= self.rules.settled
 
     def _floor(self) -> float:
         every = self.rules.floor_every
-        if every > 1 and (self.last or self.epoch % every):
+        if every > 1 and (self.ends or self.index % every):
             return 0.0
         return self.rules.floor
 
 
 def agreement(one: Scores, other: Scores) -> float:
-    """Spearman's rank correlation of two scores of the same matrices.
+    """Returns Spearman's rank correlation of two scores of the same matrices.
 
     >>> agreement({"fc1": np.array([1.0, 2, 3])}, {"fc1": np.array([2.0, 3, 9])})
     1.0

@@ -1,4 +1,4 @@
-"""One model trained on one task, behind a progress bar, with a row for every epoch."""
+"""One model trained on one task, with a progress bar and a row for every round."""
 
 import contextlib
 import dataclasses
@@ -16,26 +16,28 @@ from rich.progress import Task as BarTask
 from rich.table import Column
 from rich.text import Text
 
-from experiments.training import trainer as train
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.competition import Competition
 from experiments.training.metric_log import Tracker
+from experiments.training.objective import Metric
 from experiments.training.session import Session
+from experiments.training.trainer import Round, Trainer
 
-VAL, TEST = "val_accuracy", "test_accuracy"  # of rows, by what is followed
+SPLITS = {"validation": "val", "test": "test"}  # in the names of metrics, as val_NAME
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What training left.
+    """Result of training one model.
 
     Attributes:
-      rows: of the epochs, as in `metrics.jsonl`, but those that it has lost.
-      model: of the last epoch.
-      ema_model: with the running mean of the weights, where there is one.
-      best_model: of the best epoch on what was followed, where anything was.
-      best_row: its row; its epoch alone where the row is lost.
-      last_row: of the last epoch; its epoch alone where the row is lost.
+      rows: rows of the rounds, as in `metrics.jsonl`, but those that it has lost.
+      model: the model after the last round.
+      ema_model: the model with the running mean of the weights; None without one.
+      best_model: the model after the best round on what was followed; None where
+        nothing was.
+      best_row: row of that round; its number alone where the row is lost.
+      last_row: row of the last round; its number alone where the row is lost.
     """
 
     rows: list[dict[str, Any]]
@@ -57,20 +59,22 @@ def fit(
     """Trains a model on a session's data, from its last checkpoint on.
 
     Args:
-      name: of its checkpoints and rows in `metrics.jsonl`.
-      title: of its progress bar.
-      model: as `train.Trainer` takes it; so are `watch` and `competition`.
-      session: the data, the recipe, the devices and the folder.
+      name: names its checkpoints and its rows in `metrics.jsonl`.
+      title: stands before its progress bar.
+      model: as `Trainer` takes it; so are `watch` and `competition`.
+      session: the data, the objective, the recipe, the devices and the folder.
 
     Raises:
       FloatingPointError: a loss or update that is not finite.
     """
     with contextlib.ExitStack() as stack:
-        saved = Checkpoints(session.out / "checkpoints" / name)
+        followed = session.objective.metrics[0]
+        saved = Checkpoints(session.out / "checkpoints" / name, followed)
         stack.callback(saved.close)
-        trainer = train.Trainer(
+        trainer = Trainer(
             model,
             session.data,
+            session.objective,
             session.recipe,
             session.mesh,
             watch=watch,
@@ -93,75 +97,75 @@ def fit(
         )
 
 
-def _watched(
-    title: str, trainer: train.Trainer, tracker: Tracker, session: Session
-) -> None:
-    """Runs the epochs that are left."""
-    console, recipe = session.console, trainer.recipe
-    done, total = (n * trainer.steps for n in (trainer.passed, recipe.total_epochs))
+def _watched(title: str, trainer: Trainer, tracker: Tracker, session: Session) -> None:
+    """Runs the rounds that are left."""
+    console, recipe, rounds = session.console, trainer.recipe, trainer.rounds
+    metric, split = trainer.objective.metrics[0], SPLITS.get(session.followed or "")
     with Progress(
         TextColumn(title, table_column=Column(no_wrap=True)),
         BarColumn(None),
         TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-        _ImageRate(recipe.batch),
+        _ExampleRate(recipe.batch),
         TimeRemainingColumn(compact=True),
         console=console,
         expand=True,
     ) as bar:
-        shown = bar.add_task("compiling", total=total, completed=done)
+        done, _ = rounds.span(trainer.passed)
+        shown = bar.add_task("compiling", total=rounds.updates, completed=done)
         losses: list[float] = []
+
+        def brief(number: int) -> str:
+            now = f"{recipe.unit} {number}/{rounds.count}"
+            loss = sum(losses) / len(losses)
+            return f"{now} loss {loss:.3f}{_known(tracker.rows, metric, split)}"
 
         def on_step(loss: float) -> None:
             losses.append(loss)
-            now = trainer.passed + 1, recipe.total_epochs
-            bar.update(shown, advance=1, description=_brief(now, losses, tracker.rows))
+            bar.update(shown, advance=1, description=brief(trainer.passed + 1))
 
-        for epoch in trainer.epochs(on_step):
-            tracker.log(_row(epoch, session.followed))
-            brief = _brief((epoch.epoch, recipe.total_epochs), losses, tracker.rows)
-            bar.update(shown, description=brief)
+        for round in trainer.train(on_step):
+            tracker.log(_row(round, split))
+            bar.update(shown, description=brief(round.number))
             if not console.is_terminal:  # a log file has no bar
-                console.print(f"{title} {brief}", soft_wrap=True)
+                console.print(f"{title} {brief(round.number)}", soft_wrap=True)
             losses.clear()
 
 
-class _ImageRate(ProgressColumn):
+class _ExampleRate(ProgressColumn):
     def __init__(self, batch: int):
         self.batch = batch
         super().__init__(Column(no_wrap=True))
 
     def render(self, task: BarTask) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed * self.batch:.0f} img/s" if speed else "")
+        return Text(f"{speed * self.batch:.0f} ex/s" if speed else "")
 
 
-def _brief(
-    now: tuple[int, int], losses: list[float], rows: list[dict[str, Any]]
-) -> str:
-    """Epoch, mean loss in it, and the last accuracy and density on record."""
-    parts = ["epoch {}/{}".format(*now), f"loss {sum(losses) / len(losses):.3f}"]
-    for key, name in ((VAL, "val"), (TEST, "test")):
-        known = [row[key] for row in rows if key in row]
-        parts += [f"{name} {accuracy:.1%}" for accuracy in known[-1:]]
-    parts += [f"density {row['density']:.2f}" for row in rows[-1:] if "density" in row]
-    return " ".join(parts)
+def _known(rows: list[dict[str, Any]], metric: Metric, split: str | None) -> str:
+    """Returns the last metric that is followed, and the last density, on record."""
+    known = [row for row in rows if f"{split}_{metric.name}" in row][-1:]
+    values = [metric.text(row[f"{split}_{metric.name}"]) for row in known]
+    parts = [f" {split} {value}" for value in values]
+    parts += [f" density {row['density']:.2f}" for row in rows[-1:] if "density" in row]
+    return "".join(parts)
 
 
-def _row(epoch: train.Epoch, followed: str | None) -> dict[str, Any]:
-    key = {"validation": VAL, "test": TEST}.get(followed or "", "")
+def _row(round: Round, split: str | None) -> dict[str, Any]:
+    """Returns a row of `metrics.jsonl`; `epoch` is the number of the round."""
     row = {
-        "epoch": epoch.epoch,
-        "train_loss": epoch.train_loss,
-        "lr": epoch.lr,
-        key: epoch.accuracy,
-        f"ema_{key}": epoch.ema_accuracy,
-        "density": epoch.density,
-        "moves": epoch.moves or None,
-        "gradient_norm": epoch.gradient_norm,
-        "seconds_per_step": epoch.seconds_per_step,
+        "epoch": round.number,
+        "updates": round.updates,
+        "train_loss": round.train_loss,
+        "lr": round.lr,
+        **{f"{split}_{name}": value for name, value in round.metrics.items()},
+        **{f"ema_{split}_{name}": value for name, value in round.ema_metrics.items()},
+        "density": round.density,
+        "moves": round.moves or None,
+        "gradient_norm": round.gradient_norm,
+        "seconds_per_step": round.seconds_per_step,
     }
     row = {name: value for name, value in row.items() if value is not None}
-    if moved := epoch.moved:
+    if moved := round.moved:
         for name, values in (
             ("importance", moved.scores),
             ("budget", moved.budgets),

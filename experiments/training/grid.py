@@ -1,4 +1,4 @@
-"""What a search tries, and where it goes on."""
+"""Grid of a search, and its extension."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What `--search` tries for every method that is trained by steps, besides its own
-    settings."""
+    """Values that `--search` tries for every method that is trained by steps, besides
+    the method's own."""
 
     lr_factors: tuple[float, ...] = (0.3, 3.0)
     """Times the method's learning rate; first, with the method's other settings."""
@@ -21,7 +21,7 @@ class Grid:
 
 
 def beyond(values: Sequence[float], best: float) -> list[float]:
-    """The next value where the best of several is the lowest or the highest.
+    """Returns the next value where the best of several is the lowest or the highest.
 
     >>> beyond([0.02, 0.01, 0.04], 0.04), beyond([0.02, 0.01, 0.04], 0.02)
     ([0.08], [])

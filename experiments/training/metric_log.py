@@ -1,6 +1,6 @@
-"""Where a method's epochs are logged: `metrics.jsonl`, TensorBoard and, asked for, W&B.
+"""The log of a method's rounds: `metrics.jsonl`, TensorBoard and, asked for, W&B.
 
-A row of `metrics.jsonl` is an epoch of a method.
+A row of `metrics.jsonl` is a round of a method; its `epoch` is the round's number.
 """
 
 import hashlib
@@ -26,34 +26,34 @@ def log(out: Path, row: dict[str, Any]) -> None:
 
 
 def of(out: Path, method: str) -> list[dict[str, Any]]:
-    """The rows that are there of a method that is trained by steps, by epoch."""
+    """Returns the rows that are left of a method that is trained by steps, in order."""
     own = (row for row in _read(out) if row["method"] == method and "epoch" in row)
     rows = {row["epoch"]: row for row in own}
     return [rows[epoch] for epoch in sorted(rows)]
 
 
-def lacking(rows: list[dict[str, Any]], epochs: int) -> str:
-    """What rows are missing of so many epochs, to print; empty where all are there.
+def lacking(rows: list[dict[str, Any]], passed: int, unit: str = "epoch") -> str:
+    """Returns the missing rows of so many rounds, to print; "" where all are there.
 
     >>> lacking([{"epoch": 2}, {"epoch": 6}], 6)
     'epochs 1, 3, 4, 5'
     """
-    gone = sorted(set(range(1, epochs + 1)) - {row["epoch"] for row in rows})
-    return f"epoch{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}" if gone else ""
+    gone = sorted(set(range(1, passed + 1)) - {row["epoch"] for row in rows})
+    return f"{unit}{'s' * (len(gone) > 1)} {', '.join(map(str, gone))}" if gone else ""
 
 
-def keep(out: Path, method: str, epochs: int) -> None:
-    """Drops what an interrupted run logged of a method after so many epochs."""
+def keep(out: Path, method: str, passed: int) -> None:
+    """Drops what an interrupted run logged of a method after so many rounds."""
     rows = [
         row
         for row in _read(out)
-        if row["method"] != method or row.get("epoch", 1) <= epochs
+        if row["method"] != method or row.get("epoch", 1) <= passed
     ]
     files.replace(out / NAME, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def median(rows: list[dict[str, Any]], name: str) -> float | None:
-    """Of a value over the rows that have it; None where there are none."""
+    """Returns that of a value over the rows that have it; None where none has."""
     values = [row[name] for row in rows if name in row]
     return float(np.median(values)) if values else None
 
@@ -62,15 +62,17 @@ class Tracker:
     """The log of a method that is trained by steps.
 
     Attributes:
-      rows: of its epochs, but those that the file has lost.
+      rows: rows of its rounds, but those that the file has lost.
     """
 
     def __init__(self, out: Path, method: str, passed: int, wandb: str | None = None):
-        """Goes on after `passed` epochs.
+        """Goes on after `passed` rounds.
 
         Args:
           out: the run folder.
-          wandb: a project in Weights & Biases.
+          method: stands in every row.
+          passed: number of rounds that are over.
+          wandb: a project in Weights & Biases; None for no log there.
         """
         self.out, self.method = out, method
         self.rows = [row for row in of(out, method) if row["epoch"] <= passed]
@@ -84,7 +86,7 @@ class Tracker:
             self.wandb = _wandb(wandb, out, method)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Records an epoch."""
+        """Records a round."""
         row = {"method": self.method, **row}
         self.rows.append(row)
         if self.board is None:
@@ -123,7 +125,7 @@ def _wandb(project: str, out: Path, method: str) -> Any:
 
 
 def _read(out: Path) -> list[dict[str, Any]]:
-    """Every row that is whole; a line cut short, when a run was killed, is none."""
+    """Returns every row that is whole; a line that a kill cut short is none."""
     path = out / NAME
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     return [row for line in lines if (row := _row(line))]

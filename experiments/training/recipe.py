@@ -1,4 +1,4 @@
-"""How long, how fast and on what batches a method trains."""
+"""Recipes: length, learning rate and batches of training."""
 
 import dataclasses
 import math
@@ -10,35 +10,46 @@ import jax
 import optax
 
 import snella_jax as snella
+from experiments.training import schedules
+from experiments.training.rounds import Rounds
 from snella_jax.core.paths import path_of
 
-LAST_EPOCHS = 10  # each of which is evaluated, whatever `eval_every` says
+LAST_ROUNDS = 10  # each of which is evaluated, whatever `eval_every` says
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Length, rates and regularisation; AdamW with a warm-up and a cosine.
+    """Length, rates and regularisation of training with AdamW.
 
     Attributes:
-      epochs: of warm-up and cosine.
-      warmup_epochs: in which the rate rises from 0, the first of `epochs`.
-      cooldown_epochs: at the cosine's end, after `epochs`.
-      batch: images in a step, over all devices.
-      accumulate: parts of a batch that are computed one after the other.
-      lr: peak of the rate; it ends at 1% of it.
+      epochs: length of warm-up and decay in passes over the data.
+      batch: examples in an update, over all devices.
+      lr: peak of the learning rate.
+      steps: length of warm-up and decay in updates instead; None to count `epochs`.
+      round_steps: updates in a round; None for an epoch. After a round there is an
+        evaluation, a checkpoint and a reallocation.
+      schedule: course of the learning rate, see `schedules`.
+      warmup_epochs: epochs (rounds, where `steps` gives the length) in which the rate
+        rises, the first of the run.
+      cooldown_epochs: epochs (or rounds) at the lowest rate, after the others.
+      accumulate: micro-batches of an update, computed one after the other.
       weight_decay: AdamW's, on the leaves of `snella.decay_mask`.
-      no_decay: regex of paths that do not decay besides; "" for none.
-      rates: of paths that regexes match, times the rate: 0 freezes them.
+      no_decay: regex of further paths that do not decay; "" for none.
+      rates: pairs of a regex and a factor of the rate of the paths that it matches; 0
+        freezes them.
       clip: norm at which the whole gradient is clipped; 0 for never. Importance is
         measured before that.
-      ema: decay of a running mean of what trains, a step; 0 for none.
-      eval_every: epochs between evaluations; the last ten are all evaluated.
-      seed: of the order, the augmentation and the noise.
+      ema: decay per update of a running mean of what trains; 0 for none.
+      eval_every: rounds between evaluations; the last ten are all evaluated.
+      seed: decides the order, the augmentation and the noise.
     """
 
     epochs: int
     batch: int
     lr: float
+    steps: int | None = None
+    round_steps: int | None = None
+    schedule: schedules.Name = "cosine"
     warmup_epochs: int = 0
     cooldown_epochs: int = 0
     accumulate: int = 1
@@ -51,18 +62,13 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        """Raises a `ValueError` on a value outside what is said above."""
+        """Raises a `ValueError` on a value outside the limits above."""
+        self._check_length()
         for name in ("batch", "accumulate", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
-        for name in ("cooldown_epochs", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 0.")
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(
-                f"warmup_epochs={self.warmup_epochs}: expected fewer than "
-                f"epochs={self.epochs}."
-            )
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: expected at least 0.")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate}: expected a divisor of "
@@ -80,33 +86,71 @@ class Recipe:
                 f"no_decay={self.no_decay!r} does not compile: {error}."
             ) from error
 
+    def _check_length(self) -> None:
+        for name in ("steps", "round_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1.")
+        if self.cooldown_epochs < 0:
+            raise ValueError(
+                f"cooldown_epochs={self.cooldown_epochs}: expected at least 0."
+            )
+        if self.cooldown_epochs and self.schedule == "linear":
+            raise ValueError(
+                f"cooldown_epochs={self.cooldown_epochs}: schedule=linear has come to "
+                "a rate of 0 by then, expected cooldown_epochs=0."
+            )
+        if self.steps is not None:
+            if self.warmup_epochs < 0:
+                raise ValueError(
+                    f"warmup_epochs={self.warmup_epochs}: expected at least 0."
+                )
+        elif not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"warmup_epochs={self.warmup_epochs}: expected fewer than "
+                f"epochs={self.epochs}."
+            )
+
     @property
-    def total_epochs(self) -> int:
-        """With the cool-down."""
-        return self.epochs + self.cooldown_epochs
+    def unit(self) -> str:
+        """Name of a round in messages: "epoch", or "round" of so many updates."""
+        return "round" if self.round_steps else "epoch"
 
-    def evaluates(self, epoch: int) -> bool:
-        """Whether what is followed is evaluated after an epoch, from 1."""
-        last = epoch > self.total_epochs - LAST_EPOCHS
-        return last or epoch % self.eval_every == 0
+    def rounds(self, examples: int) -> Rounds:
+        """Returns the rounds of a run on so many training examples.
 
-    def rate(self, steps: int) -> optax.Schedule:
-        """The learning rate by step, for so many steps an epoch."""
-        return optax.warmup_cosine_decay_schedule(
-            0.0,
-            self.lr,
-            self.warmup_epochs * steps,
-            self.epochs * steps,
-            self.lr / 100,
+        Raises:
+          ValueError: the batch is larger than that, or the warm-up takes all updates.
+        """
+        epoch = examples // self.batch
+        if not epoch:
+            raise ValueError(
+                f"batch={self.batch}: expected 1 to {examples} (training examples)."
+            )
+        size = self.round_steps or epoch
+        unit = epoch if self.steps is None else size
+        return Rounds(
+            main=self.epochs * epoch if self.steps is None else self.steps,
+            size=size,
+            warmup=self.warmup_epochs * unit,
+            cooldown_updates=self.cooldown_epochs * unit,
         )
 
+    def evaluates(self, passed: int, count: int) -> bool:
+        """Returns True if there is an evaluation after `passed` of `count` rounds."""
+        return passed > count - LAST_ROUNDS or passed % self.eval_every == 0
+
+    def rate(self, rounds: Rounds) -> optax.Schedule:
+        """Returns the learning rate by update, from 0."""
+        return schedules.SCHEDULES[self.schedule](self.lr, rounds)
+
     def optimizer(
-        self, steps: int, *watch: optax.GradientTransformation
+        self, rounds: Rounds, *watch: optax.GradientTransformation
     ) -> optax.GradientTransformation:
-        """AdamW for so many steps an epoch, behind what watches the raw gradient."""
+        """Returns AdamW, behind what watches the raw gradient."""
         clip = [optax.clip_by_global_norm(self.clip)] * bool(self.clip)
         adamw = optax.adamw(
-            self.rate(steps), weight_decay=self.weight_decay, mask=self.decays
+            self.rate(rounds), weight_decay=self.weight_decay, mask=self.decays
         )
         scales = [
             optax.masked(optax.scale(factor), _matching(regex))
@@ -115,7 +159,7 @@ class Recipe:
         return optax.chain(*watch, *clip, adamw, *scales)
 
     def decays(self, params: Any) -> Any:
-        """True for the leaves that decay.
+        """Returns a tree of bools, True for the leaves that decay.
 
         Raises:
           ValueError: `no_decay` matches none of them.
@@ -146,7 +190,7 @@ class Recipe:
 
 
 def _matching(regex: str) -> Callable[[Any], Any]:
-    """A mask of the leaves whose paths a regex matches in full."""
+    """Returns a mask of the leaves whose paths a regex matches in full."""
 
     def matches(key_path, _):
         return re.fullmatch(regex, "/".join(path_of(key_path))) is not None

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from experiments.data.task import Task
+from experiments.training.objective import Objective
 from experiments.training.recipe import Recipe
 from experiments.training.trainer import Data
 from snella_jax.models import Model
@@ -52,6 +53,7 @@ class Session:
       out: folder of checkpoints and `metrics.jsonl`.
       scope: parts of the model that are adapted.
       recipe: length, rates and batches of the method's training.
+      objective: loss and metrics.
       data: examples to train on and to follow, with their transforms.
       followed: name of the split that is followed; None where none is.
       wandb: project in Weights & Biases to log to as well.
@@ -64,6 +66,7 @@ class Session:
     out: Path
     scope: Scope
     recipe: Recipe
+    objective: Objective
     data: Data
     followed: Followed | None
     wandb: str | None = None

@@ -1,4 +1,4 @@
-"""Where a run's arrays lie: on one device or on a mesh of them.
+"""Placement of a run's arrays, on one device or on a mesh of them.
 
 The axis `data` splits every batch. The axis `model` splits every kernel by its outputs,
 where it divides them; factors, optimizer state and all else are whole on each device.
@@ -16,7 +16,7 @@ AXES = ("data", "model")
 
 
 def make(text: str | None = None) -> Mesh:
-    """The mesh that `data=4,model=2` means; None for all devices along `data`.
+    """Returns the mesh that `data=4,model=2` means; for None all devices along `data`.
 
     Raises:
       ValueError: no such axis, no such number, more devices than there are, or a
@@ -52,7 +52,7 @@ def make(text: str | None = None) -> Mesh:
 
 
 def describe(mesh: Mesh) -> str:
-    """Devices and axes, to print."""
+    """Returns devices and axes, to print."""
     kind = mesh.devices.flat[0].device_kind
     if mesh.size == 1:
         return kind
@@ -60,17 +60,23 @@ def describe(mesh: Mesh) -> str:
 
 
 def of_batches(mesh: Mesh) -> NamedSharding:
-    """How batches lie."""
+    """Returns the sharding of batches, by their examples."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def whole(mesh: Mesh) -> NamedSharding:
-    """On every device."""
+    """Returns the sharding of what every device has whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
+def rows_here(array: jax.Array) -> np.ndarray:
+    """Returns the rows of a batch that lie on devices of this process."""
+    shards = {str(shard.index): shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(data) for data in shards.values()])
+
+
 def place(tree: Any, mesh: Mesh) -> Any:
-    """A tree's arrays where they belong, by their names and shapes."""
+    """Returns a tree with its arrays where they belong, by their names and shapes."""
 
     def sharding(key_path, leaf):
         split = mesh.shape["model"]

@@ -1,4 +1,4 @@
-"""What the program reads of an epoch's steps while the devices go on."""
+"""Loss and gradient norm of each step, read while the devices go on."""
 
 import math
 import time
@@ -12,13 +12,13 @@ class NotFinite(ArithmeticError):
     """The loss of a step, or its update, was not finite.
 
     Attributes:
-      step: of the epoch, from 1.
-      images: the indices of its training images.
+      step: number of the step in its round, from 1.
+      examples: indices of its training examples.
     """
 
-    def __init__(self, step: int, images: jax.Array):
+    def __init__(self, step: int, examples: jax.Array):
         super().__init__(f"not finite at step {step}")
-        self.step, self.images = step, images
+        self.step, self.examples = step, examples
 
 
 class Readings:
@@ -28,9 +28,9 @@ class Readings:
     the next step only then.
 
     Attributes:
-      losses: of the steps that were read.
-      norms: of their gradients.
-      seconds: between one reading and the next.
+      losses: losses of the steps that were read.
+      norms: norms of their gradients.
+      seconds: times between one reading and the next.
     """
 
     def __init__(self, on_step: Callable[[float], None]):
@@ -42,29 +42,29 @@ class Readings:
         self._waiting: tuple[jax.Array, jax.Array, Any] | None = None
         self._last = time.perf_counter()
 
-    def add(self, loss: jax.Array, norm: jax.Array, images: jax.Array) -> None:
+    def add(self, loss: jax.Array, norm: jax.Array, examples: jax.Array) -> None:
         """Takes a step that was begun, and reads the one before it.
 
         Raises:
-          NotFinite: by the one before.
+          NotFinite: the loss of the one before is not finite.
         """
         self.read()
-        self._waiting = loss, norm, images
+        self._waiting = loss, norm, examples
 
     def read(self) -> None:
-        """Waits for what was begun.
+        """Waits for what was begun, and reads it.
 
         Raises:
-          NotFinite: by its loss.
+          NotFinite: its loss is not finite.
         """
         if self._waiting is None:
             return
-        (loss, norm, images), self._waiting = self._waiting, None
+        (loss, norm, examples), self._waiting = self._waiting, None
         self.losses.append(float(loss))
         self.norms.append(float(norm))
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
         if not math.isfinite(self.losses[-1]):
-            raise NotFinite(len(self.losses), images)
+            raise NotFinite(len(self.losses), examples)
         self._on_step(self.losses[-1])

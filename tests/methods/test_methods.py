@@ -28,8 +28,9 @@ from experiments.methods.first_stage import Staged
 from experiments.methods.registry import METHODS
 from experiments.methods.snella import Klora
 from experiments.training import sharding
-from experiments.training import trainer as train
+from experiments.training.classification import Classification
 from experiments.training.recipe import Recipe
+from experiments.training.trainer import Data, Trainer
 from snella_jax import models
 
 TARGETS = r"blocks/(attn|mlp)/(query|key|value|out|fc1|fc2)"
@@ -83,16 +84,17 @@ UNMOVED = r"blocks/attn/key/(bias|ssf/shift)"
 def trained(name):
     """The adapted model before and after three epochs, and the epochs."""
     method, model = CONFIG.settings[name], adapted(name)
-    trainer = train.Trainer(
+    trainer = Trainer(
         model,
-        train.Data(SOURCE, None, TRANSFORM, TRANSFORM),
+        Data(SOURCE, None, TRANSFORM, TRANSFORM),
+        Classification(),
         Recipe(epochs=3, batch=8, lr=3e-2),
         sharding.make("data=1"),
         watch=method.watch(),
-        competition=method.competition(model, CONFIG.scope(), CONFIG.recipe(name)),
+        competition=method.competition(model, CONFIG.scope()),
     )
     with contextlib.closing(trainer):
-        rows = list(trainer.epochs(lambda _: None))
+        rows = list(trainer.train(lambda _: None))
         return model, trainer.model, rows
 
 

@@ -21,6 +21,7 @@ from experiments.pretrained import small_vit
 from experiments.pretrained.pretrain import augment
 from experiments.tasks import digits, fashion_mnist
 from experiments.training import evaluation, sharding
+from experiments.training.classification import Classification
 from snella_jax import models
 from snella_jax.models.vit import ViT, ViTConfig
 
@@ -372,8 +373,10 @@ def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
     base = small_vit.load(0)
     model = snella.load(base, tmp_path / "a/adapters/snella")
     test, alone = digits.load().test, sharding.make("data=1")
-    accuracy = evaluation.evaluate(model, test, small_vit.TRANSFORM, alone)
-    assert accuracy == result["test_accuracy"]
+    found = evaluation.evaluate(
+        model, test, small_vit.TRANSFORM, alone, Classification()
+    )
+    assert found.metrics["accuracy"] == result["test_accuracy"]
     assert json.loads((tmp_path / "a/config.json").read_text("utf-8"))["epochs"] == 2
     with pytest.raises(SystemExit, match="is not empty: name another folder"):
         run(tmp_path / "a", *short)

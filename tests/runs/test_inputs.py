@@ -166,7 +166,7 @@ def damage():
     [
         (more, "of epoch 2 was made after 4 steps; of 4 an epoch .* have been 8"),
         (third, r"epoch 2 in .* of another model .* \(2,\) and should be of \(3,\)"),
-        (damage, "checkpoint of epoch 2 in .* or is damaged"),
+        (damage, "Checkpoint 2 in .* or is damaged"),
     ],
 )
 def test_no_library_has_the_last_word_about_a_folder_from_before(copied, change, said):

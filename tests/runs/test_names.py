@@ -21,8 +21,10 @@ from experiments.runs import cli, setup
 from experiments.studies import matrix_fitting, table_store
 from experiments.tasks import catalogue
 from experiments.training.checkpoints import Checkpoints
+from experiments.training.objective import Metric
 
 # 250 bytes: markup, an emoji's name, formulas, a pattern, what Markdown ends a cell by.
+ACCURACY = Metric("accuracy")
 ODD = "[v2] $5_a$ ~ :dog: *? a|b\\c [red] é" + os.fsdecode(b"\xff")
 ODD += "x" * (250 - len(os.fsencode(ODD)))
 SHOWN = ODD.replace("\udcff", r"\xff")
@@ -67,11 +69,13 @@ def test_a_run_of_an_odd_name_works_from_its_data_to_its_report(
 def test_checkpoints_are_read_wherever_they_lie(name, tmp_path):
     """And never those of a folder whose name a pattern would match, too."""
     for value, folder in enumerate((name, "a[v2]".replace("[v2]", "v"), "whatx")):
-        with contextlib.closing(Checkpoints(tmp_path / folder / "c")) as saved:
+        with contextlib.closing(
+            Checkpoints(tmp_path / folder / "c", ACCURACY)
+        ) as saved:
             state = {"x": np.full(3, float(value))}
             saved.save(1, state, {"next_index": value}, 0.5)
             assert saved.last() == 1
-    with contextlib.closing(Checkpoints(tmp_path / name / "c")) as saved:
+    with contextlib.closing(Checkpoints(tmp_path / name / "c", ACCURACY)) as saved:
         epoch, state, position = saved.newest({"x": np.ones(3)})
         assert (epoch, position) == (1, {"next_index": 0})
         np.testing.assert_array_equal(state["x"], np.zeros(3))
@@ -210,9 +214,9 @@ def test_the_longest_path_in_a_run_folder_is_as_long_as_allowed_for(tmp_path):
             break
     paths.check_out(folder)
     trial = folder / "search/snella_released/100/checkpoints/snella_released"
-    with contextlib.closing(Checkpoints(trial)) as saved:
+    with contextlib.closing(Checkpoints(trial, ACCURACY)) as saved:
         saved.save(1000, {"x": np.ones(3)}, {"next_index": 1}, 0.5)
-    with contextlib.closing(Checkpoints(trial)) as saved:
+    with contextlib.closing(Checkpoints(trial, ACCURACY)) as saved:
         assert saved.newest({"x": np.zeros(3)})[0] == 1000
 
 

@@ -23,13 +23,16 @@ from experiments.data.task import Task
 from experiments.data.transforms import Transform
 from experiments.pretrained import small_vit
 from experiments.training import evaluation, metric_log, sharding
-from experiments.training import trainer as train
 from experiments.training.checkpoints import Checkpoints
+from experiments.training.classification import Classification
 from experiments.training.recipe import Recipe
+from experiments.training.trainer import Data, Trainer
 from snella_jax.models.vit import ViT, ViTConfig
 
 SHORT = ["--epochs", "4", "--warmup-epochs", "1", "--methods", "snella"]
 SHORT += ["--batch", "100"]
+CLASSES = Classification()
+(ACCURACY,) = CLASSES.metrics
 PROGRAM = [sys.executable, "-m", "experiments.vtab"]
 
 
@@ -54,7 +57,7 @@ def kill_after(process, out, rows, delay):
 
 def weights(out):
     """Everything that the last checkpoint holds."""
-    manager = Checkpoints(out / "checkpoints" / "snella").manager
+    manager = Checkpoints(out / "checkpoints" / "snella", ACCURACY).manager
     found = manager.restore(manager.latest_step())
     manager.close()
     return found["state"], found["position"]
@@ -137,22 +140,22 @@ def task(size=20):
 
 @contextlib.contextmanager
 def training(folder, epochs=3, **options):
-    recipe, one = Recipe(epochs=epochs, batch=4, lr=1e-2), sharding.make("data=1")
-    data = train.Data(task().train, task().validation, TRANSFORM, TRANSFORM)
+    how = CLASSES, Recipe(epochs=epochs, batch=4, lr=1e-2), sharding.make("data=1")
+    data = Data(task().train, task().validation, TRANSFORM, TRANSFORM)
     model = ViT(TINY, rngs=nnx.Rngs(0))
-    with contextlib.closing(Checkpoints(folder)) as saved:
-        trainer = train.Trainer(model, data, recipe, one, checkpoints=saved, **options)
+    with contextlib.closing(Checkpoints(folder, ACCURACY)) as saved:
+        trainer = Trainer(model, data, *how, checkpoints=saved, **options)
         with contextlib.closing(trainer):
             yield trainer
 
 
 def run(trainer):
-    return list(trainer.epochs(lambda _: None))
+    return list(trainer.train(lambda _: None))
 
 
 def test_a_finished_run_has_nothing_left_and_the_model_as_it_ended(tmp_path):
     with training(tmp_path) as first:
-        assert [epoch.epoch for epoch in run(first)] == [1, 2, 3]
+        assert [done.number for done in run(first)] == [1, 2, 3]
     with training(tmp_path) as again:
         assert again.passed == 3 and run(again) == []
     for one, other in zip(
@@ -166,7 +169,7 @@ def test_a_finished_run_has_nothing_left_and_the_model_as_it_ended(tmp_path):
 def test_the_newest_and_the_best_checkpoint_stay_also_after_a_restart(tmp_path):
     kept = []
     for epoch, accuracy in enumerate((0.2, 0.9, 0.4, 0.5, 0.95, 0.1), start=1):
-        with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        with contextlib.closing(Checkpoints(tmp_path, ACCURACY)) as checkpoints:
             state, position = {"x": np.ones(2)}, {"next_index": epoch}
             checkpoints.save(epoch, state, position, accuracy)
         kept.append("".join(sorted(p.name for p in tmp_path.iterdir() if p.is_dir())))
@@ -179,7 +182,7 @@ def test_a_half_written_checkpoint_is_never_taken(tmp_path):
     shutil.copytree(tmp_path / "2", tmp_path / "3.orbax-checkpoint-tmp")
     with training(tmp_path) as again:
         assert again.passed == 2
-        assert [epoch.epoch for epoch in run(again)] == [3]
+        assert [done.number for done in run(again)] == [3]
     with training(tmp_path) as whole:
         assert whole.passed == 3
     assert list(tmp_path.glob("*tmp")) == []
@@ -206,7 +209,8 @@ def test_an_update_that_is_not_finite_is_named_and_never_saved(
         run(first)
     said = str(error.value)
     assert (
-        f"not finite at step {step} of epoch {epoch}, on the training images [" in said
+        f"not finite at step {step} of epoch {epoch}, on the training examples ["
+        in said
     )
     good = epoch - 1
     if good:
@@ -228,5 +232,5 @@ def test_evaluation_counts_every_image_once(devices):
     prediction = int(model(image[None])[0].argmax())
     labels = np.where(np.arange(300) < 299, prediction, prediction - 1)
     where = small_vit.TRANSFORM, sharding.make(devices)
-    got = evaluation.evaluate(model, Arrays(images, labels), *where)
-    assert got == pytest.approx(299 / 300)
+    got = evaluation.evaluate(model, Arrays(images, labels), *where, CLASSES)
+    assert got.metrics["accuracy"] == pytest.approx(299 / 300)

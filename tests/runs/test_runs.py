@@ -84,8 +84,9 @@ def test_protocols_train_follow_and_test_what_they_say(protocol, tmp_path, teste
     followed = {"choose": "validation", "released": "test"}
     assert summary["followed"] == followed.get(protocol)
     recipe = presets.QUICKSTART.config.recipe("lora")
-    recipe = dataclasses.replace(recipe, epochs=2, warmup_epochs=1)
-    assert rows[-1]["lr"] == pytest.approx(float(recipe.rate(steps)(2 * steps - 1)))
+    recipe = dataclasses.replace(recipe, epochs=2, warmup_epochs=1, batch=100)
+    rounds = recipe.rounds(100 * steps)
+    assert rows[-1]["lr"] == pytest.approx(float(recipe.rate(rounds)(2 * steps - 1)))
     followed = {"choose": [200] * 4, "final": [], "released": [797] * 4}[protocol]
     assert tested[: len(followed)] == followed  # two epochs, and their mean weights
     assert set(tested[len(followed) :]) == {797} and len(tested) <= len(followed) + 3

@@ -183,7 +183,10 @@ def test_an_order_holds_by_pairs_of_seeds():
         (["--run.task", "digitz"], "digitz"),
         (["--run.snella.rank", "4"], "run.snella: expected its lr and weight_decay"),
         (["--run.grid.densities", "0.1"], "only learning rates are searched"),
-        ([*SHORT[:-1], "1"], "steps=1"),
+        (
+            [*SHORT[:-1], "1"],
+            "snella: its budget moves between rounds, of which there are 1",
+        ),
         (["--run.targets", "nothing", "--run.task", "digits"], "targets='nothing'"),
     ],
 )

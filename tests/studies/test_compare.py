@@ -21,6 +21,7 @@ from experiments.runs import run, search, setup
 from experiments.studies import comparison, comparison_figure, table_store
 from experiments.tasks import catalogue
 from experiments.training import grid, sharding
+from experiments.training.classification import Classification
 
 SMALL = ["--run.model", "vit_fashion_mnist", "--run.image_size", "None"]
 SHORT = ["--run.epochs", "1", "--run.warmup_epochs", "0", "--search_epochs", "1"]
@@ -375,6 +376,7 @@ class Setting:
     out: Path
     located: Path | None = None
     console: Console = dataclasses.field(default_factory=lambda: Console(quiet=True))
+    objective = Classification()
 
 
 def test_a_test_split_can_be_sampled_the_same_way_each_time():

@@ -17,9 +17,11 @@ from experiments.data.source import Arrays
 from experiments.data.transforms import Transform
 from experiments.methods.snella import Snella
 from experiments.training import sharding
-from experiments.training import trainer as train
+from experiments.training.classification import Classification
 from experiments.training.competition import Competition, agreement
 from experiments.training.recipe import Recipe
+from experiments.training.rounds import Rounds
+from experiments.training.trainer import Data, Trainer
 from snella_jax.models.vit import ViT, ViTConfig
 from snella_jax.nnx.selection import weights_of
 
@@ -41,17 +43,18 @@ def trained(settings=None, epochs=EPOCHS, spy=None, **changes):
     base = ViT(TINY, rngs=nnx.Rngs(0))
     base.head.kernel[...] = jax.random.normal(jax.random.key(1), (8, 2))
     model = own.adapt(base, config.scope())
-    rules = own.competition(model, config.scope(), config.recipe("snella"))
-    trainer = train.Trainer(
+    rules = own.competition(model, config.scope())
+    trainer = Trainer(
         model,
-        train.Data(SOURCE, None, TRANSFORM, TRANSFORM),
+        Data(SOURCE, None, TRANSFORM, TRANSFORM),
+        Classification(),
         config.recipe("snella"),
         sharding.make("data=1"),
         watch=own.watch(),
         competition=rules,
     )
     with contextlib.closing(trainer):
-        rows = list(trainer.epochs(lambda _: None))
+        rows = list(trainer.train(lambda _: None))
         return rows, trainer.model, trainer.state["opt_state"]
 
 
@@ -100,11 +103,16 @@ def test_a_round_compares_scores_a_window_apart(monkeypatch):
         [{"w": np.array(values)} for values in ([1.0, 2, 3], [3.0, 2, 1], [4.0, 3, 2])]
     )
     monkeypatch.setattr(snella, "importance", lambda opt_state: next(scores))
-    rules = Competition(lambda t: round(100 * t), every="settled", window=5)
-    turn = rules.begin(epoch=1, epochs=3, steps=20)
+
+    def schedule(steps, cooldown):
+        assert (steps, cooldown) == (3, 0)
+        return lambda t: round(100 * t)
+
+    rules = Competition(schedule, every="settled", window=5)
+    moves = rules.begin(1, Rounds(main=60, size=20))
     for step in range(15):
-        turn.before(step, None, None, lambda: None)
-    assert calls == [(150, 0.0)] and turn.moves == 1  # at step 10: the second pair
+        moves.before(step, None, None, lambda: None)
+    assert calls == [(150, 0.0)] and moves.count == 1  # at step 10: the second pair
 
 
 def test_agreement_is_a_rank_correlation():
@@ -130,7 +138,7 @@ def test_matrices_compete_by_the_metric():
 
 def test_the_merged_magnitude_is_that_of_the_update():
     _, model, opt_state = trained(epochs=2)
-    rules = Competition(lambda t: 1, metric="merged_magnitude", exponent=0.5)
+    rules = Competition(None, metric="merged_magnitude", exponent=0.5)
     scores = rules.scores(opt_state, lambda: model)
     for weight in weights_of(model):
         expected = np.abs(np.asarray(weight.delta(), np.float64)).mean((-2, -1))
@@ -173,9 +181,10 @@ def test_beta_has_a_rate_of_its_own():
 def test_rates_scale_what_a_regex_matches():
     recipe = Recipe(epochs=2, batch=1, lr=0.5, rates=(("x/beta", 0.25), (".*/z", 0.0)))
     params = {"x": {"beta": jnp.ones(3), "alpha": jnp.ones(3)}, "y": {"z": jnp.ones(3)}}
-    tx = recipe.optimizer(steps=1)
+    one = Rounds(main=2, size=1)
+    tx = recipe.optimizer(one)
     updates, _ = tx.update(params, tx.init(params), params)
-    plain = dataclasses.replace(recipe, rates=()).optimizer(steps=1)
+    plain = dataclasses.replace(recipe, rates=()).optimizer(one)
     expected, _ = plain.update(params, plain.init(params), params)
     np.testing.assert_allclose(updates["x"]["beta"], 0.25 * expected["x"]["beta"])
     np.testing.assert_array_equal(updates["x"]["alpha"], expected["x"]["alpha"])
@@ -188,14 +197,15 @@ def test_the_gradient_norm_is_that_of_the_factors():
     base.head.kernel[...] = jax.random.normal(jax.random.key(1), (8, 2))
     config = snella.SnellaConfig(rank=4, target_density=1.0)
     for model in (snella.adapt(base, config, rngs=nnx.Rngs(1)), base):
-        trainer = train.Trainer(
+        trainer = Trainer(
             model,
-            train.Data(SOURCE, None, TRANSFORM, TRANSFORM),
+            Data(SOURCE, None, TRANSFORM, TRANSFORM),
+            Classification(),
             Recipe(epochs=1, batch=24, lr=1e-3),
             sharding.make("data=1"),
         )
         with contextlib.closing(trainer):
-            (row,) = trainer.epochs(lambda _: None)
+            (row,) = trainer.train(lambda _: None)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         images = np.stack([TRANSFORM(x, np.random.default_rng(0)) for x in PIXELS])
 

@@ -13,6 +13,7 @@ from experiments.files import MismatchError, read
 from experiments.runs import search
 from experiments.runs.run import RunFailed
 from experiments.training import fit, metric_log
+from experiments.training.classification import Classification
 
 
 def write(folder, *lines):
@@ -94,7 +95,10 @@ def test_a_trial_whose_accuracy_is_lost_is_no_trial(tmp_path, monkeypatch):
     config = SimpleNamespace()
     monkeypatch.setattr(search.dataclasses, "replace", lambda *_, **__: config)
     setting = SimpleNamespace(
-        out=tmp_path, config=config, console=SimpleNamespace(print=lambda *_: None)
+        out=tmp_path,
+        config=config,
+        console=SimpleNamespace(print=lambda *_: None),
+        objective=Classification(),
     )
     with pytest.raises(MismatchError, match="lost the accuracy of its last epoch"):
         search._trial("lora", setting, SimpleNamespace(lr=0.1), 0)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -19,10 +20,12 @@ from experiments.data.transforms import Transform
 from experiments.methods import lora
 from experiments.training import sharding
 from experiments.training import step as update
-from experiments.training import trainer as train
 from experiments.training.checkpoints import Checkpoints
+from experiments.training.classification import Classification
 from experiments.training.competition import Competition
 from experiments.training.recipe import Recipe
+from experiments.training.rounds import Rounds
+from experiments.training.trainer import Data, Trainer
 from snella_jax.models.vit import ViT, ViTConfig
 
 TINY = ViTConfig(
@@ -33,6 +36,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), np.uint8)
 SOURCE = Arrays(PIXELS, np.arange(24) % 2)
 TARGETS = r"blocks/.*/(query|key|value|out|fc1|fc2)"
 RECIPE = Recipe(epochs=2, batch=8, lr=1e-2)
+CLASSES = Classification()
 
 
 def adapted(**options):
@@ -45,12 +49,13 @@ def adapted(**options):
 def training(recipe=RECIPE, devices="data=1", model=None, mix=None, follow=None):
     model = adapted() if model is None else model
     budgets = any(True for _ in nnx.to_flat_state(nnx.state(model, snella.Budget)))
-    schedule = snella.SnellaConfig(target_density=0.3).schedule(
-        snella.adapted_weights(model) if budgets else 1, recipe.total_epochs
-    )
-    trainer = train.Trainer(
+    weights = snella.adapted_weights(model) if budgets else 1
+    config = snella.SnellaConfig(target_density=0.3)
+    schedule = functools.partial(config.schedule, weights)
+    trainer = Trainer(
         model,
-        train.Data(SOURCE, follow, TRANSFORM, TRANSFORM, mix),
+        Data(SOURCE, follow, TRANSFORM, TRANSFORM, mix),
+        CLASSES,
         recipe,
         sharding.make(devices),
         watch=(snella.track_importance(),) * budgets,
@@ -62,7 +67,7 @@ def training(recipe=RECIPE, devices="data=1", model=None, mix=None, follow=None)
 
 def run(trainer):
     losses = []
-    rows = list(trainer.epochs(losses.append))
+    rows = list(trainer.train(losses.append))
     return rows, losses
 
 
@@ -75,19 +80,23 @@ def leaves(model):
 
 def test_the_rate_rises_falls_and_stays_in_the_cool_down():
     recipe = Recipe(epochs=10, warmup_epochs=2, cooldown_epochs=3, batch=1, lr=1e-3)
-    rate = recipe.rate(steps=5)
+    rate = recipe.rate(recipe.rounds(5))
     assert rate(0) == 0 and rate(5) == pytest.approx(5e-4)
     assert rate(10) == pytest.approx(1e-3)
     halfway = (1e-3 + 1e-5) / 2
     assert rate(30) == pytest.approx(halfway, rel=1e-5)
     for step in (50, 55, 64, 65):
         assert rate(step) == pytest.approx(1e-5)
-    assert recipe.total_epochs == 13
+    assert recipe.rounds(5).count == 13
 
 
 def test_every_k_epochs_and_the_last_ten_are_evaluated():
     recipe = Recipe(epochs=30, cooldown_epochs=5, batch=1, lr=1.0, eval_every=10)
-    assert [e for e in range(1, 36) if recipe.evaluates(e)] == [10, 20, *range(26, 36)]
+    assert [e for e in range(1, 36) if recipe.evaluates(e, 35)] == [
+        10,
+        20,
+        *range(26, 36),
+    ]
 
 
 def test_what_decays_goes_by_kind_and_path():
@@ -99,7 +108,7 @@ def test_what_decays_goes_by_kind_and_path():
 
     def decays(**change):
         recipe = dataclasses.replace(RECIPE, lr=0.5, weight_decay=0.1, **change)
-        tx = recipe.optimizer(steps=1)
+        tx = recipe.optimizer(Rounds(main=2, size=1))
         state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
         updates = tx.update(zeros, state, params)[0]
         return {
@@ -120,7 +129,7 @@ def test_clipping_comes_after_importance():
     recipe = dataclasses.replace(RECIPE, clip=1e-3)
     params = {"a": jnp.ones((1, 2, 2)), "b": jnp.ones((1, 2, 2))}
     grads = jax.tree.map(lambda p: 100 * p, params)
-    tx = recipe.optimizer(1, snella.track_importance())
+    tx = recipe.optimizer(Rounds(main=2, size=1), snella.track_importance())
     _, state = tx.update(grads, tx.init(params), params)
     np.testing.assert_allclose(state[0].sensitivity[""]["a"], 100.0)
     mean = optax.tree.get(state, "mu")["a"]
@@ -145,12 +154,14 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch():
 
 
 def test_parts_are_all_of_the_batch_and_draw_noise_of_their_own():
-    def gradient(images, labels, key):
-        return jax.random.uniform(key), {"x": images.sum(), "y": labels.mean()}
+    def gradient(batch, key):
+        grads = {"x": batch["image"].sum(), "y": batch["label"].mean()}
+        return jax.random.uniform(key), grads
 
     images, labels = jnp.arange(12.0).reshape(6, 2), jnp.arange(6.0) ** 2
     for parts in (2, 3):
-        loss, grads = update._mean_over_parts(gradient, parts, images, labels, KEY)
+        batch = {"image": images, "label": labels}
+        loss, grads = update._mean_over_parts(gradient, parts, batch, KEY)
         draws = [jax.random.uniform(key) for key in jax.random.split(KEY, parts)]
         assert len(set(map(float, draws))) == parts
         assert float(loss) == pytest.approx(float(sum(draws)) / parts)
@@ -163,12 +174,13 @@ def test_soft_labels_are_learnt_as_their_distribution():
     model = adapted()
     graphdef, *states = nnx.split(model, nnx.Param, snella.Budget, ...)
     tx = optax.sgd(0.0)
-    step = update.training_step(graphdef, tx)
+    step = update.training_step(graphdef, tx, CLASSES.loss)
     images = jax.random.normal(jax.random.key(0), (6, 8, 8, 1))
 
     def loss(labels):
         opt_state = tx.init(states[0])
-        return step(states[0], opt_state, *states[1:], images, labels, KEY)[2]
+        batch = {"image": images, "label": labels}
+        return step(states[0], opt_state, *states[1:], batch, KEY)[2]
 
     zeros, ones = (loss(jnp.full(6, label, jnp.int32)) for label in (0, 1))
     soft = loss(jnp.tile(jnp.array([0.7, 0.3]), (6, 1)))
@@ -191,7 +203,7 @@ def test_the_running_mean_is_that_of_the_weights_after_every_step():
     recipe = dataclasses.replace(RECIPE, ema=0.9)
     with training(recipe, follow=SOURCE) as trainer:
         expected, after = leaves(trainer.model), []
-        losses = trainer.epochs(lambda _: None)
+        losses = trainer.train(lambda _: None)
         inner = trainer.step
 
         def spy(*arguments):
@@ -207,7 +219,7 @@ def test_the_running_mean_is_that_of_the_weights_after_every_step():
         assert len(after) == 6
         for got, want in zip(leaves(trainer.ema_model), expected, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
-    assert all(0 <= row.ema_accuracy <= 1 for row in rows)
+    assert all(0 <= row.ema_metrics["accuracy"] <= 1 for row in rows)
 
 
 def test_a_loss_is_read_when_the_next_step_is_under_way():
@@ -220,7 +232,7 @@ def test_a_loss_is_read_when_the_next_step_is_under_way():
             return inner(*arguments)
 
         trainer.step = spy
-        rows = list(trainer.epochs(order.append))
+        rows = list(trainer.train(order.append))
     for row, events in zip(rows, (order[:6], order[6:]), strict=True):
         losses = [loss for loss in events if loss != "begun"]
         one, two, three = losses
@@ -262,40 +274,46 @@ def test_the_cool_down_keeps_the_budget():
     recipe = Recipe(epochs=3, cooldown_epochs=2, batch=8, lr=1e-2)
     model = adapted()
     weights = snella.adapted_weights(model)
-    schedule = snella.SnellaConfig(target_density=0.3).schedule(weights, 5, cooldown=2)
-    data = train.Data(SOURCE, None, TRANSFORM, TRANSFORM)
+    config = snella.SnellaConfig(target_density=0.3)
+    schedule = functools.partial(config.schedule, weights)
+    data = Data(SOURCE, None, TRANSFORM, TRANSFORM)
     watch = (snella.track_importance(),)
     one = sharding.make("data=1")
     rules = Competition(schedule)
-    trainer = train.Trainer(model, data, recipe, one, watch=watch, competition=rules)
+    how = CLASSES, recipe, one
+    trainer = Trainer(model, data, *how, watch=watch, competition=rules)
     with contextlib.closing(trainer):
         rows, _ = run(trainer)
-    assert [row.accuracy for row in rows] == [None] * 5
+    assert [row.metrics for row in rows] == [{}] * 5
     assert [row.density for row in rows[2:]] == [pytest.approx(0.3, abs=1e-3)] * 3
     assert rows[0].density == 1 and rows[1].density > 0.35
     assert [row.lr for row in rows[2:]] == [pytest.approx(r) for r in RATES]
 
 
-RATES = [float(Recipe(epochs=3, batch=8, lr=1e-2).rate(3)(8)), 1e-4, 1e-4]
+PLAIN = Recipe(epochs=3, batch=8, lr=1e-2)
+RATES = [float(PLAIN.rate(PLAIN.rounds(24))(8)), 1e-4, 1e-4]
 
 
 def test_a_run_with_everything_goes_on_bit_for_bit(tmp_path):
     """Mixed and accumulated batches, noise, budgets that move in every step, a mesh."""
     recipe = Recipe(epochs=3, batch=8, lr=1e-2, accumulate=2, ema=0.9, clip=1.0)
-    data = train.Data(SOURCE, SOURCE, TRANSFORM, TRANSFORM, Mix(2, mixup=0.5))
+    data = Data(SOURCE, SOURCE, TRANSFORM, TRANSFORM, Mix(2, mixup=0.5))
     config = snella.SnellaConfig(rank=4, path="parallel", dropout=0.2, drop_path=0.2)
     base = ViT(dataclasses.replace(TINY, drop_path=0.5), rngs=nnx.Rngs(0))
     weights = snella.adapted_weights(snella.adapt(base, config, rngs=nnx.Rngs(1)))
-    schedule = config.schedule(weights, 3)
+    schedule = functools.partial(config.schedule, weights)
     rules = Competition(schedule, every="step", floor=0.1, floor_every=2)
 
     def some_epochs(folder, epochs=3):
         model = snella.adapt(base, config, rngs=nnx.Rngs(1))
         with contextlib.ExitStack() as stack:
-            saved = stack.enter_context(contextlib.closing(Checkpoints(folder)))
-            trainer = train.Trainer(
+            saved = stack.enter_context(
+                contextlib.closing(Checkpoints(folder, CLASSES.metrics[0]))
+            )
+            trainer = Trainer(
                 model,
                 data,
+                CLASSES,
                 recipe,
                 sharding.make("data=2,model=2"),
                 watch=(snella.track_importance(),),
@@ -305,7 +323,7 @@ def test_a_run_with_everything_goes_on_bit_for_bit(tmp_path):
             stack.enter_context(contextlib.closing(trainer))
             rows = [
                 dataclasses.replace(row, seconds_per_step=0.0, moved=None)
-                for row in itertools.islice(trainer.epochs(lambda _: None), epochs)
+                for row in itertools.islice(trainer.train(lambda _: None), epochs)
             ]
             return rows, jax.tree.map(np.array, jax.tree.leaves(trainer.state))
 
@@ -322,10 +340,10 @@ def test_a_gradient_too_large_to_be_squared_is_not_finite():
     kernel = jnp.zeros((2, 2))
     graphdef, params, rest = nnx.split(Steep(kernel), nnx.Param, ...)
     none, tx = nnx.State({}), optax.adamw(1e-3)
-    step = update.training_step(graphdef, tx)
+    step = update.training_step(graphdef, tx, CLASSES.loss)
     for scale, finite in ((1e3, True), (1e25, False)):
-        images, labels = jnp.full((2, 2), scale), jnp.zeros(2, jnp.int32)
-        _, _, loss = step(params, tx.init(params), none, rest, images, labels, KEY)
+        batch = {"image": jnp.full((2, 2), scale), "label": jnp.zeros(2, jnp.int32)}
+        _, _, loss = step(params, tx.init(params), none, rest, batch, KEY)
         assert np.isfinite(loss) == finite
 
 
@@ -354,7 +372,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(devices, accumulate):
         assert len(jax.tree.leaves(many.state)[0].sharding.device_set) == 4
     np.testing.assert_allclose(others, losses, rtol=1e-4)
     assert got.density == expected.density
-    assert got.accuracy == pytest.approx(expected.accuracy, abs=2 / 24)
+    assert got.metrics == pytest.approx(expected.metrics, abs=2 / 24)
 
 
 def test_the_model_axis_splits_kernels_by_their_outputs():

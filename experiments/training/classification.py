@@ -1,0 +1,69 @@
+"""Classification of images: cross entropy and accuracy."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from matplotlib.axes import Axes
+
+from experiments.data.source import Example
+from experiments.training.objective import Batch, Metric, Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Objective of batches with `image [B, ...]` and `label`.
+
+    Labels are int32 `[B]`, or, to train on, distributions over the classes,
+    `[B, classes]`.
+
+    Attributes:
+      names: names of the classes, for pictures; numbers stand for missing ones.
+    """
+
+    names: tuple[str, ...] = ()
+
+    metrics = (Metric("accuracy", percent=True),)
+    score = None
+
+    def loss(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, ""]:
+        """Returns the mean cross entropy, computed in float32."""
+        logits, labels = model(batch["image"], key).astype(jnp.float32), batch["label"]
+        entropy = (
+            optax.softmax_cross_entropy_with_integer_labels
+            if labels.ndim == 1
+            else optax.softmax_cross_entropy
+        )
+        return entropy(logits, labels).mean()
+
+    def outputs(self, model: Any, batch: Batch) -> Int[Array, " B"]:
+        """Returns the most likely classes."""
+        return model(batch["image"]).argmax(-1)
+
+    def sums(self, outputs: Int[Array, " B"], batch: Batch) -> dict[str, Array]:
+        """Returns how many are right, of how many."""
+        right = (outputs == batch["label"]) & batch["valid"]
+        return {"right": right.sum(), "count": batch["valid"].sum()}
+
+    def numbers(self, sums: Sums) -> dict[str, float]:
+        """Returns the accuracy."""
+        return {"accuracy": sums["right"] / sums["count"]}
+
+    def draw(self, axes: Axes, example: Example, output: int) -> None:
+        """Draws the image under its predicted class, and the true one where it differs.
+
+        Args:
+          output: the predicted class.
+        """
+        image, truth = example["image"], int(example["label"])
+        axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray")
+        right = int(output) == truth
+        title = self._name(int(output)) + (
+            "" if right else f"\n(is {self._name(truth)})"
+        )
+        axes.set_title(title, fontsize=8, color="black" if right else "tab:red")
+
+    def _name(self, label: int) -> str:
+        return self.names[label] if label < len(self.names) else str(label)
