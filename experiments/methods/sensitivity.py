@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.data import pipeline
 from experiments.data.source import Source
-from experiments.data.transforms import Transform
 from experiments.methods.first_stage import Staged
 from experiments.training import sharding
 from experiments.training.session import Places, Scope, Session
@@ -77,7 +76,7 @@ def scores(
     targets: str,
     rule: Rule,
     source: Source,
-    transform: Transform,
+    transform: pipeline.Preparation,
     mesh: Mesh,
     batch: int,
     seed: int,

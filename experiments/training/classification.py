@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from matplotlib.axes import Axes
 
+from experiments import plotting
 from experiments.data.source import Example
 from experiments.training.objective import Batch, Metric, Sums
 
@@ -66,4 +67,5 @@ class Classification:
         axes.set_title(title, fontsize=8, color="black" if right else "tab:red")
 
     def _name(self, label: int) -> str:
-        return self.names[label] if label < len(self.names) else str(label)
+        known = label < len(self.names)
+        return plotting.label(self.names[label] if known else str(label))
