@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from snella_jax.adapters import format
+from snella_jax.adapters import file_format
 from snella_jax.adapters.base import Base
 from snella_jax.adapters.fitting import any_of, fit
 from snella_jax.adapters.tree import (
@@ -120,7 +120,7 @@ def load(
 
     leaves = by_name(matrices.leaves)
     weights, trained, stats = fit(
-        format.read(folder),
+        file_format.read(folder),
         locate,
         Base(leaves),
         leaves,

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array
 
 from snella_jax.adapters.base import Base, differences
+from snella_jax.adapters.file_format import AdapterFile, Unit
 from snella_jax.adapters.fingerprint import Digest, Fingerprint, dtype_of, row_totals
-from snella_jax.adapters.format import AdapterFile, Unit
 from snella_jax.core.config import Rule
 from snella_jax.core.weight import AdaptedWeight, Site
 from snella_jax.files.errors import CheckpointError

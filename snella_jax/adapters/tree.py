@@ -18,7 +18,7 @@ from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
-from snella_jax.adapters import format
+from snella_jax.adapters import file_format
 from snella_jax.adapters.base import Base
 from snella_jax.adapters.fitting import any_of
 from snella_jax.core.config import Rule, SnellaConfig, check_overrides
@@ -152,7 +152,7 @@ class Adapters:
         }
         stats = by_name(flat(batch_stats or {}))
         weights = self.weights(params)
-        format.write(folder, weights, trained, stats, Base(leaves), base)
+        file_format.write(folder, weights, trained, stats, Base(leaves), base)
 
     def _with(self, params: Tree, value: Callable[[AdaptedWeight], Array]) -> Tree:
         adapters = set(map(adapter_key, self.sites))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax.core.budgets import FIXED, allocate
 from snella_jax.core.config import Rule, SnellaConfig
-from snella_jax.core.dense import sparse_delta, summed
+from snella_jax.core.dense import Update, sparse_delta, summed
 from snella_jax.core.layout import Layout
 from snella_jax.files.hosts import to_host
 from snella_jax.kernels import Factors, Kernel
@@ -74,6 +74,12 @@ class Site:
     def kernel(self) -> Any:
         """The kernel that makes the update."""
         return self.rule.kernel
+
+    @property
+    def update(self) -> Update:
+        """How the update of the weight, without its stack, is made and added."""
+        r = self.rule
+        return Update(self.kernel, r.gate, self.layout, r.path, r.dropout, r.drop_path)
 
     @property
     def lead(self) -> tuple[int, ...]:

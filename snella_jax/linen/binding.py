@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from snella_jax.adapters import format
-from snella_jax.adapters import tree as trees
+from snella_jax.adapters import file_format, tree
 from snella_jax.adapters.base import Base
 from snella_jax.adapters.fitting import fit
-from snella_jax.adapters.tree import Key, Tree, by_name, flat, join, name_of
+from snella_jax.adapters.tree import Key, Tree, by_name, flat, join, name_of, nested
 from snella_jax.core.binding import check_binding
 from snella_jax.core.config import Rule, SnellaConfig
 from snella_jax.core.layout import Layout
@@ -28,7 +27,7 @@ __all__ = ["Adapters", "adapt", "join", "load"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adapters(trees.Adapters):
+class Adapters(tree.Adapters):
     """Where a module is adapted, and its call with the adapters in `params`.
 
     Attributes:
@@ -53,7 +52,7 @@ class Adapters(trees.Adapters):
 
     def _held(self, params: Tree) -> Tree:
         """Parameters with each adapter as a `Held`."""
-        found = {trees.adapter_key(key): (key, {}) for key in self.places}
+        found = {tree.adapter_key(key): (key, {}) for key in self.places}
         leaves = {}
         for key, leaf in flat(params).items():
             if key[:-1] in found:
@@ -63,7 +62,7 @@ class Adapters(trees.Adapters):
         for at, (key, values) in found.items():
             if values:
                 leaves[at] = Held.of(values, key, self.places[key])
-        return trees.nested(leaves)
+        return nested(leaves)
 
 
 def adapt(
@@ -108,8 +107,8 @@ def adapt(
     layers = layers_of(module, plain, inputs, kwargs, layouts)
     chosen = layers.chosen(config.targets, config.trainable)
     sites = {x.key: x.site(config.rule(x.path), config.must_move) for x in chosen}
-    tree, params = trees.place(variables["params"], sites, config, key)
-    return _adapters(module, tree, chosen), params
+    adapters, params = tree.place(variables["params"], sites, config, key)
+    return _adapters(module, adapters, chosen), params
 
 
 def load(
@@ -139,7 +138,7 @@ def load(
     variables = jax.tree.map(native, variables)
     plain = nn.meta.unbox(variables)
     known = layers_of(module, plain, inputs, kwargs, layouts).known
-    params, stats = (flat(plain.get(c, {})) for c in ("params", "batch_stats"))
+    base, stats = (flat(plain.get(c, {})) for c in ("params", "batch_stats"))
 
     def locate(path: str, rule: Rule, must_move: bool) -> tuple[Site, Array]:
         if path not in known:
@@ -147,22 +146,22 @@ def load(
                 "this module has no such layer that can be adapted (one that is none "
                 "of Flax's needs layouts)"
             )
-        return known[path].site(rule, must_move), params[known[path].key]
+        return known[path].site(rule, must_move), base[known[path].key]
 
-    named, own = by_name(params), by_name(stats)
+    named, own = by_name(base), by_name(stats)
     weights, trained, moved = fit(
-        format.read(folder),
+        file_format.read(folder),
         locate,
         Base(named, own),
         own,
         rename=rename,
         allow_base_mismatch=allow_base_mismatch,
     )
-    adapters, tree = trees.fill(variables["params"], weights, trained)
-    loaded = {**plain, "params": tree}
+    adapters, params = tree.fill(variables["params"], weights, trained)
+    loaded = {**plain, "params": params}
     if moved:
         values = {k: jnp.asarray(moved.get(name_of(k), x)) for k, x in stats.items()}
-        loaded["batch_stats"] = trees.nested(values)
+        loaded["batch_stats"] = nested(values)
     return _adapters(module, adapters, [known[path] for path in weights]), loaded
 
 
@@ -176,7 +175,9 @@ def _check(module: Any, variables: Any) -> None:
         )
 
 
-def _adapters(module: nn.Module, tree: trees.Adapters, layers: list[Layer]) -> Adapters:
-    own = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+def _adapters(module: nn.Module, plain: tree.Adapters, layers: list[Layer]) -> Adapters:
+    own = {
+        field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)
+    }
     places = {x.key: Place(x.axes or (), x.module is None) for x in layers}
     return Adapters(**own, module=module, places=places)

@@ -18,7 +18,7 @@ from flax.linen.transforms import lift_direct_transform
 from jaxtyping import Array
 
 from snella_jax.adapters.tree import COUNTS, Key, name_of
-from snella_jax.core.dense import Update, adapted, adapted_call
+from snella_jax.core.dense import adapted_call, updated
 from snella_jax.core.weight import Site
 from snella_jax.kernels import Factors
 from snella_jax.linen.layers import STOCK, positions
@@ -138,18 +138,9 @@ def _product(
     if (rule.dropout or rule.drop_path) and layer.has_rng("dropout"):
         key = layer.make_rng("dropout")
     dtype = layer.dtype or jnp.result_type(x, weight, *own.values())
-    return adapted(op, site.layout, functools.partial(op, use_bias=False))(
-        jnp.asarray(x, dtype),
-        weight,
-        factors,
-        budget,
-        kernel=site.kernel,
-        gate=rule.gate,
-        path=rule.path,
-        dropout=rule.dropout,
-        drop_path=rule.drop_path,
-        key=key,
-    )
+    without_bias = functools.partial(op, use_bias=False)
+    run = updated(op, site.update, without_bias)
+    return run(jnp.asarray(x, dtype), weight, factors, budget, key)
 
 
 def _whole(
@@ -161,8 +152,7 @@ def _whole(
 ) -> Any:
     """Any method of a layer, made again on the way back; what it moves is kept."""
     method = context.orig_method.func  # without interceptors, which have run
-    own = {name: sites[adapter.key] for name, adapter in held.items()}
-    updates = {k: Update(x.kernel, x.rule.gate, x.layout) for k, x in own.items()}
+    updates = {name: sites[adapter.key].update for name, adapter in held.items()}
     parts = {name: adapter.parts() for name, adapter in held.items()}
     factors, budgets = ({k: both[i] for k, both in parts.items()} for i in (0, 1))
 

@@ -10,13 +10,13 @@ import numpy as np
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import once
 from snella_jax.models.checkpoints.build import head_origin
-from snella_jax.models.checkpoints.describing import config_files, metadata
+from snella_jax.models.checkpoints.config_files import config_files, metadata
 from snella_jax.models.checkpoints.formats import ExportFormat
 from snella_jax.models.checkpoints.mapping import arrange, place_of
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.checkpoints.rewrite import rewritten, unmade
 from snella_jax.models.checkpoints.write import write_file, write_folder
-from snella_jax.models.registry import Model, layout
+from snella_jax.models.registry import Model, export_format
 from snella_jax.models.vit import ViT
 
 log = logging.getLogger("snella_jax")
@@ -70,7 +70,7 @@ def export(
         raise ValueError(
             f"{path}: expected .npz or .safetensors, or a folder where `like` is one."
         )
-    own = layout(model, source)
+    own = export_format(model, source)
     _check_grid(model, path, own)
     names = _class_names(class_names, model, own, as_file)
     tensors = _named(_tensors(own), source, own)

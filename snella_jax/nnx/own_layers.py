@@ -29,7 +29,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array
 
-from snella_jax.core.dense import Update, adapted_call, summed
+from snella_jax.core.dense import adapted_call, summed
 from snella_jax.nnx.layers import ADAPTABLE, AdaptedLayer, adapters_of
 from snella_jax.nnx.surgery import plain_class
 from snella_jax.nnx.variables import Frozen
@@ -81,10 +81,7 @@ def called(layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> A
         made = Arrays(run(layer, call, weights, *args, **kwargs))
         return made.taken()
 
-    updates = {
-        name: Update(adapter.site.kernel, adapter.rule.gate, adapter.site.layout)
-        for name, adapter in adapters.items()
-    }
+    updates = {name: adapter.site.update for name, adapter in adapters.items()}
     factors = {name: adapter.factors() for name, adapter in adapters.items()}
     budgets = {name: adapter.budget[...] for name, adapter in adapters.items()}
     arrays = adapted_call(op, updates)(given.arrays, weights, factors, budgets)

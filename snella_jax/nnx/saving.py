@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from snella_jax.adapters import format
+from snella_jax.adapters import file_format
 from snella_jax.adapters.base import Base
 from snella_jax.adapters.fitting import any_of, fit
 from snella_jax.core.config import Rule
@@ -72,7 +72,7 @@ def save(model: nnx.Module, folder: str | Path, *, base: str | None = None) -> N
     weights = weights_of(model)
     kinds = (_trained(model), _variables(model, nnx.BatchStat))
     trained, stats = ({p: v[...] for p, v in kind.items()} for kind in kinds)
-    format.write(folder, weights, trained, stats, base_of(unload(model)), base)
+    file_format.write(folder, weights, trained, stats, base_of(unload(model)), base)
 
 
 def load(
@@ -106,7 +106,7 @@ def load(
         (weights, or the config of a model of `snella_jax.models`), shape, rank or
         place; lists all that differs.
     """
-    file = format.read(folder)
+    file = file_format.read(folder)
     adapted = has_adapters(model)
     present = {w.path: w.site for w in weights_of(model)} if adapted else None
     trains = _trained(model).keys()

@@ -8,24 +8,22 @@ from typing import Any
 import numpy as np
 
 from snella_jax.files.errors import CheckpointError
-from snella_jax.models.checkpoints import described as config_files
 from snella_jax.models.checkpoints.build import configured, filled
+from snella_jax.models.checkpoints.config_fields import check_agreement, config_fields
 from snella_jax.models.checkpoints.read import Checkpoint
 from snella_jax.models.checkpoints.torch_rules import check_numbers
 
 Arrays = Mapping[str, np.ndarray]
-
-
 Prepare = Callable[[Arrays, Any], Arrays]
 
 
-def described(checkpoint: Checkpoint) -> dict[str, Any]:
+def fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """What config files say of the config and shapes do not.
 
     Raises:
-      CheckpointError: as `described.described`, or a head that sees no mean.
+      CheckpointError: as `config_fields`, or a head that sees no mean.
     """
-    known = config_files.described(checkpoint)
+    known = config_fields(checkpoint)
     if (pool := known.pop("pool", "mean")) != "mean":
         raise CheckpointError(checkpoint.path, f'global_pool={pool!r}: expected "avg"')
     known.pop("heads", None)  # in the tables of biases, if there are any
@@ -50,7 +48,7 @@ def load(
       checkpoint: for errors.
       arrays: by path, as `arrange` gave them, and the `problems` that it found.
       shape: fields of the config, what shapes say.
-      known: what `described` says, and the format.
+      known: what `fields` says, and the format.
       num_classes: as of `filled`.
       options: fields that the caller gives; None leaves what the file says.
       prepare: the arrays as the config needs them.
@@ -110,7 +108,7 @@ def _agree(checkpoint: Checkpoint, shapes: Mapping[str, Any], kept_head: bool) -
     has |= {"num_layers": stages, "num_stages": stages}
     if kept_head and shapes["num_classes"]:
         has |= {"num_classes": shapes["num_classes"], "label_offset": 0}
-    config_files.agree(checkpoint, **has)
+    check_agreement(checkpoint, **has)
 
 
 def counts(arrays: Mapping[str, Any]) -> tuple[int, ...]:

@@ -17,14 +17,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from snella_jax.models.layers import basic, images, stack, stages
-from snella_jax.models.layers.stages import Staged
+from snella_jax.models.layers import basic, stack
+from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD, ImageSizes
+from snella_jax.models.layers.stages import Staged, check_stages
 
 EPS = 1e-6  # of every norm but the last
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvNeXtConfig:
+class ConvNeXtConfig(ImageSizes):
     """What fixes the shape and the arithmetic of a `ConvNeXt`.
 
     Attributes:
@@ -49,15 +50,15 @@ class ConvNeXtConfig:
     norm_eps: float = EPS
     channels: int = 3
     num_classes: int = 1000
-    pixel_mean: tuple[float, ...] = images.IMAGENET_MEAN
-    pixel_std: tuple[float, ...] = images.IMAGENET_STD
+    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
+    pixel_std: tuple[float, ...] = IMAGENET_STD
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def __post_init__(self):
-        stages.check(self, "widths")
+        check_stages(self, "widths")
         shrinks = 2 ** (len(self.depths) - 1)
         least = tuple(shrinks * side for side in self.patch_hw)
         if any(has < needs for has, needs in zip(self.image_hw, least, strict=True)):
@@ -70,16 +71,6 @@ class ConvNeXtConfig:
     def rows(self) -> tuple[tuple[int], ...]:
         """How many blocks each stage has."""
         return tuple((depth,) for depth in self.depths)
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return images.pair(self.image_size)
-
-    @property
-    def patch_hw(self) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
-        return images.pair(self.patch_size)
 
 
 PRESETS = {"convnext_b": ConvNeXtConfig((128, 256, 512, 1024), (3, 3, 27, 3))}

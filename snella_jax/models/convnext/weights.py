@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from snella_jax.models.checkpoints import stages, torch_rules
+from snella_jax.models.checkpoints.family import Family
 from snella_jax.models.checkpoints.formats import ExportFormat, stacked
 from snella_jax.models.checkpoints.mapping import TensorRule, arrange
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.checkpoints.rewrite import parts_of
-from snella_jax.models.convnext.model import ConvNeXt, ConvNeXtConfig
+from snella_jax.models.convnext.model import PRESETS, ConvNeXt, ConvNeXtConfig
 
 
 def export_format(model: ConvNeXt, source: Checkpoint) -> ExportFormat:
@@ -120,7 +121,7 @@ def recognised(
       CheckpointError: no known format, or a ConvNeXt of another kind.
     """
     torch_rules.require(checkpoint, MARKS, "ConvNeXt")
-    known = stages.described(checkpoint)
+    known = stages.fields(checkpoint)
     if any(name.endswith("embeddings.layernorm.weight") for name in checkpoint.tensors):
         # A lone .safetensors has no config: the default of transformers.
         known.setdefault("norm_eps", 1e-12)
@@ -136,3 +137,6 @@ def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "depths": depths,
         "layer_scale": 1.0 if f"{firsts[0]}/scale" in arrays else None,
     }
+
+
+FAMILY = Family(ConvNeXtConfig, ConvNeXt, PRESETS, MARKS, load, export_format)

@@ -20,15 +20,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from snella_jax.models.layers import basic, images, stack, stages
+from snella_jax.models.layers import basic, stack
 from snella_jax.models.layers.attention import attend
-from snella_jax.models.layers.stages import Staged
+from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD, ImageSizes
+from snella_jax.models.layers.stages import Staged, check_stages
 
 EPS = 1e-5  # of every norm
 
 
 @dataclasses.dataclass(frozen=True)
-class SwinConfig:
+class SwinConfig(ImageSizes):
     """What fixes the shape and the arithmetic of a `Swin`.
 
     Attributes:
@@ -57,15 +58,15 @@ class SwinConfig:
     channels: int = 3
     num_classes: int = 1000
     drop_path: float = 0.0
-    pixel_mean: tuple[float, ...] = images.IMAGENET_MEAN
-    pixel_std: tuple[float, ...] = images.IMAGENET_STD
+    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
+    pixel_std: tuple[float, ...] = IMAGENET_STD
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def __post_init__(self):
-        stages.check(self, "heads")
+        check_stages(self, "heads")
         if any(depth % 2 for depth in self.depths):
             raise ValueError(f"depths={self.depths}: expected even numbers.")
         if min(self.width, self.window, round(self.width * self.mlp_ratio)) < 1:
@@ -85,16 +86,6 @@ class SwinConfig:
     def rows(self) -> tuple[tuple[int, int], ...]:
         """Pairs of blocks in each stage."""
         return tuple((depth // 2, 2) for depth in self.depths)
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return images.pair(self.image_size)
-
-    @property
-    def patch_hw(self) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
-        return images.pair(self.patch_size)
 
 
 PRESETS = {"swin_b": SwinConfig(128, (2, 2, 18, 2), (4, 8, 16, 32))}
@@ -119,10 +110,10 @@ class Swin(Staged):
         return self.norm(last).mean((1, 2))
 
     def embed(
-        self, pixels: Float[Array, "B height width C"]
+        self, images: Float[Array, "B height width C"]
     ) -> Float[Array, "B h w D"]:
         """The patches, of images that are padded where patches do not divide them."""
-        return self.patch_embed(_padded(pixels, self.config.patch_hw))
+        return self.patch_embed(_padded(images, self.config.patch_hw))
 
 
 class Merging(nnx.Module):

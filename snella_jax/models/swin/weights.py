@@ -12,11 +12,12 @@ from jaxtyping import DTypeLike
 
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints import position_grid, stages, torch_rules
+from snella_jax.models.checkpoints.family import Family
 from snella_jax.models.checkpoints.formats import ExportFormat, stacked
 from snella_jax.models.checkpoints.mapping import TensorRule, arrange
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.checkpoints.rewrite import parts_of
-from snella_jax.models.swin.model import EPS, Swin, SwinConfig, offsets
+from snella_jax.models.swin.model import EPS, PRESETS, Swin, SwinConfig, offsets
 
 
 def export_format(model: Swin, source: Checkpoint) -> ExportFormat:
@@ -166,7 +167,7 @@ def recognised(
       CheckpointError: no known format, or a Swin of another kind.
     """
     torch_rules.require(checkpoint, MARKS, "Swin")
-    known = stages.described(checkpoint)
+    known = stages.fields(checkpoint)
     if known.pop("norm_eps", EPS) != EPS:
         raise CheckpointError(checkpoint.path, f"expected layer_norm_eps={EPS}")
     return checkpoint.unwrapped(*MARKS), RULES, known
@@ -215,3 +216,6 @@ def _fitted(
             resized = position_grid.resize(table.reshape(old, old, -1), (side, side))
             fitted[path] = resized.reshape(side * side, -1)
     return fitted
+
+
+FAMILY = Family(SwinConfig, Swin, PRESETS, MARKS, load, export_format)

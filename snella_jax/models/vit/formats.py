@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from snella_jax.files.errors import CheckpointError
-from snella_jax.models.checkpoints.described import described
+from snella_jax.models.checkpoints.config_fields import config_fields
 from snella_jax.models.checkpoints.mapping import TensorRule
 from snella_jax.models.checkpoints.read import Checkpoint
 from snella_jax.models.checkpoints.torch_rules import (
@@ -141,7 +141,7 @@ def recognised(
     if any(name.startswith(original) for name in checkpoint.tensors):
         checkpoint = checkpoint.without_prefix(original)
     checkpoint = checkpoint.unwrapped(*MARKS)
-    names, known = checkpoint.tensors.keys(), described(checkpoint)
+    names, known = checkpoint.tensors.keys(), config_fields(checkpoint)
     if "embedding/kernel" in names:
         rules, known = NPZ, INCEPTION | known
         if any(re.fullmatch(PRE_LOGITS, name) for name in names):

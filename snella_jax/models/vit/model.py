@@ -23,8 +23,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax.models.layers import basic, stack
-from snella_jax.models.layers import images as pictures
 from snella_jax.models.layers.attention import Implementation, attend, attention_weights
+from snella_jax.models.layers.images import Classifier, check_batch
 from snella_jax.models.vit.config import PRESETS, ViTConfig
 
 
@@ -39,7 +39,7 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "ViT":
     return ViT(dataclasses.replace(PRESETS[name], **overrides), rngs=rngs)
 
 
-class ViT(nnx.Module):
+class ViT(Classifier):
     """Patch embedding, `depth` scanned blocks, a final norm and a linear head."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -62,25 +62,10 @@ class ViT(nnx.Module):
         if c.num_classes:
             self.head = basic.head(c.width, c, rngs)
 
-    def __call__(
-        self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
-    ) -> Float[Array, "B classes"]:
-        """Logits of normalised images (or pooled features where there is no head).
-
-        Args:
-          images: pixels, already normalised as the weights expect.
-          key: switches stochastic depth on (training); None is deterministic.
-
-        Raises:
-          ValueError: the images do not have the configured height, width or channels.
-        """
-        pooled = self.pooled(images, key)
-        return self.head(pooled) if self.config.num_classes else pooled
-
     def pooled(
         self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "B D"]:
-        """What the head sees of images; arguments and errors as of the call."""
+        """Returns the input of the head; arguments and errors as in the call."""
         return self.pool(self.features(images, key))
 
     def pool(self, tokens: Float[Array, "B T D"]) -> Float[Array, "B D"]:
@@ -88,16 +73,6 @@ class ViT(nnx.Module):
         if self.config.pool == "cls":
             return tokens[:, 0]
         return tokens[:, int(self.config.class_token) :].mean(1)
-
-    def normalise(
-        self, pixels: Float[Array, "B height width C"]
-    ) -> Float[Array, "B height width C"]:
-        """Images as the weights expect them, from pixels in [0, 1].
-
-        Raises:
-          TypeError: integers, which would be 0 to 255.
-        """
-        return pictures.normalise(pixels, self.config)
 
     def features(
         self,
@@ -150,7 +125,7 @@ class ViT(nnx.Module):
 
     def _embed(self, images: Array) -> Array:
         c = self.config
-        pictures.check_batch(images, c)
+        check_batch(images, c)
         x = self.patch_embed(images)
         x = x.reshape(x.shape[0], -1, c.width)  # [B, grid_h * grid_w, D]
         if c.class_token:

@@ -14,7 +14,8 @@ from jaxtyping import DTypeLike
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints import position_grid
 from snella_jax.models.checkpoints.build import filled
-from snella_jax.models.checkpoints.described import agree, weak_size
+from snella_jax.models.checkpoints.config_fields import check_agreement, weak_size
+from snella_jax.models.checkpoints.family import Family
 from snella_jax.models.checkpoints.formats import ExportFormat, is_hugging_face, stacked
 from snella_jax.models.checkpoints.mapping import arrange
 from snella_jax.models.checkpoints.read import Checkpoint, read
@@ -22,7 +23,7 @@ from snella_jax.models.checkpoints.rewrite import parts_of
 from snella_jax.models.checkpoints.torch_rules import check_numbers
 from snella_jax.models.layers import images
 from snella_jax.models.vit import formats
-from snella_jax.models.vit.config import ViTConfig
+from snella_jax.models.vit.config import PRESETS, ViTConfig
 from snella_jax.models.vit.formats import recognised
 from snella_jax.models.vit.model import ViT
 
@@ -168,7 +169,7 @@ def _agree(checkpoint: Checkpoint, shape: Mapping[str, Any], kept_head: bool) ->
     }
     if kept_head and shape["num_classes"]:
         has |= {"num_classes": shape["num_classes"], "label_offset": 0}
-    agree(checkpoint, **has)
+    check_agreement(checkpoint, **has)
 
 
 def _image_size(
@@ -283,3 +284,6 @@ def _seen(kernel: np.ndarray, pool: str, dinov2: bool) -> np.ndarray:
             'transformers has no ViT with a head on the mean of the tokens: pool="mean"'
         )
     return kernel
+
+
+FAMILY = Family(ViTConfig, ViT, PRESETS, formats.MARKS, load, export_format)

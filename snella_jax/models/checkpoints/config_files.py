@@ -1,4 +1,4 @@
-"""What `described` reads, written: the config files of a folder, and metadata."""
+"""What `config_fields` reads, written: the config files of a folder, and metadata."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from snella_jax.models.checkpoints.described import POOLS
+from snella_jax.models.checkpoints.config_fields import POOLS
 from snella_jax.models.checkpoints.formats import ExportFormat
 from snella_jax.models.checkpoints.read import RECORDED, Checkpoint
 from snella_jax.models.layers.images import pair

@@ -2,8 +2,8 @@
 
 They are `config.json` and `preprocessor_config.json` of transformers, and `config.json`
 of timm (`_parse_model_cfg` in `timm/models/_hub.py`). What changes outputs is obeyed,
-compared with the weights (`agree`), or refused by name. Resizing and cropping are the
-caller's: nothing of them is read.
+compared with the weights (`check_agreement`), or refused by name. Resizing and cropping
+are the caller's: nothing of them is read.
 """
 
 import math
@@ -51,7 +51,7 @@ IN_PIXELS = {"rescale_offset": NO, "do_flip_channel_order": NO}
 FREE = r"(\w+_)?drop(_path)?_rate|weight_init|fix_init|ls_init_value|" + (
     "head_init_scale|dynamic_img_size|dynamic_img_pad|strict_img_size|pretrained"
 )
-# Those that `described` obeys, and those that families compare with the weights.
+# Those that `config_fields` obeys, and those that families compare with the weights.
 KNOWN = (
     "img_size|num_heads|global_pool|num_classes|in_chans|embed_dim|depths?|dims|"
     + ("patch_size|mlp_ratio|class_token|window_size|init_values")
@@ -60,7 +60,7 @@ NESTED = ("encoder", "vision_config", "text_config", "backbone_config")
 POOLS = {"token": "cls", "avg": "mean"}
 
 
-def described(checkpoint: Checkpoint) -> dict[str, Any]:
+def config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     """Fields of our configs that are said beside the weights.
 
     Returns:
@@ -93,7 +93,7 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
     return recorded | {name: _fixed(value) for name, value in found.items()}
 
 
-def agree(checkpoint: Checkpoint, **has: Any) -> None:
+def check_agreement(checkpoint: Checkpoint, **has: Any) -> None:
     """Raises a `ValueError` where the config says something else than the weights.
 
     Args:
