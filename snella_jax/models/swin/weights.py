@@ -154,7 +154,7 @@ def load(
         known,
         num_classes,
         given | overrides,
-        _fitted,
+        resized_tables,
     )
 
 
@@ -204,10 +204,10 @@ def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def _fitted(
+def resized_tables(
     arrays: Mapping[str, np.ndarray], config: SwinConfig
 ) -> dict[str, np.ndarray]:
-    """Tables of biases for the config's window."""
+    """Returns the arrays with tables of biases for the config's window."""
     side = 2 * config.window - 1
     fitted = dict(arrays)
     for path, table in arrays.items():
