@@ -46,7 +46,7 @@ def sparse_delta(
     gate: str = "product",
     layout: Layout | None = None,
 ) -> Float[Array, " *weight"]:
-    """The sparse update of one weight, in the weight's shape and at least float32.
+    """Returns the sparse update of one weight, in its shape and at least float32.
 
     Args:
       factors: with the leading axes `layout.slices`.
@@ -61,7 +61,7 @@ def sparse_delta(
 
 
 def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
-    """The update and its thresholds `[*slices]`, searched for where `tau` is None."""
+    """Returns the update and its thresholds `[*slices]`, found where `tau` is None."""
 
     def one(factors, budget, tau):
         with jax.named_scope("snella_delta"):  # as profilers show it
@@ -83,7 +83,7 @@ def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
 
 
 def summed(w0: Array, delta: Array) -> Array:
-    """`w0 + delta` in at least float32, whatever JAX promotes by itself."""
+    """Returns `w0 + delta` in at least float32, whatever JAX promotes by itself."""
     wide = at_least_float32(w0.dtype, delta.dtype)
     return w0.astype(wide) + delta.astype(wide)
 
@@ -286,7 +286,7 @@ def adapted_dense(
     key: PRNGKeyArray | None = None,
     sharding: Sharding | None = None,
 ) -> Float[Array, "... m"]:
-    """`x @ (w0 + delta)`, `delta` made from the factors, sparsified and never stored.
+    """Computes `x @ (w0 + delta)`; the sparse `delta` is made anew and never stored.
 
     Args:
       x: activations; the matmul runs in their dtype. Axis 0 is the example where
@@ -320,7 +320,7 @@ def adapted_dense(
 
 
 def check_path(path: str, dropout: float, drop_path: float) -> None:
-    """Raises a `ValueError` on an unknown path or rates that it cannot take."""
+    """Raises a `ValueError` for an unknown path or rates that it cannot take."""
     if path not in ("merged", "parallel"):
         raise ValueError(f"No path is called {path!r}: expected merged, parallel.")
     for name, rate in (("dropout", dropout), ("drop_path", drop_path)):
@@ -334,7 +334,7 @@ def check_path(path: str, dropout: float, drop_path: float) -> None:
 
 
 def _counted(budget: int | Array, w0: Array) -> Array:
-    """A budget as an array; a number may be larger than the weight."""
+    """Returns a budget as an array; a number may be larger than the weight."""
     if isinstance(budget, Array):
         return budget
     return jnp.asarray(np.minimum(budget, w0.size), jnp.int32)

@@ -28,7 +28,7 @@ __all__ = ["Adapters", "adapt", "join", "load"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapters(tree.Adapters):
-    """Where a module is adapted, and its call with the adapters in `params`.
+    """The adapters of a Linen module, and its call with them in `params`.
 
     Attributes:
       module: as it was written.
@@ -39,7 +39,7 @@ class Adapters(tree.Adapters):
     places: Mapping[Key, Place] = dataclasses.field(hash=False)
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """`module.apply`, with `w0 + delta` as weights; same arguments and results.
+        """Calls `module.apply` with `w0 + delta` as weights: its arguments and results.
 
         Nothing else knows of the adapters: `module.apply` computes with the weights of
         the base, whatever has trained, and gives the factors no gradient. A rule that
@@ -51,7 +51,7 @@ class Adapters(tree.Adapters):
             return self.module.apply(variables, *args, **kwargs)
 
     def _held(self, params: Tree) -> Tree:
-        """Parameters with each adapter as a `Held`."""
+        """Returns parameters with each adapter as a `Held`."""
         found = {tree.adapter_key(key): (key, {}) for key in self.places}
         leaves = {}
         for key, leaf in flat(params).items():
@@ -74,7 +74,7 @@ def adapt(
     layouts: Mapping[str, Layout] | None = None,
     **kwargs: Any,
 ) -> tuple[Adapters, Tree]:
-    """Adapters for a Linen module, and its parameters with them.
+    """Adapts a Linen module: returns its adapters, and its parameters with them.
 
     `nn.Dense`, `nn.DenseGeneral` (so Flax's attention), `nn.Einsum`, `nn.Conv` and
     subclasses of them get an adapter where `config.targets` matches their path, such as
@@ -121,7 +121,7 @@ def load(
     allow_base_mismatch: bool = False,
     **kwargs: Any,
 ) -> tuple[Adapters, dict[str, Any]]:
-    """Adapters from a folder, and the variables with them and what else trained.
+    """Loads adapters from a folder; returns them, and variables with what else trained.
 
     Whichever binding wrote them: `rename` says which weights are which.
 
@@ -166,7 +166,7 @@ def load(
 
 
 def _check(module: Any, variables: Any) -> None:
-    """Raises where these are no Linen module and no variables of one."""
+    """Raises an error unless these are a Linen module and variables of one."""
     check_binding(module, "Linen")
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise ValueError(

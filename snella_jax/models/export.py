@@ -83,7 +83,7 @@ def export(
 
 
 def _check_grid(model: Model, path: Path, own: ExportFormat) -> None:
-    """Raises a `ValueError` where a grid of positions that is no square would be lost.
+    """Raises a `ValueError` if a grid of positions that is no square would be lost.
 
     Logs where transformers does not know of it.
     """
@@ -107,7 +107,7 @@ def _check_grid(model: Model, path: Path, own: ExportFormat) -> None:
 def _class_names(
     names: Sequence[str] | None, model: Model, own: ExportFormat, as_file: bool
 ) -> Sequence[str] | None:
-    """Those for the head; None for those that the checkpoint's config has.
+    """Returns the names for the head; None for those of the checkpoint's config.
 
     Raises:
       ValueError: they do not name the classes, one each, or there is no place for them.
@@ -137,7 +137,7 @@ def _origin(own: ExportFormat) -> str | None:
 
 
 def _tensors(own: ExportFormat) -> dict[str, np.ndarray]:
-    """Those of the model, and of the checkpoint what the model does not have."""
+    """Collects the model's tensors, and those of the checkpoint that it lacks."""
     checkpoint, rules = own.checkpoint, own.rules
     tensors, left = rewritten(checkpoint, rules, own.parts, f"head/.*|{own.free}")
     if other := sorted(left - own.head.keys()):
@@ -157,7 +157,7 @@ def _tensors(own: ExportFormat) -> dict[str, np.ndarray]:
 def _named(
     tensors: dict[str, np.ndarray], source: Checkpoint, own: ExportFormat
 ) -> dict[str, np.ndarray]:
-    """Names with the prefix they had, or which a model with a head gives them."""
+    """Names tensors with the prefix they had, or that of a model with a head."""
     names = dict(zip(own.checkpoint.tensors, source.tensors, strict=True))
     prefix = own.checkpoint.prefix
     if not prefix and "classifier.weight" in tensors:

@@ -18,7 +18,7 @@ PRESETS = {**vit.PRESETS, **swin.PRESETS, **convnext.PRESETS}
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Model:
-    """A randomly initialised preset, any field of its config overridden.
+    """Makes a randomly initialised preset, any field of its config overridden.
 
     >>> from snella_jax import models
     >>> model = nnx.eval_shape(lambda: models.create("swin_b", rngs=nnx.Rngs(0)))
@@ -35,7 +35,7 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Model:
 
 
 def of(config: Any, rngs: nnx.Rngs) -> Model:
-    """The randomly initialised model of a config."""
+    """Makes the randomly initialised model of a config."""
     for family in FAMILIES:
         if isinstance(config, family.config):
             return family.model(config, rngs=rngs)
@@ -43,7 +43,7 @@ def of(config: Any, rngs: nnx.Rngs) -> Model:
 
 
 def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Model:
-    """A model with published weights: a ViT, a Swin or a ConvNeXt.
+    """Loads a model with published weights: a ViT, a Swin or a ConvNeXt.
 
     Args:
       path: a file or a Hugging Face folder.
@@ -67,7 +67,7 @@ def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Mod
 
 
 def export_format(model: nnx.Module, source: Checkpoint) -> ExportFormat:
-    """That of a model in the format of a checkpoint.
+    """Returns a model's numbers in the format of a checkpoint.
 
     Args:
       model: plain, of `snella_jax.models`.

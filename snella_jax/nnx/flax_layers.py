@@ -16,17 +16,17 @@ from snella_jax.ops.matmul import dot_general
 
 
 class Adapted(AdaptedLayer):
-    """Marks the class of one of Flax's layers, or of a subclass of one."""
+    """Base class of adapted layers of Flax, or of subclasses of these."""
 
     @staticmethod
     def methods(plain: Any, weights: tuple[str, ...]) -> dict[str, Any]:
-        """Those of the layer's class, which compute with `w0 + delta`."""
+        """Returns the methods of the layer's class, computing with `w0 + delta`."""
         own = adapted_methods(plain, weights)
         return own | {"__call__": _call} if plain.__call__ in STOCK else own
 
 
 def _call(self: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-    """What the plain layer computes, with the update; same arguments and results.
+    """Computes what the plain layer does, with the update; same arguments and results.
 
     Raises:
       ValueError: its kernel is that of a whole stack.

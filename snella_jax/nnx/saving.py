@@ -83,7 +83,7 @@ def load(
     layouts: Mapping[str, Layout] | None = None,
     allow_base_mismatch: bool = False,
 ) -> M:
-    """A copy of a model with the adapters that `save` wrote.
+    """Loads the adapters that `save` wrote into a copy of a model.
 
     Its outputs are those of the model that was saved, bit for bit, and its training can
     go on. The arrays of the base are shared with `model`, which is not changed: many
@@ -155,7 +155,7 @@ def load(
 
 
 def unload(model: M) -> M:
-    """A plain copy of an adapted model without its adapters: the base's weights.
+    """Returns a plain copy of an adapted model without adapters: the base's weights.
 
     What `config.trainable` named stays as it was trained, since it took the place of
     the base's; keep the base itself where you want its head, too.
@@ -170,7 +170,7 @@ def unload(model: M) -> M:
 
 
 def base_of(model: nnx.Module) -> Base:
-    """Of a plain model: its parameters, and what else is constant in it."""
+    """Returns the base of a plain model: its parameters, and what else is constant."""
     params = _variables(model, nnx.Param)
     others = {
         path: variable.get_value()
@@ -190,6 +190,6 @@ def _variables(model: nnx.Module, kind: type) -> dict[str, Any]:
 
 
 def _trained(model: nnx.Module) -> dict[str, Any]:
-    """What trains besides the factors."""
+    """Returns what trains besides the factors."""
     params = _variables(model, nnx.Param)
     return {path: v for path, v in params.items() if not isinstance(v, Factor)}

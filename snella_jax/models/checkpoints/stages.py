@@ -18,7 +18,7 @@ Prepare = Callable[[Arrays, Any], Arrays]
 
 
 def fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What config files say of the config and shapes do not.
+    """Reads what config files say of the config and shapes do not.
 
     Raises:
       CheckpointError: as `config_fields`, or a head that sees no mean.
@@ -41,7 +41,7 @@ def load(
     options: Mapping[str, Any],
     prepare: Prepare = lambda arrays, config: arrays,
 ) -> Any:
-    """A model with published weights.
+    """Makes a model with published weights.
 
     Args:
       kinds: of the model and its config.
@@ -97,7 +97,7 @@ THEIRS = {  # what configs of timm and transformers call fields of ours
 
 
 def _agree(checkpoint: Checkpoint, shapes: Mapping[str, Any], kept_head: bool) -> None:
-    """Raises a `ValueError` where the folder's config is of other weights."""
+    """Raises a `ValueError` if the folder's config is of other weights."""
     has = {
         theirs: shapes[ours]
         for ours, names in THEIRS.items()
@@ -112,7 +112,7 @@ def _agree(checkpoint: Checkpoint, shapes: Mapping[str, Any], kept_head: bool) -
 
 
 def counts(arrays: Mapping[str, Any]) -> tuple[int, ...]:
-    """Of the blocks of each stage, by the paths of their arrays.
+    """Counts the blocks of each stage, by the paths of their arrays.
 
     Counted, not the largest: a number that leaves a gap is a tensor without a place.
     """

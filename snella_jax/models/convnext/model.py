@@ -26,7 +26,7 @@ EPS = 1e-6  # of every norm but the last
 
 @dataclasses.dataclass(frozen=True)
 class ConvNeXtConfig(ImageSizes):
-    """What fixes the shape and the arithmetic of a `ConvNeXt`.
+    """Shape and arithmetic of a `ConvNeXt`.
 
     Attributes:
       widths: of each stage.
@@ -69,7 +69,7 @@ class ConvNeXtConfig(ImageSizes):
 
     @property
     def rows(self) -> tuple[tuple[int], ...]:
-        """How many blocks each stage has."""
+        """Number of blocks of each stage."""
         return tuple((depth,) for depth in self.depths)
 
 
@@ -92,12 +92,12 @@ class ConvNeXt(Staged):
         self.build(block, downsample, (EPS, c.norm_eps), rngs)
 
     def pool(self, last: Float[Array, "B h w D"]) -> Float[Array, "B D"]:
-        """The mean, normed."""
+        """Returns the normed mean of the grid."""
         return self.norm(last.mean((1, 2)))
 
 
 class Downsample(nnx.Module):
-    """A norm, and a convolution of 2 x 2 neighbours."""
+    """Norm and convolution of 2 x 2 neighbours."""
 
     def __init__(self, n: int, m: int, config: ConvNeXtConfig, *, rngs: nnx.Rngs):
         self.norm = basic.norm(n, EPS, config, rngs)
@@ -130,7 +130,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B h w D"], drop: stack.Drop | None = None
     ) -> Float[Array, "B h w D"]:
-        """`drop`: None, or a key and the rate of stochastic depth in this block."""
+        """Runs the block; `drop` is None, or a key and the rate of stochastic depth."""
         y = self.mlp(self.norm(self.dwconv(x)))
         if self.layer_scale:
             y = basic.scaled(y, self.scale[...])

@@ -31,7 +31,7 @@ def export_format(model: ConvNeXt, source: Checkpoint) -> ExportFormat:
 
 
 def _down(stage: int) -> list[TensorRule]:
-    """The rules for what leads to a stage, which is behind the one before it."""
+    """Returns the rules for what leads to a stage, behind the one before it."""
     names = (
         rf"(?:downsample_layers\.{stage}|encoder\.stages\.{stage}\.downsampling_layer)"
     )
@@ -81,7 +81,7 @@ def load(
     param_dtype: DTypeLike = jnp.float32,
     **overrides: Any,
 ) -> ConvNeXt:
-    """A ConvNeXt with published weights: the original `.pth`, or a Hugging Face folder.
+    """Loads a ConvNeXt: the original `.pth`, or a Hugging Face folder.
 
     Args:
       path: of the file or folder, or what `loading.read` made of it.
@@ -115,7 +115,7 @@ def load(
 def recognised(
     checkpoint: Checkpoint,
 ) -> tuple[Checkpoint, list[TensorRule], dict[str, Any]]:
-    """The tensors, the rules for them, and what the format says of the config.
+    """Returns the tensors, the rules for them, and what the format says of the config.
 
     Raises:
       CheckpointError: no known format, or a ConvNeXt of another kind.
@@ -129,7 +129,7 @@ def recognised(
 
 
 def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What the shapes say of the config."""
+    """Reads the shapes as fields of the config."""
     depths = stages.counts(arrays)
     firsts = [f"blocks/{stage}/0" for stage in range(len(depths))]
     return {

@@ -13,7 +13,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width.
+    """Returns height and width.
 
     >>> pair(224), pair((192, 256))
     ((224, 224), (192, 256))
@@ -116,7 +116,7 @@ def check_batch(images: Array, config: Any) -> None:
 def normalise(
     pixels: Float[Array, "B height width C"], config: Any
 ) -> Float[Array, "B height width C"]:
-    """Images as a model's weights expect them, from pixels in [0, 1].
+    """Normalises pixels in [0, 1] as a model's weights expect them.
 
     Raises:
       TypeError: integers, which would be 0 to 255.

@@ -1,4 +1,4 @@
-"""What hierarchical models share: stages with a grid each, every one coarser.
+"""Hierarchical models: stages with a grid each, every one coarser.
 
 Axes: `B` images, `h`, `w` the grid of a stage, `D` its width.
 """
@@ -15,7 +15,7 @@ from snella_jax.models.layers.images import Classifier, check_batch, check_field
 
 
 class Staged(Classifier):
-    """A classifier of stages; mixed into those that say what these are made of.
+    """A classifier of stages: the base of models that say what these are made of.
 
     Attributes:
       config: has `widths`, `drop_path`, `remat` and `rows`, the shape of the blocks of
@@ -65,13 +65,13 @@ class Staged(Classifier):
         return self.pool(self.features(images, key)[-1])
 
     def pool(self, last: Float[Array, "B h w D"]) -> Float[Array, "B D"]:
-        """What the head sees of the last stage's grid."""
+        """Pools the grid of the last stage."""
         raise NotImplementedError
 
     def features(
         self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "B h w D"], ...]:
-        """The grid after the blocks of each stage; arguments as of the call."""
+        """Returns the grid after the blocks of each stage; arguments as in the call."""
         c, found = self.config, []
         check_batch(images, c)
         x = self.embed_norm(self.embed(images))
@@ -85,7 +85,7 @@ class Staged(Classifier):
     def embed(
         self, images: Float[Array, "B height width C"]
     ) -> Float[Array, "B h w D"]:
-        """The patches."""
+        """Embeds the patches."""
         return self.patch_embed(images)
 
 

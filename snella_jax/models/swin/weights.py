@@ -21,7 +21,7 @@ from snella_jax.models.swin.model import EPS, PRESETS, Swin, SwinConfig, offsets
 
 
 def export_format(model: Swin, source: Checkpoint) -> ExportFormat:
-    """`ValueError`: the last grid is smaller than a window, which others cannot run."""
+    """Returns a model's numbers in the format of a checkpoint."""
     c = model.config
     coarse = 2 ** (len(c.depths) - 1)
     last = [
@@ -57,7 +57,7 @@ def export_format(model: Swin, source: Checkpoint) -> ExportFormat:
 
 
 def _unpaired(path: str) -> str:
-    """`blocks/2/2/shifted/norm1/scale` as `blocks/2/5/norm1/scale`."""
+    """Turns `blocks/2/2/shifted/norm1/scale` into `blocks/2/5/norm1/scale`."""
     match = re.fullmatch(r"(blocks/\d+)/(\d+)/(plain|shifted)/(.*)", path)
     if not match:
         return path
@@ -123,7 +123,7 @@ def load(
     param_dtype: DTypeLike = jnp.float32,
     **overrides: Any,
 ) -> Swin:
-    """A Swin with published weights: the original `.pth`, or a Hugging Face folder.
+    """Loads a Swin: the original `.pth`, or a Hugging Face folder.
 
     Args:
       path: of the file or folder, or what `loading.read` made of it.
@@ -161,7 +161,7 @@ def load(
 def recognised(
     checkpoint: Checkpoint,
 ) -> tuple[Checkpoint, list[TensorRule], dict[str, Any]]:
-    """The tensors, the rules for them, and what the format says of the config.
+    """Returns the tensors, the rules for them, and what the format says of the config.
 
     Raises:
       CheckpointError: no known format, or a Swin of another kind.
@@ -174,7 +174,7 @@ def recognised(
 
 
 def _paired(path: str) -> str:
-    """`blocks/2/5/norm1/scale` as `blocks/2/2/shifted/norm1/scale`."""
+    """Turns `blocks/2/5/norm1/scale` into `blocks/2/2/shifted/norm1/scale`."""
     match = re.fullmatch(r"(blocks/\d+)/(\d+)/(.*)", path)
     if not match:
         return path
@@ -183,7 +183,7 @@ def _paired(path: str) -> str:
 
 
 def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What the shapes say of the config."""
+    """Reads the shapes as fields of the config."""
     pairs = stages.counts(arrays)
     firsts = [f"blocks/{stage}/0/plain" for stage in range(len(pairs))]
     rows, heads = zip(

@@ -16,7 +16,7 @@ from snella_jax.models.layers.images import (
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig(ImageSizes):
-    """What fixes the shape and the arithmetic of a `ViT`.
+    """Shape and arithmetic of a `ViT`.
 
     Attributes:
       width: `D`, the width of a token.

@@ -29,17 +29,17 @@ from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD
 
 
 def _heads_last(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    """`[D, H, d]` as `[D, H * d]`, `[H, d]` as `[H * d]`."""
+    """Turns `[D, H, d]` into `[D, H * d]`, `[H, d]` into `[H * d]`."""
     return (tensor.reshape(*tensor.shape[:-2], -1),)
 
 
 def _heads_first(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    """`[H, d, D]` as `[H * d, D]`."""
+    """Turns `[H, d, D]` into `[H * d, D]`."""
     return (tensor.reshape(-1, tensor.shape[-1]),)
 
 
 def _exported(rules: Sequence[TensorRule]) -> list[TensorRule]:
-    """Rules for PyTorch's names, and for the matrices that an export transposed."""
+    """Adds rules for the matrices that an export transposed."""
     weights = [rule for rule in rules if rule.make is transposed]
     return [
         *rules,
@@ -132,7 +132,7 @@ INCEPTION = {"pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.5, 0.5, 0.5)}
 def recognised(
     checkpoint: Checkpoint, num_classes: int | None
 ) -> tuple[Checkpoint, list[TensorRule], dict[str, Any]]:
-    """The tensors, the rules for them, and what the format says of the config.
+    """Returns the tensors, the rules for them, and what the format says of the config.
 
     Raises:
       CheckpointError: no known format.
@@ -167,7 +167,7 @@ def recognised(
 
 
 def _of_transformers(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The defaults of transformers, for a lone .safetensors has no config."""
+    """Returns the defaults of transformers, for a lone .safetensors has no config."""
     dinov2 = any("lambda1" in name for name in checkpoint.tensors)
     kind = checkpoint.config.get("model_type")
     imagenet = dinov2 or kind in ("vit_mae", "vit_msn", "ijepa")

@@ -44,7 +44,7 @@ def load(
     param_dtype: DTypeLike = jnp.float32,
     **overrides: Any,
 ) -> ViT:
-    """A ViT with published weights; the format is recognised.
+    """Loads a ViT with published weights; the format is recognised.
 
     Heads, eps and the pixels' mean and deviation are taken from the file's own config
     where it has one, else from what the format's published models have: 0.5 for the
@@ -104,7 +104,7 @@ def _shaped(
     image_size: int | tuple[int, int] | None,
     kept_head: bool,
 ) -> ViTConfig:
-    """The config that the shapes say, and what is known besides."""
+    """Makes the config of what the shapes say, and what is known besides."""
 
     def error(reason: str) -> CheckpointError:
         return CheckpointError(checkpoint.path, "\n  ".join([reason, *problems]))
@@ -152,7 +152,7 @@ def _shaped(
 
 
 def _agree(checkpoint: Checkpoint, shape: Mapping[str, Any], kept_head: bool) -> None:
-    """Raises a `ValueError` where the folder's config is of other weights."""
+    """Raises a `ValueError` if the folder's config is of other weights."""
     width, hidden = shape["width"], shape["mlp_dim"]
     has = {
         "hidden_size": width,
@@ -178,7 +178,7 @@ def _image_size(
     count: int,
     given: int | tuple[int, int] | None,
 ) -> Any:
-    """That of the images that so many positions of patches were made for."""
+    """Returns the size of the images that so many positions were made for."""
     height, width = config["patch_size"]
 
     def fits(size: Any) -> bool:
@@ -204,7 +204,7 @@ def _image_size(
 def _positions_joined(
     path: Path, parts: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The class token's position, which an export keeps apart, before the others."""
+    """Joins the class token's position, which an export keeps apart, and the others."""
     names = ("pos_embed/class", "pos_embed/patches")
     if not all(name in parts for name in names):
         return parts
@@ -271,7 +271,7 @@ def export_format(model: ViT, source: Checkpoint) -> ExportFormat:
 
 
 def _seen(kernel: np.ndarray, pool: str, dinov2: bool) -> np.ndarray:
-    """The head's rows by what transformers' sees: DINOv2's both tokens and their mean.
+    """Orders a head's rows as transformers' sees tokens: DINOv2's both, and their mean.
 
     Raises:
       ValueError: it does not see what the model's does.
