@@ -33,7 +33,7 @@ Factors = dict[str, Array]
 
 
 class Kernel(Protocol):
-    """What every kernel provides."""
+    """A kernel: draws factors and makes an update of them."""
 
     def init(
         self,
@@ -42,7 +42,7 @@ class Kernel(Protocol):
         rank: int,
         dtype: DTypeLike = jnp.float32,
     ) -> Factors:
-        """Factors of one `[n, m]` matrix.
+        """Draws the factors of one `[n, m]` matrix.
 
         Raises:
           ValueError: `rank` is not a positive multiple of the kernel's pieces.
@@ -50,7 +50,7 @@ class Kernel(Protocol):
         ...
 
     def apply(self, factors: Factors) -> Float[Array, "..."]:
-        """The dense update, in the factors' dtype but at least float32."""
+        """Makes the dense update, in the factors' dtype but at least float32."""
         ...
 
 
@@ -197,7 +197,7 @@ KERNELS = {
 
 
 def named(kernel: str | Kernel) -> Kernel:
-    """The kernel of that name with its default settings; a kernel passes through.
+    """Returns the kernel of that name with default settings; a kernel passes through.
 
     Raises:
       ValueError: no kernel has that name; the message lists them.
@@ -227,7 +227,7 @@ def _kappa(factors: Factors, learn_piece_coeff: bool) -> Array:
 
 
 def _softmax(logits: Array, factors: Factors, over: str) -> Array:
-    """`alpha * softmax(logits)`; alpha joins the sums, of which there are few."""
+    """Computes `alpha * softmax(logits)`; alpha joins the few sums."""
     n_axes = factors["a"].ndim - 2
     axes = tuple(range(logits.ndim))
     axes = axes[n_axes:] if over == "out" else axes[:n_axes]

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from snella_jax.adapters import format
+from snella_jax.adapters import file_format
 from snella_jax.adapters.base import Base
 from snella_jax.adapters.fitting import any_of, fit
 from snella_jax.adapters.tree import (
@@ -61,7 +61,7 @@ def adapt(
     key: PRNGKeyArray,
     layouts: Mapping[str, Layout] | None = None,
 ) -> tuple[Adapters, Tree]:
-    """Parameters with adapters for the weights that `config.targets` matches.
+    """Adapts the weights in a tree of parameters that `config.targets` matches.
 
     Args:
       params: nested dicts of arrays; `flattened` makes them of other trees. Of boxes
@@ -96,7 +96,7 @@ def load(
     layouts: Mapping[str, Layout] | None = None,
     allow_base_mismatch: bool = False,
 ) -> tuple[Adapters, Tree]:
-    """Parameters with the adapters in a folder.
+    """Loads adapters from a folder into a tree of parameters.
 
     Args:
       params: plain.
@@ -120,7 +120,7 @@ def load(
 
     leaves = by_name(matrices.leaves)
     weights, trained, stats = fit(
-        format.read(folder),
+        file_format.read(folder),
         locate,
         Base(leaves),
         leaves,
@@ -133,7 +133,7 @@ def load(
 
 
 def flattened(tree: Any) -> tuple[Tree, Callable[[Tree], Any]]:
-    """The arrays of any pytree as nested dicts, and the way back.
+    """Flattens the arrays of any pytree to nested dicts; also returns the way back.
 
     For an equinox module, a list of layers, a named tuple: whatever else they hold
     stays as it is. The way back takes plain parameters (`Adapters.summed`, `merge`).
@@ -196,7 +196,7 @@ class _Matrices:
             )
 
     def site(self, path: str, rule: Rule, must_move: bool) -> Site:
-        """Of the weight of a layer; errors as of `adapt`."""
+        """Returns the site of the weight of a layer; errors as in `adapt`."""
         if rule.path == "parallel":
             raise ValueError(
                 f"{path}: path='parallel' needs a layer: see snella.linen."
@@ -207,7 +207,7 @@ class _Matrices:
         return site(path, jnp.shape(self.leaves[key]), layout, rule, must_move)
 
     def _layout(self, key: Key) -> Layout | None:
-        """The axes of a leaf, if it is a matrix or `layouts` knows it."""
+        """Returns the axes of a leaf that is a matrix or in `layouts`, else None."""
         path, shape = layer_path(key), jnp.shape(self.leaves[key])
         for regex, layout in self.layouts.items():
             if re.fullmatch(regex, path):

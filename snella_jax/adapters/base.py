@@ -1,4 +1,4 @@
-"""The rest of a base: what neither has an adapter nor trains, and whether it is that.
+"""Bases of adapters: the weights that neither have one nor train, and how two differ.
 
 Names, shapes and stacking may differ between a file and a model, so weights are
 compared one by one where name and shape are the same, by rows where one side stacks
@@ -23,7 +23,7 @@ log = logging.getLogger("snella_jax")
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """Weights by path: arrays, of a model; fingerprints, in a file.
+    """The weights of a model by path: its arrays, or the fingerprints in a file.
 
     Attributes:
       weights: of the model, by path.
@@ -41,7 +41,7 @@ class Base:
     positions: str = ""
 
     def rest(self, adapted: Iterable[str], carried: Collection[str]) -> "Base":
-        """Without the weights of the layers at `adapted`, and what a file carries.
+        """Leaves out the weights of the layers at `adapted`, and what a file carries.
 
         Integers count among weights as `others`, for another binding may compute its
         indices; among others not at all: they may be counters.
@@ -62,22 +62,22 @@ class Base:
         return dataclasses.replace(floats, others={**floats.others, **others})
 
     def named(self, name: Callable[[str], str]) -> "Base":
-        """The same with other names."""
+        """Renames every weight."""
         return self._changed(lambda kind: {name(old): x for old, x in kind.items()})
 
     def fingerprints(self) -> "Base":
-        """The same with fingerprints for arrays."""
+        """Replaces arrays by their fingerprints."""
         return self._changed(
             lambda kind: {name: Fingerprint.of(x) for name, x in kind.items()}
         )
 
     def _changed(self, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> "Base":
-        """With other `weights` and `others`, each made from what it was."""
+        """Replaces `weights` and `others`, each by a change of what it was."""
         weights, others = map(change, (self.weights, self.others))
         return dataclasses.replace(self, weights=weights, others=others)
 
     def as_json(self) -> dict[str, Any]:
-        """Fingerprints, for a file; `from_json` reads them."""
+        """Returns the fingerprints for a file; `from_json` reads them."""
         weights, others = (
             {name: found.as_json() for name, found in kind.items()}
             for kind in (self.weights, self.others)
@@ -87,7 +87,7 @@ class Base:
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> "Base":
-        """What `as_json` gave; raises what a file that is damaged may raise."""
+        """Reads what `as_json` returned; raises whatever damage may cause."""
         weights, others = (
             {name: Fingerprint.from_json(said) for name, said in given[kind].items()}
             for kind in ("weights", "others")
@@ -102,7 +102,7 @@ def differences(
     trained: Collection[str] = (),
     sides: tuple[str, str] = ("the file", "the model"),
 ) -> list[str]:
-    """In what a model's rest is not that of a file, in words; empty if in nothing.
+    """Lists how a model's rest differs from that of a file; empty if it does not.
 
     Args:
       known: of the file, fingerprints.
@@ -146,7 +146,7 @@ def differences(
 def _restacked(
     known: Mapping[str, Fingerprint], found: Mapping[str, Any]
 ) -> tuple[dict[str, bool], set[str]]:
-    """Weights that are stacked on one side alone: whether their rows are the same.
+    """Compares weights that are stacked on one side alone with the rows of the other.
 
     `blocks/fc/bias` is then `blocks/0/fc/bias`, ... on the other side.
 
@@ -171,7 +171,7 @@ def _restacked(
 
 
 def _rows_of(name: str, count: int) -> Iterator[list[str]]:
-    """What the rows of a stack may be called: an index behind or in its path."""
+    """Yields names that rows of a stack may have: an index behind or in its path."""
     yield [f"{name}[{i}]" for i in range(count)]
     parts = name.split("/")
     for k in range(len(parts) if count else 0):
@@ -179,12 +179,12 @@ def _rows_of(name: str, count: int) -> Iterator[list[str]]:
 
 
 def variables_at(path: str) -> tuple[str, str]:
-    """The names that the weight of an adapter at a path may have."""
+    """Returns the names that the weight of an adapter at a path may have."""
     return path, _join(path, "kernel")
 
 
 def _same_numbers(known: Mapping[str, Fingerprint], found: Mapping[str, Any]) -> bool:
-    """Whether they hold the same numbers together, perhaps rounded on one side."""
+    """Returns True if both hold the same numbers, perhaps rounded on one side."""
     ours = [(np.dtype(own.dtype), own.size) for own in known.values()]
     theirs = [(dtype_of(value), np.size(value)) for value in found.values()]
     seen = {dtype: dtype for dtype, _ in (*ours, *theirs)}
@@ -211,7 +211,7 @@ def _same_numbers(known: Mapping[str, Fingerprint], found: Mapping[str, Any]) ->
 
 
 def _by_dtype(numbers: Iterable[tuple[np.dtype, int]]) -> dict[np.dtype, int]:
-    """Their sums modulo 2^64."""
+    """Sums numbers by dtype, modulo 2^64."""
     found: Counter[np.dtype] = Counter()
     for dtype, number in numbers:
         found[dtype] = (found[dtype] + number) % 2**64
@@ -221,7 +221,7 @@ def _by_dtype(numbers: Iterable[tuple[np.dtype, int]]) -> dict[np.dtype, int]:
 def _unlike(
     known: Mapping[str, Any], found: Mapping[str, Any], sides: tuple[str, str]
 ) -> str:
-    """What is said of weights that cannot be told one from the other."""
+    """Describes weights that cannot be told one from the other."""
     said = []
     for kind, side in zip((known, found), sides, strict=True):
         count = sum(math.prod(np.shape(value)) for value in kind.values())
@@ -236,7 +236,7 @@ def _unlike(
 def _configs(
     known: Base, found: Base, trained: Collection[str], sides: tuple[str, str]
 ) -> tuple[list[str], set[str]]:
-    """How configs differ, and the weights that need not be the same for it."""
+    """Lists how configs differ, and the weights that need not be the same for it."""
     problems, resized = [], set()
     if len(known.configs) != len(found.configs):  # another binding, or a part
         if known.configs and found.configs:
@@ -264,7 +264,7 @@ def _configs(
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two values of JSON are the same to six digits."""
+    """Returns True if two values of JSON are the same to six digits."""
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_equal, one, other))
     if isinstance(one, int | float) and isinstance(other, int | float):
@@ -277,7 +277,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is of the base: no counter, no key of a random stream, old or new."""
+    """Returns False for counters and the keys of random streams, old or new."""
     if not hasattr(value, "dtype"):
         return isinstance(value, float | complex)
     if jnp.issubdtype(value.dtype, jax.dtypes.extended):

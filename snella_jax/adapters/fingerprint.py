@@ -40,7 +40,7 @@ BLOCK = 1 << 15  # numbers at a time: they stay in the cache
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """Of an array: as it is, and rounded to narrower dtypes.
+    """Sums over the numbers of an array: as it is, and rounded to narrower dtypes.
 
     Attributes:
       dtype: of the array.
@@ -57,7 +57,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, value: Any) -> "Fingerprint":
-        """Of an array, wherever it lies; all processes that have some have to call."""
+        """Sums an array; every process that has some of it has to call."""
         own = dtype_of(value)
         places, numbers = (
             {str(d): int(total(value, d, axes)) for d in dtypes(own)}
@@ -67,15 +67,15 @@ class Fingerprint:
 
     @property
     def size(self) -> int:
-        """How many numbers."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     def dtype_for(self, own: np.dtype) -> np.dtype:
-        """In which to compare an array of dtype `own` with this."""
+        """Returns the dtype in which to compare an array of dtype `own` with this."""
         return own if str(own) in self.places else np.dtype(self.dtype)
 
     def is_of(self, value: Any) -> bool:
-        """Whether it is of this, or of what this is rounded from or rounds to.
+        """Returns True for the array, and for what it is rounded from or rounds to.
 
         Float16 and bfloat16 cannot be told to be of one weight: then it is not.
         """
@@ -87,7 +87,7 @@ class Fingerprint:
         return int(found) == self.places[str(dtype)]
 
     def is_stack_of(self, rows: Sequence[Any]) -> bool:
-        """Whether it is of these arrays of one shape, stacked along a new axis 0."""
+        """Returns True if the array is these, stacked along a new axis 0."""
         found = np.uint64(0)
         for index, row in enumerate(rows):
             own = dtype_of(row)
@@ -99,13 +99,13 @@ class Fingerprint:
         return int(found) == self.places[str(self.dtype_for(dtype_of(rows[0])))]
 
     def comparable(self, own: np.dtype) -> bool:
-        """Whether rounding may lie between this and an array of dtype `own`."""
+        """Returns True if rounding may lie between this and an array of dtype `own`."""
         return str(own) == self.dtype or (
             _floating(own) and _floating(np.dtype(self.dtype))
         )
 
     def as_json(self) -> dict[str, Any]:
-        """For a file; `from_json` reads it."""
+        """Returns it for a file; `from_json` reads it."""
         return {
             "dtype": self.dtype,
             "shape": list(self.shape),
@@ -115,7 +115,7 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> "Fingerprint":
-        """What `as_json` gave; raises what a file that is damaged may raise."""
+        """Reads what `as_json` returned; raises whatever damage may cause."""
         places, numbers = (of_hex(given[name]) for name in ("places", "numbers"))
         dtype, shape = (
             str(np.dtype(given["dtype"])),
@@ -138,7 +138,7 @@ class Digest:
     sha256: Mapping[str, str]
 
     def is_of(self, matrices: np.ndarray) -> bool:
-        """As of `Fingerprint`, of matrices `[*slices, n, m]`."""
+        """Returns True for matrices `[*slices, n, m]` of the weight (`Fingerprint`)."""
         known = self.sha256.get(str(matrices.dtype))
         if known is None:
             known = self.sha256[self.dtype]
@@ -147,7 +147,7 @@ class Digest:
 
 
 def sha256(array: np.ndarray) -> str:
-    """Of dtype, shape and numbers of an array in the machine's byte order."""
+    """Hashes dtype, shape and numbers of an array in the machine's byte order."""
     found = hashlib.sha256(f"{array.dtype}{list(array.shape)}".encode())
     numbers: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     found.update(numbers)
@@ -157,7 +157,7 @@ def sha256(array: np.ndarray) -> str:
 def of_rows(
     value: Any, layout: Layout, stack: tuple[int, ...]
 ) -> tuple[str, list[dict[str, int]]]:
-    """The dtype of a weight, and the sums by dtype of each row of its stack.
+    """Returns the dtype of a weight, and the sums by dtype of each row of its stack.
 
     Args, places: as of `row_totals`.
     """
@@ -171,7 +171,7 @@ def of_rows(
 def row_totals(
     value: Any, dtype: DTypeLike, layout: Layout, stack: tuple[int, ...]
 ) -> UInt64[np.ndarray, " *rows"]:
-    """The sum of each row of a stacked weight.
+    """Sums each row of a stacked weight.
 
     Places are those in its matrices, so that the order of its axes does not matter.
 
@@ -190,7 +190,7 @@ def total(
     places: Sequence[np.ndarray] | None = None,
     stack: tuple[int, ...] = (),
 ) -> UInt64[np.ndarray, " *rows"]:
-    """The sum of an array, rounded to a dtype.
+    """Sums an array, rounded to a dtype.
 
     Args:
       value: of NumPy or JAX.
@@ -217,19 +217,19 @@ def total(
 
 
 def dtypes(own: np.dtype) -> list[np.dtype]:
-    """A dtype, and what its numbers are rounded to, widest first."""
+    """Lists a dtype and those that its numbers are rounded to, widest first."""
     narrower = [d for d in NARROWER if _floating(own) and d.itemsize < own.itemsize]
     return [own, *narrower]
 
 
 def dtype_of(value: Any) -> np.dtype:
-    """Of an array or a number, in the machine's byte order."""
+    """Returns the dtype of an array or a number, in the machine's byte order."""
     own = value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
     return np.dtype(own).newbyteorder("=")
 
 
 def are_rows(rows: Sequence[Fingerprint], value: Any) -> bool:
-    """Whether fingerprints are, in their order, those of an array's rows."""
+    """Returns True if fingerprints are, in their order, those of an array's rows."""
     own, shape = dtype_of(value), np.shape(value)
     if not all(row.comparable(own) for row in rows):
         return False
@@ -244,12 +244,12 @@ def are_rows(rows: Sequence[Fingerprint], value: Any) -> bool:
 
 
 def as_hex(sums: Mapping[str, int]) -> dict[str, str]:
-    """Sums as text."""
+    """Writes sums as text."""
     return {name: f"{value:016x}" for name, value in sums.items()}
 
 
 def of_hex(sums: Mapping[str, str]) -> dict[str, int]:
-    """What `as_hex` gave."""
+    """Reads what `as_hex` wrote."""
     return {name: int(value, 16) for name, value in sums.items()}
 
 
@@ -258,12 +258,12 @@ def _floating(dtype: np.dtype) -> bool:
 
 
 def _in_order(shape: tuple[int, ...]) -> list[np.ndarray]:
-    """Places in C order, by axis."""
+    """Returns the places of an array in C order, by axis."""
     return [np.arange(size) * math.prod(shape[i + 1 :]) for i, size in enumerate(shape)]
 
 
 def _mixed(part: np.ndarray, dtype: np.dtype, axes: list[np.ndarray]) -> np.uint64:
-    """The sum of a part; `axes` as of `total`, times `STEP`."""
+    """Sums the terms of a part; `axes` as in `total`, times `STEP`."""
     if not part.size:
         return np.uint64(0)
     if part.dtype.kind == "c":  # two numbers, in places that no array reaches

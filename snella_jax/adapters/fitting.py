@@ -1,4 +1,4 @@
-"""Whether an adapter from a file fits a model, and what of it goes where."""
+"""Fits adapters from files to models."""
 
 import dataclasses
 import logging
@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array
 
 from snella_jax.adapters.base import Base, differences
+from snella_jax.adapters.file_format import AdapterFile, Unit
 from snella_jax.adapters.fingerprint import Digest, Fingerprint, dtype_of, row_totals
-from snella_jax.adapters.format import AdapterFile, Unit
 from snella_jax.core.config import Rule
 from snella_jax.core.weight import AdaptedWeight, Site
 from snella_jax.files.errors import CheckpointError
@@ -33,7 +33,7 @@ def fit(
     present: Mapping[str, Site] | None = None,
     allow_base_mismatch: bool = False,
 ) -> tuple[dict[str, AdaptedWeight], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The adapted weights of a model by path, what else trained, and statistics.
+    """Fits an adapter from a file to a model.
 
     Args:
       file: read from a folder.
@@ -87,7 +87,7 @@ def fit(
 def _misplaced(
     values: Mapping[str, np.ndarray], places: Mapping[str, Any]
 ) -> Iterator[str]:
-    """What has no place in a model, or one of another shape."""
+    """Yields what has no place in a model, or one of another shape."""
     for path, value in values.items():
         if path not in places:
             yield f"{path}: this model has no such variable"
@@ -102,7 +102,7 @@ def _differences(
     trained: Collection[str],
     rename: Mapping[str, str] | None,
 ) -> list[str]:
-    """How the rest of a model's base differs from that of the file."""
+    """Lists how the rest of a model's base differs from that of the file."""
     if file.rest is None:
         log.warning(
             "%s is of format 1: whether the rest of the base, besides the adapted "
@@ -139,7 +139,7 @@ def _new_name(name: str, rename: Mapping[str, str] | None) -> str:
 
 
 def _split(name: str) -> tuple[str, tuple[int, ...]]:
-    """A path and the index behind it."""
+    """Splits a name into a path and the index behind it."""
     path = re.sub(r"(\[\d+\])+$", "", name)
     return path, tuple(map(int, re.findall(r"\d+", name[len(path) :])))
 
@@ -147,7 +147,7 @@ def _split(name: str) -> tuple[str, tuple[int, ...]]:
 def _fitted(
     path: str, own: Mapping[tuple[int, ...], Unit], locate: Locate
 ) -> tuple[AdaptedWeight, str]:
-    """The adapted weight, and in what its base is another one, in words."""
+    """Returns the adapted weight, and how its base differs, in words."""
     first = next(iter(own.values()))
     if len({(unit.rule, unit.must_move) for unit in own.values()}) > 1:
         raise ValueError("the rows of this weight have different rules")
@@ -194,7 +194,7 @@ def _fitted(
 def _of_another_base(
     weight: AdaptedWeight, known: Sequence[Digest | Fingerprint]
 ) -> list[int]:
-    """The rows of a weight that are not those which a file knows."""
+    """Lists the rows of a weight that are not those of the file."""
     site = weight.site
     own = dtype_of(weight.w0)
     if old := [row for row in known if isinstance(row, Digest)]:
@@ -229,5 +229,5 @@ def _check_same(weight: AdaptedWeight, site: Site | None) -> None:
 
 
 def any_of(paths: Any) -> str:
-    """A regex of these paths and no other."""
+    """Returns a regex of these paths and no other."""
     return "|".join(map(re.escape, paths))

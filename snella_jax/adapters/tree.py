@@ -18,7 +18,7 @@ from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
-from snella_jax.adapters import format
+from snella_jax.adapters import file_format
 from snella_jax.adapters.base import Base
 from snella_jax.adapters.fitting import any_of
 from snella_jax.core.config import Rule, SnellaConfig, check_overrides
@@ -38,7 +38,7 @@ COUNTS = ("budget", "allocated_at")
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """Which weights of a tree are adapted, and what trains: static.
+    """The adapted weights of a tree, and what else trains: static.
 
     Attributes:
       sites: by key of the weight, `("fc", "kernel")`.
@@ -53,7 +53,7 @@ class Adapters:
     )
 
     def partition(self, params: Tree) -> tuple[Tree, Tree, Tree]:
-        """`trainable`, `budgets` and `frozen` of adapted parameters.
+        """Splits adapted parameters into `trainable`, `budgets` and `frozen`.
 
         As `snella.partition`: the first for the optimizer, the second for
         `reallocate`; `join` puts them together again.
@@ -74,7 +74,7 @@ class Adapters:
         return nested(trainable), nested(budgets), nested(frozen)
 
     def weights(self, params: Tree) -> list[AdaptedWeight]:
-        """Every adapted weight: for `snella.sparsity` and `snella.describe`."""
+        """Lists every adapted weight, for `snella.sparsity` and `snella.describe`."""
         leaves = flat(params)
         own: dict[Key, dict[str, Any]] = {}
         for key, leaf in leaves.items():
@@ -88,7 +88,7 @@ class Adapters:
         return found
 
     def specs(self, params: Tree) -> Tree:
-        """A `PartitionSpec` for every leaf of adapted parameters, or of a part of them.
+        """Returns a `PartitionSpec` for every leaf of adapted parameters, or of a part.
 
         What the names of the base's boxes say (`nn.get_partition_spec`): where they are
         logical ones, `nn.logical_to_mesh` makes axes of a mesh of them. Adapters follow
@@ -105,7 +105,7 @@ class Adapters:
         return nested(found)
 
     def summed(self, params: Tree) -> Tree:
-        """Plain parameters, `w0 + delta` for every adapted weight; differentiable.
+        """Returns plain parameters with `w0 + delta` as weights; differentiable.
 
         For an apply function that knows nothing of adapters. Its backward pass keeps
         every update and every sum: as much memory as the adapted weights take twice.
@@ -114,7 +114,7 @@ class Adapters:
         return self._with(params, lambda w: summed(w.w0, w.delta()).astype(w.w0.dtype))
 
     def merge(self, params: Tree, *, unmoved_budgets: bool = False) -> Tree:
-        """Plain parameters for good: as `summed`, with the checks of `snella.merge`.
+        """Returns plain parameters for good: `summed`, with `snella.merge`'s checks.
 
         Raises:
           BudgetsNeverMoved: they should have, unless `unmoved_budgets`.
@@ -122,7 +122,7 @@ class Adapters:
         return self._with(params, lambda w: w.merged(unmoved_budgets))
 
     def unload(self, params: Tree) -> Tree:
-        """Plain parameters without the adapters; what else trained stays."""
+        """Returns plain parameters without the adapters; what else trained stays."""
         return self._with(params, lambda weight: weight.w0)
 
     def save(
@@ -152,7 +152,7 @@ class Adapters:
         }
         stats = by_name(flat(batch_stats or {}))
         weights = self.weights(params)
-        format.write(folder, weights, trained, stats, Base(leaves), base)
+        file_format.write(folder, weights, trained, stats, Base(leaves), base)
 
     def _with(self, params: Tree, value: Callable[[AdaptedWeight], Array]) -> Tree:
         adapters = set(map(adapter_key, self.sites))
@@ -162,7 +162,7 @@ class Adapters:
 
 
 def join(*parts: Tree) -> Tree:
-    """What `partition` took apart."""
+    """Joins what `partition` split."""
     return nested(functools.reduce(dict.__or__, map(flat, parts)))
 
 
@@ -174,7 +174,7 @@ def site(
     must_move: bool,
     axes: tuple[int, ...] | None = None,
 ) -> Site:
-    """The site of a weight of this shape.
+    """Returns the site of a weight of this shape.
 
     Args:
       path, shape: of the weight.
@@ -200,7 +200,7 @@ def site(
 def place(
     params: Tree, sites: Mapping[Key, Site], config: SnellaConfig, key: PRNGKeyArray
 ) -> tuple[Adapters, Tree]:
-    """Fresh adapters for these weights, and the frozen ones in `config.frozen_dtype`.
+    """Draws adapters for these weights, and casts frozen ones to `config.frozen_dtype`.
 
     Raises:
       ValueError: an override or `config.trainable` matches nothing, or an adapted
@@ -234,7 +234,7 @@ def place(
 def fill(
     params: Tree, weights: Mapping[str, AdaptedWeight], trained: Mapping[str, Any]
 ) -> tuple[Adapters, Tree]:
-    """Adapters from a file, and parameters with them and what else trained.
+    """Puts adapters from a file, and what else trained, into parameters.
 
     Raises:
       ValueError: there is an adapter, or something in its place.
@@ -254,7 +254,7 @@ def fill(
 
 
 def check_key(key: Any) -> None:
-    """Raises a `TypeError` where a random key is none, such as a number."""
+    """Raises a `TypeError` if a random key is none, such as a number."""
     dtype = getattr(key, "dtype", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and not (jnp.ndim(key) == 1 and dtype == jnp.uint32):
@@ -271,13 +271,13 @@ def _plain(params: Tree) -> dict[Key, Any]:
 
 
 def unboxed(leaves: Mapping[Key, Any]) -> dict[Key, Any]:
-    """Arrays in the place of boxes (`nn.Partitioned`), in the order of the leaves."""
+    """Replaces boxes (`nn.Partitioned`) by their arrays, in the order of the leaves."""
     boxes = {k: x for k, x in leaves.items() if isinstance(x, meta.AxisMetadata)}
     return {**leaves, **{k: native(meta.unbox(box)) for k, box in boxes.items()}}
 
 
 def flat(params: Tree) -> dict[Key, Any]:
-    """Leaves by key, in the machine's byte order; empty dicts are leaves, too.
+    """Returns leaves by key, in the machine's byte order; empty dicts are leaves, too.
 
     Raises:
       TypeError: a list or a tuple, which adapters cannot sit in.
@@ -293,17 +293,17 @@ def flat(params: Tree) -> dict[Key, Any]:
 
 
 def nested(leaves: Mapping[Key, Any]) -> Tree:
-    """What `flat` took apart."""
+    """Nests what `flat` flattened."""
     return unflatten_dict(dict(leaves))
 
 
 def arrays_of(leaves: Mapping[Key, Any]) -> dict[Key, Any]:
-    """Without the empty dicts."""
+    """Leaves out the empty dicts."""
     return {key: leaf for key, leaf in leaves.items() if leaf is not empty_node}
 
 
 def by_name(leaves: Mapping[Key, Any]) -> dict[str, Any]:
-    """Arrays by "/"-joined name.
+    """Returns the arrays by "/"-joined name.
 
     Raises:
       ValueError: two have one name.
@@ -316,17 +316,17 @@ def by_name(leaves: Mapping[Key, Any]) -> dict[str, Any]:
 
 
 def name_of(key: Key) -> str:
-    """As regexes and files have it."""
+    """Joins a key to a path, as regexes and files have it."""
     return "/".join(map(str, key))
 
 
 def layer_path(key: Key) -> str:
-    """Of the layer that holds a weight."""
+    """Returns the path of the layer that holds a weight."""
     return name_of(key[:-1] if key[-1] == "kernel" else key)
 
 
 def adapter_key(key: Key) -> Key:
-    """Where the adapter of a weight sits."""
+    """Returns the key of the adapter of a weight."""
     *parent, name = key
     return (*parent, "adapter" if name == "kernel" else f"{name}_adapter")
 

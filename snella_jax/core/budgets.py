@@ -26,7 +26,7 @@ def budget_schedule(
     warmup: int = 0,
     cooldown: int = 0,
 ) -> Callable[[float], int]:
-    """`b_t = b_T + (1 - t/T)^power * (b_0 - b_T)` with `T = steps - 1` (Eq. 12).
+    """Returns the total budget of each step, from `initial` to `target` (Eq. 12).
 
     A step is whatever reallocates: the paper's epochs, or optimizer steps. Step `t`
     trains with `schedule(t)` weights, `t = 0 .. steps - 1`; the last one with `target`.
@@ -139,7 +139,7 @@ def allocate(
 
 
 def whole(count: Any, name: str = "total") -> int:
-    """A number of weights as an `int`.
+    """Returns a number of weights as an `int`.
 
     Raises:
       TypeError: it is no integer.
@@ -157,7 +157,7 @@ def whole(count: Any, name: str = "total") -> int:
 
 
 def _fill(weights: list[Fraction], total: Fraction | int, room: list[Fraction]):
-    """Real shares in proportion to weights, none above its room, as much as fits."""
+    """Divides a total by weights, none above its room, as far as it fits."""
     shares = [Fraction(0)] * len(room)
     left, weight = Fraction(total), sum(weights, Fraction(0))
     positive = (i for i, w in enumerate(weights) if w)

@@ -1,4 +1,4 @@
-"""What to adapt and how: `SnellaConfig`, and the `Rule` it gives each weight.
+"""The config of an adapted model: `SnellaConfig`, and the `Rule` it gives each weight.
 
 >>> config = SnellaConfig(rank=8, overrides={r".*/fc2": {"rank": 16}})
 >>> config.rule("blocks/mlp/fc1").rank, config.rule("blocks/mlp/fc2").rank
@@ -21,7 +21,7 @@ from snella_jax.core.paths import listed
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How one weight is adapted.
+    """Rank, kernel, gate and path of one weight's update.
 
     Attributes:
       rank: `r`, columns of the factors; a multiple of the kernel's pieces.
@@ -68,7 +68,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnellaConfig(Rule):
-    """How a model is adapted: a `Rule` for every target, and what concerns all of them.
+    """Config of an adapted model: a `Rule` for all targets, and what is common to them.
 
     Regexes are matched in full against "/"-joined paths of the model, such as
     `blocks/attn/query`.
@@ -146,7 +146,7 @@ class SnellaConfig(Rule):
 
     @classmethod
     def released(cls, **changes: Any) -> "SnellaConfig":
-        """The settings of the authors' released code instead of the paper's.
+        """Returns the settings of the authors' released code instead of the paper's.
 
         Mix-K with a learnt temperature and fixed piece coefficients, rank 32, the
         `released` gate on the parallel path, dropout and drop-path of 0.1. Before
@@ -168,7 +168,7 @@ class SnellaConfig(Rule):
 
     @property
     def must_move(self) -> bool:
-        """Whether training has to reallocate budgets to do what the config says."""
+        """True if training has to reallocate budgets to do what the config says."""
         sparse = min(self.initial_density, self.target_density) < 1
         return self.allocation == "adaptive" and sparse
 
@@ -179,19 +179,19 @@ class SnellaConfig(Rule):
         return self.target_density if fixed else self.initial_density
 
     def rule(self, path: str) -> Rule:
-        """The rule of the weight at `path`."""
+        """Returns the rule of the weight at `path`."""
         regex = self.override(path)
         return self._rule(self.overrides[regex] if regex is not None else {})
 
     def override(self, path: str) -> str | None:
-        """The first regex of `overrides` that matches `path`."""
+        """Returns the first regex of `overrides` that matches `path`, or None."""
         matches = (regex for regex in self.overrides if re.fullmatch(regex, path))
         return next(matches, None)
 
     def schedule(
         self, weights: int, steps: int, **options: Any
     ) -> Callable[[float], int]:
-        """`budget_schedule` between the two densities of `weights` adapted weights.
+        """Returns a `budget_schedule` between both densities, for so many weights.
 
         >>> schedule = SnellaConfig(target_density=0.3).schedule(1000, steps=3)
         >>> schedule(0), schedule(2)

@@ -17,7 +17,7 @@ POSITIONS = r"wpe|(.*_)?pos(ition(al|s)?)?(_?(emb|enc).*|_.*)?|.*bias.*"
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the leaves that weight decay is for: matrices, by what they are called.
+    """Marks the leaves that weight decay is for: matrices, by what they are called.
 
     Factors (`a` and `b` of an adapter or of a `lora`, `lora_a`, `lora_b`), and what is
     called `kernel`, `embedding`, `w` or `weight`. Not what a `norm` holds, or a table
@@ -50,7 +50,7 @@ def _shapes(params: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def _scales(path: tuple[str, ...], shapes: Mapping[tuple, tuple[int, ...]]) -> bool:
-    """Whether a `w` or `weight` scales: a norm's, or a vector as its bias is one."""
+    """Returns True if a `w` or `weight` scales: a norm's, or a vector like its bias."""
     *parent, name = path
     bias = (*parent, "b" if name == "w" else "bias")
     if any(re.fullmatch(NORMS, part.lower()) for part in parent[-1:]):

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from snella_jax.core.gates import check_gate, sparsify
 from snella_jax.core.layout import Layout
 from snella_jax.kernels import Factors, Kernel
-from snella_jax.ops import dropout as stochastic
+from snella_jax.ops.dropout import drop_path, dropout
 from snella_jax.ops.dtypes import at_least_float32
 from snella_jax.ops.matmul import matmul
 from snella_jax.ops.recompute import kept, opened, recomputed
@@ -46,7 +46,7 @@ def sparse_delta(
     gate: str = "product",
     layout: Layout | None = None,
 ) -> Float[Array, " *weight"]:
-    """The sparse update of one weight, in the weight's shape and at least float32.
+    """Returns the sparse update of one weight, in its shape and at least float32.
 
     Args:
       factors: with the leading axes `layout.slices`.
@@ -61,7 +61,7 @@ def sparse_delta(
 
 
 def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
-    """The update and its thresholds `[*slices]`, searched for where `tau` is None."""
+    """Returns the update and its thresholds `[*slices]`, found where `tau` is None."""
 
     def one(factors, budget, tau):
         with jax.named_scope("snella_delta"):  # as profilers show it
@@ -83,9 +83,48 @@ def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
 
 
 def summed(w0: Array, delta: Array) -> Array:
-    """`w0 + delta` in at least float32, whatever JAX promotes by itself."""
+    """Returns `w0 + delta` in at least float32, whatever JAX promotes by itself."""
     wide = at_least_float32(w0.dtype, delta.dtype)
     return w0.astype(wide) + delta.astype(wide)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """How the update of one weight is made and added: static, equal by value.
+
+    Attributes:
+      kernel: makes the dense update.
+      gate: value of a surviving weight, see `sparsify`.
+      layout: axes of the weight; None for an `[n, m]` matrix.
+      path: "merged" or "parallel", see `adapted_dense`.
+      dropout: rate on the input of the update.
+      drop_path: rate at which an example loses its whole update.
+
+    Raises:
+      ValueError: an unknown gate or path, or a rate that the path cannot take.
+    """
+
+    kernel: Kernel
+    gate: str = "product"
+    layout: Layout | None = None
+    path: Path = "merged"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+
+    def __post_init__(self):
+        check_gate(self.gate)
+        check_path(self.path, self.dropout, self.drop_path)
+
+    def check(self, w0: Array, factors: Factors, budget: int | Array) -> None:
+        """Raises a `ValueError` if weight, factors or budget do not fit."""
+        check_budget(budget)
+        _check_shapes(w0, factors, self.layout)
+
+    def delta(
+        self, factors: Factors, budget: Array, tau: Array | None
+    ) -> tuple[Array, Array]:
+        """Returns the sparse update and its thresholds, found where `tau` is None."""
+        return _delta_and_tau(factors, budget, tau, self.kernel, self.gate, self.layout)
 
 
 def adapted(
@@ -103,7 +142,6 @@ def adapted(
     Returns:
       A function with the arguments and the errors of `adapted_dense`.
     """
-    update_op = update_op or op
 
     def apply(
         x: Array,
@@ -111,30 +149,52 @@ def adapted(
         factors: Factors,
         budget: int | Array,
         *,
-        kernel: Kernel,
-        gate: str = "product",
-        path: Path = "merged",
-        dropout: float = 0.0,
-        drop_path: float = 0.0,
+        key: PRNGKeyArray | None = None,
+        sharding: Sharding | None = None,
+        **how: Any,
+    ) -> Array:
+        update = Update(layout=layout, **how)
+        run = updated(op, update, update_op)
+        return run(x, w0, factors, budget, key=key, sharding=sharding)
+
+    return apply
+
+
+def updated(
+    op: Op, update: Update, update_op: Op | None = None
+) -> Callable[..., Array]:
+    """Makes `op(x, w)` an operation whose weight has an update.
+
+    Args:
+      op, update_op: as in `adapted`.
+      update: how the update is made and added.
+
+    Returns:
+      `apply(x, w0, factors, budget, key=None, sharding=None)`, with the errors of
+      `adapted_dense`.
+    """
+    update_op = update_op or op
+    parallel = update.path == "parallel"
+
+    def apply(
+        x: Array,
+        w0: Array,
+        factors: Factors,
+        budget: int | Array,
         key: PRNGKeyArray | None = None,
         sharding: Sharding | None = None,
     ) -> Array:
-        check_gate(gate)
-        check_path(path, dropout, drop_path)
-        check_budget(budget)
-        _check_shapes(w0, factors, layout)
-
+        update.check(w0, factors, budget)
         budget = _counted(budget, w0)
         # Outside `recomputed`, for the transpose to add up the gradients. (Not the
         # extras: as traced, `op` itself makes of them what it needs.)
         x, w0, factors, budget, key = varying_alike(x, w0, factors, budget, key)
-        parallel = path == "parallel"
         cast = w0.astype(x.dtype)
         base, extras = opened(op, x, cast)
         branch, more = opened(update_op, x, cast) if parallel else (base, ())
 
         def forward(x, w0, factors, extras, budget, key, tau):
-            delta, tau = _delta_and_tau(factors, budget, tau, kernel, gate, layout)
+            delta, tau = update.delta(factors, budget, tau)
             if sharding is not None:
                 delta = jax.lax.with_sharding_constraint(delta, sharding)
             if not parallel:
@@ -142,33 +202,17 @@ def adapted(
                     merged = summed(w0, delta).astype(x.dtype)
                 return base(x, merged, extras[0]), tau
             with jax.named_scope("snella_delta"):
-                update = delta.astype(x.dtype)
+                change = delta.astype(x.dtype)
             y = base(x, w0.astype(x.dtype), extras[0])
             if key is None:
-                return y + branch(x, update, extras[1]), tau
+                return y + branch(x, change, extras[1]), tau
             key_x, key_y = jax.random.split(key)
-            dropped = stochastic.dropout(key_x, x, dropout)
-            moved = branch(dropped, update, extras[1])
-            return y + stochastic.drop_path(key_y, moved, drop_path), tau
+            moved = branch(dropout(key_x, x, update.dropout), change, extras[1])
+            return y + drop_path(key_y, moved, update.drop_path), tau
 
         return recomputed(forward)(x, w0, factors, (extras, more), budget, key)
 
     return apply
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """How the update of one weight is made: static, equal by value.
-
-    Attributes:
-      kernel: makes the dense update.
-      gate: what a survivor's value becomes, see `sparsify`.
-      layout: the weight's axes; None for an `[n, m]` matrix.
-    """
-
-    kernel: Kernel
-    gate: str = "product"
-    layout: Layout | None = None
 
 
 def adapted_call(
@@ -208,9 +252,7 @@ def adapted_call(
         budgets: Mapping[str, int | Array],
     ) -> Any:
         for name, update in updates.items():
-            check_gate(update.gate)
-            check_budget(budgets[name])
-            _check_shapes(w0[name], factors[name], update.layout)
+            update.check(w0[name], factors[name], budgets[name])
         counts = {name: _counted(budgets[name], w0[name]) for name in updates}
         weights, own = dict(w0), {name: dict(factors[name]) for name in updates}
         x, weights, own, counts = varying_alike(x, weights, own, counts)
@@ -220,9 +262,7 @@ def adapted_call(
             merged, found = {}, {}
             for name, update in updates.items():
                 tau = None if taus is None else taus[name]
-                how = update.kernel, update.gate, update.layout
-                made = _delta_and_tau(factors[name], budgets[name], tau, *how)
-                delta, found[name] = made
+                delta, found[name] = update.delta(factors[name], budgets[name], tau)
                 with jax.named_scope("snella_delta"):
                     merged[name] = summed(w0[name], delta).astype(w0[name].dtype)
             return run(x, merged, extras), found
@@ -246,7 +286,7 @@ def adapted_dense(
     key: PRNGKeyArray | None = None,
     sharding: Sharding | None = None,
 ) -> Float[Array, "... m"]:
-    """`x @ (w0 + delta)`, `delta` made from the factors, sparsified and never stored.
+    """Computes `x @ (w0 + delta)`; the sparse `delta` is made anew and never stored.
 
     Args:
       x: activations; the matmul runs in their dtype. Axis 0 is the example where
@@ -275,23 +315,12 @@ def adapted_dense(
 
     Source: Eq. 14; the parallel path is the released code's.
     """
-    return adapted(matmul)(
-        x,
-        w0,
-        factors,
-        budget,
-        kernel=kernel,
-        gate=gate,
-        path=path,
-        dropout=dropout,
-        drop_path=drop_path,
-        key=key,
-        sharding=sharding,
-    )
+    update = Update(kernel, gate, None, path, dropout, drop_path)
+    return updated(matmul, update)(x, w0, factors, budget, key, sharding)
 
 
 def check_path(path: str, dropout: float, drop_path: float) -> None:
-    """Raises a `ValueError` on an unknown path or rates that it cannot take."""
+    """Raises a `ValueError` for an unknown path or rates that it cannot take."""
     if path not in ("merged", "parallel"):
         raise ValueError(f"No path is called {path!r}: expected merged, parallel.")
     for name, rate in (("dropout", dropout), ("drop_path", drop_path)):
@@ -305,7 +334,7 @@ def check_path(path: str, dropout: float, drop_path: float) -> None:
 
 
 def _counted(budget: int | Array, w0: Array) -> Array:
-    """A budget as an array; a number may be larger than the weight."""
+    """Returns a budget as an array; a number may be larger than the weight."""
     if isinstance(budget, Array):
         return budget
     return jnp.asarray(np.minimum(budget, w0.size), jnp.int32)

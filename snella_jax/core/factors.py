@@ -12,12 +12,12 @@ Pairs = dict[str, dict[str, Array]]  # path of a matrix -> {"a": ..., "b": ...}
 
 
 def factor_paths(tree: Any) -> set[str]:
-    """Paths of the mappings with both `a` and `b`: the adapters of a parameter tree."""
+    """Returns the paths of the mappings with both `a` and `b`: the adapters."""
     return set(factors(tree))
 
 
 def factors(tree: Any) -> Pairs:
-    """`a` and `b` of every mapping that has such a pair, by the mapping's path."""
+    """Returns `a` and `b` of every mapping that has such a pair, by its path."""
     found: Pairs = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         *parent, name = path_of(key_path) or ("",)
@@ -27,7 +27,7 @@ def factors(tree: Any) -> Pairs:
 
 
 def factor_leaves(tree: Any) -> dict[tuple[str, ...], Any]:
-    """`a` and `b` of adapters, and of LoRA's branches, `[*stack, n, r]`, by path.
+    """Returns `a` and `b` of adapters, and of LoRA's `[*stack, n, r]`, by path.
 
     LoRA's go by the name of what holds them, `lora`: unstacked they have two axes, as
     two stacked vectors have.
@@ -47,7 +47,7 @@ def factor_leaves(tree: Any) -> dict[tuple[str, ...], Any]:
 
 
 def _is_pair(a: Any = None, b: Any = None) -> bool:
-    """Whether these are `[*lead, P, n, r/P]` and `[*lead, P, m, r/P]`."""
+    """Returns True for `[*lead, P, n, r/P]` and `[*lead, P, m, r/P]`."""
     if np.ndim(a) < 3 or np.ndim(b) != np.ndim(a):
         return False
     (*lead_a, _, columns_a), (*lead_b, _, columns_b) = np.shape(a), np.shape(b)

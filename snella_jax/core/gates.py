@@ -65,7 +65,7 @@ def sparsify(
 
 
 def check_gate(gate: str) -> None:
-    """Raises a `ValueError` that lists the gates when `gate` is none of them."""
+    """Raises a `ValueError` that lists the gates if `gate` is none of them."""
     if gate not in (*GATES, "none"):
         raise ValueError(
             f"No gate is called {gate!r}: expected {', '.join(GATES)}, none."

@@ -134,14 +134,14 @@ def track_importance(
 
 
 def _in_float32(beta: Any) -> Any:
-    """A number as it is; an array (a hyperparameter) in the dtype of the state."""
+    """Returns a number as it is; an array (a hyperparameter) in the state's dtype."""
     return (
         jnp.asarray(beta, jnp.float32) if isinstance(beta, jax.Array) else float(beta)
     )
 
 
 def _finite(tree: Any) -> Bool[Array, ""]:
-    """Whether all floating-point numbers of a tree are finite."""
+    """Returns True if all floating-point numbers of a tree are finite."""
     floats = (
         x
         for x in jax.tree.leaves(tree)
@@ -152,7 +152,7 @@ def _finite(tree: Any) -> Bool[Array, ""]:
 
 
 def importance(opt_state: Any) -> dict[str, Float[Array, " *lead"]]:
-    """`p = mean(I_bar_a * U_bar_a) + mean(I_bar_b * U_bar_b)` per matrix (Eq. 11).
+    """Scores every matrix by its sensitivity times its uncertainty (Eq. 11).
 
     Args:
       opt_state: any optax state that holds one `ImportanceState`.
@@ -169,7 +169,7 @@ def importance(opt_state: Any) -> dict[str, Float[Array, " *lead"]]:
 
 
 def importance_state(opt_state: Any) -> ImportanceState:
-    """The one `ImportanceState` inside an optax state; errors as in `importance`."""
+    """Returns the `ImportanceState` in an optax state; errors as in `importance`."""
 
     def is_importance(node: Any) -> bool:
         return isinstance(node, ImportanceState)

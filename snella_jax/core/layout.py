@@ -1,4 +1,4 @@
-"""Which axes of a weight are inputs, outputs, or hold several matrices.
+"""Layouts: which axes of a weight are inputs, outputs, or hold several matrices.
 
 Factors are always stored for `[n, m]` matrices, one set for each matrix of the weight:
 `a[*slices, P, n, r/P]`. A `Layout` unfolds them over the weight's own axes and puts the
@@ -58,7 +58,7 @@ class Layout:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The weight's shape."""
+        """Shape of the weight."""
         if self.fused:
             first, *rest = self.outputs
             return (*self.inputs, math.prod(self.slices) * first, *rest)
@@ -67,11 +67,11 @@ class Layout:
 
     @property
     def ndim(self) -> int:
-        """How many axes the weight has."""
+        """Number of axes of the weight."""
         return len(self.shape)
 
     def split(self, parts: int) -> "Layout":
-        """The layout of the same weight read as `parts` matrices, side by side.
+        """Reads the same weight as `parts` matrices, side by side.
 
         Each takes an equal run of the first output axis (query, key and value of a
         fused qkv).
@@ -98,7 +98,7 @@ class Layout:
         return Layout(self.inputs, tuple(rest), (parts,), moved)
 
     def joined(self) -> "Layout":
-        """What `split` was called on.
+        """Undoes `split`.
 
         >>> qkv = Layout((8,), (3, 2, 4))
         >>> qkv.split(3).joined() == qkv, Layout((8,), (24,)).split(3).joined().shape
@@ -114,7 +114,7 @@ class Layout:
         return Layout(self.inputs, (parts, *self.outputs), (), None if plain else order)
 
     def unfold(self, factors: Factors) -> Factors:
-        """Factors of one matrix with `n` and `m` spread over the weight's axes."""
+        """Spreads `n` and `m` of one matrix's factors over the weight's axes."""
         a, b = factors["a"], factors["b"]
         return factors | {
             "a": a.reshape(a.shape[0], *self.inputs, a.shape[-1]),
@@ -122,7 +122,7 @@ class Layout:
         }
 
     def matrices(self, weight: Float[A, " *weight"]) -> Float[A, "*slices n m"]:
-        """A weight as its matrices: what `place` puts together, taken apart.
+        """Takes a weight apart into its matrices, which `place` puts together.
 
         On the host where it is a NumPy array.
         """
@@ -136,7 +136,7 @@ class Layout:
         return weight.reshape(*self.slices, self.n, self.m)
 
     def places(self) -> list[np.ndarray]:
-        """What an index along each axis of the weight adds to a number's place.
+        """Returns what an index along each axis of the weight adds to a number's place.
 
         The sum over the axes is its place in `matrices`, flat.
 
@@ -154,14 +154,14 @@ class Layout:
         return axes if self.order is None else [axes[i] for i in self.order]
 
     def place(self, delta: Float[Array, "..."]) -> Float[Array, " *weight"]:
-        """The update in the weight's shape."""
+        """Puts the update into the weight's shape."""
         if self.fused:
             delta = jnp.moveaxis(delta, 0, len(self.inputs)).reshape(self.shape)
         return delta if self.order is None else jnp.transpose(delta, self.order)
 
 
 def einsum_layout(equation: str | None, shape: Sequence[int]) -> Layout:
-    """The axes of an einsum's weight of this shape; errors as of `layout_of`."""
+    """Returns the layout of an einsum's weight of this shape."""
     if equation is None:
         raise ValueError(
             "An einsum is adapted only if its equation is fixed when built."

@@ -1,4 +1,4 @@
-"""What the name of a parameter says about its use.
+"""Uses of parameters, as their names tell them.
 
 >>> [name for name in ("pos_embedding", "wq", "layer_scale1") if is_multiplied(name)]
 ['wq']

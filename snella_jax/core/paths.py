@@ -8,7 +8,7 @@ import jax
 
 
 def chosen(paths: Iterable[str], targets: str) -> list[str]:
-    """The paths that the regex matches in full.
+    """Returns the paths that the regex matches in full.
 
     Raises:
       ValueError: there is none; the message lists them all.
@@ -24,7 +24,7 @@ def chosen(paths: Iterable[str], targets: str) -> list[str]:
 
 
 def check_trainable(trainable: str, kernels: Iterable[str]) -> None:
-    """Raises a `ValueError` where an adapted kernel would train itself, too."""
+    """Raises a `ValueError` if an adapted kernel would train itself, too."""
     both = [name for name in kernels if matches_or_holds(trainable, name)]
     if both:
         raise ValueError(
@@ -34,24 +34,24 @@ def check_trainable(trainable: str, kernels: Iterable[str]) -> None:
 
 
 def matches_or_holds(regex: str, path: str) -> bool:
-    """Whether the regex matches the path, or that of a module above it, in full."""
+    """Returns True if the regex matches the path, or a module above it, in full."""
     names = path.split("/")
     parents = ("/".join(names[: i + 1]) for i in range(len(names)))
     return bool(regex) and any(re.fullmatch(regex, parent) for parent in parents)
 
 
 def join(path: Any) -> str:
-    """A path as regexes see it."""
+    """Joins a path as regexes see it."""
     return "/".join(map(str, path))
 
 
 def listed(paths: Any) -> str:
-    """Paths for an error message, a line each."""
+    """Lists paths for an error message, a line each."""
     return "\n  ".join(["", *paths]) if paths else "none"
 
 
 def path_of(key_path: tuple) -> tuple[str, ...]:
-    """The names along a key path, without the `.value` of an `nnx.Variable`."""
+    """Returns the names along a key path, without the `.value` of an `nnx.Variable`."""
     if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
         key_path = key_path[:-1]
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)

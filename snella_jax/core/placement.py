@@ -1,4 +1,4 @@
-"""Where a new adapter lies: on the devices of the weight that it belongs to.
+"""Places new adapters on the devices of the weights that they belong to.
 
 A factor that began on one device and came out of the first step on all of a mesh would
 compile the step a second time.
@@ -18,7 +18,7 @@ from snella_jax.core.weight import Site, Start
 def beside(
     site: Site, w0: Any, start: Start, names: PartitionSpec | None = None
 ) -> Start:
-    """Factors and counts where the weight has them, as committed as it is.
+    """Places factors and counts where the weight has them, as committed as it is.
 
     The rows of `a` are split as the weight's inputs and those of `b` as its outputs,
     stacks and slices as the weight's, which is how XLA splits their gradients; where
@@ -48,7 +48,7 @@ def beside(
 
 
 def _constrained(site: Site, start: Start, names: PartitionSpec | None) -> Start:
-    """The same under `jax.jit`, as far as the mesh of `jax.set_mesh` has the names."""
+    """Does so under `jax.jit`, as far as the mesh of `jax.set_mesh` has the names."""
     mesh = jax.sharding.get_abstract_mesh()
     known = {None, *mesh.axis_names}
     if not names or mesh.empty or not mesh.are_all_axes_auto or {*names} - known:
@@ -62,14 +62,14 @@ def _constrained(site: Site, start: Start, names: PartitionSpec | None) -> Start
 
 
 def everywhere(value: Any, other: Any) -> Any:
-    """A value on every device of another array, if that is committed to some."""
+    """Places a value on every device of another array, if that is committed to some."""
     if not _is_placed(other):
         return value
     return _put(value, _named(other.sharding, PartitionSpec(), np.ndim(value)))
 
 
 def like(value: Any, other: Any) -> Any:
-    """A new value of a variable where the old one lies, if that is committed there."""
+    """Places a new value where the old one lies, if that is committed there."""
     return _put(value, other.sharding) if _is_placed(other) else value
 
 
@@ -88,7 +88,7 @@ def _put(value: Any, sharding: Sharding | None) -> Any:
 
 
 def _named(sharding: Sharding, spec: PartitionSpec, ndim: int) -> Sharding | None:
-    """A sharding by a spec on the same devices; None for several without a mesh.
+    """Returns a sharding by a spec on the same devices; None for several without mesh.
 
     Written as `jax.jit` writes those of its outputs, or the two would be different.
     """

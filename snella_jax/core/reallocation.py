@@ -21,7 +21,7 @@ log = logging.getLogger("snella_jax")
 
 @dataclasses.dataclass(frozen=True)
 class Reallocation:
-    """What `reallocate` did, one entry for each of `L` matrices.
+    """Result of `reallocate`, with an entry for each of `L` matrices.
 
     Attributes:
       step: optimizer steps when it was called, but those that `track_importance`
@@ -127,7 +127,7 @@ def reallocate(
 
 
 def steps_since_reallocation(budgets: Any, opt_state: Any) -> int:
-    """Optimizer steps since the budgets last moved, or since the optimizer's start.
+    """Counts optimizer steps since the budgets last moved, or since the start.
 
     Budgets that came from a file without their optimizer's state are as those that
     never moved, as long as they are ahead of this optimizer's steps.
@@ -148,7 +148,7 @@ def steps_since_reallocation(budgets: Any, opt_state: Any) -> int:
 def _competing(
     budgets: Any, state: ImportanceState, scores: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The budgets by adapter path, int64; raises unless all of them may move."""
+    """Returns the budgets by adapter path, int64; raises if one of them is fixed."""
     leaves = _leaves_by_path(budgets)
     fixed = [path for (path, _), leaf in leaves.items() if (leaf == FIXED).any()]
     if fixed:
@@ -167,7 +167,7 @@ def _competing(
 
 
 def _replaced(budgets: Any, counts: Mapping[str, np.ndarray], step: int) -> Any:
-    """`budgets` with other numbers in leaves of the same shape, dtype and sharding."""
+    """Puts other numbers into leaves, with their shape, dtype and sharding."""
 
     def replace(key_path, leaf):
         path, name = _split(key_path)

@@ -1,4 +1,4 @@
-"""Which mesh axes the parameters of an adapted tree lie on, by names of the base's.
+"""Mesh axes of the parameters of an adapted tree, by names of the base's.
 
 An adapter follows its weight: factors are split as the weight's inputs and outputs are,
 and along its stack and slices; the rest of them is small.
@@ -17,7 +17,7 @@ Names = tuple[Any, ...]
 
 
 def names_in(leaves: Mapping[Any, Any]) -> dict[Any, PartitionSpec]:
-    """The specs of the leaves that are boxes with names (`nn.Partitioned`), by key."""
+    """Returns the specs of leaves that are boxes with names (`nn.Partitioned`)."""
     specs = {
         key: getattr(box, "get_partition_spec", None)
         for key, box in leaves.items()
@@ -27,7 +27,7 @@ def names_in(leaves: Mapping[Any, Any]) -> dict[Any, PartitionSpec]:
 
 
 def adapter_spec(site: Site, weight: PartitionSpec, name: str) -> PartitionSpec:
-    """The spec of a leaf of an adapter, from that of its weight.
+    """Returns the spec of a leaf of an adapter, from that of its weight.
 
     >>> from snella_jax import SnellaConfig
     >>> rule = SnellaConfig().rule("fc")
@@ -53,7 +53,7 @@ def adapter_spec(site: Site, weight: PartitionSpec, name: str) -> PartitionSpec:
 
 
 def _parted(layout: Layout, names: Names) -> tuple[Names, Any, Any]:
-    """Names of the slices, of `n` and of `m`."""
+    """Returns the names of the slices, of `n` and of `m`."""
     if layout.fused:  # the parts lie side by side, across what is split
         inputs = names[: len(layout.inputs)]
         return (None,) * len(layout.slices), _first(inputs), None
@@ -64,5 +64,5 @@ def _parted(layout: Layout, names: Names) -> tuple[Names, Any, Any]:
 
 
 def _first(names: Names) -> Any:
-    """Of axes that are read as one, which is split only as the first of them is."""
+    """Returns the name of axes read as one, split only as the first of them is."""
     return None if any(names[1:]) else names[0]

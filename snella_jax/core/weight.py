@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax.core.budgets import FIXED, allocate
 from snella_jax.core.config import Rule, SnellaConfig
-from snella_jax.core.dense import sparse_delta, summed
+from snella_jax.core.dense import Update, sparse_delta, summed
 from snella_jax.core.layout import Layout
 from snella_jax.files.hosts import to_host
 from snella_jax.kernels import Factors, Kernel
@@ -28,12 +28,12 @@ log = logging.getLogger("snella_jax")
 
 
 class BudgetsNeverMoved(RuntimeError):
-    """A model that should be adaptively sparse was never reallocated."""
+    """Error of merging an adaptively sparse model that was never reallocated."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """Where an adapter sits and how it works; static, equal by value.
+    """Where an adapter sits, and its rule; static, equal by value.
 
     Attributes:
       rule: rank, kernel, gate and path of the update.
@@ -59,7 +59,7 @@ class Site:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight, stack included."""
+        """Shape of the weight, stack included."""
         shape = list(self.layout.shape)
         for axis, size in sorted(zip(self.axes, self.stack, strict=True)):
             shape.insert(axis, size)
@@ -67,13 +67,19 @@ class Site:
 
     @property
     def front(self) -> tuple[int, ...]:
-        """The axes of a stack in front."""
+        """Axes of a stack in front."""
         return tuple(range(len(self.stack)))
 
     @property
     def kernel(self) -> Any:
-        """The kernel that makes the update."""
+        """Kernel that makes the update."""
         return self.rule.kernel
+
+    @property
+    def update(self) -> Update:
+        """How the update of the weight, without its stack, is made and added."""
+        r = self.rule
+        return Update(self.kernel, r.gate, self.layout, r.path, r.dropout, r.drop_path)
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -82,7 +88,7 @@ class Site:
 
     @property
     def capacity(self) -> int:
-        """Weights of one matrix."""
+        """Number of weights of one matrix."""
         return self.layout.n * self.layout.m
 
 
@@ -109,11 +115,11 @@ class AdaptedWeight:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its matrices: the path, with the index where there are several."""
+        """Names of its matrices: the path, with the index where there are several."""
         return tuple(indexed(self.path, i) for i in np.ndindex(self.site.lead))
 
     def matrices(self) -> Float[np.ndarray, "*lead n m"]:
-        """The weight of the base as its matrices, on the host."""
+        """Returns the weight of the base as its matrices, on the host."""
         layout = self.site.layout
         rows = np.moveaxis(to_host(self.w0), self.site.axes, self.site.front)
         whole = rows.reshape(-1, *layout.shape)
@@ -121,7 +127,7 @@ class AdaptedWeight:
         return parts.reshape(*self.site.lead, layout.n, layout.m)
 
     def delta(self) -> Float[Array, " *weight"]:
-        """The sparse update of the whole weight, stack included, at least float32."""
+        """Returns the update of the whole weight, stack included, at least float32."""
         site = self.site
         one = _Update(site.kernel, site.rule.gate, _itself, site.layout)
         # Not the site's: inside a scan over blocks there is no stack.
@@ -131,7 +137,7 @@ class AdaptedWeight:
         return jnp.moveaxis(delta, site.front, site.axes) if whole else delta
 
     def per_matrix(self, measure: Callable[[Float[Array, "n m"]], Any]) -> Any:
-        """What `measure` says of the update of each matrix, with the axes `lead`.
+        """Measures the update of each matrix; results have the axes `lead`.
 
         Compiled once for a function `measure`, so that should be no lambda.
         """
@@ -139,12 +145,12 @@ class AdaptedWeight:
         return _for_each(self.factors, self.budget, self.budget.ndim, one)
 
     def thresholds(self) -> Float[Array, " *lead"]:
-        """`tau` of each matrix: what `|delta|` has to exceed before the gate."""
+        """Returns `tau` of each matrix, which `|delta|` has to exceed."""
         one = _Threshold(self.site.kernel)
         return _for_each(self.factors, self.budget, self.budget.ndim, one)
 
     def merged(self, unmoved_budgets: bool = False) -> Float[Array, " *weight"]:
-        """`w0 + delta`, summed in at least float32, in the dtype of `w0`.
+        """Returns `w0 + delta`, summed in at least float32, in the dtype of `w0`.
 
         Raises:
           BudgetsNeverMoved: its budget should have moved and never did, unless
@@ -169,7 +175,7 @@ class AdaptedWeight:
 
 
 def indexed(path: str, index: Iterable[int]) -> str:
-    """A path with an index behind it.
+    """Appends an index to a path.
 
     >>> indexed("blocks/fc1", (3,)), indexed("head", ())
     ('blocks/fc1[3]', 'head')
@@ -184,7 +190,7 @@ Start = tuple[Factors, Counts, Counts]
 def start(
     sites: Mapping[str, Site], config: SnellaConfig, key: PRNGKeyArray
 ) -> dict[str, Start]:
-    """Factors, budgets and steps of the last reallocation, before training."""
+    """Draws factors and divides budgets, as they are before training."""
     sizes = [math.prod(site.lead) for site in sites.values()]
     capacities = np.repeat([site.capacity for site in sites.values()], sizes)
     total = round(config.starting_density * int(capacities.sum()))
@@ -217,7 +223,7 @@ def _itself(delta: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Update:
-    """What `measure` says of a sparse update; equal by value, so compiled once."""
+    """A measure of a sparse update; equal by value, so compiled once."""
 
     kernel: Kernel
     gate: str
@@ -240,14 +246,14 @@ class _Threshold:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _for_each(factors: Factors, budget: Array, axes: int, one: Callable) -> Any:
-    """`one` over so many leading axes."""
+    """Maps `one` over so many leading axes."""
     for _ in range(axes):  # one matrix at a time: a threshold needs room
         one = functools.partial(jax.lax.map, one)
     return one((factors, budget))
 
 
 def add(path: str, w0: Array, delta: Array) -> Array:
-    """`w0 + delta` in the dtype of `w0`; logs what rounding lost."""
+    """Returns `w0 + delta` in the dtype of `w0`; logs what rounding lost."""
     merged = summed(w0, delta).astype(w0.dtype)
     moved = jnp.count_nonzero(delta)
     lost = jnp.count_nonzero((delta != 0) & (merged == w0)) / jnp.maximum(moved, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write files into; at the end it takes the place of `folder`.
+    """Makes a new folder to write files into, which then takes the place of `folder`.
 
     Where `folder` is a link, it stays one and what it points at is exchanged. After an
     error everything is as it was. A process that is killed in between the two renames
@@ -50,7 +50,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A new file to write; at the end it takes the place of `path`.
+    """Makes a new file to write, which then takes the place of `path`.
 
     Where that is a link, it stays one and what it points at is replaced.
     """
@@ -78,7 +78,7 @@ def check_exchangeable(folder: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What `whole_folder` left beside `folder` when its process was killed."""
+    """Lists what `whole_folder` left beside `folder` when its process was killed."""
     folder = folder.resolve()
     name = rf"{re.escape(_prefix(folder))}[a-z0-9_]{{8}}"
     beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
@@ -87,7 +87,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def _prefix(path: Path) -> str:
-    """Of what is made beside `path`; short where a longer name would be refused."""
+    """Returns the beginning of names beside `path`; short if they would be refused."""
     name = os.fsencode(path.name)
     short = path.name if len(name) < 200 else hashlib.sha256(name).hexdigest()
     return f".{short}."

@@ -1,15 +1,15 @@
-"""The error of a checkpoint that cannot be loaded."""
+"""Errors of files that cannot be loaded."""
 
 from pathlib import Path
 
 
 class CheckpointError(ValueError):
-    """Names the file and says what is wrong with it."""
+    """Error of a file that cannot be loaded: names it and says what is wrong."""
 
     def __init__(self, path: Path, reason: str):
         super().__init__(f"{path}: {reason}.")
 
     @classmethod
     def damaged(cls, path: Path, error: Exception) -> "CheckpointError":
-        """For what a reader raised: on a damaged file it can be nearly anything."""
+        """Makes the error of what a reader raised, on damage nearly anything."""
         return cls(path, f"damaged ({type(error).__name__}: {error})")

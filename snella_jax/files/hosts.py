@@ -1,4 +1,4 @@
-"""Arrays and files where there are several processes."""
+"""Arrays and files of several processes."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 
 
 def to_host(value: Any) -> np.ndarray:
-    """An array as NumPy's in C order, gathered if it is spread over several processes.
+    """Returns an array as NumPy's in C order, gathered from the processes that have it.
 
     In the machine's byte order, which JAX and safetensors take for granted.
 
@@ -23,7 +23,7 @@ def to_host(value: Any) -> np.ndarray:
 
 
 def native(value: Any) -> Any:
-    """An array of NumPy's in the machine's byte order; everything else as it is.
+    """Converts an array of NumPy's to the machine's byte order, and nothing else.
 
     >>> native(np.ones(2, ">f4")).dtype.isnative, native("text")
     (True, 'text')
@@ -37,7 +37,7 @@ Index = tuple[slice, ...]
 
 
 def parts(value: Any) -> Iterator[tuple[Index, np.ndarray]]:
-    """The parts of an array that this process has, and where they lie in it.
+    """Yields the parts of an array that this process has, and where they lie in it.
 
     Every number of an array that is spread over several processes comes in one part of
     one of them; of any other array each process gets all.
@@ -55,7 +55,7 @@ def parts(value: Any) -> Iterator[tuple[Index, np.ndarray]]:
 
 
 def over_processes(value: Any, sums: np.ndarray) -> np.ndarray:
-    """The sums, uint64, over all processes of what each found in its `parts`."""
+    """Sums, uint64, over all processes what each found in its `parts`."""
     if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return sums
     halves = sums.reshape(-1).view(np.uint32)  # JAX may know no 64 bits

@@ -12,7 +12,7 @@ from snella_jax.files.errors import CheckpointError
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The initialisers by name; a folded one is called after its node's path.
+    """Reads the initialisers by name; a folded one is called after its node's path.
 
     The second operand of `/encoder/layer.0/mlp/fc1/MatMul` becomes
     `encoder.layer.0.mlp.fc1.MatMul`, and is `[in, out]`.

@@ -11,7 +11,7 @@ from snella_jax.files.errors import CheckpointError
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors and the metadata of a `.safetensors` file.
+    """Reads the tensors and the metadata of a `.safetensors` file.
 
     Raises:
       CheckpointError: it is damaged.
@@ -25,7 +25,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
       CheckpointError: it is damaged, or holds something else.

@@ -33,7 +33,7 @@ STORAGES = {
 
 
 def read(path: Path) -> Any:
-    """What was saved, with NumPy arrays (read-only, own dtypes) for tensors.
+    """Reads what was saved, with NumPy arrays (read-only, own dtypes) for tensors.
 
     Raises:
       CheckpointError: the file is damaged, of the format before PyTorch 1.6, or names
@@ -99,42 +99,42 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _check_memo(data: bytes) -> None:
-    """The unpickler allocates up to the highest place of its memo: no gaps in it."""
+    """Raises a `ValueError` for gaps in the memo, for which memory is allocated."""
     for count, (code, argument, _) in enumerate(pickletools.genops(data)):
         if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
             raise ValueError(f"operation {count} notes something at place {argument}")
 
 
 class _Fixed:
-    """Made by us and given to the pickle, which cannot change it."""
+    """Object that is made here and given to the pickle, which cannot change it."""
 
     def __setstate__(self, state: Any) -> None:
         raise ValueError("it sets the state of a storage or a dtype")
 
 
 class _Kind(_Fixed):
-    """What `torch.FloatStorage` and its like stand for."""
+    """Stand-in for `torch.FloatStorage` and its like."""
 
     def __init__(self, dtype: np.dtype):
         self.dtype = dtype
 
 
 class _Storage(_Fixed):
-    """The numbers that tensors are views of; no tensor is a storage itself."""
+    """Numbers that tensors are views of; no tensor is a storage itself."""
 
     def __init__(self, numbers: np.ndarray):
         self.numbers = numbers
 
 
 class _Dict(dict):
-    """`collections.OrderedDict`, without the attributes that PyTorch hangs on it."""
+    """Stand-in for `collections.OrderedDict` without PyTorch's attributes."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
 def _tensor(of: _Storage, offset: int, size: tuple, stride: tuple, *_: Any):
-    """`torch._utils._rebuild_tensor_v2`."""
+    """Stands in for `torch._utils._rebuild_tensor_v2`."""
     if not isinstance(of, _Storage):
         raise ValueError("a tensor of something else than a storage")
     storage = of.numbers
@@ -151,17 +151,17 @@ def _tensor(of: _Storage, offset: int, size: tuple, stride: tuple, *_: Any):
 
 
 def _parameter(data: np.ndarray, *_: Any) -> np.ndarray:
-    """`torch._utils._rebuild_parameter`."""
+    """Stands in for `torch._utils._rebuild_parameter`."""
     return data
 
 
 def _size(values: tuple) -> tuple[int, ...]:
-    """`torch.Size`."""
+    """Stands in for `torch.Size`."""
     return tuple(int(value) for value in values)
 
 
 class _NumpyDtype:
-    """`numpy.dtype`; a class of our own, for a file must not touch NumPy's."""
+    """Stand-in for `numpy.dtype`, which a file must not touch."""
 
     def __init__(self, name: str, *_: Any):
         if np.dtype(name).kind not in "biuf":
@@ -174,13 +174,13 @@ class _NumpyDtype:
 
 
 def _numpy_scalar(dtype: _NumpyDtype, value: bytes) -> Any:
-    """`numpy.core.multiarray.scalar`: training loops save their best accuracy so."""
+    """Stands in for `numpy.core.multiarray.scalar`, as which accuracies are saved."""
     (number,) = np.frombuffer(value, np.dtype(dtype.name).newbyteorder("<"))
     return number.item()
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """`_codecs.encode`: how old pickles write the bytes of a NumPy scalar."""
+    """Stands in for `_codecs.encode`: how old pickles write a NumPy scalar's bytes."""
     if encoding != "latin1":
         raise ValueError(f"bytes in {encoding}")
     return text.encode(encoding)

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from snella_jax.adapters import format
-from snella_jax.adapters import tree as trees
+from snella_jax.adapters import file_format, tree
 from snella_jax.adapters.base import Base
 from snella_jax.adapters.fitting import fit
-from snella_jax.adapters.tree import Key, Tree, by_name, flat, join, name_of
+from snella_jax.adapters.tree import Key, Tree, by_name, flat, join, name_of, nested
 from snella_jax.core.binding import check_binding
 from snella_jax.core.config import Rule, SnellaConfig
 from snella_jax.core.layout import Layout
@@ -28,8 +27,8 @@ __all__ = ["Adapters", "adapt", "join", "load"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Adapters(trees.Adapters):
-    """Where a module is adapted, and its call with the adapters in `params`.
+class Adapters(tree.Adapters):
+    """The adapters of a Linen module, and its call with them in `params`.
 
     Attributes:
       module: as it was written.
@@ -40,7 +39,7 @@ class Adapters(trees.Adapters):
     places: Mapping[Key, Place] = dataclasses.field(hash=False)
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """`module.apply`, with `w0 + delta` as weights; same arguments and results.
+        """Calls `module.apply` with `w0 + delta` as weights: its arguments and results.
 
         Nothing else knows of the adapters: `module.apply` computes with the weights of
         the base, whatever has trained, and gives the factors no gradient. A rule that
@@ -52,8 +51,8 @@ class Adapters(trees.Adapters):
             return self.module.apply(variables, *args, **kwargs)
 
     def _held(self, params: Tree) -> Tree:
-        """Parameters with each adapter as a `Held`."""
-        found = {trees.adapter_key(key): (key, {}) for key in self.places}
+        """Returns parameters with each adapter as a `Held`."""
+        found = {tree.adapter_key(key): (key, {}) for key in self.places}
         leaves = {}
         for key, leaf in flat(params).items():
             if key[:-1] in found:
@@ -63,7 +62,7 @@ class Adapters(trees.Adapters):
         for at, (key, values) in found.items():
             if values:
                 leaves[at] = Held.of(values, key, self.places[key])
-        return trees.nested(leaves)
+        return nested(leaves)
 
 
 def adapt(
@@ -75,7 +74,7 @@ def adapt(
     layouts: Mapping[str, Layout] | None = None,
     **kwargs: Any,
 ) -> tuple[Adapters, Tree]:
-    """Adapters for a Linen module, and its parameters with them.
+    """Adapts a Linen module: returns its adapters, and its parameters with them.
 
     `nn.Dense`, `nn.DenseGeneral` (so Flax's attention), `nn.Einsum`, `nn.Conv` and
     subclasses of them get an adapter where `config.targets` matches their path, such as
@@ -108,8 +107,8 @@ def adapt(
     layers = layers_of(module, plain, inputs, kwargs, layouts)
     chosen = layers.chosen(config.targets, config.trainable)
     sites = {x.key: x.site(config.rule(x.path), config.must_move) for x in chosen}
-    tree, params = trees.place(variables["params"], sites, config, key)
-    return _adapters(module, tree, chosen), params
+    adapters, params = tree.place(variables["params"], sites, config, key)
+    return _adapters(module, adapters, chosen), params
 
 
 def load(
@@ -122,7 +121,7 @@ def load(
     allow_base_mismatch: bool = False,
     **kwargs: Any,
 ) -> tuple[Adapters, dict[str, Any]]:
-    """Adapters from a folder, and the variables with them and what else trained.
+    """Loads adapters from a folder; returns them, and variables with what else trained.
 
     Whichever binding wrote them: `rename` says which weights are which.
 
@@ -139,7 +138,7 @@ def load(
     variables = jax.tree.map(native, variables)
     plain = nn.meta.unbox(variables)
     known = layers_of(module, plain, inputs, kwargs, layouts).known
-    params, stats = (flat(plain.get(c, {})) for c in ("params", "batch_stats"))
+    base, stats = (flat(plain.get(c, {})) for c in ("params", "batch_stats"))
 
     def locate(path: str, rule: Rule, must_move: bool) -> tuple[Site, Array]:
         if path not in known:
@@ -147,27 +146,27 @@ def load(
                 "this module has no such layer that can be adapted (one that is none "
                 "of Flax's needs layouts)"
             )
-        return known[path].site(rule, must_move), params[known[path].key]
+        return known[path].site(rule, must_move), base[known[path].key]
 
-    named, own = by_name(params), by_name(stats)
+    named, own = by_name(base), by_name(stats)
     weights, trained, moved = fit(
-        format.read(folder),
+        file_format.read(folder),
         locate,
         Base(named, own),
         own,
         rename=rename,
         allow_base_mismatch=allow_base_mismatch,
     )
-    adapters, tree = trees.fill(variables["params"], weights, trained)
-    loaded = {**plain, "params": tree}
+    adapters, params = tree.fill(variables["params"], weights, trained)
+    loaded = {**plain, "params": params}
     if moved:
         values = {k: jnp.asarray(moved.get(name_of(k), x)) for k, x in stats.items()}
-        loaded["batch_stats"] = trees.nested(values)
+        loaded["batch_stats"] = nested(values)
     return _adapters(module, adapters, [known[path] for path in weights]), loaded
 
 
 def _check(module: Any, variables: Any) -> None:
-    """Raises where these are no Linen module and no variables of one."""
+    """Raises an error unless these are a Linen module and variables of one."""
     check_binding(module, "Linen")
     if not isinstance(variables, Mapping) or "params" not in variables:
         raise ValueError(
@@ -176,7 +175,9 @@ def _check(module: Any, variables: Any) -> None:
         )
 
 
-def _adapters(module: nn.Module, tree: trees.Adapters, layers: list[Layer]) -> Adapters:
-    own = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+def _adapters(module: nn.Module, plain: tree.Adapters, layers: list[Layer]) -> Adapters:
+    own = {
+        field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)
+    }
     places = {x.key: Place(x.axes or (), x.module is None) for x in layers}
     return Adapters(**own, module=module, places=places)

@@ -18,7 +18,7 @@ from flax.linen.transforms import lift_direct_transform
 from jaxtyping import Array
 
 from snella_jax.adapters.tree import COUNTS, Key, name_of
-from snella_jax.core.dense import Update, adapted, adapted_call
+from snella_jax.core.dense import adapted_call, updated
 from snella_jax.core.weight import Site
 from snella_jax.kernels import Factors
 from snella_jax.linen.layers import STOCK, positions
@@ -30,7 +30,7 @@ from snella_jax.ops.recompute import Arrays
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """How the adapter of a weight gets to its layer.
+    """Way of an adapter to its layer.
 
     Attributes:
       axes: along which lifts take it apart, as they are given to them, outermost first.
@@ -56,17 +56,17 @@ class Held(struct.PyTreeNode):
 
     @classmethod
     def of(cls, values: Mapping[str, Array], key: Key, place: Place) -> "Held":
-        """Of an adapter with its stack in front."""
+        """Holds an adapter with its stack in front."""
         moved = {name: _moved(value, place.axes) for name, value in values.items()}
         return cls(moved, key, place)
 
     @property
     def name(self) -> str:
-        """Of the weight."""
+        """Name of the weight."""
         return name_of(self.key)
 
     def parts(self) -> tuple[Factors, Array]:
-        """The factors and the budget, as the layer needs them."""
+        """Returns the factors and the budget, as the layer needs them."""
         spare = tuple(range(_spare(self.place.axes)))
         own = {k: jnp.squeeze(value, spare) for k, value in self.values.items()}
         budget, _ = (own.pop(name) for name in COUNTS)
@@ -74,7 +74,7 @@ class Held(struct.PyTreeNode):
 
 
 def _moved(value: Array, axes: tuple[int, ...]) -> Array:
-    """A leaf of an adapter with its stack where lifts along these axes expect it."""
+    """Moves the stack of a leaf to where lifts along these axes expect it."""
     if not any(axes):
         return value
     stack, spare = len(axes), _spare(axes)
@@ -84,14 +84,14 @@ def _moved(value: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _spare(axes: tuple[int, ...]) -> int:
-    """Axes of size 1 that a scalar needs for a stack to stand where lifts expect it."""
+    """Counts the axes of size 1 that a scalar needs for a stack to stand there."""
     return max((axis if axis >= 0 else -axis - 1 for axis in axes), default=0)
 
 
 def called(
     sites: Mapping[Key, Site], call: Any, args: tuple, kwargs: dict, context: Any
 ) -> Any:
-    """A layer's method with adapted weights: an interceptor for `nn.intercept_methods`.
+    """Calls a layer's method with adapted weights; for `nn.intercept_methods`.
 
     Args:
       sites: of the adapted weights.
@@ -116,7 +116,7 @@ def called(
 def _product(
     layer: Any, site: Site, held: Held, x: Array, *args: Any, **kwargs: Any
 ) -> Array:
-    """The layer's own call on a copy with another weight, see `flax_layers`."""
+    """Calls the layer on a copy with another weight, as `nnx.flax_layers` does."""
     own = {
         name: nn.meta.unbox(value)
         for name, value in layer.variables["params"].items()
@@ -138,18 +138,9 @@ def _product(
     if (rule.dropout or rule.drop_path) and layer.has_rng("dropout"):
         key = layer.make_rng("dropout")
     dtype = layer.dtype or jnp.result_type(x, weight, *own.values())
-    return adapted(op, site.layout, functools.partial(op, use_bias=False))(
-        jnp.asarray(x, dtype),
-        weight,
-        factors,
-        budget,
-        kernel=site.kernel,
-        gate=rule.gate,
-        path=rule.path,
-        dropout=rule.dropout,
-        drop_path=rule.drop_path,
-        key=key,
-    )
+    without_bias = functools.partial(op, use_bias=False)
+    run = updated(op, site.update, without_bias)
+    return run(jnp.asarray(x, dtype), weight, factors, budget, key)
 
 
 def _whole(
@@ -159,10 +150,9 @@ def _whole(
     args: tuple,
     kwargs: dict,
 ) -> Any:
-    """Any method of a layer, made again on the way back; what it moves is kept."""
+    """Calls any method of a layer, recomputed in the backward pass; keeps its state."""
     method = context.orig_method.func  # without interceptors, which have run
-    own = {name: sites[adapter.key] for name, adapter in held.items()}
-    updates = {k: Update(x.kernel, x.rule.gate, x.layout) for k, x in own.items()}
+    updates = {name: sites[adapter.key].update for name, adapter in held.items()}
     parts = {name: adapter.parts() for name, adapter in held.items()}
     factors, budgets = ({k: both[i] for k, both in parts.items()} for i in (0, 1))
 
@@ -197,7 +187,7 @@ def _whole(
 
 
 def _weights(tree: Any, held: Mapping[str, Held]) -> dict[str, Array]:
-    """The weights beside these adapters, wherever in a tree."""
+    """Finds the weights beside these adapters, wherever in a tree."""
     found = {}
     children = tree.values() if isinstance(tree, Mapping) else tree
     for child in children:
@@ -209,7 +199,7 @@ def _weights(tree: Any, held: Mapping[str, Held]) -> dict[str, Array]:
 
 
 def _exchanged(tree: Any, weights: Mapping[str, Array]) -> Any:
-    """A tree with these weights in it instead of their adapters."""
+    """Puts weights into a tree in the place of their adapters."""
     if not isinstance(tree, Mapping):
         return tree
     new = {}

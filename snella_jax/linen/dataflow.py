@@ -1,4 +1,4 @@
-"""Which of its arguments a traced function multiplies its input by, and where.
+"""Finds the arguments that a traced function multiplies its input by, and where.
 
 A name or a shape cannot tell a matrix of weights from a table of embeddings, a learned
 token or a scale. The traced program can: the one meets what depends on the input in a
@@ -61,18 +61,18 @@ REGION = re.compile(r"snella<(\d+)>")
 
 
 def region(index: int) -> contextlib.AbstractContextManager:
-    """What is traced inside it belongs to the region of this number."""
+    """Marks what is traced inside it as belonging to the region of this number."""
     return jax.named_scope(f"snella<{index}>")
 
 
 def mark(value: Array, index: int) -> None:
-    """Asks what `value` is in the program that is being traced."""
+    """Marks a value in the program that is being traced, see `Dataflow.marked`."""
     checkpoint_name(value, f"snella<{index}>")
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What is known of a value.
+    """Origin of a value of a traced program.
 
     Attributes:
       sources: the weights that it was made of, since the last product.
@@ -89,7 +89,7 @@ class Origin:
     picks: bool = False
 
     def joined(self, other: "Origin") -> "Origin":
-        """What holds of a value that may be either."""
+        """Returns what holds of a value that may be either."""
         return Origin(
             self.sources | other.sources,
             self.moved if self.moved == other.moved else None,
@@ -99,7 +99,7 @@ class Origin:
         )
 
     def turned(self) -> bool:
-        """Whether its axes are known to have another order than the weight's."""
+        """Returns True if its axes are known to have another order than the weight."""
         return self.axes is not None and list(self.axes) != sorted(self.axes)
 
 
@@ -108,7 +108,7 @@ NOTHING = Origin()
 
 @dataclasses.dataclass
 class Dataflow:
-    """What became of the weights among the arguments of a program.
+    """Uses of the weights among the arguments of a program.
 
     Attributes:
       multiplied: regions around each product of a weight with what depends on the
@@ -123,7 +123,7 @@ class Dataflow:
 
     @classmethod
     def of(cls, program: ClosedJaxpr, arguments: Sequence[Any]) -> "Dataflow":
-        """Of a program, each argument of which is a weight, input or neither.
+        """Analyses a program, each argument of which is a weight, an input or neither.
 
         Args:
           program: of `jax.make_jaxpr`.
@@ -245,7 +245,7 @@ class Dataflow:
 
 
 def _scanned(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """How many of a scan's operands or results are stacked over its steps."""
+    """Counts the operands or results of a scan that are stacked over its steps."""
     pairs = zip(outside, inside, strict=True)
     return sum(len(x.aval.shape) > len(y.aval.shape) for x, y in pairs)
 
@@ -269,7 +269,7 @@ def _moved(eqn: JaxprEqn, operand: Origin) -> Origin:
 
 
 def _combined(one: Origin, other: Origin) -> Origin:
-    """Of what is computed from both."""
+    """Returns the origin of what is computed from both."""
     return Origin(one.sources | other.sources, live=one.live or other.live)
 
 
@@ -278,7 +278,7 @@ def _regions(eqn: JaxprEqn) -> frozenset[int]:
 
 
 def _programs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
-    """Those that an equation runs."""
+    """Yields the programs that an equation runs."""
     for value in eqn.params.values():
         if isinstance(value, ClosedJaxpr):
             yield value.jaxpr

@@ -49,16 +49,16 @@ class Layer:
 
     @property
     def path(self) -> str:
-        """As regexes have it."""
+        """Path of the weight, as regexes have it."""
         return layer_path(self.key)
 
     @property
     def own(self) -> bool:
-        """Whether it is none of Flax's, or has a call of its own."""
+        """True if it is none of Flax's, or has a call of its own."""
         return self.kind.__call__ not in STOCK
 
     def site(self, rule: Rule, must_move: bool) -> Site:
-        """Of its weight.
+        """Returns the site of its weight.
 
         Raises:
           ValueError: the rule does not fit, or the layer cannot be adapted.
@@ -121,7 +121,7 @@ class Layer:
 
 
 def positions(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """Where the stack's axes end up around `ndim` others.
+    """Returns where the stack's axes end up around `ndim` others.
 
     Args:
       axes: as they are given to lifts, outermost first.
@@ -138,7 +138,7 @@ def positions(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """What a traced call of a module met.
+    """The layers and weights that a traced call of a module met.
 
     Attributes:
       known: the layers that can be adapted, by path.
@@ -152,7 +152,7 @@ class Layers:
     unused: list[Key]
 
     def chosen(self, targets: str, trainable: str) -> list[Layer]:
-        """The layers that the regex `targets` matches in full.
+        """Returns the layers that the regex `targets` matches in full.
 
         A weight of a layer of one's own may be meant by the path of the layer, too.
 
@@ -197,7 +197,7 @@ def layers_of(
     kwargs: dict[str, Any],
     layouts: Mapping[str, Layout] | None,
 ) -> Layers:
-    """The layers that a call of the module meets.
+    """Traces a call of the module, and returns the layers that it met.
 
     Args:
       module: not bound.
@@ -249,7 +249,7 @@ def _layer(call: Call, key: Key, layout: Layout | None) -> Layer:
 
 
 def _given(layouts: Mapping[str, Layout], key: Key) -> str | None:
-    """The regex among `layouts` for this weight."""
+    """Returns the regex among `layouts` for this weight, or None."""
     names = layer_path(key), name_of(key)
     return next((r for r in layouts if any(re.fullmatch(r, n) for n in names)), None)
 

@@ -55,7 +55,7 @@ class Seen:
 
 
 class Call:
-    """A call of a module that is traced.
+    """A traced call of a module.
 
     Attributes:
       weights: the parameters by key.
@@ -83,7 +83,7 @@ class Call:
             self._read(number, key, seen)
 
     def problem(self, key: Key) -> str:
-        """Why a layer's weight cannot have an adapter, or ""."""
+        """Says why a layer's weight cannot have an adapter; empty if it can."""
         if key in self._changed:
             return (
                 "its weight is changed on the way to it (by nn.WeightNorm, "
@@ -100,7 +100,7 @@ class Call:
         return ""
 
     def passed_over(self, key: Key) -> bool:
-        """Whether a parameter is no weight, though it meets the input in a product."""
+        """Returns True if a parameter is no weight, though it is in a product."""
         seen = self.seen.get(key)
         shape = jnp.shape(self.weights[key]) if seen is None else seen.shape
         return (
@@ -111,7 +111,7 @@ class Call:
         )
 
     def axes(self, key: Key) -> tuple[int, ...] | None:
-        """Along which lifts take a weight apart, as they are given to them.
+        """Returns the axes along which lifts take a weight apart, as given to them.
 
         Outermost first; None where nothing says it.
         """
@@ -131,7 +131,7 @@ class Call:
         return (0,) * stack if fitting == [front] else None
 
     def _traced(self) -> Dataflow:
-        """What becomes of the parameters in the call."""
+        """Traces the call and what becomes of the parameters in it."""
         run = functools.partial(self._run, self._see, self._params)
         program = jax.make_jaxpr(run)(list(self.weights.values()), self._arrays)
         state = len(jax.tree.leaves(self._state))
@@ -141,7 +141,7 @@ class Call:
     def _run(
         self, see: Any, params: dict[Key, Any], weights: Any, arrays: dict[int, Array]
     ) -> Any:
-        """The call; `see` intercepts those of the module's layers."""
+        """Runs the call; `see` intercepts those of the module's layers."""
         leaves, structure = jax.tree.flatten((self._state, self._inputs, self._kwargs))
         mixed = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
         state, inputs, kwargs = jax.tree.unflatten(structure, mixed)
@@ -172,7 +172,7 @@ class Call:
             return call(*args, **options)
 
     def _read(self, number: int, key: Key, seen: Seen) -> None:
-        """What a mark says of a parameter."""
+        """Reads what a mark says of a parameter."""
         origin = self.flow.marked.get(number)
         if key not in self.weights or (origin and key not in origin.sources):
             return  # of a module that is called with parameters of its own
@@ -203,7 +203,7 @@ class Call:
 
 
 class _Witness(struct.PyTreeNode, nn.meta.AxisMetadata):
-    """No parameter: it sees which axes lifts take away where it is.
+    """No parameter, but a box that sees which axes lifts take away where it is.
 
     Attributes:
       owner: key of the module that it was put into.
@@ -214,16 +214,16 @@ class _Witness(struct.PyTreeNode, nn.meta.AxisMetadata):
     axes: tuple[int, ...] = struct.field(pytree_node=False)
 
     def unbox(self) -> None:
-        """Holds nothing."""
+        """Returns nothing, for it holds nothing."""
 
     def replace_boxed(self, val: Any) -> "_Witness":
-        """Holds nothing."""
+        """Returns itself, for it holds nothing."""
         return self
 
     def add_axis(self, index: int, params: dict) -> "_Witness":
-        """The inverse of `remove_axis`."""
+        """Undoes `remove_axis`."""
         return self.replace(axes=self.axes[:-1])
 
     def remove_axis(self, index: int, params: dict) -> "_Witness":
-        """What a lift does before it calls what it lifts."""
+        """Notes an axis that a lift takes away before it calls what it lifts."""
         return self.replace(axes=(*self.axes, index))

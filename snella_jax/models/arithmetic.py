@@ -1,4 +1,4 @@
-"""What of a model's config changes outputs and does not show in the weights."""
+"""The fields of a model's config that change outputs and do not show in the weights."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ NOT_COMPARED = {
 
 
 def of(model: nnx.Module) -> dict[str, dict[str, Any]]:
-    """By path, the fields of every model of `snella_jax.models` in one, for JSON.
+    """Collects these fields of every model of `snella_jax.models` in one, for JSON.
 
     With the grid of those that have weights for each place in it.
 

@@ -10,13 +10,13 @@ import numpy as np
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import once
 from snella_jax.models.checkpoints.build import head_origin
-from snella_jax.models.checkpoints.describing import config_files, metadata
+from snella_jax.models.checkpoints.config_files import config_files, metadata
 from snella_jax.models.checkpoints.formats import ExportFormat
 from snella_jax.models.checkpoints.mapping import arrange, place_of
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.checkpoints.rewrite import rewritten, unmade
 from snella_jax.models.checkpoints.write import write_file, write_folder
-from snella_jax.models.registry import Model, layout
+from snella_jax.models.registry import Model, export_format
 from snella_jax.models.vit import ViT
 
 log = logging.getLogger("snella_jax")
@@ -70,7 +70,7 @@ def export(
         raise ValueError(
             f"{path}: expected .npz or .safetensors, or a folder where `like` is one."
         )
-    own = layout(model, source)
+    own = export_format(model, source)
     _check_grid(model, path, own)
     names = _class_names(class_names, model, own, as_file)
     tensors = _named(_tensors(own), source, own)
@@ -83,7 +83,7 @@ def export(
 
 
 def _check_grid(model: Model, path: Path, own: ExportFormat) -> None:
-    """Raises a `ValueError` where a grid of positions that is no square would be lost.
+    """Raises a `ValueError` if a grid of positions that is no square would be lost.
 
     Logs where transformers does not know of it.
     """
@@ -107,7 +107,7 @@ def _check_grid(model: Model, path: Path, own: ExportFormat) -> None:
 def _class_names(
     names: Sequence[str] | None, model: Model, own: ExportFormat, as_file: bool
 ) -> Sequence[str] | None:
-    """Those for the head; None for those that the checkpoint's config has.
+    """Returns the names for the head; None for those of the checkpoint's config.
 
     Raises:
       ValueError: they do not name the classes, one each, or there is no place for them.
@@ -137,7 +137,7 @@ def _origin(own: ExportFormat) -> str | None:
 
 
 def _tensors(own: ExportFormat) -> dict[str, np.ndarray]:
-    """Those of the model, and of the checkpoint what the model does not have."""
+    """Collects the model's tensors, and those of the checkpoint that it lacks."""
     checkpoint, rules = own.checkpoint, own.rules
     tensors, left = rewritten(checkpoint, rules, own.parts, f"head/.*|{own.free}")
     if other := sorted(left - own.head.keys()):
@@ -157,7 +157,7 @@ def _tensors(own: ExportFormat) -> dict[str, np.ndarray]:
 def _named(
     tensors: dict[str, np.ndarray], source: Checkpoint, own: ExportFormat
 ) -> dict[str, np.ndarray]:
-    """Names with the prefix they had, or which a model with a head gives them."""
+    """Names tensors with the prefix they had, or that of a model with a head."""
     names = dict(zip(own.checkpoint.tensors, source.tensors, strict=True))
     prefix = own.checkpoint.prefix
     if not prefix and "classifier.weight" in tensors:

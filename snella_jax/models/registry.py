@@ -10,17 +10,15 @@ from snella_jax.files.errors import CheckpointError
 from snella_jax.models import convnext, swin, vit
 from snella_jax.models.checkpoints.formats import ExportFormat
 from snella_jax.models.checkpoints.read import Checkpoint, read
-from snella_jax.models.convnext import weights as convnext_weights
-from snella_jax.models.swin import weights as swin_weights
-from snella_jax.models.vit import formats
-from snella_jax.models.vit import weights as vit_weights
 
 Model = vit.ViT | swin.Swin | convnext.ConvNeXt
+# A Swin has the patches of a ViT, too, so it comes first.
+FAMILIES = (swin.FAMILY, convnext.FAMILY, vit.FAMILY)
 PRESETS = {**vit.PRESETS, **swin.PRESETS, **convnext.PRESETS}
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Model:
-    """A randomly initialised preset, any field of its config overridden.
+    """Makes a randomly initialised preset, any field of its config overridden.
 
     >>> from snella_jax import models
     >>> model = nnx.eval_shape(lambda: models.create("swin_b", rngs=nnx.Rngs(0)))
@@ -37,19 +35,15 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Model:
 
 
 def of(config: Any, rngs: nnx.Rngs) -> Model:
-    """The randomly initialised model of a config."""
-    match config:
-        case vit.ViTConfig():
-            return vit.ViT(config, rngs=rngs)
-        case swin.SwinConfig():
-            return swin.Swin(config, rngs=rngs)
-        case convnext.ConvNeXtConfig():
-            return convnext.ConvNeXt(config, rngs=rngs)
+    """Makes the randomly initialised model of a config."""
+    for family in FAMILIES:
+        if isinstance(config, family.config):
+            return family.model(config, rngs=rngs)
     raise TypeError(f"{type(config).__name__} is the config of no model.")
 
 
 def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Model:
-    """A model with published weights: a ViT, a Swin or a ConvNeXt.
+    """Loads a model with published weights: a ViT, a Swin or a ConvNeXt.
 
     Args:
       path: a file or a Hugging Face folder.
@@ -60,13 +54,9 @@ def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Mod
       As `vit.load`.
     """
     checkpoint = read(path, weights)
-    for marks, load_family in (
-        (swin_weights.MARKS, swin.load),  # a Swin has a ViT's patches, too
-        (convnext_weights.MARKS, convnext.load),
-        (formats.MARKS, vit.load),
-    ):
-        if checkpoint.prefixes(*marks):
-            return load_family(checkpoint, **options)
+    for family in FAMILIES:
+        if checkpoint.prefixes(*family.marks):
+            return family.load(checkpoint, **options)
     some = ", ".join(sorted(checkpoint.tensors)[:5])
     raise CheckpointError(
         checkpoint.path,
@@ -76,8 +66,8 @@ def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Mod
     )
 
 
-def layout(model: nnx.Module, source: Checkpoint) -> ExportFormat:
-    """That of a model in the format of a checkpoint.
+def export_format(model: nnx.Module, source: Checkpoint) -> ExportFormat:
+    """Returns a model's numbers in the format of a checkpoint.
 
     Args:
       model: plain, of `snella_jax.models`.
@@ -88,11 +78,7 @@ def layout(model: nnx.Module, source: Checkpoint) -> ExportFormat:
       ValueError: other programs could not run it.
       TypeError: no model of `snella_jax.models`.
     """
-    match model:
-        case vit.ViT():
-            return vit_weights.export_format(model, source)
-        case swin.Swin():
-            return swin_weights.export_format(model, source)
-        case convnext.ConvNeXt():
-            return convnext_weights.export_format(model, source)
+    for family in FAMILIES:
+        if isinstance(model, family.model):
+            return family.export_format(model, source)
     raise TypeError(f"{type(model).__name__} is no model of snella_jax.models.")

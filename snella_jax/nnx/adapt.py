@@ -59,7 +59,7 @@ def adapt(
     rngs: nnx.Rngs,
     layouts: Mapping[str, Layout] | None = None,
 ) -> M:
-    """A copy of `model` with `w0 + delta` as targeted weights; only `delta` trains.
+    """Returns a copy of `model` with `w0 + delta` as weights; only `delta` trains.
 
     Every `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and `nnx.Conv` (or a subclass
     of them) whose path `config.targets` matches gets an adapter; layers with leading
@@ -137,7 +137,7 @@ def attach(
 
 
 def _beside(target: Target, site: Site, start: Start) -> Adapter:
-    """An adapter that lies, and says that it lies, as the weight does."""
+    """Makes an adapter that lies, and says that it lies, as the weight does."""
     given = target.weight.get_metadata("out_sharding", None)
     names = PartitionSpec(*getattr(given, "spec", given or ()))
     if len(names) != len(site.shape):  # a stack that metadata do not know, or none
@@ -183,7 +183,7 @@ def partition(
 
 
 def merge(model: M, *, unmoved_budgets: bool = False) -> M:
-    """A plain copy of an adapted model: `w0 + delta` as weights, no adapters.
+    """Returns a plain copy of an adapted model: `w0 + delta` as weights, no adapters.
 
     Its outputs equal the adapted model's to rounding. The sum is taken in at least
     float32 and stored in the weight's dtype; where that is narrower, the share of moved
@@ -233,7 +233,7 @@ def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
 
 
 def adapted_weights(model: nnx.Module) -> int:
-    """How many weights of the base the adapters reach: the budget of density 1."""
+    """Counts the weights of the base that adapters reach: the budget of density 1."""
     require_adapters(model)
     return sum(
         adapter.site.capacity * math.prod(adapter.budget.shape)
@@ -242,7 +242,7 @@ def adapted_weights(model: nnx.Module) -> int:
 
 
 def merged_magnitude(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Mean `|delta|` of every matrix: `scores` for `reallocate` (Table X)."""
+    """Returns the mean `|delta|` of every matrix, to `reallocate` by (Table X)."""
     require_adapters(model)
     found = {}
     for path, layer in adapted_layers(model):
@@ -258,7 +258,7 @@ def _mean_magnitude(delta: jax.Array) -> jax.Array:
 
 
 def _refuse_tied(model: nnx.Module, targets: Mapping[str, Target]) -> None:
-    """One weight cannot be merged with two updates, nor with one for only one user."""
+    """Raises a `ValueError` for tied weights, whose other user has no update."""
     users: dict[int, set[int]] = {}
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):
@@ -273,7 +273,7 @@ def _refuse_tied(model: nnx.Module, targets: Mapping[str, Target]) -> None:
 
 
 def _refuse_normalised(model: nnx.Module, targets: Mapping[str, Target]) -> None:
-    """What a wrapper makes of a weight would be made of it, and not of its update."""
+    """Raises a `ValueError` for weights that a wrapper normalises without update."""
     for path, node in nnx.iter_graph(model):
         if not isinstance(node, nnx.WeightNorm):
             continue

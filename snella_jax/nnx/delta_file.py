@@ -1,4 +1,4 @@
-"""Sparse differences of two sets of weights, as a file that anyone can apply.
+"""Files of sparse differences between two sets of weights, for anyone to apply.
 
 For every weight that changed: where, and the exclusive-or of the bits before and after.
 So applying it is exact in any dtype, applying it again takes it back, and NumPy needs
@@ -103,7 +103,7 @@ def save_delta(
 def apply_delta(
     weights: W, path: str | Path, *, allow_base_mismatch: bool = False
 ) -> W:
-    """A copy of the weights before, as they are after; what `merge` would give.
+    """Returns a copy of the weights before as they are after: what `merge` gives.
 
     Args:
       weights: a plain model or arrays by name. A model keeps its own shapes: a new head
@@ -120,7 +120,7 @@ def apply_delta(
 
 
 def unmerge(weights: W, path: str | Path, *, allow_base_mismatch: bool = False) -> W:
-    """A copy of the weights after, as they were before: the base, bit for bit.
+    """Returns a copy of the weights after as they were before: the base, bit for bit.
 
     Weights that were written whole had nothing before: they stay as they are in a
     model, and are left out of a mapping.
@@ -192,7 +192,7 @@ def _check_unchanged(
 def _difference(
     was: np.ndarray, value: np.ndarray
 ) -> tuple[str, np.ndarray | None, np.ndarray]:
-    """How the places are written, the places, and the bits that change there."""
+    """Returns how places are written, the places, and the bits that change there."""
     one, other = (_bits(np.ascontiguousarray(x)) for x in (was, value))
     bits = one ^ other
     (indices,) = np.nonzero(bits)
@@ -227,7 +227,7 @@ def _bits(value: np.ndarray) -> np.ndarray:
 def _read(
     path: Path,
 ) -> tuple[dict[str, Any], dict[str, str] | None, dict[str, np.ndarray]]:
-    """What it says of weights that change, of others, and tensors."""
+    """Reads what a file says of weights that change, of others, and its tensors."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}.")
     tensors, metadata = read_safetensors(path)
@@ -253,7 +253,7 @@ def _read(
 
 
 def _unchanged(metadata: Mapping[str, str]) -> dict[str, str] | None:
-    """SHA-256 of the weights that a file does not change; None in one of before."""
+    """Reads the SHA-256 of weights that do not change; None in an older file."""
     keys = "snella_unchanged", "snella_unchanged_sha256"
     if not any(key in metadata for key in keys):
         return None

@@ -1,4 +1,4 @@
-"""An adapted model as plain weights in the format of its base."""
+"""Writes an adapted model as plain weights in the format of its base."""
 
 from pathlib import Path
 from typing import Any

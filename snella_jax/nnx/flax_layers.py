@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from snella_jax.core.dense import adapted
+from snella_jax.core.dense import updated
 from snella_jax.nnx.layers import STOCK, AdaptedLayer
 from snella_jax.nnx.own_layers import adapted_methods, stand_in
 from snella_jax.nnx.surgery import plain_class
@@ -16,22 +16,22 @@ from snella_jax.ops.matmul import dot_general
 
 
 class Adapted(AdaptedLayer):
-    """Marks the class of one of Flax's layers, or of a subclass of one."""
+    """Base class of adapted layers of Flax, or of subclasses of these."""
 
     @staticmethod
     def methods(plain: Any, weights: tuple[str, ...]) -> dict[str, Any]:
-        """Those of the layer's class, which compute with `w0 + delta`."""
+        """Returns the methods of the layer's class, computing with `w0 + delta`."""
         own = adapted_methods(plain, weights)
         return own | {"__call__": _call} if plain.__call__ in STOCK else own
 
 
 def _call(self: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
-    """What the plain layer computes, with the update; same arguments and results.
+    """Computes what the plain layer does, with the update; same arguments and results.
 
     Raises:
       ValueError: its kernel is that of a whole stack.
     """
-    adapter, rule = self.adapter, self.adapter.rule
+    adapter = self.adapter
     call = plain_class(type(self)).__call__
     weight, bias = self.kernel[...], self.bias
     adapter.check_called(weight)
@@ -46,19 +46,11 @@ def _call(self: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
 
     operands = (inputs, weight) if bias is None else (inputs, weight, bias[...])
     dtype = self.dtype or jnp.result_type(*operands)
-    return adapted(
-        op,
-        adapter.site.layout,
-        update_op=functools.partial(op, bias=None, use_bias=False),
-    )(
+    without_bias = functools.partial(op, bias=None, use_bias=False)
+    return updated(op, adapter.site.update, without_bias)(
         inputs.astype(dtype),
         weight,
         adapter.factors(),
         adapter.budget[...],
-        kernel=adapter.site.kernel,
-        gate=rule.gate,
-        path=rule.path,
-        dropout=rule.dropout,
-        drop_path=rule.drop_path,
-        key=adapter.training_key(),
+        adapter.training_key(),
     )

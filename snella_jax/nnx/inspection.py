@@ -1,4 +1,4 @@
-"""What an adapted model holds, matrix by matrix: as data, and as a table."""
+"""The matrices of an adapted model: as data, and as a table."""
 
 import dataclasses
 import math
@@ -58,7 +58,7 @@ class Matrix:
 
 
 def sparsity(model: nnx.Module | Sequence[AdaptedWeight]) -> tuple[Matrix, ...]:
-    """Every adapted matrix of a model, in the order in which `reallocate` has them.
+    """Measures every adapted matrix of a model, in the order of `reallocate`.
 
     Makes every update once, one matrix at a time.
 
@@ -131,7 +131,7 @@ def describe(
 
 
 def parameters(model: nnx.Module) -> tuple[int, int]:
-    """How many parameters train, and how many there are, adapters included.
+    """Counts the parameters that train, and all there are, adapters included.
 
     Budgets, random streams and batch statistics are no parameters.
     """
@@ -146,7 +146,7 @@ def parameters(model: nnx.Module) -> tuple[int, int]:
 
 
 def matrices_of(weight: AdaptedWeight) -> list[Matrix]:
-    """Every matrix of one adapted weight."""
+    """Measures every matrix of one adapted weight."""
     site, rule = weight.site, weight.site.rule
     budgets = to_host(weight.budget)
     moved, norms = map(to_host, weight.per_matrix(_measured))
@@ -170,5 +170,5 @@ def matrices_of(weight: AdaptedWeight) -> list[Matrix]:
 
 
 def _measured(delta: Array) -> tuple[Array, Array]:
-    """Weights that are not 0, and the norm."""
+    """Counts the weights that are not 0, and takes the norm."""
     return jnp.count_nonzero(delta), jnp.sqrt(jnp.square(delta).sum())

@@ -12,7 +12,7 @@ from snella_jax.nnx.variables import Frozen
 
 
 def labels(params: Any, trainable: str) -> Any:
-    """ "adapter", "trainable" or "frozen" for every leaf, for `optax.partition`.
+    """Labels every leaf "adapter", "trainable" or "frozen", for `optax.partition`.
 
     A leaf is "adapter" in a mapping with both `a` and `b` (unless it is `Frozen` or an
     integer), "trainable" where the regex matches its path or a parent's in full, and
@@ -56,7 +56,7 @@ def labels(params: Any, trainable: str) -> Any:
 
 
 def stop_gradients(params: Any, labels: Any) -> Any:
-    """`params` with no gradient through the leaves labelled "frozen"."""
+    """Stops the gradient through the leaves labelled "frozen"."""
     return jax.tree.map(
         lambda p, label: jax.lax.stop_gradient(p) if label == "frozen" else p,
         params,

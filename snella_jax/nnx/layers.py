@@ -59,7 +59,7 @@ class Adapter(nnx.Module):
 
     @property
     def rule(self) -> Rule:
-        """How it works."""
+        """Rank, kernel, gate and path of the update."""
         return self.site.rule
 
     @property
@@ -68,11 +68,11 @@ class Adapter(nnx.Module):
         return self.budget.shape[: self.budget.ndim - len(self.site.layout.slices)]
 
     def factors(self) -> Factors:
-        """The factors as arrays, with their leading axes."""
+        """Returns the factors as arrays, with their leading axes."""
         return {name: getattr(self, name)[...] for name in self.names}
 
     def on(self, path: str, w0: Array) -> AdaptedWeight:
-        """The weight at this path, with these factors and budgets."""
+        """Returns the weight at this path, with these factors and budgets."""
         counts = self.budget[...], self.allocated_at[...]
         site, extra = self.site, self.budget.ndim - len(self.site.lead)
         if extra > 0:  # an ensemble: adapted under nnx.vmap
@@ -81,7 +81,7 @@ class Adapter(nnx.Module):
         return AdaptedWeight(path, site, w0, self.factors(), *counts)
 
     def check_called(self, weight: Array) -> None:
-        """Raises a `ValueError` where a call gets the weight of a whole stack."""
+        """Raises a `ValueError` if a call gets the weight of a whole stack."""
         expected = self.site.layout.shape
         if weight.shape != expected:
             raise ValueError(
@@ -93,7 +93,7 @@ class Adapter(nnx.Module):
             )
 
     def training_key(self) -> PRNGKeyArray | None:
-        """This step's key where the rule drops something and the model is training.
+        """Returns this step's key if the rule drops something in training, else None.
 
         Raises:
           ValueError: training needs a key and `seed` gave none.
@@ -112,7 +112,7 @@ class Adapter(nnx.Module):
 
 
 class AdaptedLayer(nnx.Module):
-    """Marks the class of an adapted layer: it computes with `w0 + delta`.
+    """Base class of adapted layers, which compute with `w0 + delta`.
 
     It has no attributes, for the layer may have some of any name. The adapter of a
     weight `kernel` is called `adapter`, that of a weight `w` `w_adapter`.
@@ -120,13 +120,13 @@ class AdaptedLayer(nnx.Module):
 
 
 def adapters_of(layer: AdaptedLayer) -> dict[str, Adapter]:
-    """The adapters of a layer, by name of their weight."""
+    """Returns the adapters of a layer, by name of their weight."""
     names = sorted(k for k, v in vars(layer).items() if isinstance(v, Adapter))
     return {weight_of(name): getattr(layer, name) for name in names}
 
 
 def weight_of(adapter: str) -> str:
-    """The name of the weight beside an adapter of this name.
+    """Returns the name of the weight beside an adapter of this name.
 
     >>> weight_of("adapter"), weight_of("w_adapter")
     ('kernel', 'w')
@@ -135,12 +135,12 @@ def weight_of(adapter: str) -> str:
 
 
 def adapter_of(weight: str) -> str:
-    """The name of the adapter beside a weight of this name."""
+    """Returns the name of the adapter beside a weight of this name."""
     return "adapter" if weight == "kernel" else f"{weight}_adapter"
 
 
 def check_layer(layer: Any, rule: Rule, own: bool = False) -> None:
-    """Raises a `ValueError` when a layer cannot have this rule.
+    """Raises a `ValueError` if a layer cannot have this rule.
 
     Args:
       layer: any.
@@ -169,7 +169,7 @@ def _starts_with_examples(layer: Any) -> bool:
 
 
 def layout_of(layer: nnx.Module) -> Layout:
-    """The axes of a layer's weight, without the stack in front of them.
+    """Returns the axes of a layer's weight, without the stack in front of them.
 
     Raises:
       ValueError: an einsum whose equation is only known at the call, or that sums over

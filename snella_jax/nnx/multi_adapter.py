@@ -26,7 +26,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def combine(models: Mapping[str, M], weights: Mapping[str, float], rest: str) -> M:
-    """A plain model with `W0 + sum_k weights[k] * delta_k` as its weights.
+    """Makes a plain model with `W0 + sum_k weights[k] * delta_k` as its weights.
 
     The sum is taken in at least float32 and rounded once, as in `merge`.
 
@@ -80,7 +80,7 @@ def combine(models: Mapping[str, M], weights: Mapping[str, float], rest: str) ->
 
 
 def _taken_apart(model: M) -> tuple[M, set[str]]:
-    """A plain copy of a model, and the paths of what may have moved in it."""
+    """Returns a plain copy of a model, and the paths of what may have moved in it."""
     stats, params, factors = (
         {path for path, _ in variables_of(model, kind)}
         for kind in (nnx.BatchStat, nnx.Param, Factor)
@@ -112,7 +112,7 @@ def per_example(
     ids: Sequence[str] | Int[np.ndarray, " B"],
     *inputs: Any,
 ) -> Any:
-    """What `models[ids[i]]` makes of example `i`, for a batch of them.
+    """Runs `models[ids[i]]` on example `i`, for a batch of them.
 
     Every distinct model among `ids` sees the whole batch once: the cost is that many
     passes. Models of equal shapes share one compiled program.

@@ -29,7 +29,7 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array
 
-from snella_jax.core.dense import Update, adapted_call, summed
+from snella_jax.core.dense import adapted_call, summed
 from snella_jax.nnx.layers import ADAPTABLE, AdaptedLayer, adapters_of
 from snella_jax.nnx.surgery import plain_class
 from snella_jax.nnx.variables import Frozen
@@ -41,16 +41,16 @@ OPERATORS = ("__call__", "__matmul__", "__rmatmul__", "__getitem__")
 
 
 class AdaptedOwn(AdaptedLayer):
-    """Marks the class of a layer with weights that `layouts` told the axes of."""
+    """Base class of adapted layers whose axes `layouts` told."""
 
     @staticmethod
     def methods(plain: type, weights: tuple[str, ...]) -> dict[str, Any]:
-        """Those of the layer's class, which compute with `w0 + delta`."""
+        """Returns the methods of the layer's class, computing with `w0 + delta`."""
         return adapted_methods(plain, weights)
 
 
 def adapted_methods(plain: type, weights: tuple[str, ...]) -> dict[str, Any]:
-    """Methods and properties of a class, as they are with adapted weights.
+    """Returns methods and properties of a class that compute with adapted weights.
 
     Those whose code names a weight are made again on the way back. Any other may read
     one all the same (by a name it computes, in a function it calls), and is given sums.
@@ -81,10 +81,7 @@ def called(layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> A
         made = Arrays(run(layer, call, weights, *args, **kwargs))
         return made.taken()
 
-    updates = {
-        name: Update(adapter.site.kernel, adapter.rule.gate, adapter.site.layout)
-        for name, adapter in adapters.items()
-    }
+    updates = {name: adapter.site.update for name, adapter in adapters.items()}
     factors = {name: adapter.factors() for name, adapter in adapters.items()}
     budgets = {name: adapter.budget[...] for name, adapter in adapters.items()}
     arrays = adapted_call(op, updates)(given.arrays, weights, factors, budgets)
@@ -159,12 +156,12 @@ def _moving(layer: nnx.Module) -> Any:
 
 
 def _value(leaf: Any) -> Any:
-    """What a variable holds; modules may hold bare arrays, too."""
+    """Returns what a variable holds; modules may hold bare arrays, too."""
     return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def _adapted(value: Any, reads: bool) -> Any:
-    """A method or property whose layer has the updates in its weights."""
+    """Wraps a method or property of a layer that has the updates in its weights."""
     if isinstance(value, property | functools.cached_property):
         get: Any = value.fget if isinstance(value, property) else value.func
 
@@ -186,7 +183,7 @@ def _adapted(value: Any, reads: bool) -> Any:
 
 
 def _attributes(cls: type) -> dict[str, list[Any]]:
-    """Methods and properties of a class, those that they override behind them.
+    """Returns methods and properties of a class, those that they override behind them.
 
     Without what modules have by themselves.
     """
@@ -212,7 +209,7 @@ def _is_method(value: Any) -> bool:
 
 
 def _readers(own: dict[str, list[Any]], weights: set[str]) -> set[str]:
-    """Names of the methods that name a weight, or that use one which does."""
+    """Returns the names of methods that name a weight, or that use one which does."""
     words = {name: _words(versions) for name, versions in own.items()}
     found: set[str] = set()
     while more := {n for n in words if words[n] & (weights | found)} - found:
@@ -221,7 +218,7 @@ def _readers(own: dict[str, list[Any]], weights: set[str]) -> set[str]:
 
 
 def _words(versions: list[Any]) -> set[str]:
-    """Every name and string in a method's code, and in what it overrides and calls."""
+    """Collects the names and strings in the code of a method, and what it overrides."""
     words: set[str] = set()
     for value in versions:
         words |= _words_in(value)
@@ -231,7 +228,7 @@ def _words(versions: list[Any]) -> set[str]:
 
 
 def _words_in(value: Any) -> set[str]:
-    """Those in a function's code, nested functions included."""
+    """Collects those in a function's code, nested functions included."""
     for name in ("fget", "func"):  # of properties and partial methods
         value = getattr(value, name, value)
     pending = [getattr(inspect.unwrap(value), "__code__", None)]

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from snella_jax.adapters import format
+from snella_jax.adapters import file_format
 from snella_jax.adapters.base import Base
 from snella_jax.adapters.fitting import any_of, fit
 from snella_jax.core.config import Rule
@@ -72,7 +72,7 @@ def save(model: nnx.Module, folder: str | Path, *, base: str | None = None) -> N
     weights = weights_of(model)
     kinds = (_trained(model), _variables(model, nnx.BatchStat))
     trained, stats = ({p: v[...] for p, v in kind.items()} for kind in kinds)
-    format.write(folder, weights, trained, stats, base_of(unload(model)), base)
+    file_format.write(folder, weights, trained, stats, base_of(unload(model)), base)
 
 
 def load(
@@ -83,7 +83,7 @@ def load(
     layouts: Mapping[str, Layout] | None = None,
     allow_base_mismatch: bool = False,
 ) -> M:
-    """A copy of a model with the adapters that `save` wrote.
+    """Loads the adapters that `save` wrote into a copy of a model.
 
     Its outputs are those of the model that was saved, bit for bit, and its training can
     go on. The arrays of the base are shared with `model`, which is not changed: many
@@ -106,7 +106,7 @@ def load(
         (weights, or the config of a model of `snella_jax.models`), shape, rank or
         place; lists all that differs.
     """
-    file = format.read(folder)
+    file = file_format.read(folder)
     adapted = has_adapters(model)
     present = {w.path: w.site for w in weights_of(model)} if adapted else None
     trains = _trained(model).keys()
@@ -155,7 +155,7 @@ def load(
 
 
 def unload(model: M) -> M:
-    """A plain copy of an adapted model without its adapters: the base's weights.
+    """Returns a plain copy of an adapted model without adapters: the base's weights.
 
     What `config.trainable` named stays as it was trained, since it took the place of
     the base's; keep the base itself where you want its head, too.
@@ -170,7 +170,7 @@ def unload(model: M) -> M:
 
 
 def base_of(model: nnx.Module) -> Base:
-    """Of a plain model: its parameters, and what else is constant in it."""
+    """Returns the base of a plain model: its parameters, and what else is constant."""
     params = _variables(model, nnx.Param)
     others = {
         path: variable.get_value()
@@ -190,6 +190,6 @@ def _variables(model: nnx.Module, kind: type) -> dict[str, Any]:
 
 
 def _trained(model: nnx.Module) -> dict[str, Any]:
-    """What trains besides the factors."""
+    """Returns what trains besides the factors."""
     params = _variables(model, nnx.Param)
     return {path: v for path, v in params.items() if not isinstance(v, Factor)}

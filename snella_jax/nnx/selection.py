@@ -1,4 +1,4 @@
-"""Which parts of a model a regex means: what is adapted, what trains, what is frozen.
+"""The adapted layers and weights of a model.
 
 Regexes are matched in full against "/"-joined paths, such as `blocks/attn/query`; one
 for variables may also match a module that holds them.
@@ -15,7 +15,7 @@ from snella_jax.nnx.layers import AdaptedLayer, Adapter, adapters_of
 
 
 def adapted_layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
-    """Path and layer of every adapted layer, each once, in a fixed order."""
+    """Yields path and layer of every adapted layer, each once, in a fixed order."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, AdaptedLayer):
             yield join(path), node
@@ -24,7 +24,7 @@ def adapted_layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
 def adapted_variables(
     model: nnx.Module,
 ) -> Iterator[tuple[str, Adapter, nnx.Variable]]:
-    """Path, adapter and variable of every adapted weight, in the order of the layers.
+    """Yields path, adapter and variable of every adapted weight, layer by layer.
 
     The path of a weight that is called `kernel` is that of its layer.
     """
@@ -35,7 +35,7 @@ def adapted_variables(
 
 
 def weights_of(model: nnx.Module) -> list[AdaptedWeight]:
-    """Every adapted weight, in the order of `adapted_variables`.
+    """Lists every adapted weight, in the order of `adapted_variables`.
 
     Raises:
       ValueError: the model has no adapters.
@@ -46,7 +46,7 @@ def weights_of(model: nnx.Module) -> list[AdaptedWeight]:
 
 
 def has_adapters(model: nnx.Module) -> bool:
-    """Whether any layer is adapted; the model may be abstract."""
+    """Returns True if any layer is adapted; the model may be abstract."""
     return any(True for _ in adapted_layers(model))
 
 

@@ -29,7 +29,7 @@ copyreg.pickle(_Mixed, _mixed_again)
 
 @functools.cache
 def mixed_class(mixin: Any, cls: type, *weights: str) -> type:
-    """The subclass of a layer's class with `mixin`, made once.
+    """Makes the subclass of a layer's class with `mixin`, once.
 
     A mixin that has `methods` is behind the layer's class, so that instances of the one
     may become the other's, whatever else the layer inherits from; another is in front.
@@ -54,7 +54,7 @@ def mixed_class(mixin: Any, cls: type, *weights: str) -> type:
 
 
 def plain_class(cls: Any) -> type:
-    """The layer's class that `mixed_class` was given."""
+    """Returns the layer's class that `mixed_class` was given."""
     return cls.mixed_from[1]
 
 

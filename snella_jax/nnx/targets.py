@@ -41,7 +41,7 @@ class Target:
         return getattr(self.layer, self.name)
 
     def variable(self, path: str) -> str:
-        """Path of the variable, for a target at this path."""
+        """Returns the path of the variable, for a target at this path."""
         return f"{path}/kernel".lstrip("/") if self.name == "kernel" else path
 
     def site(self, path: str, rule: Rule, must_move: bool) -> Site:
@@ -181,7 +181,7 @@ def chosen_targets(
 
 
 def is_weight(path: str, shape: tuple[int, ...], dtype: Any, layer: Any) -> bool:
-    """Tells whether a parameter looks like a matrix that multiplies activations.
+    """Returns True if a parameter looks like a matrix that multiplies activations.
 
     By its axes (two that are longer than 1) and by names. A loose parameter of a module
     that holds layers (a learned token, say) has to be called a weight to be one.

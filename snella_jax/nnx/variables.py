@@ -9,7 +9,7 @@ from snella_jax.core.paths import join
 
 
 def variables_of(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
-    """Path and variable of every variable of a kind, each once."""
+    """Yields path and variable of every variable of a kind, each once."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, kind):
             yield join(path), node
@@ -24,7 +24,7 @@ class Factor(nnx.Param):
 
 
 class Budget(nnx.Variable):
-    """int32 per matrix: how many weights survive, or when that was last decided."""
+    """int32 per matrix: number of surviving weights, or step of reallocation."""
 
 
 class DropKey(nnx.Variable):

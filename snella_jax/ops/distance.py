@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 
 def distance(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Float[Array, "..."]:
-    """`||a_j - b_i||_2` for every pair; the gradient is 0 where the two coincide.
+    """Returns `||a_j - b_i||_2` for every pair, with a gradient of 0 where it is 0.
 
     >>> import jax.numpy as jnp
     >>> distance(jnp.zeros((1, 2)), jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
@@ -87,7 +87,7 @@ def squared_distance(a: Array, b: Array) -> Array:
 
 
 def _crossed(x: Float[Array, "*n"], y: Float[Array, "*m"]) -> tuple[Array, Array]:
-    """`x[*n, 1...]` and `y[1..., *m]`: of one rank, to meet in every pair."""
+    """Reshapes to `x[*n, 1...]` and `y[1..., *m]`, which meet in every pair."""
     outer = x.reshape(*x.shape, *(1,) * y.ndim)
     return outer, y.reshape(*(1,) * x.ndim, *y.shape)
 

@@ -1,4 +1,4 @@
-"""In which dtype numbers of several dtypes meet.
+"""Dtypes in which numbers of several dtypes meet.
 
 Said rather than left to JAX, which under `jax_numpy_dtype_promotion="strict"` promotes
 nothing by itself.
@@ -11,7 +11,7 @@ from jaxtyping import Array, DTypeLike
 
 
 def at_least_float32(*dtypes: DTypeLike) -> jnp.dtype:
-    """float64 where one of the dtypes is, else float32.
+    """Returns float64 if one of the dtypes is that, else float32.
 
     >>> at_least_float32("bfloat16"), at_least_float32("float32", "float64")
     (dtype('float32'), dtype('float64'))
@@ -21,7 +21,7 @@ def at_least_float32(*dtypes: DTypeLike) -> jnp.dtype:
 
 
 def wider(one: DTypeLike, other: DTypeLike) -> jnp.dtype:
-    """The one of two floating-point dtypes that has more bits; float32 for two halves.
+    """Returns the wider of two floating-point dtypes; float32 for two halves.
 
     >>> wider("bfloat16", "float32"), wider("bfloat16", "float16")
     (dtype('float32'), dtype('float32'))
@@ -35,7 +35,7 @@ def wider(one: DTypeLike, other: DTypeLike) -> jnp.dtype:
 def widened(
     weights: Mapping[str, Array], inputs: Sequence[Array], dtype: DTypeLike | None
 ) -> dict[str, Array]:
-    """Weights in what one of Flax's layers computes in, if that is wider than theirs.
+    """Casts weights to what a layer of Flax computes in, if that is wider than theirs.
 
     An update that is lost where weights are rounded to bfloat16 is not lost there.
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 
 def matmul(x: Float[Array, "... n"], w: Float[Array, "n m"]) -> Float[Array, "... m"]:
-    """`x @ w` for arrays of one dtype; reverse mode only."""
+    """Computes `x @ w` for arrays of one dtype; reverse mode only."""
     return dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
 
 

@@ -50,14 +50,14 @@ class Arrays:
         self.arrays = [self._leaves[i] for i in self._where]
 
     def taken(self) -> list[Array]:
-        """The arrays, which are kept no longer: as tracers they must not outlive."""
+        """Returns the arrays and keeps them no longer: tracers must not outlive."""
         arrays, self.arrays = self.arrays, []
         for i in self._where:
             self._leaves[i] = None
         return arrays
 
     def filled(self, arrays: list[Array]) -> Any:
-        """The tree with other arrays."""
+        """Returns the tree with other arrays."""
         leaves = list(self._leaves)
         for i, array in zip(self._where, arrays, strict=True):
             leaves[i] = array
@@ -65,7 +65,7 @@ class Arrays:
 
 
 def opened(op: Callable[[Any, Any], Any], x: Any, w: Any) -> tuple[Callable, Any]:
-    """`op` as `run(x, w, extras)`, and the extras: what it closes over, such as a bias.
+    """Returns `op` as `run(x, w, extras)`, and the extras that it closes over: a bias.
 
     They have to be arguments to get a gradient. (`jax.closure_convert` does it too, but
     keeps the last 4096 operations in memory, and the weights that they hold.)
@@ -86,7 +86,7 @@ def opened(op: Callable[[Any, Any], Any], x: Any, w: Any) -> tuple[Callable, Any
 
 
 def recomputed(forward: Callable) -> Callable:
-    """`forward`, which keeps its arguments and tau for the backward pass, nothing else.
+    """Makes `forward` keep its arguments and tau for the backward pass, nothing else.
 
     `jax.checkpoint` says the same, but its barrier does not outlast XLA's optimisation:
     XLA merges the second update with the first, or makes it long before it is needed.

@@ -15,7 +15,7 @@ from snella_jax.ops.varying import varying_alike
 def threshold(
     delta: Float[Array, " *axes"], budget: int | Int[Array, ""]
 ) -> Float[Array, ""]:
-    """The `(budget+1)`-th largest `|delta|`; 0 when `budget` covers the whole matrix.
+    """Returns the `(budget+1)`-th largest `|delta|`; 0 if `budget` covers the matrix.
 
     Exact and without a sort: a bisection over bit patterns, one counting pass per bit.
     Only scalars cross devices when `delta` is sharded. No gradient passes.
@@ -54,7 +54,7 @@ def threshold(
 
 
 def check_budget(budget: int | Array) -> None:
-    """Raises a `ValueError` when a budget is no integer or, where known, negative."""
+    """Raises a `ValueError` if a budget is no integer or, where known, negative."""
     if not jnp.issubdtype(jnp.result_type(budget), jnp.integer):
         raise ValueError(
             f"budget={budget!r}: expected a number of weights, an integer."
@@ -92,7 +92,7 @@ def _count(mask: Bool[Array, "..."]) -> Int[Array, ""]:
 
 
 def bit_pattern(x: Array) -> Array:
-    """The magnitude's bits as an unsigned integer: monotone in `|x|`."""
+    """Returns the magnitude's bits as an unsigned integer: monotone in `|x|`."""
     wide = jax.lax.stop_gradient(x).astype(at_least_float32(x.dtype))
     unsigned = jnp.uint64 if wide.dtype == jnp.float64 else jnp.uint32
     bits = jax.lax.bitcast_convert_type(wide, unsigned)

@@ -6,7 +6,7 @@ import jax
 
 
 def varying_alike(*operands: Any) -> tuple[Any, ...]:
-    """The operands, all varying over the axes over which one of them does.
+    """Makes all operands vary over the axes over which one of them does.
 
     JAX does this by itself where two arrays meet, but not for what a loop carries or a
     backward pass of one's own is given. Outside `jax.shard_map` nothing changes.

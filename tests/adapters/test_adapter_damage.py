@@ -17,7 +17,7 @@ from places import ROOT
 from safetensors.numpy import load_file, save_file
 
 import snella_jax as snella
-from snella_jax.adapters import format as file_format
+from snella_jax.adapters import file_format
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 

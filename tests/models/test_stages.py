@@ -22,6 +22,8 @@ from snella_jax import models
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models import convnext, swin, vit
 from snella_jax.models.layers import stack
+from snella_jax.models.swin.model import WindowAttention
+from snella_jax.models.swin.weights import resized_tables
 
 DATA = ASSETS / "staged"
 ORIGINAL = {"image_size": (50, 38)}  # which these files do not say
@@ -252,7 +254,7 @@ def numpy_attention(attn, x, window):
 @pytest.mark.parametrize("side", [3, 5])
 def test_a_small_grid_is_one_window_with_the_biases_of_its_offsets(side, shifted):
     config = swin.SwinConfig(6, (2,), (2,), window=5)
-    attn = swin.WindowAttention(6, 2, config, shifted, rngs=nnx.Rngs(0))
+    attn = WindowAttention(6, 2, config, shifted, rngs=nnx.Rngs(0))
     attn.bias_table[...] += jax.random.normal(jax.random.key(1), (81, 2))
     x = jax.random.normal(jax.random.key(2), (2, side, side, 6))
     close(attn(x), numpy_attention(attn, x, window=5))
@@ -262,7 +264,7 @@ def test_another_window_has_resized_tables():
     """A table that is a plane nearly stays one (a = -0.75), but at its border."""
     plane = np.stack(np.mgrid[-5:6.0, -5:6.0], -1).reshape(121, 2)
     config = swin.SwinConfig(8, (2,), (2,), window=12)
-    fitted = swin._fitted({"blocks/0/0/plain/attn/bias_table": plane}, config)
+    fitted = resized_tables({"blocks/0/0/plain/attn/bias_table": plane}, config)
     wide = fitted["blocks/0/0/plain/attn/bias_table"].reshape(23, 23, 2)
     expected = np.stack(np.mgrid[-11:12.0, -11:12.0], -1) * 11 / 23
     close(wide[4:-4, 4:-4], expected[4:-4, 4:-4], atol=0.06)

@@ -1,4 +1,4 @@
-"""A model from what `arrange` made of a checkpoint: its config, then its values."""
+"""Makes a model of what `arrange` returned: its config, then its values."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ def configured(
     fields: Callable[[], Mapping[str, Any]],
     problems: Sequence[str],
 ) -> Any:
-    """The config of a kind with the fields that shapes and config files say.
+    """Makes a config from the fields that shapes and config files say.
 
     Raises:
       CheckpointError: there is none; `problems`, what `arrange` found, stand below it.
@@ -44,7 +44,7 @@ def filled(
     stacked: str,
     problems: Sequence[str],
 ) -> Any:
-    """The model of a kind with these values.
+    """Makes a model with these values.
 
     Args:
       kind: of models; called with a config and `rngs`.
@@ -74,7 +74,7 @@ def filled(
 
 
 def head_origin(parts: Mapping[str, np.ndarray]) -> str | None:
-    """A digest of a file's head, by which a model remembers whose classes it tells.
+    """Hashes a file's head, for a model to remember whose classes it tells.
 
     It stays when the head is trained, and goes with the head when that is replaced.
     """

@@ -40,7 +40,7 @@ class ExportFormat:
 
     @property
     def hugging_face(self) -> bool:
-        """Whether the names are those of transformers."""
+        """True if the names are those of transformers."""
         return is_hugging_face(self.checkpoint)
 
     @property
@@ -53,10 +53,10 @@ class ExportFormat:
 
 
 def is_hugging_face(checkpoint: Checkpoint) -> bool:
-    """Whether the names of a checkpoint are those of transformers."""
+    """Returns True if the names of a checkpoint are those of transformers."""
     return any(name.startswith("embeddings.") for name in checkpoint.tensors)
 
 
 def stacked(model: Any, blocks: str) -> str:
-    """The regex of a model's stacked blocks; matches nothing where none are."""
+    """Returns the regex of a model's stacked blocks; matches nothing if none are."""
     return blocks if model.config.stacked else "(?!)"

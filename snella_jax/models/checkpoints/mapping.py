@@ -21,7 +21,7 @@ from snella_jax.models.checkpoints.read import Checkpoint
 
 @dataclass(frozen=True)
 class TensorRule:
-    """Where the tensors of a name go.
+    """Rule for the tensors of a name: their places, and what is put there.
 
     Attributes:
       pattern: regex of the whole name.
@@ -38,7 +38,7 @@ class TensorRule:
 def arrange(
     checkpoint: Checkpoint, rules: Sequence[TensorRule]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Every tensor at the places of the first rule that knows its name.
+    """Puts every tensor at the places of the first rule that knows its name.
 
     Returns:
       Arrays by path in the model, and what is wrong, in words: tensors without a place,
@@ -106,7 +106,7 @@ def fill(
 
 
 def parameters_of(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Every parameter of a model by "/"-joined path, each once."""
+    """Returns every parameter of a model by "/"-joined path, each once."""
     nodes = nnx.iter_graph(model)
     return {"/".join(map(str, p)): x for p, x in nodes if isinstance(x, nnx.Param)}
 
@@ -115,7 +115,7 @@ Place = tuple[str, int | None, tuple[int, ...]]  # variable, row of it, shape
 
 
 def places(variables: Mapping[str, Any], stacked: str) -> dict[str, Place]:
-    """Where every part goes, by its path; `stacked` as of `fill`."""
+    """Returns where every part goes, by its path; `stacked` as in `fill`."""
     found: dict[str, Place] = {}
     for path, variable in variables.items():
         match = re.fullmatch(rf"({stacked})/(.*)", path)
@@ -142,7 +142,7 @@ def _parts(
 def place_of(
     name: str, rules: Sequence[TensorRule]
 ) -> tuple[TensorRule, tuple[str, ...]]:
-    """The first rule that knows a tensor's name, and the paths of its places.
+    """Returns the first rule that knows a tensor's name, and the paths of its places.
 
     Raises:
       ValueError: none does.

@@ -7,7 +7,7 @@ from jaxtyping import Float
 def resize(
     grid: Float[np.ndarray, "H W D"], size: tuple[int, int]
 ) -> Float[np.ndarray, "h w D"]:
-    """Bicubic with half-pixel centres and a = -0.75, in float64; borders repeat.
+    """Resizes a grid: bicubic, half-pixel centres, a = -0.75, float64; borders repeat.
 
     What `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)` computes
     and position embeddings were trained with. (`jax.image.resize` has a = -0.5.)
@@ -31,7 +31,7 @@ def _weights(old: int, new: int) -> Float[np.ndarray, "new old"]:
 
 
 def _cubic(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
-    """Keys' kernel (IEEE TASSP 1981)."""
+    """Computes Keys' kernel (IEEE TASSP 1981)."""
     x = np.abs(distance)
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
     far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a

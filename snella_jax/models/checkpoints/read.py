@@ -29,7 +29,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder, whole or in
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file or folder holds.
+    """Contents of a file or folder.
 
     Attributes:
       path: where it was read.
@@ -49,7 +49,7 @@ class Checkpoint:
     prefix: str = ""
 
     def prefixes(self, *marks: str) -> list[str]:
-        """What stands before the names of a model's weights, for each set of them.
+        """Lists what stands before the names of a model's weights, for each set.
 
         Args:
           marks: regexes of names that such a model has, in every format.
@@ -60,7 +60,7 @@ class Checkpoint:
         return sorted({match[1] for match in found if match})
 
     def unwrapped(self, *marks: str) -> "Checkpoint":
-        """Names as the model itself has them, without those of what it was part of.
+        """Strips names of what the model was part of.
 
         Without `module.`, `_orig_mod.`, `vit.` and whatever else stands before all of
         them; of `module.vit.`, before a head, perhaps a part. It is kept as `prefix`.
@@ -81,7 +81,7 @@ class Checkpoint:
         return self.without_prefix(found[0]) if found else self
 
     def without_prefix(self, prefix: str) -> "Checkpoint":
-        """Names as they are after a prefix, such as `vit.`, or a part of it."""
+        """Strips a prefix, such as `vit.`, or a part of it, from all names."""
         names = {_bare(name, prefix): name for name in self.tensors}
         if len(names) < len(self.tensors):
             raise CheckpointError(
@@ -132,7 +132,7 @@ def read(path: str | Path | Checkpoint, weights: str | None = None) -> Checkpoin
 
 
 def _recorded(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What `models.export` wrote beside the tensors; nothing of other programs' files.
+    """Reads what `models.export` wrote beside the tensors, and nothing else.
 
     Raises:
       CheckpointError: it is damaged.
@@ -168,7 +168,7 @@ def _read_folder(folder: Path, weights: str | None) -> Checkpoint:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index of shards names."""
+    """Lists the files that an index of shards names."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(index, "expected file names under weight_map")
@@ -180,7 +180,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
-    """What was saved, tensors by name but for PyTorch's files, and the metadata."""
+    """Reads tensors by name (of PyTorch's files all that was saved) and metadata."""
     match path.suffix:
         case ".npz":
             return _read_npz(path), {}
@@ -205,6 +205,6 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _numbers(array: np.ndarray) -> np.ndarray:
-    """NumPy's files know bfloat16 as two bytes of nothing, and any byte order."""
+    """Mends bfloat16, which NumPy's files have as two bytes, and the byte order."""
     array = array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
     return native(array)

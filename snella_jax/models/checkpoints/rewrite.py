@@ -1,4 +1,4 @@
-"""A checkpoint's tensors with a model's numbers: the tables of the loader backwards.
+"""Writes a checkpoint's tensors with a model's numbers: the loader's tables backwards.
 
 A `TensorRule` only moves numbers: run on their places, it says where each came from,
 and so the same table writes what it reads.
@@ -24,7 +24,7 @@ from snella_jax.models.checkpoints.read import Checkpoint
 
 
 def parts_of(model: nnx.Module, stacked: str) -> dict[str, np.ndarray]:
-    """Every parameter by path, rows of stacked ones apart: what `fill` takes.
+    """Returns every parameter by path, rows of stacked ones apart: what `fill` takes.
 
     Args:
       model: plain.
@@ -44,7 +44,7 @@ def rewritten(
     parts: Mapping[str, np.ndarray],
     free: str,
 ) -> tuple[dict[str, np.ndarray], set[str]]:
-    """The tensors of a checkpoint with these numbers instead: `arrange` backwards.
+    """Replaces the numbers in a checkpoint's tensors: `arrange` backwards.
 
     Args:
       checkpoint: gives names and shapes.
@@ -80,7 +80,7 @@ def rewritten(
 def unmade(
     rule: TensorRule, parts: Sequence[np.ndarray], shape: tuple[int, ...] | None = None
 ) -> np.ndarray:
-    """The tensor that `rule.make` makes the parts from.
+    """Returns the tensor that `rule.make` makes the parts from.
 
     Args:
       rule: whose `make` moves numbers and leaves none out.

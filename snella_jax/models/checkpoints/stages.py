@@ -8,24 +8,22 @@ from typing import Any
 import numpy as np
 
 from snella_jax.files.errors import CheckpointError
-from snella_jax.models.checkpoints import described as config_files
 from snella_jax.models.checkpoints.build import configured, filled
+from snella_jax.models.checkpoints.config_fields import check_agreement, config_fields
 from snella_jax.models.checkpoints.read import Checkpoint
 from snella_jax.models.checkpoints.torch_rules import check_numbers
 
 Arrays = Mapping[str, np.ndarray]
-
-
 Prepare = Callable[[Arrays, Any], Arrays]
 
 
-def described(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What config files say of the config and shapes do not.
+def fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Reads what config files say of the config and shapes do not.
 
     Raises:
-      CheckpointError: as `described.described`, or a head that sees no mean.
+      CheckpointError: as `config_fields`, or a head that sees no mean.
     """
-    known = config_files.described(checkpoint)
+    known = config_fields(checkpoint)
     if (pool := known.pop("pool", "mean")) != "mean":
         raise CheckpointError(checkpoint.path, f'global_pool={pool!r}: expected "avg"')
     known.pop("heads", None)  # in the tables of biases, if there are any
@@ -43,14 +41,14 @@ def load(
     options: Mapping[str, Any],
     prepare: Prepare = lambda arrays, config: arrays,
 ) -> Any:
-    """A model with published weights.
+    """Makes a model with published weights.
 
     Args:
       kinds: of the model and its config.
       checkpoint: for errors.
       arrays: by path, as `arrange` gave them, and the `problems` that it found.
       shape: fields of the config, what shapes say.
-      known: what `described` says, and the format.
+      known: what `fields` says, and the format.
       num_classes: as of `filled`.
       options: fields that the caller gives; None leaves what the file says.
       prepare: the arrays as the config needs them.
@@ -99,7 +97,7 @@ THEIRS = {  # what configs of timm and transformers call fields of ours
 
 
 def _agree(checkpoint: Checkpoint, shapes: Mapping[str, Any], kept_head: bool) -> None:
-    """Raises a `ValueError` where the folder's config is of other weights."""
+    """Raises a `ValueError` if the folder's config is of other weights."""
     has = {
         theirs: shapes[ours]
         for ours, names in THEIRS.items()
@@ -110,11 +108,11 @@ def _agree(checkpoint: Checkpoint, shapes: Mapping[str, Any], kept_head: bool) -
     has |= {"num_layers": stages, "num_stages": stages}
     if kept_head and shapes["num_classes"]:
         has |= {"num_classes": shapes["num_classes"], "label_offset": 0}
-    config_files.agree(checkpoint, **has)
+    check_agreement(checkpoint, **has)
 
 
 def counts(arrays: Mapping[str, Any]) -> tuple[int, ...]:
-    """Of the blocks of each stage, by the paths of their arrays.
+    """Counts the blocks of each stage, by the paths of their arrays.
 
     Counted, not the largest: a number that leaves a gap is a tensor without a place.
     """

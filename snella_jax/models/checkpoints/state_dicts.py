@@ -1,4 +1,4 @@
-"""Which of the sets of weights that a file holds are meant.
+"""Chooses among the sets of weights that a file holds.
 
 PyTorch's training programs keep an average of the weights (EMA) or a teacher's beside
 them, each in a dictionary of its own.
@@ -22,7 +22,7 @@ DEPTH = 4  # of dictionaries in each other
 
 
 def chosen(path: Path, saved: Any, weights: str | None) -> dict[str, np.ndarray]:
-    """Tensors by name, of what a file holds.
+    """Returns tensors by name, of what a file holds.
 
     Args:
       path: of the file, for errors.
@@ -72,7 +72,7 @@ def _checked(path: Path, saved: Any) -> dict[str, np.ndarray]:
 def _part(
     path: Path, saved: Any, weights: str, found: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The tensors whose names begin so, or so in one of the sets."""
+    """Returns the tensors whose names begin so, or so in one of the sets."""
     every, parts = dict(_tensors(saved)), {}
     for start in (weights, *(f"{name}.{weights}" for name in found)):
         begins = re.compile(rf"{re.escape(start)}[./]")
@@ -91,7 +91,7 @@ def _part(
 
 
 def _sets(saved: Any, depth: int = DEPTH) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The dictionaries with weights of layers among their values, by where they are."""
+    """Yields the dictionaries with weights of layers in them, by where they are."""
     if not isinstance(saved, Mapping) or not depth:
         return
     items = [(name, value) for name, value in saved.items() if isinstance(name, str)]
@@ -106,7 +106,7 @@ def _sets(saved: Any, depth: int = DEPTH) -> Iterator[tuple[str, Mapping[str, An
 
 
 def _tensors(saved: Any, depth: int = DEPTH) -> Iterator[tuple[str, np.ndarray]]:
-    """All of them, by where they are."""
+    """Yields all tensors, by where they are."""
     if not isinstance(saved, Mapping) or not depth:
         return
     for name, value in saved.items():

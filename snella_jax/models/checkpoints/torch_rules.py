@@ -1,4 +1,4 @@
-"""What the tables of formats are made of: rules for the layers of PyTorch's models."""
+"""Rules for the layers of PyTorch's models, of which the tables of formats are made."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,22 +14,22 @@ QKV = ("query", "key", "value")
 
 
 def transposed(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    """PyTorch's `[out, in]` as Flax's `[in, out]`."""
+    """Turns PyTorch's `[out, in]` into Flax's `[in, out]`."""
     return (tensor.T,)
 
 
 def window(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    """PyTorch's `[out, in, height, width]` as Flax's `[height, width, in, out]`."""
+    """Turns PyTorch's `[out, in, height, width]` into `[height, width, in, out]`."""
     return (tensor.transpose(2, 3, 1, 0),)
 
 
 def thirds(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    """Query, key and value of a fused `[3 * D]` or `[3 * D, D]`."""
+    """Splits a fused `[3 * D]` or `[3 * D, D]` into query, key and value."""
     return [part.T for part in np.split(tensor, 3)]
 
 
 def linear(pattern: str, path: str) -> list[TensorRule]:
-    """A linear layer's weight, and its bias if it has one."""
+    """Returns the rules for a linear layer's weight, and its bias if it has one."""
     return [
         TensorRule(rf"(?:{pattern})\.weight", (f"{path}/kernel",), transposed),
         TensorRule(rf"(?:{pattern})\.bias", (f"{path}/bias",)),
@@ -37,7 +37,7 @@ def linear(pattern: str, path: str) -> list[TensorRule]:
 
 
 def affine(pattern: str, path: str) -> list[TensorRule]:
-    """A norm's weight and bias."""
+    """Returns the rules for a norm's weight and bias."""
     return [
         TensorRule(rf"(?:{pattern})\.weight", (f"{path}/scale",)),
         TensorRule(rf"(?:{pattern})\.bias", (f"{path}/bias",)),
@@ -45,7 +45,7 @@ def affine(pattern: str, path: str) -> list[TensorRule]:
 
 
 def convolution(pattern: str, path: str) -> list[TensorRule]:
-    """A convolution's weight and bias."""
+    """Returns the rules for a convolution's weight and bias."""
     return [
         TensorRule(rf"(?:{pattern})\.weight", (f"{path}/kernel",), window),
         TensorRule(rf"(?:{pattern})\.bias", (f"{path}/bias",)),
@@ -53,7 +53,7 @@ def convolution(pattern: str, path: str) -> list[TensorRule]:
 
 
 def fused(pattern: str, path: str) -> list[TensorRule]:
-    """Query, key and value in one linear layer."""
+    """Returns the rules for query, key and value in one linear layer."""
     return [
         TensorRule(
             rf"{pattern}\.{theirs}",
@@ -65,7 +65,7 @@ def fused(pattern: str, path: str) -> list[TensorRule]:
 
 
 def require(checkpoint: Checkpoint, marks: Sequence[str], kind: str) -> None:
-    """Raises a `CheckpointError` where no tensor has a name of a kind of model."""
+    """Raises a `CheckpointError` if no tensor has a name of a kind of model."""
     if not checkpoint.prefixes(*marks):
         names = sorted(checkpoint.tensors)
         raise CheckpointError(
@@ -76,7 +76,7 @@ def require(checkpoint: Checkpoint, marks: Sequence[str], kind: str) -> None:
 
 
 def check_numbers(config: Mapping[str, Any], *names: str) -> None:
-    """Raises a `ValueError` where a config file says something else than numbers."""
+    """Raises a `ValueError` if a config file says something else than numbers."""
     for name in names:
         value = config.get(name, 0)
         for number in value if isinstance(value, list | tuple) else [value]:
@@ -85,7 +85,7 @@ def check_numbers(config: Mapping[str, Any], *names: str) -> None:
 
 
 def root(count: int) -> int:
-    """The side of a square of so many; a `ValueError` where there is none."""
+    """Returns the side of a square of so many; raises a `ValueError` if it is none."""
     side = math.isqrt(count)
     if side * side != count:
         raise ValueError(f"{count} is no square")

@@ -1,4 +1,4 @@
-"""Weights as files: one, or a folder with shards and their index.
+"""Writes weights as one file, or as a folder with shards and their index.
 
 Whole or not at all.
 """
@@ -70,7 +70,7 @@ def write_folder(
 def _shards(
     tensors: Mapping[str, np.ndarray], most: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """In order, each as full as it gets; a larger tensor has one of its own."""
+    """Yields shards in order, each as full as it gets; a larger tensor has its own."""
     shard: dict[str, np.ndarray] = {}
     for name, tensor in _in_order(tensors).items():
         size = sum(other.nbytes for other in shard.values())
@@ -82,5 +82,5 @@ def _shards(
 
 
 def _in_order(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """In C order, which safetensors takes for granted."""
+    """Returns the tensors in C order, which safetensors takes for granted."""
     return {name: to_host(tensor) for name, tensor in tensors.items()}

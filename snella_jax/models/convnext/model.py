@@ -17,15 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from snella_jax.models.layers import basic, images, stack, stages
-from snella_jax.models.layers.stages import Staged
+from snella_jax.models.layers import basic, stack
+from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD, ImageSizes
+from snella_jax.models.layers.stages import Staged, check_stages
 
 EPS = 1e-6  # of every norm but the last
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvNeXtConfig:
-    """What fixes the shape and the arithmetic of a `ConvNeXt`.
+class ConvNeXtConfig(ImageSizes):
+    """Shape and arithmetic of a `ConvNeXt`.
 
     Attributes:
       widths: of each stage.
@@ -49,15 +50,15 @@ class ConvNeXtConfig:
     norm_eps: float = EPS
     channels: int = 3
     num_classes: int = 1000
-    pixel_mean: tuple[float, ...] = images.IMAGENET_MEAN
-    pixel_std: tuple[float, ...] = images.IMAGENET_STD
+    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
+    pixel_std: tuple[float, ...] = IMAGENET_STD
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def __post_init__(self):
-        stages.check(self, "widths")
+        check_stages(self, "widths")
         shrinks = 2 ** (len(self.depths) - 1)
         least = tuple(shrinks * side for side in self.patch_hw)
         if any(has < needs for has, needs in zip(self.image_hw, least, strict=True)):
@@ -68,18 +69,8 @@ class ConvNeXtConfig:
 
     @property
     def rows(self) -> tuple[tuple[int], ...]:
-        """How many blocks each stage has."""
+        """Number of blocks of each stage."""
         return tuple((depth,) for depth in self.depths)
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return images.pair(self.image_size)
-
-    @property
-    def patch_hw(self) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
-        return images.pair(self.patch_size)
 
 
 PRESETS = {"convnext_b": ConvNeXtConfig((128, 256, 512, 1024), (3, 3, 27, 3))}
@@ -101,12 +92,12 @@ class ConvNeXt(Staged):
         self.build(block, downsample, (EPS, c.norm_eps), rngs)
 
     def pool(self, last: Float[Array, "B h w D"]) -> Float[Array, "B D"]:
-        """The mean, normed."""
+        """Returns the normed mean of the grid."""
         return self.norm(last.mean((1, 2)))
 
 
 class Downsample(nnx.Module):
-    """A norm, and a convolution of 2 x 2 neighbours."""
+    """Norm and convolution of 2 x 2 neighbours."""
 
     def __init__(self, n: int, m: int, config: ConvNeXtConfig, *, rngs: nnx.Rngs):
         self.norm = basic.norm(n, EPS, config, rngs)
@@ -139,7 +130,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B h w D"], drop: stack.Drop | None = None
     ) -> Float[Array, "B h w D"]:
-        """`drop`: None, or a key and the rate of stochastic depth in this block."""
+        """Runs the block; `drop` is None, or a key and the rate of stochastic depth."""
         y = self.mlp(self.norm(self.dwconv(x)))
         if self.layer_scale:
             y = basic.scaled(y, self.scale[...])

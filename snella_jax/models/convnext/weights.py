@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from snella_jax.models.checkpoints import stages, torch_rules
+from snella_jax.models.checkpoints.family import Family
 from snella_jax.models.checkpoints.formats import ExportFormat, stacked
 from snella_jax.models.checkpoints.mapping import TensorRule, arrange
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.checkpoints.rewrite import parts_of
-from snella_jax.models.convnext.model import ConvNeXt, ConvNeXtConfig
+from snella_jax.models.convnext.model import PRESETS, ConvNeXt, ConvNeXtConfig
 
 
 def export_format(model: ConvNeXt, source: Checkpoint) -> ExportFormat:
@@ -30,7 +31,7 @@ def export_format(model: ConvNeXt, source: Checkpoint) -> ExportFormat:
 
 
 def _down(stage: int) -> list[TensorRule]:
-    """The rules for what leads to a stage, which is behind the one before it."""
+    """Returns the rules for what leads to a stage, behind the one before it."""
     names = (
         rf"(?:downsample_layers\.{stage}|encoder\.stages\.{stage}\.downsampling_layer)"
     )
@@ -80,7 +81,7 @@ def load(
     param_dtype: DTypeLike = jnp.float32,
     **overrides: Any,
 ) -> ConvNeXt:
-    """A ConvNeXt with published weights: the original `.pth`, or a Hugging Face folder.
+    """Loads a ConvNeXt: the original `.pth`, or a Hugging Face folder.
 
     Args:
       path: of the file or folder, or what `loading.read` made of it.
@@ -114,13 +115,13 @@ def load(
 def recognised(
     checkpoint: Checkpoint,
 ) -> tuple[Checkpoint, list[TensorRule], dict[str, Any]]:
-    """The tensors, the rules for them, and what the format says of the config.
+    """Returns the tensors, the rules for them, and what the format says of the config.
 
     Raises:
       CheckpointError: no known format, or a ConvNeXt of another kind.
     """
     torch_rules.require(checkpoint, MARKS, "ConvNeXt")
-    known = stages.described(checkpoint)
+    known = stages.fields(checkpoint)
     if any(name.endswith("embeddings.layernorm.weight") for name in checkpoint.tensors):
         # A lone .safetensors has no config: the default of transformers.
         known.setdefault("norm_eps", 1e-12)
@@ -128,7 +129,7 @@ def recognised(
 
 
 def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What the shapes say of the config."""
+    """Reads the shapes as fields of the config."""
     depths = stages.counts(arrays)
     firsts = [f"blocks/{stage}/0" for stage in range(len(depths))]
     return {
@@ -136,3 +137,6 @@ def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "depths": depths,
         "layer_scale": 1.0 if f"{firsts[0]}/scale" in arrays else None,
     }
+
+
+FAMILY = Family(ConvNeXtConfig, ConvNeXt, PRESETS, MARKS, load, export_format)

@@ -29,7 +29,7 @@ def attend(
     bias: Float[Array, "#B #H T S"] | None = None,
     mask: Bool[Array, "#B #H T S"] | None = None,
 ) -> Float[Array, "B T H d"]:
-    """`softmax(q k^T / sqrt(d) + bias) v` for each head.
+    """Computes `softmax(q k^T / sqrt(d) + bias) v` for each head.
 
     Args:
       implementation: "xla", "cudnn" (flash attention on NVIDIA GPUs, 16-bit numbers,
@@ -61,13 +61,13 @@ def attend(
 def attention_weights(
     q: Float[Array, "B T H d"], k: Float[Array, "B S H d"]
 ) -> Float[Array, "B H T S"]:
-    """`softmax(q k^T / sqrt(d))` in float32: what each token attends to, to look at."""
+    """Computes `softmax(q k^T / sqrt(d))` in float32: what each token attends to."""
     scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
     return jax.nn.softmax(scores / math.sqrt(q.shape[-1]))
 
 
 def best(device: Any, dtype: DTypeLike, head_dim: int) -> Literal["xla", "cudnn"]:
-    """The implementation that suits a device: cuDNN's flash attention, else XLA's.
+    """Returns what suits a device: cuDNN's flash attention, else XLA's implementation.
 
     cuDNN wants an NVIDIA GPU of compute capability 8.0 or later (A100, L4, H100; not T4
     or V100), float16 or bfloat16, and a `head_dim` of at most 128 that 8 divides.

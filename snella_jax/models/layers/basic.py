@@ -19,7 +19,7 @@ def linear(
     use_bias: bool = True,
     init: nnx.Initializer = XAVIER,
 ) -> nnx.Linear:
-    """`[n, m]` in the dtypes of a model's config."""
+    """Makes an `[n, m]` layer in the dtypes of a model's config."""
     return nnx.Linear(
         n,
         m,
@@ -32,7 +32,7 @@ def linear(
 
 
 def norm(width: int, eps: float, config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Over the last axis, in the dtypes of a model's config."""
+    """Makes a norm over the last axis in the dtypes of a model's config."""
     return nnx.LayerNorm(
         width,
         epsilon=eps,
@@ -44,7 +44,7 @@ def norm(width: int, eps: float, config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def scaled(y: Float[Array, "... D"], scale: Float[Array, " D"]) -> Array:
-    """`y * scale` in the dtype of `y`, both of one rank, as JAX can be told to demand.
+    """Computes `y * scale` in the dtype of `y`, both of one rank, as JAX may demand.
 
     >>> import jax.numpy as jnp
     >>> scaled(jnp.ones((2, 3)), jnp.arange(3.0)).tolist()
@@ -56,7 +56,7 @@ def scaled(y: Float[Array, "... D"], scale: Float[Array, " D"]) -> Array:
 def convolution(
     n: int, m: int, size: tuple[int, int], config: Any, rngs: nnx.Rngs
 ) -> nnx.Conv:
-    """Of patches of this size that neither overlap nor leave gaps."""
+    """Makes a convolution of patches that neither overlap nor leave gaps."""
     return nnx.Conv(
         n,
         m,
@@ -71,7 +71,7 @@ def convolution(
 
 
 def head(width: int, config: Any, rngs: nnx.Rngs) -> nnx.Linear:
-    """A classifier of `config.num_classes` that starts at 0."""
+    """Makes a classifier of `config.num_classes` that starts at 0."""
     return nnx.Linear(
         width,
         config.num_classes,
@@ -83,7 +83,7 @@ def head(width: int, config: Any, rngs: nnx.Rngs) -> nnx.Linear:
 
 
 class MLP(nnx.Module):
-    """Two linear layers around an exact GELU."""
+    """MLP of two linear layers around an exact GELU."""
 
     def __init__(
         self,

@@ -1,18 +1,19 @@
-"""What the configs of all models say of images, and what it means for them."""
+"""Image classifiers: what all of them share, and the fields of their configs."""
 
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width.
+    """Returns height and width.
 
     >>> pair(224), pair((192, 256))
     ((224, 224), (192, 256))
@@ -21,7 +22,67 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return operator.index(height), operator.index(width)
 
 
-def check(config: Any) -> None:
+class ImageSizes:
+    """Sizes in pixels, for configs with an `image_size` and a `patch_size`."""
+
+    image_size: int | tuple[int, int]
+    patch_size: int | tuple[int, int]
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return pair(self.image_size)
+
+    @property
+    def patch_hw(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return pair(self.patch_size)
+
+
+class Classifier(nnx.Module):
+    """An image classifier: features, pooled, and a head.
+
+    Attributes:
+      config: has `num_classes`, `image_hw`, `channels`, `pixel_mean` and `pixel_std`.
+      head: only there if `config.num_classes` is not 0.
+    """
+
+    config: Any
+    head: nnx.Linear
+
+    def __call__(
+        self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B classes"]:
+        """Returns logits of normalised images, or pooled features if there is no head.
+
+        Args:
+          images: pixels, already normalised as the weights expect.
+          key: switches stochastic depth on (training); None is deterministic.
+
+        Raises:
+          ValueError: the images do not have the configured height, width or channels.
+        """
+        pooled = self.pooled(images, key)
+        return self.head(pooled) if self.config.num_classes else pooled
+
+    def pooled(
+        self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B D"]:
+        """Returns the input of the head; arguments and errors as in the call."""
+        raise NotImplementedError
+
+    def normalise(
+        self, pixels: Float[Array, "B height width C"]
+    ) -> Float[Array, "B height width C"]:
+        """Returns images as the weights expect them, from pixels in [0, 1].
+
+        Raises:
+          TypeError: the pixels are integers, which would be 0 to 255.
+        """
+        return normalise(pixels, self.config)
+
+
+def check_fields(config: Any) -> None:
     """Raises a `ValueError` for a field that every config has and that cannot be."""
     if config.channels < 1:
         raise ValueError(f"channels={config.channels}: expected at least 1.")
@@ -55,7 +116,7 @@ def check_batch(images: Array, config: Any) -> None:
 def normalise(
     pixels: Float[Array, "B height width C"], config: Any
 ) -> Float[Array, "B height width C"]:
-    """Images as a model's weights expect them, from pixels in [0, 1].
+    """Normalises pixels in [0, 1] as a model's weights expect them.
 
     Raises:
       TypeError: integers, which would be 0 to 255.

@@ -24,7 +24,7 @@ Drop = tuple[Array, Array]  # key and rate of stochastic depth in a block
 def build(
     make: Callable[[nnx.Rngs], nnx.Module], depth: int, stacked: bool, rngs: nnx.Rngs
 ) -> Any:
-    """`depth` blocks."""
+    """Makes `depth` blocks, stacked or as a list."""
     if not stacked:
         return nnx.List(make(rngs) for _ in range(depth))
     return nnx.split_rngs(splits=depth)(nnx.vmap(make))(rngs)
@@ -33,7 +33,7 @@ def build(
 def drops(
     key: PRNGKeyArray | None, rate: float, shapes: Sequence[tuple[int, ...]]
 ) -> list[Drop | None]:
-    """Keys and rates of stochastic depth of the blocks of each stage.
+    """Returns keys and rates of stochastic depth for the blocks of each stage.
 
     The rates rise linearly from 0 in the first block to `rate` in the last. None
     without a key or where it is 0.
@@ -57,7 +57,7 @@ def drops(
 
 
 def dropped(y: Array, drop: Drop | None, salt: int) -> Array:
-    """A branch with stochastic depth; `salt` differs between those of a block."""
+    """Applies stochastic depth to a branch; `salt` tells those of a block apart."""
     if drop is None:
         return y
     key, rate = drop
@@ -65,7 +65,7 @@ def dropped(y: Array, drop: Drop | None, salt: int) -> Array:
 
 
 def through(blocks: Any, x: Array, drops: Drop | None, remat: str) -> Array:
-    """`x` after every block, each called with it and its drop.
+    """Calls every block with `x`, or what the one before returned, and its drop.
 
     Args:
       blocks: of `build`.
@@ -88,7 +88,7 @@ def through(blocks: Any, x: Array, drops: Drop | None, remat: str) -> Array:
 
 
 def call(graphdef: nnx.GraphDef, remat: str, *, scanned: bool) -> Callable[..., Array]:
-    """A block as a function of its state, its input and its drop.
+    """Makes a block a function of its state, its input and its drop.
 
     With `remat="blocks"` only its input is kept for the backward pass (and the few
     numbers that layers mark with `ops.recompute.kept`).
@@ -103,7 +103,7 @@ def call(graphdef: nnx.GraphDef, remat: str, *, scanned: bool) -> Callable[..., 
 
 
 def row(blocks: Any, index: int) -> Any:
-    """One block, of a list or of stacked ones."""
+    """Returns one block, of a list or of stacked ones."""
     if isinstance(blocks, nnx.List):
         return blocks[index]
     graphdef, state = nnx.split(blocks)
@@ -111,7 +111,7 @@ def row(blocks: Any, index: int) -> Any:
 
 
 def unstack(model: M) -> M:
-    """A copy whose blocks are lists, so that each may differ from the others.
+    """Returns a copy whose blocks are lists, so that each may differ from the others.
 
     >>> from snella_jax import models
     >>> model = models.create("vit_ti16", image_size=32, rngs=nnx.Rngs(0))

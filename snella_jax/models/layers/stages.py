@@ -1,4 +1,4 @@
-"""What hierarchical models share: stages with a grid each, every one coarser.
+"""Hierarchical models: stages with a grid each, every one coarser.
 
 Axes: `B` images, `h`, `w` the grid of a stage, `D` its width.
 """
@@ -10,11 +10,12 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from snella_jax.models.layers import basic, images, stack
+from snella_jax.models.layers import basic, stack
+from snella_jax.models.layers.images import Classifier, check_batch, check_fields
 
 
-class Staged(nnx.Module):
-    """A classifier of stages; mixed into those that say what these are made of.
+class Staged(Classifier):
+    """A classifier of stages: the base of models that say what these are made of.
 
     Attributes:
       config: has `widths`, `drop_path`, `remat` and `rows`, the shape of the blocks of
@@ -23,13 +24,11 @@ class Staged(nnx.Module):
       down: from each stage's grid to the next.
     """
 
-    config: Any
     patch_embed: nnx.Conv
     embed_norm: nnx.LayerNorm
     blocks: nnx.List
     down: nnx.List
     norm: nnx.LayerNorm
-    head: nnx.Linear
 
     def build(
         self,
@@ -59,38 +58,23 @@ class Staged(nnx.Module):
         if c.num_classes:
             self.head = basic.head(last, c, rngs)
 
-    def __call__(
-        self, pixels: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
-    ) -> Float[Array, "B classes"]:
-        """Logits of normalised images (or pooled features where there is no head).
-
-        Args:
-          pixels: already normalised as the weights expect.
-          key: switches stochastic depth on (training); None is deterministic.
-
-        Raises:
-          ValueError: the images do not have the configured height, width or channels.
-        """
-        pooled = self.pooled(pixels, key)
-        return self.head(pooled) if self.config.num_classes else pooled
-
     def pooled(
-        self, pixels: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
+        self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "B D"]:
-        """What the head sees of images; arguments and errors as of the call."""
-        return self.pool(self.features(pixels, key)[-1])
+        """Returns the input of the head; arguments and errors as in the call."""
+        return self.pool(self.features(images, key)[-1])
 
     def pool(self, last: Float[Array, "B h w D"]) -> Float[Array, "B D"]:
-        """What the head sees of the last stage's grid."""
+        """Pools the grid of the last stage."""
         raise NotImplementedError
 
     def features(
-        self, pixels: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
+        self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "B h w D"], ...]:
-        """The grid after the blocks of each stage; arguments as of the call."""
+        """Returns the grid after the blocks of each stage; arguments as in the call."""
         c, found = self.config, []
-        images.check_batch(pixels, c)
-        x = self.embed_norm(self.embed(pixels))
+        check_batch(images, c)
+        x = self.embed_norm(self.embed(images))
         drops = stack.drops(key, c.drop_path, c.rows)
         for stage, (blocks, drop) in enumerate(zip(self.blocks, drops, strict=True)):
             x = self.down[stage - 1](x) if stage else x
@@ -99,30 +83,20 @@ class Staged(nnx.Module):
         return tuple(found)
 
     def embed(
-        self, pixels: Float[Array, "B height width C"]
+        self, images: Float[Array, "B height width C"]
     ) -> Float[Array, "B h w D"]:
-        """The patches."""
-        return self.patch_embed(pixels)
-
-    def normalise(
-        self, pixels: Float[Array, "B height width C"]
-    ) -> Float[Array, "B height width C"]:
-        """Images as the weights expect them, from pixels in [0, 1].
-
-        Raises:
-          TypeError: integers, which would be 0 to 255.
-        """
-        return images.normalise(pixels, self.config)
+        """Embeds the patches."""
+        return self.patch_embed(images)
 
 
-def check(config: Any, *names: str) -> None:
+def check_stages(config: Any, *names: str) -> None:
     """Raises a `ValueError` for fields of a config that cannot be.
 
     Args:
       config: with `depths`, a number for each stage.
       names: of the other fields with one.
     """
-    images.check(config)
+    check_fields(config)
     for name in ("depths", *names):
         numbers = getattr(config, name)
         if not numbers or len(numbers) != len(config.depths) or min(numbers) < 1:

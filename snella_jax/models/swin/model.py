@@ -20,16 +20,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from snella_jax.models.layers import basic, images, stack, stages
+from snella_jax.models.layers import basic, stack
 from snella_jax.models.layers.attention import attend
-from snella_jax.models.layers.stages import Staged
+from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD, ImageSizes
+from snella_jax.models.layers.stages import Staged, check_stages
 
 EPS = 1e-5  # of every norm
 
 
 @dataclasses.dataclass(frozen=True)
-class SwinConfig:
-    """What fixes the shape and the arithmetic of a `Swin`.
+class SwinConfig(ImageSizes):
+    """Shape and arithmetic of a `Swin`.
 
     Attributes:
       width: of the first stage; doubles from stage to stage.
@@ -57,15 +58,15 @@ class SwinConfig:
     channels: int = 3
     num_classes: int = 1000
     drop_path: float = 0.0
-    pixel_mean: tuple[float, ...] = images.IMAGENET_MEAN
-    pixel_std: tuple[float, ...] = images.IMAGENET_STD
+    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
+    pixel_std: tuple[float, ...] = IMAGENET_STD
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def __post_init__(self):
-        stages.check(self, "heads")
+        check_stages(self, "heads")
         if any(depth % 2 for depth in self.depths):
             raise ValueError(f"depths={self.depths}: expected even numbers.")
         if min(self.width, self.window, round(self.width * self.mlp_ratio)) < 1:
@@ -78,23 +79,13 @@ class SwinConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of each stage."""
+        """Width of each stage."""
         return tuple(self.width * 2**stage for stage in range(len(self.depths)))
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of blocks in each stage."""
+        """Number of pairs of blocks of each stage, and 2."""
         return tuple((depth // 2, 2) for depth in self.depths)
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return images.pair(self.image_size)
-
-    @property
-    def patch_hw(self) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
-        return images.pair(self.patch_size)
 
 
 PRESETS = {"swin_b": SwinConfig(128, (2, 2, 18, 2), (4, 8, 16, 32))}
@@ -115,18 +106,18 @@ class Swin(Staged):
         self.build(pair, merging, (EPS, EPS), rngs)
 
     def pool(self, last: Float[Array, "B h w D"]) -> Float[Array, "B D"]:
-        """The mean of what is normed."""
+        """Returns the mean of the normed grid."""
         return self.norm(last).mean((1, 2))
 
     def embed(
-        self, pixels: Float[Array, "B height width C"]
+        self, images: Float[Array, "B height width C"]
     ) -> Float[Array, "B h w D"]:
-        """The patches, of images that are padded where patches do not divide them."""
-        return self.patch_embed(_padded(pixels, self.config.patch_hw))
+        """Embeds the patches of images, padded where patches do not divide them."""
+        return self.patch_embed(_padded(images, self.config.patch_hw))
 
 
 class Merging(nnx.Module):
-    """Four neighbours become one token, twice as wide."""
+    """Merging of four neighbours into one token, twice as wide."""
 
     def __init__(self, width: int, config: SwinConfig, *, rngs: nnx.Rngs):
         self.norm = basic.norm(4 * width, EPS, config, rngs)
@@ -152,7 +143,7 @@ class Pair(nnx.Module):
     def __call__(
         self, x: Float[Array, "B h w D"], drop: stack.Drop | None = None
     ) -> Float[Array, "B h w D"]:
-        """`drop`: None, or two keys and two rates of stochastic depth."""
+        """Runs both; `drop` is None, or two keys and two rates of stochastic depth."""
         for index, block in enumerate((self.plain, self.shifted)):
             x = block(x, jax.tree.map(lambda leaf, i=index: leaf[i], drop))
         return x
@@ -173,7 +164,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B h w D"], drop: stack.Drop | None = None
     ) -> Float[Array, "B h w D"]:
-        """`drop`: None, or a key and the rate of stochastic depth in this block."""
+        """Runs the block; `drop` is None, or a key and the rate of stochastic depth."""
         x = x + stack.dropped(self.attn(self.norm1(x)), drop, 0)
         return x + stack.dropped(self.mlp(self.norm2(x)), drop, 1)
 
@@ -227,7 +218,7 @@ class WindowAttention(nnx.Module):
 
 
 def _padded(x: Array, size: tuple[int, int]) -> Array:
-    """Zeros behind height and width, up to multiples of these."""
+    """Puts zeros behind height and width, up to multiples of these."""
     ends = [
         (0, -length % part) for length, part in zip(x.shape[1:3], size, strict=True)
     ]
@@ -235,7 +226,7 @@ def _padded(x: Array, size: tuple[int, int]) -> Array:
 
 
 def offsets(side: int, window: int) -> Int[np.ndarray, "T T"]:
-    """Row of the table of a `window` for every two tokens of a window of this side."""
+    """Returns the row of a `window`'s table for every two tokens of a side's window."""
     tokens = np.stack(np.divmod(np.arange(side * side), side), -1)
     rows, columns = np.moveaxis(tokens[:, None] - tokens + window - 1, -1, 0)
     return rows * (2 * window - 1) + columns
@@ -244,7 +235,7 @@ def offsets(side: int, window: int) -> Int[np.ndarray, "T T"]:
 def _together(
     rows: int, columns: int, side: int, shift: int
 ) -> Bool[np.ndarray, "windows T T"]:
-    """Which tokens of a shifted window were neighbours before the shift."""
+    """Tells which tokens of a shifted window were neighbours before the shift."""
     height, width = (
         np.digitize(np.arange(n), (n - side, n - shift))
         for n in (rows * side, columns * side)

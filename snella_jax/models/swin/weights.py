@@ -12,15 +12,16 @@ from jaxtyping import DTypeLike
 
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints import position_grid, stages, torch_rules
+from snella_jax.models.checkpoints.family import Family
 from snella_jax.models.checkpoints.formats import ExportFormat, stacked
 from snella_jax.models.checkpoints.mapping import TensorRule, arrange
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.checkpoints.rewrite import parts_of
-from snella_jax.models.swin.model import EPS, Swin, SwinConfig, offsets
+from snella_jax.models.swin.model import EPS, PRESETS, Swin, SwinConfig, offsets
 
 
 def export_format(model: Swin, source: Checkpoint) -> ExportFormat:
-    """`ValueError`: the last grid is smaller than a window, which others cannot run."""
+    """Returns a model's numbers in the format of a checkpoint."""
     c = model.config
     coarse = 2 ** (len(c.depths) - 1)
     last = [
@@ -56,7 +57,7 @@ def export_format(model: Swin, source: Checkpoint) -> ExportFormat:
 
 
 def _unpaired(path: str) -> str:
-    """`blocks/2/2/shifted/norm1/scale` as `blocks/2/5/norm1/scale`."""
+    """Turns `blocks/2/2/shifted/norm1/scale` into `blocks/2/5/norm1/scale`."""
     match = re.fullmatch(r"(blocks/\d+)/(\d+)/(plain|shifted)/(.*)", path)
     if not match:
         return path
@@ -122,7 +123,7 @@ def load(
     param_dtype: DTypeLike = jnp.float32,
     **overrides: Any,
 ) -> Swin:
-    """A Swin with published weights: the original `.pth`, or a Hugging Face folder.
+    """Loads a Swin: the original `.pth`, or a Hugging Face folder.
 
     Args:
       path: of the file or folder, or what `loading.read` made of it.
@@ -153,27 +154,27 @@ def load(
         known,
         num_classes,
         given | overrides,
-        _fitted,
+        resized_tables,
     )
 
 
 def recognised(
     checkpoint: Checkpoint,
 ) -> tuple[Checkpoint, list[TensorRule], dict[str, Any]]:
-    """The tensors, the rules for them, and what the format says of the config.
+    """Returns the tensors, the rules for them, and what the format says of the config.
 
     Raises:
       CheckpointError: no known format, or a Swin of another kind.
     """
     torch_rules.require(checkpoint, MARKS, "Swin")
-    known = stages.described(checkpoint)
+    known = stages.fields(checkpoint)
     if known.pop("norm_eps", EPS) != EPS:
         raise CheckpointError(checkpoint.path, f"expected layer_norm_eps={EPS}")
     return checkpoint.unwrapped(*MARKS), RULES, known
 
 
 def _paired(path: str) -> str:
-    """`blocks/2/5/norm1/scale` as `blocks/2/2/shifted/norm1/scale`."""
+    """Turns `blocks/2/5/norm1/scale` into `blocks/2/2/shifted/norm1/scale`."""
     match = re.fullmatch(r"(blocks/\d+)/(\d+)/(.*)", path)
     if not match:
         return path
@@ -182,7 +183,7 @@ def _paired(path: str) -> str:
 
 
 def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What the shapes say of the config."""
+    """Reads the shapes as fields of the config."""
     pairs = stages.counts(arrays)
     firsts = [f"blocks/{stage}/0/plain" for stage in range(len(pairs))]
     rows, heads = zip(
@@ -203,10 +204,10 @@ def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def _fitted(
+def resized_tables(
     arrays: Mapping[str, np.ndarray], config: SwinConfig
 ) -> dict[str, np.ndarray]:
-    """Tables of biases for the config's window."""
+    """Returns the arrays with tables of biases for the config's window."""
     side = 2 * config.window - 1
     fitted = dict(arrays)
     for path, table in arrays.items():
@@ -215,3 +216,6 @@ def _fitted(
             resized = position_grid.resize(table.reshape(old, old, -1), (side, side))
             fitted[path] = resized.reshape(side * side, -1)
     return fitted
+
+
+FAMILY = Family(SwinConfig, Swin, PRESETS, MARKS, load, export_format)

@@ -2,6 +2,6 @@
 
 from snella_jax.models.vit.config import PRESETS, ViTConfig
 from snella_jax.models.vit.model import ViT, create
-from snella_jax.models.vit.weights import load
+from snella_jax.models.vit.weights import FAMILY, load
 
-__all__ = ["PRESETS", "ViT", "ViTConfig", "create", "load"]
+__all__ = ["FAMILY", "PRESETS", "ViT", "ViTConfig", "create", "load"]

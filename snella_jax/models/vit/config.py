@@ -5,13 +5,18 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from snella_jax.models.layers import images
 from snella_jax.models.layers.attention import Implementation
+from snella_jax.models.layers.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageSizes,
+    check_fields,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
-    """What fixes the shape and the arithmetic of a `ViT`.
+class ViTConfig(ImageSizes):
+    """Shape and arithmetic of a `ViT`.
 
     Attributes:
       width: `D`, the width of a token.
@@ -64,7 +69,7 @@ class ViTConfig:
     param_dtype: Any = jnp.float32
 
     def __post_init__(self):
-        images.check(self)
+        check_fields(self)
         for name in ("width", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
@@ -82,16 +87,6 @@ class ViTConfig:
                 f"image_size={self.image_size} is not a multiple of "
                 f"patch_size={self.patch_size}."
             )
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return images.pair(self.image_size)
-
-    @property
-    def patch_hw(self) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
-        return images.pair(self.patch_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -112,7 +107,7 @@ PRESETS = {
         heads=6,
         patch_size=14,
         layer_scale=1.0,
-        pixel_mean=images.IMAGENET_MEAN,
-        pixel_std=images.IMAGENET_STD,
+        pixel_mean=IMAGENET_MEAN,
+        pixel_std=IMAGENET_STD,
     ),
 }

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from snella_jax.files.errors import CheckpointError
-from snella_jax.models.checkpoints.described import described
+from snella_jax.models.checkpoints.config_fields import config_fields
 from snella_jax.models.checkpoints.mapping import TensorRule
 from snella_jax.models.checkpoints.read import Checkpoint
 from snella_jax.models.checkpoints.torch_rules import (
@@ -29,17 +29,17 @@ from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD
 
 
 def _heads_last(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    """`[D, H, d]` as `[D, H * d]`, `[H, d]` as `[H * d]`."""
+    """Turns `[D, H, d]` into `[D, H * d]`, `[H, d]` into `[H * d]`."""
     return (tensor.reshape(*tensor.shape[:-2], -1),)
 
 
 def _heads_first(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    """`[H, d, D]` as `[H * d, D]`."""
+    """Turns `[H, d, D]` into `[H * d, D]`."""
     return (tensor.reshape(-1, tensor.shape[-1]),)
 
 
 def _exported(rules: Sequence[TensorRule]) -> list[TensorRule]:
-    """Rules for PyTorch's names, and for the matrices that an export transposed."""
+    """Adds rules for the matrices that an export transposed."""
     weights = [rule for rule in rules if rule.make is transposed]
     return [
         *rules,
@@ -132,7 +132,7 @@ INCEPTION = {"pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.5, 0.5, 0.5)}
 def recognised(
     checkpoint: Checkpoint, num_classes: int | None
 ) -> tuple[Checkpoint, list[TensorRule], dict[str, Any]]:
-    """The tensors, the rules for them, and what the format says of the config.
+    """Returns the tensors, the rules for them, and what the format says of the config.
 
     Raises:
       CheckpointError: no known format.
@@ -141,7 +141,7 @@ def recognised(
     if any(name.startswith(original) for name in checkpoint.tensors):
         checkpoint = checkpoint.without_prefix(original)
     checkpoint = checkpoint.unwrapped(*MARKS)
-    names, known = checkpoint.tensors.keys(), described(checkpoint)
+    names, known = checkpoint.tensors.keys(), config_fields(checkpoint)
     if "embedding/kernel" in names:
         rules, known = NPZ, INCEPTION | known
         if any(re.fullmatch(PRE_LOGITS, name) for name in names):
@@ -167,7 +167,7 @@ def recognised(
 
 
 def _of_transformers(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The defaults of transformers, for a lone .safetensors has no config."""
+    """Returns the defaults of transformers, for a lone .safetensors has no config."""
     dinov2 = any("lambda1" in name for name in checkpoint.tensors)
     kind = checkpoint.config.get("model_type")
     imagenet = dinov2 or kind in ("vit_mae", "vit_msn", "ijepa")

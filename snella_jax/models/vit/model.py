@@ -23,13 +23,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax.models.layers import basic, stack
-from snella_jax.models.layers import images as pictures
 from snella_jax.models.layers.attention import Implementation, attend, attention_weights
+from snella_jax.models.layers.images import Classifier, check_batch
 from snella_jax.models.vit.config import PRESETS, ViTConfig
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "ViT":
-    """A randomly initialised preset, any field of its `ViTConfig` overridden.
+    """Makes a randomly initialised preset, any field of its `ViTConfig` overridden.
 
     Raises:
       ValueError: `name` is not a preset; the message lists them.
@@ -39,7 +39,7 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "ViT":
     return ViT(dataclasses.replace(PRESETS[name], **overrides), rngs=rngs)
 
 
-class ViT(nnx.Module):
+class ViT(Classifier):
     """Patch embedding, `depth` scanned blocks, a final norm and a linear head."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
@@ -62,42 +62,17 @@ class ViT(nnx.Module):
         if c.num_classes:
             self.head = basic.head(c.width, c, rngs)
 
-    def __call__(
-        self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
-    ) -> Float[Array, "B classes"]:
-        """Logits of normalised images (or pooled features where there is no head).
-
-        Args:
-          images: pixels, already normalised as the weights expect.
-          key: switches stochastic depth on (training); None is deterministic.
-
-        Raises:
-          ValueError: the images do not have the configured height, width or channels.
-        """
-        pooled = self.pooled(images, key)
-        return self.head(pooled) if self.config.num_classes else pooled
-
     def pooled(
         self, images: Float[Array, "B height width C"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "B D"]:
-        """What the head sees of images; arguments and errors as of the call."""
+        """Returns the input of the head; arguments and errors as in the call."""
         return self.pool(self.features(images, key))
 
     def pool(self, tokens: Float[Array, "B T D"]) -> Float[Array, "B D"]:
-        """The class token, or the mean of those of the patches."""
+        """Returns the class token, or the mean of those of the patches."""
         if self.config.pool == "cls":
             return tokens[:, 0]
         return tokens[:, int(self.config.class_token) :].mean(1)
-
-    def normalise(
-        self, pixels: Float[Array, "B height width C"]
-    ) -> Float[Array, "B height width C"]:
-        """Images as the weights expect them, from pixels in [0, 1].
-
-        Raises:
-          TypeError: integers, which would be 0 to 255.
-        """
-        return pictures.normalise(pixels, self.config)
 
     def features(
         self,
@@ -106,7 +81,7 @@ class ViT(nnx.Module):
         *,
         layers: tuple[int, ...] | None = None,
     ) -> Any:
-        """The tokens `[B, T, D]` after the last block and the final norm.
+        """Returns the tokens `[B, T, D]` after the last block and the final norm.
 
         Args:
           images, key: as in the call.
@@ -124,7 +99,7 @@ class ViT(nnx.Module):
     def attention_maps(
         self, images: Float[Array, "B height width C"], *, layers: tuple[int, ...]
     ) -> tuple[Float[Array, "B H T T"], ...]:
-        """What each token (rows) attends to in some blocks, in float32.
+        """Returns what each token (rows) attends to in some blocks, in float32.
 
         Args:
           images: as in the call.
@@ -150,7 +125,7 @@ class ViT(nnx.Module):
 
     def _embed(self, images: Array) -> Array:
         c = self.config
-        pictures.check_batch(images, c)
+        check_batch(images, c)
         x = self.patch_embed(images)
         x = x.reshape(x.shape[0], -1, c.width)  # [B, grid_h * grid_w, D]
         if c.class_token:
@@ -179,12 +154,12 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], drop: tuple[Array, Array] | None = None
     ) -> Float[Array, "B T D"]:
-        """`drop`: None, or a key and the rate of stochastic depth in this block."""
+        """Runs the block; `drop` is None, or a key and the rate of stochastic depth."""
         x = x + self._branch(self.attn(self.norm1(x)), "scale1", drop, 0)
         return x + self._branch(self.mlp(self.norm2(x)), "scale2", drop, 1)
 
     def attention_map(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:
-        """What each token of the block's input attends to, in float32."""
+        """Returns what each token of the block's input attends to, in float32."""
         return self.attn.map(self.norm1(x))
 
     def _branch(self, y: Array, scale: str, drop: Any, salt: int) -> Array:
@@ -210,7 +185,7 @@ class Attention(nnx.Module):
         seen: Float[Array, "B S D"] | None = None,
         length: Int[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """What tokens make of those they attend to: themselves, or those `seen`.
+        """Lets tokens attend to each other, or to those `seen`.
 
         With a `length`, of these only so many, the first ones.
         """
@@ -221,7 +196,7 @@ class Attention(nnx.Module):
         return self.out(y.reshape(x.shape))
 
     def map(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:
-        """The weights with which the call sums the values, in float32."""
+        """Returns the weights with which the call sums the values, in float32."""
         return attention_weights(self._split(self.query(x)), self._split(self.key(x)))
 
     def _split(self, x: Array) -> Array:
@@ -238,7 +213,7 @@ def _scan(
     key: PRNGKeyArray | None,
     keep: tuple[int, ...],
 ) -> tuple[Array, Kept]:
-    """The tokens after the last block, and those after each of `keep`."""
+    """Returns the tokens after the last block, and those after each of `keep`."""
     graphdef, state = nnx.split(blocks)
     one = stack.call(graphdef, config.remat, scanned=True)
     wanted = sorted(set(keep))

@@ -14,7 +14,8 @@ from jaxtyping import DTypeLike
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints import position_grid
 from snella_jax.models.checkpoints.build import filled
-from snella_jax.models.checkpoints.described import agree, weak_size
+from snella_jax.models.checkpoints.config_fields import check_agreement, weak_size
+from snella_jax.models.checkpoints.family import Family
 from snella_jax.models.checkpoints.formats import ExportFormat, is_hugging_face, stacked
 from snella_jax.models.checkpoints.mapping import arrange
 from snella_jax.models.checkpoints.read import Checkpoint, read
@@ -22,7 +23,7 @@ from snella_jax.models.checkpoints.rewrite import parts_of
 from snella_jax.models.checkpoints.torch_rules import check_numbers
 from snella_jax.models.layers import images
 from snella_jax.models.vit import formats
-from snella_jax.models.vit.config import ViTConfig
+from snella_jax.models.vit.config import PRESETS, ViTConfig
 from snella_jax.models.vit.formats import recognised
 from snella_jax.models.vit.model import ViT
 
@@ -43,7 +44,7 @@ def load(
     param_dtype: DTypeLike = jnp.float32,
     **overrides: Any,
 ) -> ViT:
-    """A ViT with published weights; the format is recognised.
+    """Loads a ViT with published weights; the format is recognised.
 
     Heads, eps and the pixels' mean and deviation are taken from the file's own config
     where it has one, else from what the format's published models have: 0.5 for the
@@ -103,7 +104,7 @@ def _shaped(
     image_size: int | tuple[int, int] | None,
     kept_head: bool,
 ) -> ViTConfig:
-    """The config that the shapes say, and what is known besides."""
+    """Makes the config of what the shapes say, and what is known besides."""
 
     def error(reason: str) -> CheckpointError:
         return CheckpointError(checkpoint.path, "\n  ".join([reason, *problems]))
@@ -151,7 +152,7 @@ def _shaped(
 
 
 def _agree(checkpoint: Checkpoint, shape: Mapping[str, Any], kept_head: bool) -> None:
-    """Raises a `ValueError` where the folder's config is of other weights."""
+    """Raises a `ValueError` if the folder's config is of other weights."""
     width, hidden = shape["width"], shape["mlp_dim"]
     has = {
         "hidden_size": width,
@@ -168,7 +169,7 @@ def _agree(checkpoint: Checkpoint, shape: Mapping[str, Any], kept_head: bool) ->
     }
     if kept_head and shape["num_classes"]:
         has |= {"num_classes": shape["num_classes"], "label_offset": 0}
-    agree(checkpoint, **has)
+    check_agreement(checkpoint, **has)
 
 
 def _image_size(
@@ -177,7 +178,7 @@ def _image_size(
     count: int,
     given: int | tuple[int, int] | None,
 ) -> Any:
-    """That of the images that so many positions of patches were made for."""
+    """Returns the size of the images that so many positions were made for."""
     height, width = config["patch_size"]
 
     def fits(size: Any) -> bool:
@@ -203,7 +204,7 @@ def _image_size(
 def _positions_joined(
     path: Path, parts: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The class token's position, which an export keeps apart, before the others."""
+    """Joins the class token's position, which an export keeps apart, and the others."""
     names = ("pos_embed/class", "pos_embed/patches")
     if not all(name in parts for name in names):
         return parts
@@ -270,7 +271,7 @@ def export_format(model: ViT, source: Checkpoint) -> ExportFormat:
 
 
 def _seen(kernel: np.ndarray, pool: str, dinov2: bool) -> np.ndarray:
-    """The head's rows by what transformers' sees: DINOv2's both tokens and their mean.
+    """Orders a head's rows as transformers' sees tokens: DINOv2's both, and their mean.
 
     Raises:
       ValueError: it does not see what the model's does.
@@ -283,3 +284,6 @@ def _seen(kernel: np.ndarray, pool: str, dinov2: bool) -> np.ndarray:
             'transformers has no ViT with a head on the mean of the tokens: pool="mean"'
         )
     return kernel
+
+
+FAMILY = Family(ViTConfig, ViT, PRESETS, formats.MARKS, load, export_format)

@@ -1,4 +1,4 @@
-"""What `described` reads, written: the config files of a folder, and metadata."""
+"""Writes what `config_fields` reads: the config files of a folder, and metadata."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from snella_jax.models.checkpoints.described import POOLS
+from snella_jax.models.checkpoints.config_fields import POOLS
 from snella_jax.models.checkpoints.formats import ExportFormat
 from snella_jax.models.checkpoints.read import RECORDED, Checkpoint
 from snella_jax.models.layers.images import pair
@@ -16,7 +16,7 @@ FIELDS = ("image_size", "heads", "norm_eps", "pool", "pixel_mean", "pixel_std")
 
 
 def metadata(config: Any) -> dict[str, str]:
-    """Of a `.safetensors`: the fields of a config that no shape says."""
+    """Returns metadata for `.safetensors`: fields of a config that no shape says."""
     said = {name: getattr(config, name) for name in FIELDS if hasattr(config, name)}
     return {RECORDED: json.dumps(said, default=lambda number: number.item())}
 
@@ -24,7 +24,7 @@ def metadata(config: Any) -> dict[str, str]:
 def config_files(
     source: Checkpoint, own: ExportFormat, config: Any, names: Sequence[str] | None
 ) -> dict[str, bytes]:
-    """The JSON files of a folder, which say what a model is now.
+    """Makes the JSON files of a folder, which say what a model is now.
 
     Args:
       source: the folder.
@@ -55,7 +55,7 @@ def config_files(
 def _of_transformers(
     said: Mapping[str, Any], own: ExportFormat, config: Any
 ) -> dict[str, Any]:
-    """What changes in a config of transformers."""
+    """Returns what changes in a config of transformers."""
     height, width = config.image_hw
     size = height if height == width else [height, width]
     new: dict[str, Any] = {}
@@ -72,7 +72,7 @@ def _of_transformers(
 
 
 def _of_timm(said: Mapping[str, Any], own: ExportFormat, config: Any) -> dict[str, Any]:
-    """What changes in a config of timm, beside the classes."""
+    """Returns what changes in a config of timm, beside the classes."""
     nested = isinstance(said.get("pretrained_cfg"), Mapping)
     pretrained = dict(said["pretrained_cfg"]) if nested else {}
     arguments = dict(said.get("model_args") or {})
@@ -129,7 +129,7 @@ def _name_classes(
 
 
 def _same_pixels(known: Mapping[str, Any], config: Any) -> bool:
-    """Whether they are taken to the same as where the config is from."""
+    """Returns True if pixels are normalised as where the config is from."""
     names = ("pixel_mean", "pixel_std")
     return all(
         name not in known or np.allclose(known[name], getattr(config, name), atol=1e-9)

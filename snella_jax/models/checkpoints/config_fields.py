@@ -1,9 +1,9 @@
-"""What the config files of a folder say, in the words of our configs.
+"""Reads the config files of a folder as fields of our configs.
 
 They are `config.json` and `preprocessor_config.json` of transformers, and `config.json`
 of timm (`_parse_model_cfg` in `timm/models/_hub.py`). What changes outputs is obeyed,
-compared with the weights (`agree`), or refused by name. Resizing and cropping are the
-caller's: nothing of them is read.
+compared with the weights (`check_agreement`), or refused by name. Resizing and cropping
+are the caller's: nothing of them is read.
 """
 
 import math
@@ -51,7 +51,7 @@ IN_PIXELS = {"rescale_offset": NO, "do_flip_channel_order": NO}
 FREE = r"(\w+_)?drop(_path)?_rate|weight_init|fix_init|ls_init_value|" + (
     "head_init_scale|dynamic_img_size|dynamic_img_pad|strict_img_size|pretrained"
 )
-# Those that `described` obeys, and those that families compare with the weights.
+# Those that `config_fields` obeys, and those that families compare with the weights.
 KNOWN = (
     "img_size|num_heads|global_pool|num_classes|in_chans|embed_dim|depths?|dims|"
     + ("patch_size|mlp_ratio|class_token|window_size|init_values")
@@ -60,8 +60,8 @@ NESTED = ("encoder", "vision_config", "text_config", "backbone_config")
 POOLS = {"token": "cls", "avg": "mean"}
 
 
-def described(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Fields of our configs that are said beside the weights.
+def config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Reads the fields of our configs that are said beside the weights.
 
     Returns:
       `heads`, `norm_eps`, `image_size`, `pool`, `pixel_mean` and `pixel_std`, as far as
@@ -93,8 +93,8 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
     return recorded | {name: _fixed(value) for name, value in found.items()}
 
 
-def agree(checkpoint: Checkpoint, **has: Any) -> None:
-    """Raises a `ValueError` where the config says something else than the weights.
+def check_agreement(checkpoint: Checkpoint, **has: Any) -> None:
+    """Raises a `ValueError` if the config says something else than the weights.
 
     Args:
       checkpoint: whose config it is.
@@ -112,7 +112,7 @@ def agree(checkpoint: Checkpoint, **has: Any) -> None:
 
 
 def weak_size(checkpoint: Checkpoint, given: bool) -> bool:
-    """Whether the image size that is said need not be that of the positions.
+    """Returns True if the image size that is said need not be that of the positions.
 
     timm's `input_size` need not, where its model has no fixed size, or where the caller
     has `given` one.
@@ -125,7 +125,7 @@ def weak_size(checkpoint: Checkpoint, given: bool) -> bool:
 
 
 def _said(config: Mapping[str, Any]) -> dict[str, Any]:
-    """One level of what timm's configs say on three."""
+    """Joins the three levels of timm's configs to one."""
     if nested := [name for name in NESTED if isinstance(config.get(name), Mapping)]:
         raise ValueError(
             f"its config is that of a larger model, with {', '.join(nested)}: save the "
@@ -160,7 +160,7 @@ def _only(said: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]]) -> N
 
 
 def _input(said: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Channels, height and width of timm's `img_size` or `input_size`, or nothing."""
+    """Returns channels, height and width of timm's `img_size` or `input_size`."""
     given = said.get("input_size")
     if given is not None and not (isinstance(given, list) and len(given) == 3):
         raise ValueError(f"input_size={given!r}: expected [channels, height, width]")
@@ -177,7 +177,7 @@ def _has_head(checkpoint: Checkpoint) -> bool:
 
 
 def _pixels(said: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
-    """The mean and deviation of pixels in [0, 1]."""
+    """Reads the mean and deviation of pixels in [0, 1]."""
     for name in ("do_normalize", "do_rescale"):
         if not isinstance(images.get(name, True), bool):
             raise ValueError(f"{name}={images[name]!r}: expected true or false")
@@ -205,7 +205,7 @@ def _pixels(said: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any
 
 
 def _rescaled(found: dict[str, Any], images: Mapping[str, Any]) -> dict[str, Any]:
-    """Constants for pixels in [0, 1], of those for what the folder takes pixels to.
+    """Converts constants for the pixels of a folder to those for pixels in [0, 1].
 
     Those are `factor` times the pixels in [0, 255].
     """
@@ -232,7 +232,7 @@ def _fixed(value: Any) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether they are equal; a number stands for a list of it."""
+    """Returns True if both are equal; a number stands for a list of it."""
     first, second = (
         list(x) if isinstance(x, list | tuple) else [x] for x in (one, other)
     )

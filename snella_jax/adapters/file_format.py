@@ -38,7 +38,7 @@ PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What a file says of one weight, or of one row of a stacked one.
+    """The adapter of one weight, or of one row of a stacked weight, in a file.
 
     Attributes:
       rule: how it is adapted.
@@ -61,7 +61,7 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
-    """What a folder holds, checked against itself.
+    """The contents of an adapter's folder, checked against themselves.
 
     Attributes:
       folder: where it was read.
@@ -200,7 +200,7 @@ def _tensors(
     trained: Mapping[str, Any],
     stats: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
-    """By key, what is written."""
+    """Collects the tensors of an adapter, by key."""
     found: dict[str, np.ndarray] = {}
     for weight in weights:
         for name, value in weight.factors.items():
@@ -235,7 +235,7 @@ def _described(weight: AdaptedWeight) -> dict[str, Any]:
 
 
 def _density(described: Iterable[Mapping[str, Any]]) -> float:
-    """Share of the weights that may move."""
+    """Returns the share of the weights that may move."""
     described = list(described)
     budgets = [np.asarray(one["budgets"]) for one in described]
     weights = [
@@ -327,7 +327,7 @@ def _units(
 
 
 def _bases(own: Mapping[str, Any]) -> list[Digest | Fingerprint]:
-    """Of each row of a weight, what it was trained on."""
+    """Reads which weight each row was trained on."""
     shape = (*own["slices"], *own["shape"])
     dtype = str(np.dtype(own["base_dtype"]))
     if "base_sha256" in own:

@@ -1,0 +1,29 @@
+"""What all families of models have in common: the entry of one in the registry."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from snella_jax.models.checkpoints.formats import ExportFormat
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models, such as the ViTs.
+
+    Attributes:
+      config: class of the configs.
+      model: class of the models; called with a config and `rngs`.
+      presets: configs by name.
+      marks: regexes of names of tensors that every checkpoint of the family has, one
+        for each format.
+      load: makes a model of a checkpoint.
+      export_format: returns the format of a checkpoint with a model's numbers.
+    """
+
+    config: type
+    model: type
+    presets: Mapping[str, Any]
+    marks: tuple[str, ...]
+    load: Callable[..., Any]
+    export_format: Callable[..., ExportFormat]
