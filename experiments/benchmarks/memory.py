@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 import tyro
 from rich.progress import track
 from rich.table import Table
@@ -90,7 +89,7 @@ def row(
         "remat": setting.remat,
         "attention": setting.attention,
         "parameters": workload.parameters(setting.model),
-        "trainable": optax.tree.size(one.arguments[0]),
+        "trainable": workload.size(one.arguments[0]),
         "compile_seconds": round(seconds, 1),
         "device": targets.describe(target),
         "jax": jax.__version__,

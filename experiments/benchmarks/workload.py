@@ -226,7 +226,12 @@ def parameters(model: str) -> int:
     shapes = nnx.eval_shape(
         lambda: models.create(model, num_classes=CLASSES, rngs=nnx.Rngs(0))
     )
-    return optax.tree.size(nnx.state(shapes, nnx.Param))
+    return size(nnx.state(shapes, nnx.Param))
+
+
+def size(tree: Any) -> int:
+    """Returns how many numbers a tree of arrays or of shapes has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def locating(setting: Setting) -> Step | None:
