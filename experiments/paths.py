@@ -69,8 +69,8 @@ def check_out(out: Path) -> None:
     if is_unreadable(out) and jax.process_count() > 1:
         raise ValueError(
             f"--out {out}: several processes can share no checkpoints below a name "
-            "with *, ?, [, a backslash, a colon at its end or bytes that are not UTF-8. "
-            "Choose another."
+            "with *, ?, [, a backslash, a colon at its end or bytes that are not "
+            "UTF-8. Choose another."
         )
 
 
