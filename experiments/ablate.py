@@ -1,20 +1,20 @@
-"""The ablations: SNELLA with a setting changed at a time, tables and figures.
+"""Runs the ablations: SNELLA with one setting changed at a time.
 
     python -m experiments.ablate --out runs/ablations
 
-Every study is a table of the paper, or a question of our own: kernels, sparsity,
-importance, budgets, schedules, masks, beta, allocation, gates, rank. The base's rate is
+A study is a table of the paper or a question of our own: kernels, sparsity, importance,
+budgets, schedules, masks, beta, allocation, gates, rank. The base's learning rate is
 searched on validation (the lowest within a standard error of the best), and so is that
 of every variant with another kernel, gate, path or precision; the others share the
-base's. Then each is trained on training and validation images, once for each seed, and
-tested once. `results.json` in `--out` keeps every finished search and seed: the same
-command goes on where it was, on another machine, too, with only that file. Several
-processes may work in one folder. `report.md`, `report.json` and a picture of each study
-show what there is.
+base's. Then each variant is trained on training and validation images, once for each
+seed, and tested once. `results.json` in `--out` keeps every finished search and seed:
+the same command goes on with the others, also on another machine with only that file.
+Several processes may work in one folder. Writes `report.md`, `report.json` and a
+picture of each study with all finished seeds.
 
 The default task and model are real and small (the quickstart's ViT on dSprites'
 location, a minute a run); `--run.model dinov2_saliency --run.image_size 56` takes a
-larger one.
+larger model.
 """
 
 import contextlib
@@ -81,22 +81,22 @@ class Ablation:
     """Options of `python -m experiments.ablate`."""
 
     studies: tuple[Name, ...] = tuple(STUDIES)  # pyright: ignore[reportAssignmentType]
-    """Which are run, in this order."""
+    """Studies to run, in this order."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of factors and order. (Searches have seed 0.)"""
+    """Seeds of the factors and the order. (Searches have seed 0.)"""
     search_epochs: int = 10
-    """Length of a trial of the search."""
+    """Epochs of a trial of the search."""
     run: RunConfig = RUN
-    """What all variants share; `run.snella` is the base, of whose settings only the
-    rate and the decay may be set."""
+    """Config that all variants share; `run.snella` is the base, of which only the rate
+    and the weight decay may be set."""
     table_only: bool = False
-    """Run nothing; write the tables of what is done."""
+    """Run nothing; write the tables of finished runs."""
     out: Given = Path("runs/ablations")
-    """Folder for results.json, the tables, the pictures and the runs."""
+    """Folder to write results.json, the tables, the pictures and the runs into."""
 
     @property
     def variants(self) -> list[Variant]:
-        """Those of the studies, each once, the base first."""
+        """Variants of the studies, each once, the base first."""
         named = {SNELLA.name: SNELLA}
         for study in self.studies:
             for variant in STUDIES[study].variants:
@@ -104,7 +104,7 @@ class Ablation:
         return list(named.values())
 
     def check(self) -> None:
-        """Raises a `ValueError` on values that would fail in the midst of it."""
+        """Raises a `ValueError` on values that would fail later."""
         if not self.studies or not self.seeds:
             raise ValueError("expected at least one study and one seed.")
         if self.search_epochs <= self.run.warmup_epochs:
@@ -132,7 +132,7 @@ class Ablation:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line and runs what is left."""
+    """Runs what is left, and writes the tables."""
     config = tyro.cli(Ablation, prog=PROGRAM, args=argv, description=__doc__)
     console = terminal.console()
     with terminal.exit_on_error(PROGRAM):
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _tried(
     variant: Variant, config: Ablation, store: table_store.Store, console: Console
 ) -> str | None:
-    """Completes a row; says what failed."""
+    """Completes a row; returns what failed."""
 
     def choose(place: Path) -> table_store.Done:
         if variant.searched:
@@ -181,7 +181,7 @@ def _tried(
 
 
 def _base_choice(config: Ablation, store: table_store.Store) -> dict[str, float]:
-    """The base's rate; waits for a process that is about to find it."""
+    """Returns the base's rate; waits for a process that is searching it."""
     task = config.run.task
     lock = filelock.FileLock(table_store.place(config.out, task, BASE) / ".cell")
 
@@ -202,7 +202,7 @@ def _searched(
     place: Path,
     console: Console,
 ) -> table_store.Done:
-    """The trials of a variant's search, and the rate that follows from them."""
+    """Searches; returns the trials of a variant and the rate that follows."""
     console.rule(f"{variant.name}, search")
     own = variant.config(config.run, config.run.seed)
     own = dataclasses.replace(own, epochs=config.search_epochs, steps=None, out=place)
@@ -215,7 +215,7 @@ def _searched(
 
 
 def cautious(trials: Sequence[dict[str, Any]], images: int) -> float:
-    """The lowest rate within a standard error of the best on so many images.
+    """Returns the lowest rate within a standard error of the best on so many images.
 
     Above the best rate training soon diverges, and near it variants differ by that.
 
@@ -232,7 +232,7 @@ def cautious(trials: Sequence[dict[str, Any]], images: int) -> float:
 def measured(
     method: Literal["snella", "snella_masked"], setting: Prepared
 ) -> table_store.Done:
-    """Trains a variant; what is to be known of it.
+    """Trains a variant and measures it.
 
     Returns:
       `test_accuracy` (the last epoch's, merged), `unmerged_accuracy` (as it was
@@ -275,7 +275,7 @@ def measured(
 
 
 def _updates(setting: Prepared, merged: Any) -> dict[str, float]:
-    """What training did to the targeted kernels."""
+    """Measures how training changed the targeted kernels."""
     base = select(setting.base, setting.config.targets)
     ranks, densities, changes, weights = [], [], [], []
     for path, layer in select(merged, "|".join(base)).items():

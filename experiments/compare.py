@@ -1,14 +1,15 @@
-"""Every method on several tasks: rates chosen on validation, then several seeds.
+"""Compares every method on several tasks: a search on validation, then several seeds.
 
     python -m experiments.compare --out runs/comparison
 
-For each task and method: learning rates (and densities, where there is sparsity) are
-tried on the training images for `--search_epochs` and judged on validation; what was
-best is trained on training and validation images, once for each seed, and tested once.
+For each task and method, learning rates (and densities, for sparse methods) are tried
+on the training images for `--search_epochs` and judged on validation. The best setting
+is trained on training and validation images, once for each seed, and tested once.
 `results.json` in `--out` keeps every finished search and seed: the same command goes on
-where it was, on another machine, too, with only that file (an unfinished search or seed
-with the folder `runs`). Several processes may work in one folder. `report.md` and
-`report.json` are the table of what there is.
+with the others, also on another machine with only that file (an unfinished search or
+seed is resumed from the folder `runs`). Several processes may work in one folder.
+Writes the table of all finished seeds into `report.md` and `report.json`, and
+`accuracy.png` with `--memory`.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ PROGRAM = "python -m experiments.compare"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line and runs what is left."""
+    """Runs what is left, and writes the table."""
     config = tyro.cli(Comparison, prog=PROGRAM, args=argv, description=__doc__)
     console = terminal.console()
     with terminal.exit_on_error(PROGRAM):
@@ -68,7 +69,7 @@ def _draw(
     config: Comparison,
     console: Console,
 ) -> None:
-    """Accuracy against memory, of the methods that have both."""
+    """Draws accuracy against memory, for the methods that have both."""
     if not points:
         console.print(f"No method of the table is in {config.memory}: no accuracy.png.")
         return
@@ -83,7 +84,7 @@ def _draw(
 def _tried(
     task: str, row: Row, config: Comparison, store: table_store.Store, console: Console
 ) -> str | None:
-    """Completes a cell; says what failed."""
+    """Completes a cell; returns what failed."""
 
     def search(place: Path) -> table_store.Done:
         return _searched(task, row, config, store, place, console)
@@ -105,7 +106,7 @@ def _tried(
 
 
 def _check_inputs(config: Comparison) -> None:
-    """Raises where a task or the weights are missing, or a method does not fit."""
+    """Raises an error if a task or the weights are missing or a method does not fit."""
     tasks = [dataclasses.replace(config.run, task=task) for task in config.tasks]
     if lacking := [text for task in tasks if (text := setup.missing(task))]:
         raise ValueError("\n  ".join(["some tasks cannot be run:", *lacking]))
@@ -116,7 +117,7 @@ def _check_inputs(config: Comparison) -> None:
 
 
 def _memory(path: Path | None) -> dict[str, dict[str, Any]]:
-    """Rows of `memory.json` by method; none without a file."""
+    """Returns the rows of a `memory.json` by method; none without a file."""
     rows = files.read(path) if path else []
     if rows is None or len({row["model"] for row in rows}) > 1:
         raise ValueError(f"{path}: expected a memory.json of one model.")
@@ -131,7 +132,7 @@ def _searched(
     place: Path,
     console: Console,
 ) -> dict[str, Any]:
-    """The trials of a method's search, and what was best."""
+    """Searches; returns the trials of a method and the best settings."""
     if row.method == LINEAR:  # whose fit chooses its strength itself
         return {"chosen": {}}
     console.rule(f"{task}, {row.name}, search")

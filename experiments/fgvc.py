@@ -4,8 +4,8 @@
     python -m experiments.fgvc --config fgvc --data_dir DATA --model ViT-B_16.npz
 
 Trains on the whole training set with random crops, flips and colour jitter, keeps a
-running mean of the weights, and tests both. `--resume FOLDER` goes on with a run that
-was killed.
+running mean of the weights, and tests both. `--resume FOLDER` resumes a run that was
+killed.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from experiments.runs import cli
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
-    """Parses the command line, runs, and returns what `summary.json` holds."""
+    """Runs, and returns the content of `summary.json`."""
     return cli.main("python -m experiments.fgvc", presets.FGVC, "fgvc", argv)
 
 

@@ -1,4 +1,4 @@
-"""Paths that users give: `~`, and what a run folder may be called."""
+"""Paths on the command line, and names that a run folder may have."""
 
 import os
 import re
@@ -14,7 +14,7 @@ DEEPEST = 400  # bytes; the longest path below a run folder is shorter
 
 
 def at_home(path: str | Path) -> Path:
-    """The path, in the user's home where it begins with `~`.
+    """Returns a path, in the user's home if it begins with `~`.
 
     >>> at_home("runs/~").as_posix()
     'runs/~'
@@ -28,7 +28,7 @@ def at_home(path: str | Path) -> Path:
 
 
 def written(text: str) -> Path:
-    """The path that a text in UTF-8 names, whatever the locale's encoding.
+    """Returns the path that a text in UTF-8 names, whatever the locale's encoding.
 
     >>> written("images/ü.png").name
     'ü.png'
@@ -50,7 +50,7 @@ Given = Annotated[
 
 
 def check_out(out: Path) -> None:
-    """Raises a `ValueError` where a folder could not be made or filled."""
+    """Raises a `ValueError` if a folder could not be made or filled."""
     whole = out.absolute()
     there = next(path for path in (whole, *whole.parents) if os.path.exists(path))
     if not there.is_dir():
@@ -63,14 +63,14 @@ def check_out(out: Path) -> None:
         )
     if len(os.fsencode(whole)) + DEEPEST > total:
         raise ValueError(
-            f"--out {out}: what lies in it would have a path of more than {total} "
-            "bytes. Choose a shorter one."
+            f"--out {out}: files in it would have paths of more than {total} bytes. "
+            "Choose a shorter one."
         )
     if is_unreadable(out) and jax.process_count() > 1:
         raise ValueError(
             f"--out {out}: several processes can share no checkpoints below a name "
-            "with *, ?, [, a backslash, a colon at its end or bytes that are no UTF-8. "
-            "Choose another."
+            "with *, ?, [, a backslash, a colon at its end or bytes that are not "
+            "UTF-8. Choose another."
         )
 
 
@@ -85,7 +85,7 @@ def printable(name: str) -> str:
 
 
 def shortened(name: str, room: int) -> str:
-    """A name of at most so many bytes, cut at its end.
+    """Returns a name of at most `room` bytes, cut at its end.
 
     >>> shortened("pets", 255), shortened("äpfel", 2)
     ('pets', 'ä')
@@ -95,7 +95,7 @@ def shortened(name: str, room: int) -> str:
 
 
 def is_unreadable(path: Path) -> bool:
-    """Whether Orbax would write into a folder what it cannot read again."""
+    """Returns True if Orbax could not read again what it writes into a folder."""
     text = "/".join(path.absolute().parts[1:])
     as_utf_8 = text.encode("utf-8", "surrogatepass")  # as TensorStore opens it
     return bool(UNREADABLE.search(text)) or os.fsencode(text) != as_utf_8

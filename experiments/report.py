@@ -1,15 +1,15 @@
-"""The paper's tables from run folders.
+"""Makes the paper's tables from finished runs.
 
     python -m experiments.report runs/quickstart/* --out runs/report
 
-Looks for finished runs (`summary.json`) in the folders and below them. A row for each
-task, a column for each method (or the other way round, where that is narrower): the
-mean over seeds of the test accuracy in percent, with the deviation where there are
-several seeds; then the mean of each group of tasks, the mean of the groups and the mean
-of the tasks, which papers confuse. A mean of which a task is missing is left out.
-Beside a method that the paper has stand its numbers, for VTAB-1k's own tasks alone and
-those that are ours. Prints the table, and writes `report.md` and `report.json` into
-`--out`.
+Reads every finished run (`summary.json`) in the given folders and below them. The table
+has a row for each task and a column for each method, or the other way round where that
+is narrower: the mean test accuracy over seeds in percent, with the standard deviation
+if there are several seeds. Below are the mean of each group of tasks, the mean of the
+groups and the mean of the tasks (papers confuse these two); a mean is left out if one
+of its tasks is missing. The paper's numbers for VTAB-1k stand beside those of the same
+method, over the same tasks. Prints the table, and writes `report.md` and `report.json`
+into `--out`.
 """
 
 import dataclasses
@@ -29,16 +29,17 @@ class Options:
     """Options of `python -m experiments.report`."""
 
     runs: Annotated[tuple[Given, ...], tyro.conf.Positional]
-    """Run folders, or folders that hold some."""
+    """Run folders, or folders that contain run folders."""
     accuracy: Accuracy = "last"
-    """last: of the last epoch. best: of the best epoch on what was followed. ema: of
-    the running mean of the weights."""
+    """Which test accuracy of a run. last: that of the last epoch. best: that of the
+    epoch that was best on the split that was followed. ema: that of the running mean of
+    the weights."""
     out: Given | None = None
-    """Folder for report.md and report.json. Default: print only."""
+    """Folder to write report.md and report.json into. Default: print only."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parses the command line, prints the table, returns what `report.json` holds."""
+    """Prints the table and returns the content of `report.json`."""
     program = "python -m experiments.report"
     options = tyro.cli(Options, prog=program, args=argv, description=__doc__)
     console = terminal.console()

@@ -5,14 +5,14 @@
     python -m experiments.vtab --config vtab1k --data_dir DATA --model ViT-B_16.npz
     python -m experiments.vtab --config elpv --search
 
-`quickstart` is scikit-learn's handwritten digits (no VTAB task) with the small ViT that
-`experiments/pretrained/pretrain.py` pre-trained on Fashion-MNIST; `--task` and
-`--model` put yours in their place. `vtab1k` is all 19 tasks. A run leaves a folder
-(`run.py`); one that was killed goes on with
+`quickstart` is scikit-learn's handwritten digits (not a VTAB task) with a small ViT,
+pre-trained on Fashion-MNIST by `experiments.pretrained.pretrain`; `--task` and
+`--model` take your own data and model. `vtab1k` is all 19 tasks. A run writes a folder
+(`experiments.runs.folder`); a run that was killed is resumed by
 
     python -m experiments.vtab --resume FOLDER
 
-and ends with the numbers of one that was not.
+and ends with the same numbers as one that was not.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from experiments.runs import cli
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
-    """Parses the command line, runs, and returns what `summary.json` holds."""
+    """Runs, and returns the content of `summary.json`."""
     return cli.main("python -m experiments.vtab", presets.VTAB, "vtab1k", argv)
 
 

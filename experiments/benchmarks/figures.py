@@ -1,4 +1,4 @@
-"""Figures of what methods cost: memory, seconds, and accuracy for memory."""
+"""Figures of the cost of a training step: memory, seconds and their parts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     Args:
       path: the PNG to write.
-      rows: of `experiments.benchmarks.memory`.
+      rows: rows of `memory.json`.
     """
     if len({row["model"] for row in rows}) > 1:
         _memory_by_size(path, rows)
@@ -92,11 +92,11 @@ def _memory_by_size(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws the seconds of a step, a bar for each method with its fastest and slowest.
+    """Draws the seconds of a step: a bar for each method, from fastest to slowest.
 
     Args:
       path: the PNG to write.
-      rows: of `experiments.benchmarks.throughput`.
+      rows: rows of `throughput.json`.
     """
     names = [row["method"] for row in rows]
     medians = np.array([row["median_seconds"] for row in rows])
@@ -126,11 +126,11 @@ def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def profile(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws the parts of a step's time, a bar for each method.
+    """Draws the parts of a step's time: a bar for each method.
 
     Args:
       path: the PNG to write.
-      rows: of `experiments.benchmarks.profile`.
+      rows: rows of `profile.json`.
     """
     names = [row["method"] for row in rows]
     height = 1.6 + 0.5 * len(rows)

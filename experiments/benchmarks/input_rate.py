@@ -1,10 +1,11 @@
-"""Images per second: what the pipeline delivers, and what a training step consumes.
+"""Measures images per second: those the pipeline delivers, those a step consumes.
 
     python -m experiments.benchmarks.input_rate --task elpv --model dinov2_s14 --batch 8
 
 The streams (VTAB's resize, FGVC's random crops) and the steps (LoRA, SNELLA) take
-turns on the device at hand. Prints a table and writes `input_rate.json` into `--out`. A
-stream that delivers less than the fastest step consumes would hold the training up.
+turns on the local device. A stream that delivers fewer images than the fastest step
+consumes would slow training down. Prints a table and writes `input_rate.json` into
+`--out`.
 """
 
 import dataclasses
@@ -38,29 +39,29 @@ class RateConfig:
     """Options of `python -m experiments.benchmarks.input_rate`."""
 
     task: str = "elpv"
-    """A task, folder or CSV file, as for experiments.tasks.show."""
+    """Name of a task, or path of a folder or CSV file."""
     data_dir: Path = catalogue.DATA_DIR
-    """Where TFDS keeps prepared sets, and archives are unpacked."""
+    """Folder with TFDS's prepared sets and unpacked archives."""
     model: str = "dinov2_s14"
-    """A preset of snella_jax.models; its image size is the stream's."""
+    """Preset of snella_jax.models; the streams have its image size."""
     batch: int = 8
     """Images in a step."""
     dtype: workload.Dtype = "float32"
-    """Of the computation."""
+    """Dtype of the computation and of the frozen weights."""
     batches: int = 200
-    """That a stream delivers in each turn; a few were made ahead, while steps ran."""
+    """Batches that a stream delivers in each turn; a few were made while steps ran."""
     repetitions: int = 5
-    """How many turns."""
+    """Number of turns."""
     threads: int = pipeline.Reading.threads
-    """That make batches."""
+    """Number of threads that make batches."""
     workers: int = 0
-    """Processes that make batches besides; 0 for threads alone."""
+    """Number of processes that make batches; 0 for threads alone."""
     out: Given = Path("runs/input_rate")
-    """Folder for input_rate.json."""
+    """Folder to write input_rate.json into."""
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """Parses the command line, times, and returns the rows of `input_rate.json`."""
+    """Measures, and returns the rows of `input_rate.json`."""
     config = tyro.cli(RateConfig, prog=PROGRAM, args=argv, description=__doc__)
     with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
@@ -96,7 +97,7 @@ CROPS = ("resize", "random")
 
 
 def _stream(crop: Any, task: Task, config: RateConfig) -> Callable[[], int]:
-    """Takes some batches from a stream without end; gives the number of images."""
+    """Returns a function that takes some batches and returns their number of images."""
     transform = Transform(models.PRESETS[config.model].image_hw, crop)
     batches = iter(
         pipeline.training(

@@ -1,15 +1,15 @@
-r"""Compiled peak memory of one training step, method by method.
+r"""Measures the compiled peak memory of one training step, method by method.
 
     python -m experiments.benchmarks.memory --target h100 --batch 8 \
         --model vit_b16 vit_l16 vit_h14
 
-compiles the step of every method for the target, which need not be there, and asks the
-compiler what it will allocate: arguments, results and temporaries. Prints a table and
-writes `memory.json` and `memory.png` (memory against the size of the model, as in the
-paper's Figure 7(b, c) and Table XVI) into `--out`. Full fine-tuning keeps its weights
-in float32, as it has to; LoRA's cast of a frozen weight is recomputed, so that no copy
-of it counts against LoRA. The total of SPT, GPS and NOAH is that of their first stage
-where it takes more (`locating_bytes`).
+compiles the step of every method for the target, which need not be present, and asks
+the compiler how much it will allocate for arguments, results and temporaries. Prints a
+table and writes `memory.json` and `memory.png` (memory against the size of the model,
+as in the paper's Figure 7(b, c) and Table XVI) into `--out`. Full fine-tuning keeps its
+weights in float32, as it has to; LoRA's cast of a frozen weight is recomputed, so that
+no copy of it counts against LoRA. The total of SPT, GPS and NOAH is that of their first
+stage where it takes more (`locating_bytes`).
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 import tyro
 from rich.progress import track
 from rich.table import Table
@@ -38,16 +37,16 @@ class MemoryConfig(workload.Options):
     """Options of `python -m experiments.benchmarks.memory`."""
 
     target: targets.Target = "local"
-    """What the step is compiled for. On the CPU XLA's scheduler does not spare memory:
-    its figures rank methods badly."""
+    """Device that the step is compiled for. On the CPU, XLA's scheduler does not save
+    memory: its figures rank methods badly."""
     model: tuple[str, ...] = ("vit_b16",)
     """Presets of snella_jax.models."""
     out: Given = Path("runs/memory")
-    """Folder for memory.json and memory.png."""
+    """Folder to write memory.json and memory.png into."""
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """Parses the command line, compiles, and returns the rows of `memory.json`."""
+    """Compiles, and returns the rows of `memory.json`."""
     config = tyro.cli(MemoryConfig, prog=PROGRAM, args=argv, description=__doc__)
     with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 def row(
     setting: workload.Setting, target: targets.Target, where: Any
 ) -> dict[str, Any]:
-    """Compiles one step for the device of `where` and says what it allocates."""
+    """Compiles one step for the device of `where`; returns its row of `memory.json`."""
     one, first = workload.abstract(setting), workload.locating(setting)
     start = time.perf_counter()
     found = _allocated(one, where)
@@ -90,7 +89,7 @@ def row(
         "remat": setting.remat,
         "attention": setting.attention,
         "parameters": workload.parameters(setting.model),
-        "trainable": optax.tree.size(one.arguments[0]),
+        "trainable": workload.size(one.arguments[0]),
         "compile_seconds": round(seconds, 1),
         "device": targets.describe(target),
         "jax": jax.__version__,
@@ -98,7 +97,7 @@ def row(
 
 
 def _allocated(one: workload.Step, where: Any) -> dict[str, int]:
-    """What a step needs."""
+    """Returns the bytes that a compiled step allocates, in all and by part."""
     compiler = jax.jit(
         one.run, donate_argnums=one.donated, in_shardings=where, out_shardings=where
     )

@@ -1,12 +1,13 @@
-r"""Where a training step's time goes, method by method, on the device at hand.
+r"""Measures the parts of a training step's time, method by method.
 
     python -m experiments.benchmarks.profile --model vit_b16 --batch 8 \
         --method full lora snella
 
-The methods take turns, a step at a time, under JAX's profiler. The time of every
-operation that XLA scheduled is counted for the part of the step that it computes;
-operations that run side by side share the time. Medians over the steps are taken.
-Prints a table and writes `profile.json` and `profile.png` into `--out`. Tested on CPUs.
+The methods take turns on the local device, a step at a time, under JAX's profiler. The
+time of every operation that XLA scheduled counts for the part of the step that it
+computes; operations that run at the same time share it. Figures are medians over the
+steps. Prints a table and writes `profile.json` and `profile.png` into `--out`. Tested
+on CPUs only.
 """
 
 import collections
@@ -53,21 +54,21 @@ class ProfileConfig(workload.Options):
     """Options of `python -m experiments.benchmarks.profile`."""
 
     method: tuple[str, ...] = ("full", "lora", "snella")
-    """What is compared."""
+    """Methods to compare."""
     dtype: workload.Dtype = "float32"
-    """Of the computation."""
+    """Dtype of the computation."""
     frozen_dtype: workload.Dtype = "float32"
-    """Of the weights that do not train."""
+    """Dtype of the weights that do not train."""
     model: str = "vit_b16"
-    """A preset of snella_jax.models."""
+    """Preset of snella_jax.models."""
     steps: int = 7
-    """How many steps of each method are profiled."""
+    """Number of steps of each method that are profiled."""
     out: Given = Path("runs/profile")
-    """Folder for profile.json and profile.png."""
+    """Folder to write profile.json and profile.png into."""
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """Parses the command line, profiles, and returns the rows of `profile.json`."""
+    """Profiles, and returns the rows of `profile.json`."""
     config = tyro.cli(ProfileConfig, prog=PROGRAM, args=argv, description=__doc__)
     with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
@@ -86,9 +87,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 def compiled(setting: workload.Setting) -> tuple[dict[str, Any], Callable[[], Any]]:
-    """What a setting is, and a function that profiles one step of it.
+    """Compiles a setting; returns its row, and a function that profiles one step.
 
-    That function returns the seconds of the step and those of each part.
+    The function returns the seconds of the step and those of each part.
     """
     one = workload.build(setting)
     lowered = jax.jit(one.run, donate_argnums=one.donated).lower(*one.arguments)
@@ -143,17 +144,17 @@ def _in_turns(runs: list, steps: int, console: Console) -> list[dict[str, Any]]:
 
 
 def part(name: str) -> str:
-    """The part of a step that an operation of this name belongs to."""
+    """Returns the part of a step that an operation of this name belongs to."""
     if not name:
         return COPIES
     return next(key for key, pattern in PARTS.items() if re.search(pattern, name))
 
 
 def operation_names(hlo: str) -> dict[str, str]:
-    """What JAX called each operation of a compiled program.
+    """Returns JAX's name of each operation of a compiled program.
 
-    A fusion is called what the matmul in it is called, if there is one, else what its
-    result is called, else what the last operation in it that has a name is called.
+    A fusion is named after its matmul if it has one, else after its result, else after
+    the last operation in it that has a name.
     """
     names: dict[str, str] = {}
     fusions, matmuls, last = {}, {}, {}
@@ -181,10 +182,10 @@ def operation_names(hlo: str) -> dict[str, str]:
 
 
 def own_seconds(profile: Any) -> dict[str, float]:
-    """Seconds of each operation, without those of the operations inside a loop.
+    """Returns the seconds of each operation, without those inside a loop of it.
 
-    While several run side by side each gets its share: all of them sum to the time in
-    which any ran.
+    Operations that run at the same time share it: all of them sum to the time in which
+    any ran.
     """
     spans: list[Span] = []
     for plane in profile.planes:
@@ -200,7 +201,7 @@ def own_seconds(profile: Any) -> dict[str, float]:
 
 
 def _without_children(spans: list[Span]) -> list[Span]:
-    """The spans of one thread, cut where another lies inside."""
+    """Returns the spans of one thread, cut where another one lies inside."""
     pieces: list[Span] = []
     around: list[tuple[float, str]] = []  # the ends and names of what is running
     now = 0.0
@@ -223,7 +224,7 @@ def _without_children(spans: list[Span]) -> list[Span]:
 
 
 def _shares(spans: list[Span]) -> dict[str, float]:
-    """The length of all spans of a name, divided among those that overlap."""
+    """Returns the length of all spans of a name; those that overlap share it."""
     changes = collections.Counter[float]()
     for start, end, _ in spans:
         changes[start] += 1

@@ -1,4 +1,4 @@
-"""SNELLA without its recompute, for comparison: delta is kept for the backward pass."""
+"""SNELLA without its recompute: delta is kept for the backward pass."""
 
 from typing import Any
 
@@ -26,10 +26,10 @@ class Stored(nnx.Module):
 
 
 def keep_delta(model: nnx.Module) -> None:
-    """Changes every adapted layer of `model`, in place, to one that stores its update.
+    """Makes every adapted layer of `model` store its update, in place.
 
     Raises:
-      ValueError: an adapted layer that is no `nnx.Linear`.
+      ValueError: an adapted layer is not an `nnx.Linear`.
     """
     for path, layer in list(adapted_layers(model)):
         if plain_class(type(layer)) is not nnx.Linear:

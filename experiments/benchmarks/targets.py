@@ -1,6 +1,6 @@
-"""Compiling for an accelerator that is not there.
+"""Targets to compile for, present or not.
 
-A TPU's compiler is the `libtpu` wheel, an NVIDIA GPU's is in `jax[cuda12]`, and both
+A TPU's compiler is the `libtpu` wheel, an NVIDIA GPU's is in `jax[cuda12]`; both
 compile without the device: `pip install -e ".[experiments,tpu,cuda]"`.
 """
 
@@ -34,13 +34,14 @@ H100 = Path(__file__).with_name("h100.textproto")
 
 
 def sharding(target: Target) -> SingleDeviceSharding:
-    """One device of the target, to lower and compile for.
+    """Returns one device of the target, to lower and compile for.
 
     Call it before anything runs on JAX: the host then stays on the CPU, and the
     target's compiler reads its environment.
 
     Raises:
-      ModuleNotFoundError: the target's compiler is not installed; says how.
+      ModuleNotFoundError: the target's compiler is not installed; says how to install
+        it.
     """
     if target == "local":
         return SingleDeviceSharding(jax.devices()[0])
@@ -64,7 +65,7 @@ def sharding(target: Target) -> SingleDeviceSharding:
 
 
 def describe(target: Target) -> str:
-    """The device's name as results give it."""
+    """Returns the device's name for results."""
     if target == "local":
         return hardware.describe()
     return f"{target}, compiled without the device"

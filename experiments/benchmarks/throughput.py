@@ -1,13 +1,13 @@
-r"""Seconds per training step, method by method, on the device at hand.
+r"""Measures seconds per training step, method by method, on the local device.
 
     python -m experiments.benchmarks.throughput --model vit_b16 --batch 8 \
         --dtype float32
 
-Every method's step is compiled and run once; then all of them take turns, so that a
-slow minute of the machine falls on each, and medians and paired ratios are taken (the
-paper's Table XV). Prints a table and writes `throughput.json` and `throughput.png` into
-`--out`. `--peer torch` adds Hugging Face PEFT's LoRA on the same ViT in PyTorch, which
-needs `pip install torch transformers peft`.
+Every method's step is compiled and run once. Then all of them take turns, so that a
+slow minute of the machine affects each, and figures are medians and paired ratios (as
+in the paper's Table XV). Prints a table and writes `throughput.json` and
+`throughput.png` into `--out`. `--peer torch` adds Hugging Face PEFT's LoRA on the same
+ViT in PyTorch, which needs `pip install torch transformers peft`.
 """
 
 import dataclasses
@@ -36,21 +36,21 @@ class ThroughputConfig(workload.Options):
     """Options of `python -m experiments.benchmarks.throughput`."""
 
     dtype: workload.Dtype = "float32"
-    """Of the computation."""
+    """Dtype of the computation."""
     frozen_dtype: workload.Dtype = "float32"
-    """Of the weights that do not train."""
+    """Dtype of the weights that do not train."""
     model: str = "vit_b16"
-    """A preset of snella_jax.models."""
+    """Preset of snella_jax.models."""
     repetitions: int = 10
-    """How often each step is timed."""
+    """Number of times that each step is timed."""
     peer: Literal["none", "torch"] = "none"
-    """What else is timed beside JAX."""
+    """torch: also time PEFT's LoRA in PyTorch."""
     out: Given = Path("runs/throughput")
-    """Folder for throughput.json and throughput.png."""
+    """Folder to write throughput.json and throughput.png into."""
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """Parses the command line, times, and returns the rows of `throughput.json`."""
+    """Measures, and returns the rows of `throughput.json`."""
     config = tyro.cli(ThroughputConfig, prog=PROGRAM, args=argv, description=__doc__)
     with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
 
 
 def compiled(setting: workload.Setting) -> tuple[dict[str, Any], Callable[[], None]]:
-    """What a setting is, and a function that takes one step of it and waits."""
+    """Compiles a setting; returns its row, and a function that runs one step of it."""
     one = workload.build(setting)
     start = time.perf_counter()
     lowered = jax.jit(one.run, donate_argnums=one.donated).lower(*one.arguments)

@@ -1,4 +1,4 @@
-"""The peer to be timed beside: Hugging Face PEFT's LoRA on a ViT in PyTorch."""
+"""Hugging Face PEFT's LoRA on a ViT in PyTorch, to compare with."""
 
 import dataclasses
 import importlib.util
@@ -16,14 +16,14 @@ TARGETS = (
 
 
 def lora(setting: Setting) -> tuple[dict[str, Any], Callable[[], None]]:
-    """What is timed, and a function that takes one training step and waits for it.
+    """Returns the row of a result, and a function that runs one training step.
 
     The ViT is that of `setting`, initialised at random; the step computes under
-    autocast where `setting.dtype` is bfloat16.
+    autocast if `setting.dtype` is bfloat16.
 
     Raises:
-      ValueError: frozen weights in bfloat16 without bfloat16 computation, or a model
-        that is no ViT or has LayerScale.
+      ValueError: the frozen weights are bfloat16 and the computation is not, or the
+        model is not a ViT or has LayerScale.
       ModuleNotFoundError: torch, transformers or peft is not installed.
     """
     c = _config(setting)
@@ -65,7 +65,7 @@ def lora(setting: Setting) -> tuple[dict[str, Any], Callable[[], None]]:
 
 
 def _config(setting: Setting) -> vit.ViTConfig:
-    """What the model of `setting` is; raises as `lora` does."""
+    """Returns the config of the model of `setting`; raises as `lora` does."""
     names = ("torch", "transformers", "peft")
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
@@ -85,7 +85,7 @@ def _config(setting: Setting) -> vit.ViTConfig:
 
 
 def _model(setting: Setting, c: vit.ViTConfig) -> Any:
-    """The ViT in PyTorch, with LoRA beside its linear layers."""
+    """Returns the ViT in PyTorch, with LoRA beside its linear layers."""
     import peft
     import transformers
 

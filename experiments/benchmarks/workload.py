@@ -1,6 +1,7 @@
-"""One training step of every method on a model: what memory and time are measured of.
+"""One training step of every method on a model, to measure its memory and time.
 
-The step is the trainer's own (`step.training_step`), with AdamW, on images of noise.
+The step is the trainer's own (`experiments.training.step`), with AdamW, on images of
+noise.
 """
 
 import dataclasses
@@ -56,14 +57,14 @@ class Setting:
     """A method on a model.
 
     Attributes:
-      method: how the model is fine-tuned.
-      model: a preset of `snella_jax.models`.
+      method: name of the method that fine-tunes the model.
+      model: preset of `snella_jax.models`.
       batch: images in a step.
-      rank: of factors and bottlenecks.
-      dtype: in which the step computes.
-      frozen_dtype: in which the weights that do not train are kept.
-      stacked: whether the blocks are scanned or a list.
-      remat: what is recomputed besides delta, see `vit.ViTConfig`.
+      rank: rank of factors, width of bottlenecks.
+      dtype: dtype of the computation.
+      frozen_dtype: dtype of the weights that do not train.
+      stacked: True if the blocks are scanned, False if they are a list.
+      remat: parts that are recomputed besides delta, see `vit.ViTConfig`.
     """
 
     method: str
@@ -91,13 +92,13 @@ class Setting:
 
     @property
     def path(self) -> str | None:
-        """How a kernelized update is applied; None for the other methods."""
+        """Path by which a kernelized update is applied; None for other methods."""
         own = self.trained
         return own.path if isinstance(own, Snella) else None
 
     @property
     def attention(self) -> str | None:
-        """Which implementation of attention the first device gets; None for none."""
+        """Implementation of attention on the first device; None if there is none."""
         config = models.PRESETS[self.model]
         if not isinstance(config, vit.ViTConfig):
             return "xla" if isinstance(config, swin.SwinConfig) else None
@@ -107,7 +108,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options of a program that compares methods."""
+    """Options of a command that compares methods."""
 
     method: tuple[str, ...] = USUAL
     """Methods to compare. snella_parallel: the update in a matmul of its own.
@@ -115,18 +116,18 @@ class Options:
     batch: int = 8
     """Images in a step."""
     rank: int = 8
-    """Of factors and bottlenecks."""
+    """Rank of factors, width of bottlenecks."""
     dtype: Dtype = "bfloat16"
-    """Of the computation."""
+    """Dtype of the computation."""
     frozen_dtype: Dtype = "bfloat16"
-    """Of the weights that do not train."""
+    """Dtype of the weights that do not train."""
     stacked: bool = True
-    """Whether the blocks are scanned, or a list run one after the other."""
+    """Scan the blocks, or run a list of them one after the other."""
     remat: Literal["none", "blocks"] = "none"
-    """What is recomputed besides delta."""
+    """Parts that are recomputed besides delta."""
 
     def settings(self, model: str) -> list[Setting]:
-        """A checked setting of `model` for each method.
+        """Returns a checked setting of `model` for each method.
 
         Raises:
           ValueError: an option is wrong; says what was expected.
@@ -143,11 +144,11 @@ class Step:
     """A step that can be jitted, and its arguments.
 
     Attributes:
-      run: of `arguments`; gives those that are `donated` anew, and in training the
-        loss.
+      run: the step's function of `arguments`; returns new values of those that are
+        `donated`, and in training the loss.
       arguments: in training trainable, opt_state, budgets, frozen, images, labels, key.
-      stacked: whether the method's blocks are scanned.
-      donated: indices of arguments.
+      stacked: True if the method's blocks are scanned.
+      donated: indices of the donated arguments.
     """
 
     run: Callable[..., Any]
@@ -157,12 +158,12 @@ class Step:
 
 
 def build(setting: Setting) -> Step:
-    """The step of a setting, with arrays; under `jax.eval_shape` with their shapes."""
+    """Returns the step of a setting with its arrays."""
     return _training(setting, _model(setting))
 
 
 def abstract(setting: Setting) -> Step:
-    """`build` with the arguments' shapes and dtypes alone."""
+    """Returns the step of a setting with shapes and dtypes for arguments."""
     return _abstract(lambda: build(setting))
 
 
@@ -194,7 +195,7 @@ def _training(setting: Setting, model: Any) -> Step:
 
 
 def _scoring(setting: Setting, method: Scored) -> Step:
-    """Of scores so far, kernels, the rest of the base, in float32, and a batch."""
+    """Returns the step of scores so far, kernels, the rest of the base and a batch."""
     model = sensitivity.headed(_base(setting), jax.random.key(0))
     graphdef, kernels, rest = sensitivity.split(model, TARGETS)
     scores = jax.tree.map(jnp.zeros_like, kernels)
@@ -204,7 +205,7 @@ def _scoring(setting: Setting, method: Scored) -> Step:
 
 
 def checked(setting: Setting) -> Setting:
-    """The setting, or a `ValueError` that says what is wrong with it."""
+    """Returns the setting; raises a `ValueError` that says what is wrong with it."""
     if setting.model not in models.PRESETS:
         known = ", ".join(models.PRESETS)
         raise ValueError(f"No model is called {setting.model!r}; there are {known}.")
@@ -225,15 +226,20 @@ def checked(setting: Setting) -> Setting:
 
 
 def parameters(model: str) -> int:
-    """How many parameters a preset has, with a head of `CLASSES`."""
+    """Returns the number of parameters of a preset with a head of `CLASSES`."""
     shapes = nnx.eval_shape(
         lambda: models.create(model, num_classes=CLASSES, rngs=nnx.Rngs(0))
     )
-    return optax.tree.size(nnx.state(shapes, nnx.Param))
+    return size(nnx.state(shapes, nnx.Param))
+
+
+def size(tree: Any) -> int:
+    """Returns the number of elements in a tree of arrays or of shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def locating(setting: Setting) -> Step | None:
-    """The step of a method's first stage, abstract; None where it has none."""
+    """Returns the abstract step of a method's first stage; None if it has none."""
     own = setting.trained
     if isinstance(own, Scored):
         return _abstract(lambda: _scoring(setting, own))

@@ -1,4 +1,4 @@
-"""Looks at every example of a task before anything trains on it."""
+"""A check of every example of a task before anything trains on it."""
 
 import dataclasses
 from collections import Counter
@@ -23,19 +23,20 @@ Seen = tuple[int, bytes]  # label and fingerprint of an example
 def checked(
     task: Task, console: Console, skip_corrupt: bool = False, to_train: bool = False
 ) -> Task:
-    """The task, every image of which can be decoded and every label is a class.
-
-    It knows its fingerprint.
+    """Decodes every image of a task and checks every label.
 
     Args:
-      console: where progress, the task's notes and what was skipped are shown.
-      skip_corrupt: leave images out that cannot be decoded, and say how many.
-      to_train: refuse training images of one class, which teach nothing.
+      console: where progress, the task's notes and skipped images are shown.
+      skip_corrupt: leave out images that cannot be decoded, and print how many.
+      to_train: refuse training images of a single class, which teach nothing.
+
+    Returns:
+      The task with its fingerprint, without the skipped images.
 
     Raises:
-      OSError: files that are missing or cannot be read.
-      ValueError: images that cannot be decoded, labels out of range, a split without
-        examples, or but one class; names the first few.
+      OSError: files are missing or cannot be read; names the first ones.
+      ValueError: images cannot be decoded, labels are out of range, a split has no
+        examples, or there is a single class; names the first ones.
     """
     tell(task, console)
     looked = {}
@@ -56,7 +57,7 @@ def checked(
 
 
 def tell(task: Task, console: Console) -> None:
-    """Shows the notes of a task."""
+    """Prints the notes of a task."""
     for note in task.notes:
         _say(console, note)
 
@@ -69,11 +70,11 @@ def _say(console: Console, text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Look:
-    """What looking at a source found.
+    """Result of decoding every example of a source.
 
     Attributes:
-      good: indices of the examples that are whole.
-      labels, digests: of those.
+      good: indices of the examples that could be decoded.
+      labels, digests: labels and fingerprints of the good examples.
     """
 
     unread: list[OSError]
@@ -110,7 +111,7 @@ def _check_read(task: Task, errors: list[OSError]) -> None:
 def _tell_classes(
     task: Task, labels: np.ndarray, console: Console, to_train: bool
 ) -> None:
-    """Says which classes have no training image, or one; errors as `checked`."""
+    """Prints which classes have no training image or one; errors as `checked`."""
     counts = np.bincount(labels, minlength=task.classes)
     names = task.names or range(task.classes)
     if to_train and np.count_nonzero(counts) < 2:

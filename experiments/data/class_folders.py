@@ -1,7 +1,7 @@
 """Trees with a folder for each class (torchvision's ImageFolder).
 
-Hidden files and folders are no images, nor is what systems and archives leave behind.
-Links to folders are followed. What is left out is counted.
+Hidden files and folders are left out, and so is what systems and archives leave behind.
+Links to folders are followed. The files that are left out are counted.
 """
 
 import os
@@ -27,11 +27,11 @@ SYSTEM = {
 
 
 def read(folder: Path) -> Found:
-    """`train/CLASS/*.jpg` and so on; the classes are the folders of `train`, sorted.
+    """Reads `train/CLASS/*.jpg` and so on; classes are the folders of `train`, sorted.
 
     Raises:
-      FileNotFoundError: there is no folder to train on or to test on.
-      ValueError: a split has no images, classes that `train` has not, or two folders.
+      FileNotFoundError: the folder of the training or the test split is missing.
+      ValueError: a split has no images, classes that `train` lacks, or two folders.
     """
     parts: dict[str, Listed] = {}
     notes: list[str] = []
@@ -59,7 +59,7 @@ def read(folder: Path) -> Found:
 
 
 def _listed(left_out: Counter[str]) -> str:
-    """What was left out, the most first; empty for nothing."""
+    """Returns the counts of what was left out, largest first, as text."""
     shown = (+left_out).most_common(SHOWN)
     kinds = [f"{count} {kind}" for kind, count in shown]
     rest = left_out.total() - sum(count for _, count in shown)
@@ -67,7 +67,7 @@ def _listed(left_out: Counter[str]) -> str:
 
 
 def _root(folder: Path, part: str) -> Path | None:
-    """The folder of a split; None where there is none to validate on."""
+    """Returns the folder of a split; None if there is no validation split."""
     there = [folder / name for name in SPLITS[part] if (folder / name).is_dir()]
     if len(there) > 1:
         raise ValueError(f"{folder} has both {there[0].name} and {there[1].name}.")
@@ -83,18 +83,18 @@ def _classes(root: Path) -> list[str]:
 
 
 def _beside(root: Path) -> Counter[str]:
-    """What lies in the folder of a split and is no class."""
+    """Counts, by kind, what lies in the folder of a split beside the classes."""
     others = [p.name for p in root.iterdir() if _hidden(p.name) or not p.is_dir()]
     return Counter(HIDDEN if _hidden(name) else BESIDE for name in others)
 
 
 def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """The image files in a folder of a class and below it, sorted.
+    """Returns the image files in and below the folder of a class, sorted.
 
-    Each folder is read once, and none that the class lies in, wherever links lead.
+    Each folder is read once, and none that contains the class, wherever links lead.
 
     Args:
-      left_out: counts what is no image, by kind.
+      left_out: counter that is increased for each file that is left out, by kind.
     """
     found = []
     seen = set(map(str, Path(os.path.realpath(folder)).parents))
@@ -121,7 +121,7 @@ def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
 
 
 def _no_image(path: Path) -> str:
-    """Why a file is left out; empty for an image, a broken link to one among them."""
+    """Returns why a file is left out; "" for an image, even as a broken link."""
     if _hidden(path.name):
         return HIDDEN
     suffix = path.suffix.lower()

@@ -1,6 +1,6 @@
-"""Fingerprints of what a run begins with: its images and labels, its base's weights.
+"""Fingerprints of a run's inputs: its images, its labels, its base's weights.
 
-A run that goes on has to meet the same ones: `inputs.json` in its folder holds them.
+`inputs.json` in a run folder holds them: a resumed run must have the same inputs.
 Devices and versions may change (`environment.json`).
 """
 
@@ -17,18 +17,18 @@ Inputs = dict[str, Any]
 
 
 def of_image(image: UInt8[np.ndarray, "H W C"], label: int) -> bytes:
-    """SHA-256 of an image, its shape and its label."""
+    """Returns the SHA-256 of an image, its shape and its label."""
     hashed = hashlib.sha256(repr((image.shape, int(label))).encode())
     hashed.update(np.ascontiguousarray(image).data)
     return hashed.digest()
 
 
 def of_split(images: Sequence[bytes]) -> dict[str, Any]:
-    """The fingerprint of images, from that of each.
+    """Returns the fingerprint of a split, from those of its images.
 
     Returns:
-      `images`, how many; `sha256`, of all in their order; `in_any_order`, the same
-      for the same images in another.
+      `images`, their number; `sha256` of all of them in order; `in_any_order`, a
+      SHA-256 that does not depend on the order.
     """
     whole, sorted_ = (hashlib.sha256(b"".join(x)) for x in (images, sorted(images)))
     return {
@@ -39,7 +39,7 @@ def of_split(images: Sequence[bytes]) -> dict[str, Any]:
 
 
 def of_files(paths: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of files, by name."""
+    """Returns the SHA-256 of files, by name."""
     found = {}
     for path in paths:
         with path.open("rb") as file:
@@ -48,12 +48,12 @@ def of_files(paths: Sequence[Path]) -> dict[str, str]:
 
 
 def of(splits: dict[str, Any], classes: int, weights: Sequence[Path]) -> Inputs:
-    """What `inputs.json` holds.
+    """Returns the content of `inputs.json`.
 
     Args:
-      splits: what `of_split` gives, by split.
-      classes: of the task, which may be more than the labels show.
-      weights: the files that the base is read from.
+      splits: results of `of_split`, by split.
+      classes: number of classes of the task, which may be more than the labels show.
+      weights: files that the base is read from.
     """
     return {
         "data": splits,
@@ -64,7 +64,7 @@ def of(splits: dict[str, Any], classes: int, weights: Sequence[Path]) -> Inputs:
 
 
 def differences(known: Inputs, now: Inputs) -> list[str]:
-    """What is not as it was, to print.
+    """Returns the differences between two fingerprints, each as a text.
 
     >>> images = {"images": 2, "sha256": "ab", "in_any_order": "b"}
     >>> known = {"data": {"train": images}, "classes": 2, "weights": {}}

@@ -1,4 +1,4 @@
-"""What a layout lists: files with labels, in three splits."""
+"""Files with labels in three splits, as a layout on disk lists them."""
 
 import dataclasses
 import os
@@ -10,12 +10,12 @@ Listed = list[tuple[Path, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a layout lists.
+    """Files and labels of three splits.
 
     Attributes:
-      validation: empty where the layout has none.
-      names: of the classes, where the layout has any.
-      notes: what the user should be told, such as how many files were left out.
+      validation: empty if the layout has no validation split.
+      names: names of the classes; empty if the layout has none.
+      notes: notes for the user, such as how many files were left out.
     """
 
     train: Listed
@@ -26,16 +26,16 @@ class Found:
 
     @property
     def classes(self) -> int:
-        """As many as there are names, or as the labels need."""
+        """Number of classes: that of the names, else the largest label plus one."""
         every = (*self.train, *self.validation, *self.test)
         return len(self.names) or 1 + max((label for _, label in every), default=-1)
 
 
 def checked(where: Path, found: Found) -> Found:
-    """What was found, with a note where a file has more than one label.
+    """Returns the same splits, with a note if a file has more than one label.
 
     Raises:
-      ValueError: a file is in two splits, whatever paths lead to it.
+      ValueError: a file is in two splits, under one path or several.
     """
     seen: dict[str, tuple[int, Path]] = {}
     labels: dict[str, set[int]] = {}
@@ -54,7 +54,7 @@ def checked(where: Path, found: Found) -> Found:
 
 
 def real(paths: Iterable[Path]) -> Iterator[str]:
-    """The files that paths lead to: one for all spellings, links followed."""
+    """Yields the real path of each file: links are followed, spellings unified."""
     folders: dict[Path, str] = {}
     for path in paths:
         if path.is_symlink():

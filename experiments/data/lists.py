@@ -1,4 +1,4 @@
-"""Lists of files: VTAB-1k as the PEFT papers share it, and likewise for other sets.
+"""Lists of files: VTAB-1k as the PEFT papers share it, and other sets in that form.
 
 The writers of VPT and NOAH give every list copies of its images: `train800.txt` has
 lines such as `images/train800/000000.jpg 3`, `train800val200.txt` has the same images
@@ -17,15 +17,15 @@ PLAIN = ("train.txt", "val.txt", "test.txt")
 
 
 def read(folder: Path) -> Found:
-    """Text files with a line `images/0.jpg 3` for each image, as many as there are.
+    """Reads a folder's lists: text files with a line `images/0.jpg 3` for each image.
 
     `val.txt` may be missing. With `train800val200.txt` alone, its last 200 lines are
-    the validation split: a fifth, where it has fewer than 1000.
+    the validation split, or the last fifth if it has fewer than 1000.
 
     Raises:
       FileNotFoundError: a list is missing.
-      ValueError: a line is no path and label, or `train800val200.txt` does not list as
-        many images of each label as the lists of its parts.
+      ValueError: a line is not a path and a label, or `train800val200.txt` does not
+        list as many images of each label as the lists of its parts.
     """
     train, validation, test = PLAIN if (folder / PLAIN[0]).exists() else NAMED
     both = lines(folder / BOTH) if (folder / BOTH).exists() else []
@@ -46,7 +46,7 @@ def read(folder: Path) -> Found:
 
 
 def lines(path: Path) -> Listed:
-    """The files, relative to the list's folder, and labels of a list.
+    """Returns the files, relative to the list's folder, and labels of a list.
 
     Raises:
       FileNotFoundError, ValueError: as `read`, or it is empty.
@@ -69,10 +69,10 @@ def lines(path: Path) -> Listed:
 
 
 def text(path: Path) -> list[str]:
-    """The lines of a text file in UTF-8.
+    """Returns the lines of a text file.
 
     Raises:
-      ValueError: it is none.
+      ValueError: the file is not UTF-8.
     """
     try:  # not splitlines, which also cuts at characters that a path may have
         return path.read_text(encoding="utf-8-sig").split("\n")
@@ -81,7 +81,7 @@ def text(path: Path) -> list[str]:
 
 
 def _check_both(folder: Path, both: Listed, parts: Listed, names: str) -> None:
-    """Raises where two sets of images cannot be copies of each other."""
+    """Raises a `ValueError` if two sets of images cannot be copies of each other."""
     where = f"{folder / BOTH} does not list what {names} list"
     if len(both) != len(parts):
         raise ValueError(f"{where}: {len(both)} images, expected {len(parts)}.")

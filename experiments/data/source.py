@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 
 class Example(TypedDict):
-    """An image of 0 to 255 with its label, and a mask where the set has one.
+    """An image of 0 to 255 with its label, and a mask if the data set has one.
 
     `image` is uint8 `[H, W, 1 or 3]`, `label` an int from 0, `mask` uint8 `[H, W]`
     from 0 for background to 255 for foreground.
@@ -53,10 +53,10 @@ def _with_message(message: str) -> CorruptImageError:
 
 @contextlib.contextmanager
 def decoding(data: bytes, name: str | Path, index: int) -> Iterator[Image.Image]:
-    """The image in a file's bytes.
+    """Opens the image in a file's bytes.
 
     Raises:
-      CorruptImageError: whatever goes wrong with it in the block.
+      CorruptImageError: the image cannot be opened, or the block fails to read it.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -80,13 +80,14 @@ _TURNS = {
 
 
 def pixels_of(image: Image.Image) -> UInt8[np.ndarray, "H W C"]:
-    """One channel of a grey image, RGB of any other, as viewers show it.
+    """Returns one channel of a grey image, RGB of any other, as viewers show it.
 
-    It is turned as its EXIF orientation says. Transparency is dropped: what shows is
-    the colour that is stored below it. Of several pictures (GIF, TIFF) it is the first.
+    The image is turned as its EXIF orientation says. Transparency is dropped: the
+    colour stored below it shows. Of several pictures (GIF, TIFF) the first is taken.
 
     Raises:
-      ValueError: grey of more than 8 bits, which would be cut off at 255.
+      ValueError: the image is grey with more than 8 bits, which would be clipped at
+        255.
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"{image.mode} pixels, expected 8 bits a channel")
@@ -103,7 +104,7 @@ def pixels_of(image: Image.Image) -> UInt8[np.ndarray, "H W C"]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF tag; 1, upright, where there is none or the tags cannot be read.
+    """Returns the EXIF tag; 1, upright, if it is missing or cannot be read.
 
     Not `ImageOps.exif_transpose`, which also writes all tags anew and fails where one
     of them is malformed.
@@ -130,7 +131,7 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Files:
-    """Image files; a missing one is an error of its own, not a corrupt image."""
+    """Image files; a missing one is an `OSError`, not a corrupt image."""
 
     paths: Sequence[Path]
     labels: Int[np.ndarray, " N"]
@@ -176,10 +177,10 @@ class Joined:
 
 
 def pin(name: str, sha256: str, *arrays: np.ndarray) -> None:
-    """Checks that data are those that our tables were made with.
+    """Raises a `ValueError` if data are not those that our tables were made with.
 
-    Raises:
-      ValueError: they have another hash.
+    Args:
+      sha256: expected hash of the arrays' bytes, one after the other.
     """
     digest = hashlib.sha256()
     for array in arrays:
@@ -192,10 +193,10 @@ def pin(name: str, sha256: str, *arrays: np.ndarray) -> None:
 
 
 def split(source: Source, seed: int, *sizes: int) -> list[Arrays | Rows]:
-    """Disjoint parts of shuffled examples, of these sizes, and what is left.
+    """Splits shuffled examples into disjoint parts of these sizes and a rest.
 
     Raises:
-      ValueError: there are fewer examples.
+      ValueError: the sizes add up to more than there are examples.
     """
     if sum(sizes) > len(source):
         raise ValueError(f"{sum(sizes)} examples are wanted, there are {len(source)}.")
@@ -204,7 +205,7 @@ def split(source: Source, seed: int, *sizes: int) -> list[Arrays | Rows]:
 
 
 def take(source: Source, rows: Int[np.ndarray, " N"]) -> "Arrays | Rows":
-    """Some examples of a source; of arrays a copy, which is all that workers get."""
+    """Returns some examples of a source; those of arrays are copied for workers."""
     if isinstance(source, Arrays):
         return Arrays(source.images[rows], source.labels[rows])
     return Rows(source, rows)

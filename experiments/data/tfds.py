@@ -21,10 +21,10 @@ FORMAT, INFO = "array_record", "dataset_info.json"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A run of examples of a TFDS split, in the order of its files.
+    """A contiguous part of a TFDS split, in the order of its files.
 
-    It begins after `after` percent of the split, each rounded down by itself, and has
-    `count` examples (None: all that are left).
+    It begins after `after` percent of the split, each percentage rounded down by
+    itself, and has `count` examples (None: all that are left).
     """
 
     split: str
@@ -32,7 +32,7 @@ class Part:
     count: int | None = None
 
     def rows(self, size: int) -> range:
-        """The indices, of a split with `size` examples.
+        """Returns the indices in a split of `size` examples.
 
         Raises:
           ValueError: the split is too small.
@@ -51,12 +51,12 @@ class Builder:
     """A TFDS builder that is read as image and label.
 
     Attributes:
-      name: as TFDS knows it, with its config (`eurosat/rgb`).
-      versions: with which the rows of our tables were checked, the oldest first; a
-        prepared one of them is taken, the newest first.
-      label: the label, from an example's features.
-      manual: what has to be downloaded by hand, if anything.
-      binary: whether the images have 0 and 1 for 0 and 255.
+      name: name in TFDS, with its config (`eurosat/rgb`).
+      versions: versions that the rows of our tables were checked with, oldest first;
+        the newest one that is prepared is read.
+      label: returns the label from an example's features.
+      manual: what has to be downloaded by hand; "" for nothing.
+      binary: True if pixels are 0 and 1 instead of 0 and 255.
     """
 
     name: str
@@ -68,11 +68,12 @@ class Builder:
     def open(
         self, data_dir: Path, splits: Sequence[str], task: str
     ) -> dict[str, Source]:
-        """Its splits as sources, for a task.
+        """Returns splits as sources, for a task.
 
         Raises:
-          FileNotFoundError: it is not prepared in `data_dir`; says how to do it.
-          ValueError: the path is no UTF-8.
+          FileNotFoundError: the set is not prepared in `data_dir`; says how to prepare
+            it.
+          ValueError: the path is not UTF-8.
         """
         data_dir = at_home(data_dir)
         if printable(str(data_dir)) != str(data_dir):
@@ -127,7 +128,7 @@ class TfdsSplit:
 
 
 def _undecoded(builder: Any, split: str) -> Any:
-    """Images as the bytes they are stored in: decoding, with its errors, is ours."""
+    """Returns a data source whose images are bytes: we decode them ourselves."""
     images = [
         name
         for name, feature in builder.info.features.items()
@@ -138,6 +139,6 @@ def _undecoded(builder: Any, split: str) -> Any:
 
 
 def part(sources: dict[str, Source], part: Part) -> Source:
-    """The examples of a part."""
+    """Returns the examples of a part."""
     source = sources[part.split]
     return take(source, np.asarray(part.rows(len(source))))

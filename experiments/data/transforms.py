@@ -1,4 +1,4 @@
-"""From an image of 0 to 255 to what a model takes: resize, augment, normalise.
+"""Image transforms: resize, augment, normalise pixels of 0 to 255 for a model.
 
 Resizing is Pillow's, antialiased, as in the PyTorch code of the PEFT papers. The crops
 and the colour jitter follow torchvision's definitions (`RandomResizedCrop`,
@@ -30,14 +30,15 @@ JITTER = 0.4
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """What happens to an image.
+    """Turns an image into what a model takes.
 
     Attributes:
       size: height and width of the result in pixels.
       crop: "resize" ignores the aspect ratio (VTAB); "centre" resizes the shorter side
         to `size / 0.875` and crops the centre (FGVC, evaluation); "random" crops 8% to
         100% of the area, flips and jitters the colours (FGVC, training).
-      mean, std: of each channel, for pixels in [0, 1]; one or three, as the result has.
+      mean, std: mean and standard deviation of each channel, for pixels in [0, 1]; one
+        or three, as many as the result has channels.
       resample: "bicubic" or "bilinear".
     """
 
@@ -60,7 +61,7 @@ class Transform:
     def __call__(
         self, image: UInt8[np.ndarray, "H W C"], rng: np.random.Generator
     ) -> Float[np.ndarray, "height width channels"]:
-        """The image, float32; `rng` is used where something is random."""
+        """Returns the image as float32; `rng` draws the crop and the augmentation."""
         picture = _picture(image, len(self.mean))
         match self.crop:
             case "resize":
@@ -87,7 +88,7 @@ class Transform:
     def unnormalised(
         self, image: Float[np.ndarray, "... channels"]
     ) -> UInt8[np.ndarray, "... channels"]:
-        """Back to 0 to 255, to look at."""
+        """Returns the image with pixels of 0 to 255, to look at."""
         mean, std = (np.asarray(x, np.float32) for x in (self.mean, self.std))
         pixels = image * std + mean
         return np.rint(255 * pixels.clip(0, 1)).astype(np.uint8)
@@ -97,7 +98,7 @@ class Transform:
         return picture.resize((width, height), RESAMPLE[self.resample])
 
     def _centre(self, picture: Image.Image) -> Image.Image:
-        """The shorter side to size / 0.875 (256 for 224), then the centre."""
+        """Resizes the shorter side to size / 0.875 (256 for 224), crops the centre."""
         height, width = (round(side / 0.875) for side in self.size)
         if height * picture.width >= width * picture.height:  # the height binds
             width = int(height * picture.width / picture.height)
@@ -114,7 +115,7 @@ class Transform:
 def random_box(
     height: int, width: int, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a crop of random area and aspect ratio."""
+    """Returns left, top, right, bottom of a crop of random area and aspect ratio."""
     for _ in range(10):
         area = height * width * rng.uniform(*SCALE)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -130,7 +131,7 @@ def random_box(
 
 
 def jitter(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation times 0.6 to 1.4, in random order."""
+    """Scales brightness, contrast and saturation by 0.6 to 1.4, in random order."""
     enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     for i in rng.permutation(len(enhancers)):
         factor = rng.uniform(1 - JITTER, 1 + JITTER)

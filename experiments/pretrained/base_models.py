@@ -50,11 +50,11 @@ class Choice(Protocol):
 
 
 def load(config: Choice, classes: int) -> models.Model:
-    """The model that `config.model` names, with a new head that starts at 0.
+    """Loads the model that `config.model` names, with a new head that starts at 0.
 
     Raises:
-      ModuleNotFoundError, FileNotFoundError, ValueError: it is not there, does not fit,
-        or has weights that are not finite; says what to do.
+      ModuleNotFoundError, FileNotFoundError, ValueError: the model is missing, does not
+        fit, or has weights that are not finite; says what to do.
     """
     options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype)}
     options |= {"drop_path": config.drop_path, "num_classes": classes}
@@ -75,7 +75,7 @@ def load(config: Choice, classes: int) -> models.Model:
 
 
 def taken(config: Choice) -> str | None:
-    """What to say where `config.model` is a model's name and that of a file, too."""
+    """Returns a warning if `config.model` names both a model and a file."""
     names = {small_vit.NAME, "dinov2_saliency", *PUBLISHED}
     if config.random_weights:
         names |= set(models.PRESETS)
@@ -123,12 +123,12 @@ def _pretrained(name: str, options: dict[str, Any]) -> models.Model:
 
 
 def given(name: str) -> Path:
-    """The file or folder that `--model` means, where it is none of the demos."""
+    """Returns the file or folder that `--model` names; not for the two demo models."""
     return at_home(PUBLISHED[name][0] if name in PUBLISHED else name)
 
 
 def files(config: Choice) -> list[Path]:
-    """What `load` reads; nothing where all weights are random."""
+    """Returns the files that `load` reads; none if all weights are random."""
     if config.model == small_vit.NAME:
         return [small_vit.WEIGHTS]
     if config.random_weights and config.model in models.PRESETS:
@@ -142,7 +142,10 @@ def files(config: Choice) -> list[Path]:
 
 
 def transforms(config: Choice, model: models.Model) -> tuple[Transform, Transform]:
-    """Of training images, and of all others, with the constants of the weights."""
+    """Returns the transforms of training images and of all others.
+
+    Their means and deviations are those that the weights were trained with.
+    """
     given = model.config
     if config.model == small_vit.NAME:
         whole = small_vit.TRANSFORM

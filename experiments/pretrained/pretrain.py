@@ -3,9 +3,9 @@
     apt-get install dataset-fashion-mnist
     python -m experiments.pretrained.pretrain --out runs/pretrain
 
-Writes `weights.safetensors` (the last epoch) and `log.jsonl` (a line per epoch: loss,
-accuracy on the test split, seconds) into `--out`. The files in
-`experiments/pretrained/` came from this command with its default values.
+Writes `weights.safetensors` (of the last epoch so far) and `log.jsonl` (a line per
+epoch: loss, accuracy on the test split, seconds) into `--out`. The files in
+`experiments/pretrained/` were made by this command with its default values.
 """
 
 import dataclasses
@@ -22,11 +22,14 @@ import tyro
 from flax import nnx
 from rich.progress import track
 
-from experiments.paths import Given
+from experiments import terminal
+from experiments.paths import Given, check_out
 from experiments.pretrained import small_vit
 from experiments.pretrained.small_vit import SMALL, normalise
 from experiments.tasks import fashion_mnist
 from snella_jax.models.vit import ViT
+
+PROGRAM = "python -m experiments.pretrained.pretrain"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +41,28 @@ class PretrainConfig:
     data_dir: Given = fashion_mnist.DEBIAN
     """Folder with the four gzipped IDX files."""
     epochs: int = 30
+    """Number of passes over the training images."""
     batch: int = 256
+    """Images in a step."""
     lr: float = 2e-3
     """Peak of the cosine schedule, after one epoch of warm-up."""
     weight_decay: float = 0.05
+    """Rate of AdamW's weight decay."""
     label_smoothing: float = 0.1
+    """Share of a label that is spread over all classes."""
     drop_path: float = 0.1
+    """Rate of stochastic depth in the last block."""
     seed: int = 0
+    """Seed of the weights, the order and the augmentation."""
 
 
-def main(config: PretrainConfig) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Trains, and writes the weights and the log after every epoch."""
-    train = fashion_mnist.read("train", config.data_dir)
-    test = fashion_mnist.read("test", config.data_dir)
+    config = tyro.cli(PretrainConfig, prog=PROGRAM, args=argv, description=__doc__)
+    with terminal.exit_on_error(PROGRAM):
+        check_out(config.out)
+        train = fashion_mnist.read("train", config.data_dir)
+        test = fashion_mnist.read("test", config.data_dir)
     steps = len(train[0]) // config.batch
     architecture = dataclasses.replace(SMALL, drop_path=config.drop_path)
     graphdef, params = nnx.split(ViT(architecture, rngs=nnx.Rngs(config.seed)))
@@ -107,7 +119,7 @@ def _step(
 def _batches(
     images: np.ndarray, labels: np.ndarray, config: PretrainConfig
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Augmented images and labels without end; each epoch in an order of its own."""
+    """Yields augmented images and labels without end, each epoch in another order."""
     rng = np.random.default_rng(config.seed)
     whole = len(images) // config.batch * config.batch
     while True:
@@ -119,7 +131,7 @@ def _batches(
 def _accuracy(
     predict: Callable[..., Any], params: Any, images: np.ndarray, labels: np.ndarray
 ) -> float:
-    """Share of images whose class has the largest logit."""
+    """Returns the share of images whose class has the largest logit."""
     hits = [
         predict(params, normalise(images[i : i + 1000] / 255)).argmax(-1)
         == labels[i : i + 1000]
@@ -129,7 +141,7 @@ def _accuracy(
 
 
 def augment(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:
-    """Flips half of the images left to right and shifts all by up to 2 pixels."""
+    """Flips half of the images left to right, and shifts all by up to 2 pixels."""
     flip = rng.random(len(images)) < 0.5
     images = np.where(flip[:, None, None, None], images[:, :, ::-1], images)
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
@@ -141,4 +153,4 @@ def augment(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(PretrainConfig, description=__doc__))
+    main()

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Figures of a run."""
 
 import re
 from collections.abc import Sequence
@@ -165,7 +165,7 @@ def predictions(
 
 
 def block_of(name: str) -> tuple[int, ...] | None:
-    """The block of a matrix, behind its stage if it has one; None where it has none.
+    """Returns the block of a matrix, after its stage if it has one; None for no block.
 
     >>> block_of("blocks/attn/query[3]"), block_of("blocks/11/mlp/fc1")
     ((3,), (11,))
@@ -182,7 +182,7 @@ def block_of(name: str) -> tuple[int, ...] | None:
 
 
 def kind_of(name: str) -> str:
-    """Which of a block's matrices a name means.
+    """Returns the kind of a matrix: its name within the block.
 
     >>> kind_of("blocks/attn/query[3]"), kind_of("blocks/11/mlp/fc1")
     ('query', 'fc1')

@@ -1,7 +1,8 @@
-"""What the paper reports, top-1 accuracy (%) of ViT-B/16: Table XIII, on VTAB-1k.
+"""The paper's results: top-1 accuracy (%) of ViT-B/16 on VTAB-1k (Table XIII), ablations.
 
-Pre-trained on ImageNet-21k, supervised. The paper's mean is that of the 19 tasks, not
-that of the three groups; its accuracies are the best of a run on the test split.
+The model is pre-trained on ImageNet-21k, supervised. The paper's mean is that of the 19
+tasks, not that of the three groups; its accuracies are the best of a run on the test
+split.
 """
 
 TASKS = (
@@ -58,11 +59,11 @@ def _rows() -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     return accuracies, means
 
 
-# By method, as our tables call it: the accuracy of each task, and the mean as printed.
+# By method, under its name in our tables: accuracy of each task, and mean as printed.
 TABLE_XIII, MEANS = _rows()
 
-# Of the ablations, as far as the text gives them: means of VTAB-1k (VII to IX), of four
-# of its tasks (XI, XII) and of FGVC (XVII).
+# The ablations, as far as the text gives them: means of VTAB-1k (VII to IX), of four of
+# its tasks (XI, XII) and of FGVC (XVII).
 ABLATIONS: dict[str, dict[str, float]] = {
     "Table VII": {
         "linear, dense": 74.2,

@@ -1,4 +1,4 @@
-"""What `experiments.vtab` and `experiments.fgvc` do with their words."""
+"""The command line of `experiments.vtab` and `experiments.fgvc`: parse, then run."""
 
 import itertools
 import sys
@@ -14,16 +14,16 @@ from experiments.runs.run import run
 def main(
     program: str, presets: command_line.Presets, suite_name: str, argv: list[str] | None
 ) -> dict[str, Any] | None:
-    """Parses the command line and runs; returns what `summary.json` of a run holds.
+    """Parses the command line and runs; returns the content of a run's `summary.json`.
 
     Args:
-      program: as users call it.
-      presets: that `--config` may name.
-      suite_name: the name that stands for a benchmark's tasks.
-      argv: the words after the program; None for the process's own.
+      program: name of the command in error messages.
+      presets: presets that `--config` may name.
+      suite_name: name of the suite of all tasks of a benchmark.
+      argv: words after the program's name; None for those of the process.
 
     Raises:
-      SystemExit: with a message, where something does not fit, is missing or fails.
+      SystemExit: an option is wrong, an input is missing, or a run failed.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     console = terminal.console()
@@ -35,7 +35,7 @@ def main(
         words = [f"--config={here / 'config.json'}", f"--out={here}"]
     elif _names(words, suite_name):
         tasks = {name: presets[name] for name in SUITES[suite_name]}
-        found = suite.of(program, tasks, suite_name, words)
+        found = suite.configs(program, tasks, suite_name, words)
         setup.join_processes(next(iter(found.values())), console)
         return suite.start(program, suite_name, found, console)
     name, config = command_line.parse(program, presets, words, suite_name)

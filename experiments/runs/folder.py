@@ -1,7 +1,8 @@
-"""A run folder: held by one run at a time, every file in it whole or not there.
+"""A run folder: used by one run at a time, with files that are whole or not there.
 
-`config.json` says what runs, `environment.json` on what, `results.json` which methods
-are finished, `summary.json` that all are. Of several processes the first one writes.
+`config.json` holds the run's settings, `environment.json` its devices and versions,
+`results.json` the finished methods; `summary.json` is there once all are finished. Of
+several processes the first one writes.
 """
 
 import contextlib
@@ -25,19 +26,16 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def held(out: Path, resume: bool) -> Iterator[None]:
-    """Makes a new folder, or takes up that of an interrupted run.
+    """Makes a new folder, or opens that of an interrupted run, and locks it.
 
     Raises:
-      SystemExit: there is something in it already, or another process uses it.
+      SystemExit: a new folder has files already, or another process uses it.
     """
     if not is_primary():
         yield
         return
-    if not resume and in_use(out):
-        raise SystemExit(
-            f"{out} is not empty: name another folder with --out, or go on with the "
-            f"run in it with --resume {out}."
-        )
+    if not resume:
+        check_new(out)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(out / LOCK, timeout=0):
@@ -47,7 +45,7 @@ def held(out: Path, resume: bool) -> Iterator[None]:
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
-    """Devices and versions, which a run's numbers depend on."""
+    """Returns devices and versions, which a run's numbers depend on."""
     count = jax.process_count()
     processes = f", {count} processes" if count > 1 else ""
     return {
@@ -57,7 +55,10 @@ def environment(mesh: Mesh) -> dict[str, Any]:
 
 
 def started(out: Path, mesh: Mesh, console: Console) -> dict[str, Any]:
-    """The environment a run began in, and others (`later`) in which it went on."""
+    """Returns the environment a run began in, and writes that in which it goes on.
+
+    Environments other than the first are listed in `later`, and a warning is printed.
+    """
     path, now = out / "environment.json", environment(mesh)
     first = read(path)
     if first is None:
@@ -76,7 +77,11 @@ def started(out: Path, mesh: Mesh, console: Console) -> dict[str, Any]:
     return first
 
 
-def in_use(out: Path) -> bool:
-    """Returns True if a folder has files; hidden ones (locks) do not count."""
+def check_new(out: Path) -> None:
+    """Exits if a folder has files; hidden ones, such as the lock, do not count."""
     found = out.iterdir() if out.exists() else ()
-    return any(not path.name.startswith(".") for path in found)
+    if any(not path.name.startswith(".") for path in found):
+        raise SystemExit(
+            f"{out} is not empty: name another folder with --out, or go on with the "
+            f"run in it with --resume {out}."
+        )

@@ -1,8 +1,8 @@
 """Several tasks one after the other, each in a run folder of its own, and one table.
 
-`suite.json` holds the config of every task. A task whose `summary.json` is there is
-finished; the others go on where they were, or begin. A task whose loss is not finite
-does not stop the others.
+`suite.json` holds the config of every task. A task with a `summary.json` is finished;
+the others are resumed or begun. A task whose loss is not finite does not stop the
+others.
 """
 
 import dataclasses
@@ -20,7 +20,6 @@ from experiments.pretrained import base_models
 from experiments.reports import finished, table
 from experiments.runs import folder, setup
 from experiments.runs.run import RunFailed, run
-from experiments.runs.setup import missing
 
 FILE = "suite.json"
 
@@ -30,12 +29,17 @@ def start(
 ) -> None:
     """Runs a config for every task, into `out/TASK`.
 
+    Args:
+      program: name of the command in error messages.
+      name: name of the suite; that of its folder if the configs name none.
+      tasks: config of each task, by name.
+
     Raises:
       SystemExit: data or weights are missing, the folder is not empty, a run failed or
         was interrupted; says how to go on.
     """
     some = next(iter(tasks.values()))
-    lacking = [error for task in tasks.values() if (error := missing(task))]
+    lacking = [error for task in tasks.values() if (error := setup.missing(task))]
     if lacking:
         raise SystemExit(
             f"{program}: {len(lacking)} of {len(tasks)} tasks cannot be run; --tasks "
@@ -46,11 +50,7 @@ def start(
         paths.check_out(out)
         base_models.load(some, classes=2)
     if files.is_primary():
-        if folder.in_use(out):
-            raise SystemExit(
-                f"{out} is not empty: name another folder with --out, or go on with "
-                f"the runs in it with --resume {out}."
-            )
+        folder.check_new(out)
         out.mkdir(parents=True, exist_ok=True)
         values = {task: run_config.as_dict(config) for task, config in tasks.items()}
         files.write(out / FILE, {"program": program, "tasks": values})
@@ -58,7 +58,7 @@ def start(
 
 
 def resume(out: Path, console: Console) -> None:
-    """Goes on with what is left of an interrupted suite; errors as `start`."""
+    """Runs what is left of an interrupted suite; errors as `start`."""
     found = files.read(out / FILE)
     tasks = {
         task: command_line.from_values(found["program"], values)
@@ -92,18 +92,20 @@ def _run_all(tasks: Mapping[str, RunConfig], out: Path, console: Console) -> Non
         raise SystemExit("\n".join([*failed, f"Go on with them by --resume {out}"]))
 
 
-def of(
+def configs(
     program: str, presets: command_line.Presets, suite: str, argv: list[str]
 ) -> dict[str, Any]:
-    """The configs of a suite's tasks that a command line means, by task.
+    """Returns the configs that a command line names, by task.
 
     Args:
-      presets: of the suite's tasks, by name.
-      suite: its name.
-      argv: with `--config` of the suite.
+      program: name of the command in error messages.
+      presets: presets of the suite's tasks, by name.
+      suite: name of the suite.
+      argv: the command line, with `--config` of the suite.
 
     Raises:
-      SystemExit: as `command.parse`, or no such task.
+      SystemExit: a word is wrong, as in `command_line.parse`, or the suite has no such
+        task.
     """
     first = command_line.parser(program)
     first.add_argument("--config")

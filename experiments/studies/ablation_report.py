@@ -1,4 +1,4 @@
-"""The ablations' tables and pictures, from what is done of them."""
+"""The ablations' tables and pictures, made from the finished runs."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from experiments.reports.text import MISSING
 from experiments.studies.ablations import STUDIES, Study, Variant
 from experiments.studies.table_store import Done, Store
 
-COLUMNS = {  # of a table: the measure, its factor and its format
+COLUMNS = {  # of a table: measure, factor and format
     "as trained, %": ("unmerged_accuracy", 100, ".1f"),
     "train loss": ("train_loss", 1, ".3f"),
     "moved, %": ("density", 100, ".1f"),
@@ -38,7 +38,7 @@ EXPLAINED = (
 
 
 def write(store: Store, task: str, out: Path, console: Console) -> None:
-    """Writes `report.md`, `report.json`, a PNG for each study with some results."""
+    """Writes `report.md`, `report.json`, and a PNG for each study with results."""
     done = store.rows(task)
     tables = {name: table(study, done) for name, study in STUDIES.items()}
     shared = store.shared
@@ -68,18 +68,19 @@ def write(store: Store, task: str, out: Path, console: Console) -> None:
 
 
 def heading(study: Study) -> str:
-    """What a study is about, and the paper's table."""
+    """Returns the title of a study with the paper's table."""
     title = study.title[0].upper() + study.title[1:]
     return f"{title} (the paper's {study.source})" if study.source else title
 
 
 def table(study: Study, done: dict[str, Done]) -> dict[str, Any]:
-    """A study's rows, and what became of the paper's order.
+    """Returns a study's rows, and whether the paper's orders hold.
 
     Returns:
-      `rows`, each with `title`, `paper` (its number, or None), `seeds` (accuracies by
-      seed, in percent), `mean`, `deviation`, `lr`, `searched` (whether the rate is its
-      own), the measures of `COLUMNS`, and `gradient_norms`; `order`, sentences.
+      `rows`, each with `title`, `paper` (the paper's number, or None), `seeds`
+      (accuracies by seed, in percent), `mean`, `deviation`, `lr`, `searched` (True if
+      the rate is the row's own), the measures of `COLUMNS`, and `gradient_norms`;
+      `order`, a sentence for each order of the paper.
     """
     rows = [
         _row(variant, study, done.get(variant.name, {})) for variant in study.variants
@@ -112,10 +113,10 @@ def _row(variant: Variant, study: Study, own: Done) -> dict[str, Any]:
 
 
 def _verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """Whether an order of the paper holds, with the differences it rests on.
+    """Says whether an order of the paper holds, with the differences between rows.
 
-    It holds, or does not, where the intervals of 95% (Student's t, over the differences
-    of seeds) leave no doubt.
+    It holds, or does not, if the 95% confidence intervals (Student's t, over the
+    differences of seeds) leave no doubt.
     """
     order = " > ".join(row["title"] for row in rows)
     if any(not row["seeds"] for row in rows):
@@ -162,7 +163,7 @@ def _markdown(made: dict[str, Any]) -> list[str]:
 
 
 def accuracy(row: dict[str, Any]) -> str:
-    """A row's accuracy as tables have it."""
+    """Returns a row's accuracy as tables have it."""
     if row["mean"] is None:
         return MISSING
     deviation = "" if row["deviation"] is None else f" ± {row['deviation']:.1f}"

@@ -1,7 +1,7 @@
-"""What the ablations vary: the paper's tables, and questions of our own.
+"""The ablations' studies: the paper's tables, and questions of our own.
 
-A study is a table; each of its rows is SNELLA with some settings changed. Rows that
-several studies share are run once.
+A study is a table; each of its rows is SNELLA with some settings changed. A row that
+several studies share is run once.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ DENSE: dict[str, Any] = {"gate": "none", "initial_density": 1.0, "target_density
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A row.
+    """A row of a study.
 
     Attributes:
-      title: in tables and figures.
+      title: title in tables and figures.
       changes: settings of the method that differ from the base.
-      run: what differs in the run.
-      method: that is trained.
+      run: fields of the run's config that differ.
+      method: method that is trained.
     """
 
     title: str
@@ -34,7 +34,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """In `results.json` and among the folders; the same for the same settings."""
+        """Name in `results.json` and of the folder; the same for the same settings."""
         changes = {**self.changes, **self.run}
         return ",".join(
             [self.method, *(f"{k}={v}" for k, v in sorted(changes.items()))]
@@ -42,7 +42,7 @@ class Variant:
 
     @property
     def searched(self) -> bool:
-        """Whether it gets a search for its rate; else it has that of the base."""
+        """True if its rate is searched; else it has that of the base."""
         return (
             self.name == BASE
             or self.method != BASE
@@ -51,7 +51,7 @@ class Variant:
         )
 
     def config(self, run: RunConfig, seed: int, **settings: Any) -> RunConfig:
-        """The run of a seed; `settings` of the method besides its changes."""
+        """Returns the config of a seed's run, with more settings of the method."""
         own = run.settings[self.method]
         own = dataclasses.replace(own, **self.changes, **settings)
         run = run.with_settings(**{self.method: own})
@@ -61,13 +61,13 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A table.
+    """A table of variants.
 
     Attributes:
-      title: what it is about.
-      variants: its rows.
-      source: the paper's table; "" where it has none.
-      order: titles from the best to the worst, as the paper has them.
+      title: question that the study answers.
+      variants: rows of the table.
+      source: the paper's table; "" if it has none.
+      order: titles from the best to the worst, in the paper's order.
     """
 
     title: str
@@ -77,7 +77,7 @@ class Study:
 
     @property
     def paper(self) -> dict[str, float]:
-        """The paper's numbers, by title; for some rows."""
+        """The paper's numbers by title, for the rows that it reports."""
         return paper.ABLATIONS.get(self.source, {})
 
 

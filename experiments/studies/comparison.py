@@ -1,4 +1,4 @@
-"""What a comparison of methods is, and the table of what is done of it."""
+"""A comparison of methods: its options, its rows, and the table of finished runs."""
 
 import dataclasses
 from pathlib import Path
@@ -56,23 +56,23 @@ class Comparison:
     methods: tuple[str, ...] = registry.names()
     """Rows of the table, in the order in which they run."""
     controls: tuple[str, ...] = ("linear", "full")
-    """Methods that are run from random weights, too."""
+    """Methods that are also run from random weights."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of factors and order, and of random weights. (Searches have seed 0.)"""
+    """Seeds of the factors, the order and random weights. (Searches have seed 0.)"""
     search_epochs: int = 10
-    """Length of a trial of the search."""
+    """Epochs of a trial of the search."""
     run: RunConfig = RUN
-    """What all runs share."""
+    """Config that all runs share."""
     table_only: bool = False
-    """Run nothing; write the table of what is done, with all that is missing."""
+    """Run nothing; write the table of finished runs, with all that is missing."""
     memory: Given | None = None
-    """A memory.json of experiments.benchmarks.memory, of one model: draws accuracy.png,
-    accuracy against memory."""
+    """A memory.json of one model, by experiments.benchmarks.memory: also draws
+    accuracy.png, accuracy against memory."""
     out: Given = Path("runs/comparison")
-    """Folder for results.json, the table and the runs."""
+    """Folder to write results.json, the table and the runs into."""
 
     def check(self) -> None:
-        """Raises a `ValueError` on values that would fail in the midst of it."""
+        """Raises a `ValueError` on values that would fail later."""
         if not self.tasks or not self.seeds or not (self.methods or self.controls):
             raise ValueError("expected at least one task, one seed and one method.")
         if self.search_epochs <= self.run.warmup_epochs:
@@ -95,22 +95,22 @@ class Row:
     method: str
     random: bool = False
     undecayed: bool = False
-    """Made when LoRA's factors did not decay; of `finished.UNDECAYED` alone."""
+    """True if trained when LoRA's factors did not decay (`finished.UNDECAYED`)."""
 
     @property
     def fixed(self) -> bool:
-        """Whether all seeds give the same: a linear probe is fitted from zeros."""
+        """True if all seeds give the same: a linear probe is fitted from zeros."""
         return self.method == registry.LINEAR and not self.random
 
     @property
     def name(self) -> str:
-        """In `results.json` and among the folders; another where factors decay."""
+        """Name in `results.json` and of the folder; it says if LoRA's factors decay."""
         decayed = self.method in finished.UNDECAYED and not self.undecayed
         return self.method + "_decayed" * decayed + "_random" * self.random
 
     @property
     def note(self) -> str:
-        """What its label adds to that of its method."""
+        """Addition to the label of its method."""
         return (
             f", {finished.UNDECAYED_NOTE}" * self.undecayed
             + ", random weights" * self.random
@@ -130,12 +130,12 @@ class Table:
     """The comparison's rows in its store.
 
     Attributes:
-      store: what is done.
-      rows, columns: what the table has in any case.
+      store: the finished runs.
+      rows, columns: rows and columns that the table has in any case.
     """
 
     def __init__(self, config: Comparison):
-        """Raises a `ValueError` where the folder holds another comparison."""
+        """Opens the folder; raises a `ValueError` if it holds another comparison."""
         fields = run_config.as_dict(config.run)
         shared = {k: v for k, v in fields.items() if k not in finished.IRRELEVANT}
         shared["search_epochs"] = config.search_epochs
@@ -145,7 +145,7 @@ class Table:
         self.columns = config.tasks
 
     def made(self) -> dict[str, Any] | None:
-        """The report of all seeds that are done; None where there are none."""
+        """Returns the report of all finished seeds; None if there are none."""
         runs = self._runs()
         labels = [self._label(row) for row in self.rows]
         if not runs:
@@ -156,7 +156,7 @@ class Table:
     def points(
         self, made: dict[str, Any], memory: dict[str, dict[str, Any]]
     ) -> list[dict[str, Any]]:
-        """Mean accuracies of a table's rows, with the memory of their methods.
+        """Returns the mean accuracies of a table's rows with their methods' memory.
 
         Methods whose factors did not decay have a star.
         """

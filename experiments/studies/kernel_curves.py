@@ -1,11 +1,12 @@
-"""The kernels in one dimension (the paper's Figure 4(a)).
+"""Draws the kernels in one dimension (the paper's Figure 4(a)).
 
     python -m experiments.studies.kernel_curves
 
-One input of 0 and outputs x from -`reach` to `reach`, with factors of one column and
-one piece. The coefficient of distances is -1, so that all kernels are largest where the
-two coincide; what is normalised over the outputs is multiplied by their number. Writes
-`kernel_curves.json` and `.png`.
+There is one input of 0, and outputs x from -`reach` to `reach`, with factors of one
+column and one piece. The coefficient of distances is -1, so that every kernel is
+largest where the two coincide; a kernel that is normalised over the outputs is
+multiplied by their number. Writes `kernel_curves.json` and `kernel_curves.png` into
+`--out`.
 """
 
 import dataclasses
@@ -32,13 +33,13 @@ class CurvesConfig:
     """Options of `python -m experiments.studies.kernel_curves`."""
 
     reach: float = 5.0
-    """The largest x."""
+    """Largest x."""
     out: Given = Path("runs/kernel_curves")
-    """Folder for kernel_curves.json and .png."""
+    """Folder to write kernel_curves.json and kernel_curves.png into."""
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Parses the command line, draws, and returns what the JSON file holds."""
+    """Writes both files, and returns the content of `kernel_curves.json`."""
     config = tyro.cli(CurvesConfig, prog=PROGRAM, args=argv, description=__doc__)
     with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
@@ -52,9 +53,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def row(name: str, x: np.ndarray) -> dict[str, Any]:
-    """A kernel's values at 0 and x, and their slopes.
+    """Returns a kernel's values at 0 and x, and their slopes.
 
-    Of the linear kernel and the sigmoid, which see a product, at 1 and x.
+    The linear kernel and the sigmoid, which see a product, are evaluated at 1 and x.
 
     >>> row("rbf", np.array([-1.0, 0.0, 1.0]))["values"][1]
     1.0

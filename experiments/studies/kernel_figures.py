@@ -1,4 +1,4 @@
-"""Pictures of the kernels, beside the paper's Figure 4."""
+"""Figures of the kernels, as the paper's Figure 4."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def fitting(path: Path, result: dict[str, Any]) -> None:
 
     Args:
       path: the PNG to write.
-      result: what `experiments.studies.matrix_fitting` writes.
+      result: content of `matrix_fitting.json`.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for name, own in result["kernels"].items():

@@ -1,12 +1,13 @@
-"""Which kernel can fit a sparse matrix with two thin factors (Eq. 15, Figure 4(b)).
+"""Measures how well kernels fit sparse matrices with thin factors (Eq. 15, Fig. 4(b)).
 
     python -m experiments.studies.matrix_fitting
 
-Random sparse matrices of several ranks, each divided by its root mean square, so that a
-mean squared error (MSE) of 1 is that of fitting nothing. Every kernel fits all of them
-by Adam, all at once. The paper gives the rate, the steps and the 10 matrices; their
-sizes, ranks and densities, and the factors' rank, are ours. `matrix_fitting.json`
-keeps every kernel that is finished: the same command goes on with it.
+The matrices are random, sparse and of several ranks, each divided by its root mean
+square, so that a mean squared error (MSE) of 1 is that of fitting nothing. Every kernel
+fits all of them at once by Adam. The paper gives the rate, the steps and the number of
+matrices, 10; their sizes, ranks and densities, and the factors' rank, are ours. Prints
+a table and writes `matrix_fitting.json` and `matrix_fitting.png` into `--out`. The JSON
+file keeps every kernel that is finished: the same command goes on with the others.
 """
 
 import dataclasses
@@ -45,28 +46,28 @@ class FittingConfig:
     """Options of `python -m experiments.studies.matrix_fitting`."""
 
     kernels: tuple[Name, ...] = (*PAPERS_ORDER, "sigmoid", "normalized_rbf")
-    """Which are compared."""
+    """Kernels to compare."""
     size: int = 64
     """Rows and columns of the matrices."""
     ranks: tuple[int, ...] = (2, 4, 8, 16, 32)
-    """Of the matrices."""
+    """Ranks of the matrices."""
     density: float = 0.1
-    """Share of their entries that is not 0, about."""
+    """Approximate share of the matrices' entries that are not 0."""
     positive: bool = False
-    """No negative entries: rbf and sigmoid, with their one alpha, make numbers of one
-    sign alone."""
+    """Matrices have no negative entries: rbf and sigmoid, which have one alpha, make
+    numbers of one sign only."""
     matrices: int = 10
-    """Of each rank."""
+    """Number of matrices of each rank."""
     rank: int = 8
-    """Columns of the factors that fit them."""
+    """Rank of the factors that fit the matrices."""
     steps: int = 100_000
-    """Of Adam."""
+    """Steps of Adam."""
     lr: float = 1e-4
-    """Its rate."""
+    """Learning rate of Adam."""
     seed: int = 0
-    """Of the matrices and of the factors' start."""
+    """Seed of the matrices and of the initial factors."""
     out: Given = Path("runs/matrix_fitting")
-    """Folder for matrix_fitting.json and .png."""
+    """Folder to write matrix_fitting.json and matrix_fitting.png into."""
 
     def check(self) -> None:
         """Raises a `ValueError` on values that would fail later."""
@@ -88,7 +89,7 @@ class FittingConfig:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Parses the command line, fits, and returns what the JSON file holds."""
+    """Fits what is left, and returns the content of `matrix_fitting.json`."""
     config = tyro.cli(FittingConfig, prog=PROGRAM, args=argv, description=__doc__)
     with terminal.exit_on_error(PROGRAM):
         config.check()
@@ -114,10 +115,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def matrices(config: FittingConfig, rank: int) -> Float[np.ndarray, "N n n"]:
-    """Random matrices of a rank: sums of so many products of two sparse vectors.
+    """Returns random matrices: sums of `rank` products of two sparse vectors.
 
-    The entries of the vectors that are not 0 are normal; there are so many of them, at
-    least one in each, that about `density` of a matrix's entries are not 0.
+    The entries of the vectors that are not 0 are normal. Each vector has at least one,
+    and as many as make about `density` of a matrix's entries differ from 0.
     """
     rng = np.random.default_rng((config.seed, rank))
     share = (1 - (1 - config.density) ** (1 / rank)) ** 0.5
@@ -139,7 +140,7 @@ def fit(
     lr: float,
     marks: list[int],
 ) -> Iterator[tuple[Float[np.ndarray, " N"], Float[np.ndarray, "N n m"]]]:
-    """Fits every matrix by itself; yields MSE and fit after so many steps of Adam.
+    """Fits every matrix by itself; yields MSE and fit after each number of steps.
 
     Adam and the MSE treat every number by itself, so all matrices are fitted at once.
 
@@ -173,7 +174,7 @@ def fit(
 
 
 def _begun(config: FittingConfig) -> dict[str, Any]:
-    """What is done already; raises where it was done with other settings."""
+    """Reads the finished kernels; raises a `ValueError` if the settings differ."""
     settings = dataclasses.asdict(config)
     for name in ("out", "kernels"):
         settings.pop(name)
@@ -248,7 +249,7 @@ def _means(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _order(result: dict[str, Any]) -> str:
-    """What became of the paper's order, in a sentence."""
+    """Says in a sentence whether the paper's order holds."""
     means = _means(result)
     ours = [name for name in PAPERS_ORDER if name in means]
     found = sorted(ours, key=lambda name: -means[name])

@@ -1,13 +1,13 @@
-"""Whether a model and a method can learn at all: a few images by heart.
+"""Tests whether a model and a method can learn a few images by heart.
 
     python -m experiments.studies.overfit --config elpv_mono --model swin_b \
         --random_weights --image_size 32 --methods full --batch 16 \
         --warmup_epochs 2 --epochs 40 --full.lr 1e-4 --full.weight_decay 0 --clip 1
 
 takes some training images of a task (`--images`, 64 by default), trains each method on
-them and evaluates it on the same ones after every epoch. Anything that works comes to
-100%; what does not is the exit status. Takes all other options of `experiments.vtab`.
-Writes `overfit.json` and `overfit.png` into `--out`.
+them and evaluates it on the same images after every epoch. A method that works reaches
+100%; the command fails if one does not. All other options are those of
+`experiments.vtab`. Writes `overfit.json` and `overfit.png` into `--out`.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ VAL = "val_accuracy"
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Parses the command line and trains; returns what `overfit.json` holds.
+    """Trains, and returns the content of `overfit.json`.
 
     Raises:
-      SystemExit: something does not fit, or a method did not learn every image.
+      SystemExit: an option is wrong, or a method did not learn every image.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     first = command_line.parser(PROGRAM)
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def _small(setting: Prepared, count: int) -> Prepared:
-    """Trained and followed on the same few images."""
+    """Returns a run that trains on and follows the same few images."""
     task, config = setting.task, setting.config
     if not config.batch <= count <= len(task.train):
         raise ValueError(
@@ -96,7 +96,7 @@ def _small(setting: Prepared, count: int) -> Prepared:
 
 
 def _learnt(setting: Prepared, name: str) -> list[dict[str, Any]]:
-    """The rows of a method's epochs."""
+    """Trains a method and returns the rows of its epochs."""
     method, session = setting.config.settings[name], setting.session(name)
     model = method.adapt(setting.base, session.scope)
     rules = method.competition(model, session.scope)

@@ -1,8 +1,8 @@
-"""Cells of a table that takes long: each has a search and several seeds, done once.
+"""Results of a table that takes long: each cell has a search and several seeds.
 
-`results.json` keeps what is done of each cell, by task and row: the same command goes
-on where it was, on another machine, too, with only that file. Several processes may
-work in one folder. Under `runs` beside it lies what is not finished.
+`results.json` keeps the finished searches and seeds, by task and row: the same command
+goes on with the others, also on another machine with only that file. Several processes
+may work in one folder. Unfinished runs lie in `runs` beside it.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ Done = dict[str, Any]
 
 
 class Store:
-    """`results.json`: what all cells share, and what is done of them.
+    """`results.json`: the settings that all cells share, and the cells' results.
 
-    What is done has `trials` (of the search), `chosen` (the settings that were best),
-    `seeds` (for each what training left) and `failed` (why a seed or the search did).
+    A cell has `trials` (of the search), `chosen` (the best settings), `seeds` (the
+    result of each) and `failed` (why a seed or the search failed).
     """
 
     def __init__(self, out: Path, shared: dict[str, Any], defaults: dict[str, Any]):
@@ -42,11 +42,11 @@ class Store:
 
         Args:
           out: the folder.
-          shared: what all cells share.
-          defaults: of settings that a file made before there were any may lack.
+          shared: settings that all cells share.
+          defaults: values of settings that an older file may lack.
 
         Raises:
-          ValueError: the folder was made with something else.
+          ValueError: the folder was made with other settings.
         """
         self.path = out / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,19 +68,19 @@ class Store:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """What all cells share."""
+        """Settings that all cells share."""
         return files.read(self.path)["shared"]
 
     def rows(self, task: str) -> dict[str, Done]:
-        """What is done of a task, by row."""
+        """Returns the cells of a task, by row."""
         return self.tasks().get(task, {})
 
     def tasks(self) -> dict[str, dict[str, Done]]:
-        """What is done, by task and row."""
+        """Returns all cells, by task and row."""
         return files.read(self.path)["rows"]
 
     def failures(self) -> list[str]:
-        """Which seeds and searches failed at the last attempt, and why."""
+        """Returns which seeds and searches failed at the last attempt, and why."""
         return [
             text
             for task, rows in self.tasks().items()
@@ -94,10 +94,10 @@ class Store:
             found["rows"].setdefault(task, {})[row] = done
 
     def begin(self, task: str, inputs: Inputs, console: Console) -> None:
-        """Keeps what the cells of a task begin with, or compares it.
+        """Writes the fingerprints of a task's inputs, or compares them.
 
         Raises:
-          MismatchError: what is done of the task began with something else.
+          MismatchError: the task's cells began with other inputs.
         """
         with self._open() as found:
             known = found.setdefault("inputs", {}).get(task)
@@ -119,19 +119,19 @@ class Store:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[dict[str, Any]]:
-        """The file's values, to change; other processes wait."""
+        """Yields the file's values, to change; other processes wait."""
         with self.locked():
             found = files.read(self.path) or {}
             yield found
             files.write(self.path, found)
 
     def locked(self) -> filelock.BaseFileLock:
-        """Keeps other processes from the folder's files."""
+        """Returns a lock that keeps other processes from the folder's files."""
         return filelock.FileLock(self.path.with_suffix(".lock"))
 
 
 def _filled(known: Done, defaults: Done, shared: Done) -> Done:
-    """What a file says, with the settings that it lacks; methods may be new to it."""
+    """Returns a file's settings, completed by the defaults that it lacks."""
     plain = {n: v for n, v in defaults.items() if not isinstance(v, dict)}
     filled = {n: v for n, v in plain.items() if n in shared}
     for name, own in known.items():
@@ -143,7 +143,7 @@ def _filled(known: Done, defaults: Done, shared: Done) -> Done:
 
 
 def place(out: Path, task: str, row: str) -> Path:
-    """The folder of a cell's runs; a task of one's own has a path, which ends there.
+    """Returns the folder of a cell's runs; a task that is a path has a short name.
 
     >>> place(Path("out"), "digits", "lora").as_posix()
     'out/runs/digits/lora'
@@ -158,7 +158,7 @@ def place(out: Path, task: str, row: str) -> Path:
 
 
 def _texts(cell: tuple[str, str], failed: dict[str, str]) -> list[str]:
-    """Failures of a cell's steps, by step, as text."""
+    """Returns the failures of a cell's steps as text."""
     return [f"{', '.join((*cell, step))}: {error}" for step, error in failed.items()]
 
 
@@ -171,19 +171,19 @@ def attempt(
     train: Callable[[Path, int, Done], Done],
     console: Console,
 ) -> str | None:
-    """Completes a cell; says what failed, if other cells may still succeed.
+    """Completes a cell; returns what failed, if other cells may still succeed.
 
-    A seed that fails does not stop the others: a table of those that did not would
-    favour what is unstable.
+    A seed that fails does not stop the others: a table of those before it would favour
+    unstable methods.
 
     Args:
-      program: as error messages call it.
+      program: name of the command in error messages.
       cell: task and row.
-      search: `trials` and `chosen` of a folder.
-      train: of a seed's folder, the seed and what was chosen.
+      search: returns `trials` and `chosen`, given a folder.
+      train: returns a seed's result, given its folder, the seed and what was chosen.
 
     Raises:
-      SystemExit: it was interrupted, or something is wrong that others would meet, too.
+      SystemExit: it was interrupted, or an error would stop other cells, too.
     """
     name = ", ".join(cell)
     try:
@@ -208,10 +208,10 @@ def _complete(
     train: Callable[[Path, int, Done], Done],
     console: Console,
 ) -> dict[str, str]:
-    """Does what is left, and says what failed of it.
+    """Does what is left of a cell, and returns what failed of it.
 
     Raises:
-      filelock.Timeout: another process does it.
+      filelock.Timeout: another process is at work on the cell.
     """
     task, row = cell
     where = place(store.path.parent, task, row)
@@ -238,7 +238,7 @@ def _complete(
 def _kept(
     store: Store, cell: tuple[str, str], done: Done, step: str, failed: dict[str, str]
 ) -> Iterator[None]:
-    """Writes a cell after a step of it, or why the step failed."""
+    """Writes a cell after a step, or why the step failed."""
     before = done.pop("failed", {})
     before.pop(step, None)
     try:

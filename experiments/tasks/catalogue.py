@@ -1,8 +1,9 @@
 """Every task by name: VTAB-1k, FGVC, the sets that need no network, and your own.
 
-A name is that of a task below, or the path of a folder or CSV file (`folders.py`). For
-a VTAB or FGVC task a folder of that name in the data directory goes before TFDS, for
-the others what their packages hold goes before any folder.
+A task is named by its entry in the catalogue, or by the path of a folder or CSV file
+(`experiments.tasks.folders`). A VTAB or FGVC task is read from a folder of that name in
+the data directory if there is one, else from TFDS; the others are read from their
+packages, whatever folders there are.
 """
 
 import dataclasses
@@ -30,12 +31,13 @@ DATA_DIR = Path("~/tensorflow_datasets")
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A task in the list.
+    """A task in the catalogue.
 
     Attributes:
-      group: natural, specialized, structured, FGVC, or what needs no network: local.
-      get: where it comes from.
-      load: makes the task, from the data directory.
+      group: natural, specialized, structured, FGVC, or local for sets that need no
+        network.
+      get: where the data come from.
+      load: loads the task, given the data directory.
     """
 
     group: str
@@ -115,13 +117,13 @@ ENTRIES = _entries()
 
 
 def load(name: str, data_dir: Path = DATA_DIR) -> Task:
-    """The task of that name, or in that folder or CSV file.
+    """Loads the task of that name, or in that folder or CSV file.
 
-    The notes of the task say which was taken where there are both.
+    If there are several of one name, the notes of the task say which one was taken.
 
     Raises:
       ValueError: there is no task and no file of that name, or its data are wrong.
-      FileNotFoundError, ModuleNotFoundError: its data are not there; says how to get
+      FileNotFoundError, ModuleNotFoundError: the data are missing; says how to get
         them.
     """
     data_dir, path = at_home(data_dir), at_home(name)
@@ -152,9 +154,9 @@ def load(name: str, data_dir: Path = DATA_DIR) -> Task:
 
 
 def _folder(name: str, data_dir: Path) -> Path | None:
-    """The folder of a task's name in the data directory, where it has images.
+    """Returns the folder of a task's name in the data directory, if it has images.
 
-    TFDS keeps its versions in a folder of that name: then it has no layout.
+    TFDS keeps its versions in a folder of that name; that one has no layout.
     """
     if folders.layout(data_dir / name):
         return data_dir / name
@@ -176,7 +178,7 @@ def _in_folder(name: str, folder: Path, classes: int) -> Task:
 
 
 def listing() -> Table:
-    """All tasks, to print."""
+    """Returns a table of all tasks, to print."""
     table = Table(title="tasks")
     for column in ("task", "group", "classes", "licence", "from"):
         table.add_column(column, no_wrap=column in ("task", "group"), overflow="fold")

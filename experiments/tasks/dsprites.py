@@ -2,10 +2,10 @@
 
 The factors are exactly dSprites': every combination of 3 shapes (square, ellipse,
 heart), 6 scales (0.5 to 1), 40 orientations (0 to 2 pi, both ends), 32 x and 32 y
-positions. The rasterisation is ours: a pixel is white where its
-centre lies in the shape. The sizes are chosen so that the largest sprite stays inside
-the image at every position and that the mean pixel is dSprites' 0.043. Tables call it
-"re-rendered", for its numbers are not comparable with those on the original files.
+positions. The rasterisation is ours: a pixel is white if its centre lies in the shape.
+The sizes are chosen so that the largest sprite stays inside the image at every position
+and that the mean pixel is dSprites' 0.043. Tables call it "re-rendered", because its
+numbers are not comparable with those on the original files.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ ORDER_SEED = 0  # TFDS stores dSprites in a shuffled order; ours is this one
 
 @dataclasses.dataclass(frozen=True)
 class Dsprites:
-    """The features of TFDS's `dsprites`, rendered when they are asked for.
+    """The features of TFDS's `dsprites`, rendered when an example is read.
 
-    Examples come in a fixed shuffled order, as in TFDS, so that a run of them is a fair
-    sample. `image` is uint8 `[64, 64, 1]` of 0 and 1.
+    Examples have a fixed shuffled order, as in TFDS, so that consecutive ones are a
+    fair sample. `image` is uint8 `[64, 64, 1]` of 0 and 1.
     """
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class Dsprites:
 
 
 def load(name: str) -> Task:
-    """VTAB-1k's `dsprites_loc` or `dsprites_ori` on these images, by the same rules."""
+    """Loads VTAB-1k's `dsprites_loc` or `dsprites_ori` on the re-rendered images."""
     source = vtab.labelled(name, Dsprites())
     return vtab.from_sources(name, {"train": source}, f"{name} (re-rendered)")
 
@@ -70,7 +70,7 @@ def load(name: str) -> Task:
 def render(
     shape: int, scale: int, orientation: int, x: int, y: int
 ) -> UInt8[np.ndarray, "64 64"]:
-    """One image of 0 and 1, from the indices of its factors."""
+    """Returns one image of 0 and 1, given the indices of its factors."""
     columns, rows = np.meshgrid(*[np.arange(SIDE) + 0.5] * 2)
     right = columns - (FIRST + (LAST - FIRST) * POSITIONS[x])
     down = rows - (FIRST + (LAST - FIRST) * POSITIONS[y])
@@ -90,7 +90,7 @@ def _ellipse(u: np.ndarray, v: np.ndarray) -> Bool[np.ndarray, "64 64"]:
 
 
 def _heart(u: np.ndarray, v: np.ndarray) -> Bool[np.ndarray, "64 64"]:
-    """(x^2 + y^2 - 1)^3 <= x^2 y^3, tip down, around the middle of its height."""
+    """Returns (x^2 + y^2 - 1)^3 <= x^2 y^3: tip down, centred at half its height."""
     x, y = u / HEART, -v / HEART + 0.1
     return (x**2 + y**2 - 1) ** 3 <= x**2 * y**3
 

@@ -26,10 +26,10 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Elpv:
-    """The whole set.
+    """The whole data set.
 
     Attributes:
-      images: 0 to 255.
+      images: pixels of 0 to 255.
       defect: class 0 to 3, three times the defect probability.
       mono: 1 for a monocrystalline cell, 0 for a polycrystalline one.
     """
@@ -40,7 +40,7 @@ class Elpv:
 
 
 def load(labels: Literal["defect", "mono"] = "defect", split_seed: int = 0) -> Task:
-    """The task by VTAB-1k's protocol: 800 to train, 200 to choose by, 1,624 to test.
+    """Loads the task, split as VTAB-1k: 800 to train, 200 to validate, 1,624 to test.
 
     Raises:
       ModuleNotFoundError, ValueError: as `photographs`.
@@ -53,11 +53,11 @@ def load(labels: Literal["defect", "mono"] = "defect", split_seed: int = 0) -> T
 
 
 def photographs() -> Elpv:
-    """Every photograph, in the package's order.
+    """Loads every photograph, in the package's order.
 
     Raises:
       ModuleNotFoundError: the package is not installed; says how.
-      ValueError: the photographs are others than those of version 1.0.0.post1.
+      ValueError: the photographs are not those of version 1.0.0.post1.
     """
     try:
         from elpv_dataset.utils import (  # pyright: ignore[reportMissingImports]

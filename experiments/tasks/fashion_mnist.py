@@ -1,10 +1,11 @@
 """Fashion-MNIST (Xiao et al., arXiv 1708.07747): 60,000 + 10,000 grey 28 x 28 images.
 
-The task is the set by VTAB-1k's protocol: 800 + 200 of the training images, drawn once,
-and the whole test split.
+The task follows VTAB-1k's protocol: 800 + 200 of the training images, drawn once, and
+the whole test split.
 
-Read from the gzipped IDX files that the Debian package `dataset-fashion-mnist` installs
-(`apt-get install dataset-fashion-mnist`); the upstream files have the same names.
+It is read from the gzipped IDX files that the Debian package `dataset-fashion-mnist`
+installs (`apt-get install dataset-fashion-mnist`); the upstream files have the same
+names.
 """
 
 import gzip
@@ -39,7 +40,7 @@ TRAIN, VALIDATION = 800, 200
 
 
 def load(folder: Path = DEBIAN, split_seed: int = 0) -> Task:
-    """The task.
+    """Loads the task.
 
     Raises:
       FileNotFoundError, ValueError: as `read`, or the files are not Fashion-MNIST's.
@@ -56,7 +57,7 @@ def load(folder: Path = DEBIAN, split_seed: int = 0) -> Task:
 def read(
     part: str, folder: Path = DEBIAN
 ) -> tuple[UInt8[np.ndarray, "N 28 28 1"], Int[np.ndarray, " N"]]:
-    """Images (0 to 255) and labels (0 to 9) of `part`: "train" or "test".
+    """Reads images (0 to 255) and labels (0 to 9) of `part`: "train" or "test".
 
     Raises:
       FileNotFoundError: a file is missing; the message says how to get it.

@@ -1,7 +1,7 @@
 """FGVC, the five tasks of VPT (Jia et al., arXiv 2203.12119, Table 9).
 
-Validation is the official split where there is one, else a seeded tenth of the training
-images; VPT's own lists are not served any more, so ours differ.
+The validation split is the official one if there is one, else a seeded tenth of the
+training images; VPT's own lists are no longer served, so ours differ.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ class Row:
     """One task.
 
     Attributes:
-      builder: of TFDS; None for an archive.
-      archive: what to download where TFDS cannot, and into which folder.
-      official: whether the builder has a validation split.
+      builder: TFDS builder; None for an archive.
+      archive: archive to download by hand if TFDS has no builder, and its address.
+      official: True if the builder has a validation split.
     """
 
     classes: int
@@ -55,10 +55,11 @@ TASKS = {
 
 
 def load(name: str, data_dir: Path) -> Task:
-    """A task from what TFDS prepared in `data_dir`.
+    """Loads a task that TFDS prepared in `data_dir`.
 
     Raises:
-      FileNotFoundError: it is not there, or TFDS cannot get it; says what to do.
+      FileNotFoundError: the task is not prepared, or TFDS cannot get it; says what to
+        do.
     """
     row = TASKS[name]
     if row.builder is None:
@@ -72,7 +73,7 @@ def load(name: str, data_dir: Path) -> Task:
 
 
 def from_sources(name: str, sources: dict[str, Source]) -> Task:
-    """A task from the builder's splits, or from others of the same schema."""
+    """Makes a task from the builder's splits, or from others of the same schema."""
     row, train = TASKS[name], sources["train"]
     if row.official:
         validation = sources["validation"]

@@ -1,12 +1,12 @@
-"""What people have on disk: lists of files, class folders, archives, CSV files.
+"""Tasks from files on disk: lists of files, class folders, archives, CSV files.
 
-| layout | what marks it | who has it |
+| layout | recognised by | used by |
 |---|---|---|
 | lists | `train800.txt`, `val200.txt`, `test.txt` | the PEFT papers' VTAB-1k |
 | CUB's | `images.txt`, `image_class_labels.txt`, ... | NABirds, CUB |
 | Cars' | `devkit/cars_train_annos.mat` | Stanford Cars |
 | class folders | `train/CLASS/*.jpg`, `test/...`, maybe `val/...` | ImageFolder trees |
-| CSV | a file with the columns `path`, `label`, `split` | anybody |
+| CSV | a file with the columns `path`, `label`, `split` | your own images |
 """
 
 import csv
@@ -28,18 +28,18 @@ VALIDATION_SEED = 0
 
 
 def load(path: Path, name: str = "", classes: int | None = None) -> Task:
-    """The task in a folder or CSV file, whichever of the layouts it has.
+    """Loads the task in a folder or CSV file of any of the layouts.
 
-    Where there is no validation split, a seeded tenth of the training images is one.
+    If there is no validation split, a seeded tenth of the training images becomes one.
 
     Args:
-      name: how tables call it; the file's name by default.
-      classes: that the task must have; None for as many as are found.
+      name: name of the task in tables; the file's name by default.
+      classes: number of classes that the task must have; None for any.
 
     Raises:
-      FileNotFoundError: there is nothing, or a file of the layout is missing.
-      ValueError: another layout, a malformed line, another number of classes, or a file
-        in two splits.
+      FileNotFoundError: the path or a file of the layout is missing.
+      ValueError: the layout is unknown, a line is malformed, the number of classes is
+        another, or a file is in two splits.
     """
     if not path.exists():
         raise FileNotFoundError(f"There is no folder or CSV file at {path}.")
@@ -69,7 +69,7 @@ def load(path: Path, name: str = "", classes: int | None = None) -> Task:
 
 
 def layout(path: Path) -> Callable[[Path], Found] | None:
-    """What reads the layout that a folder or file has; None where it has none."""
+    """Returns the reader of a folder's or file's layout; None if it is unknown."""
     marks = {
         lists.BOTH: lists.read,
         "train800.txt": lists.read,
@@ -84,7 +84,7 @@ def layout(path: Path) -> Callable[[Path], Found] | None:
 
 
 def from_cub(folder: Path) -> Found:
-    """The archives of CUB-200-2011 and NABirds: tables of `image-id value`."""
+    """Reads the archives of CUB-200-2011 and NABirds: tables of `image-id value`."""
     files, labels, training = (
         _table(folder / name)
         for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt")
@@ -106,7 +106,7 @@ def from_cub(folder: Path) -> Found:
 
 
 def from_cars(folder: Path) -> Found:
-    """Stanford Cars: `cars_train/`, `cars_test/` and MATLAB tables in `devkit/`."""
+    """Reads Stanford Cars: `cars_train/`, `cars_test/`, MATLAB tables in `devkit/`."""
     parts: list[Listed] = []
     for part, table in (
         ("cars_train", "cars_train_annos.mat"),
@@ -127,7 +127,7 @@ def from_cars(folder: Path) -> Found:
 
 
 def from_csv(path: Path) -> Found:
-    """A table with the columns `path`, `label` and `split` (train, val or test).
+    """Reads a table with the columns `path`, `label` and `split` (train, val, test).
 
     Paths are relative to the file; labels are names, or numbers from 0. Digits that
     begin with 0 (`01`) are names.
@@ -152,10 +152,10 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def _numbering(path: Path, labels: list[tuple[int, str]]) -> dict[str, int]:
-    """The numbers of names, sorted; empty where the labels are numbers themselves.
+    """Numbers the labels' names in sorted order; empty if labels are numbers already.
 
     Args:
-      labels: with their lines.
+      labels: line number and label of each row.
     """
     names = sorted({label for _, label in labels})
     if not any(map(NUMBER.fullmatch, names)):
@@ -179,7 +179,7 @@ def _numbering(path: Path, labels: list[tuple[int, str]]) -> dict[str, int]:
 
 
 def _rows(path: Path) -> list[tuple[int, str, str, str]]:
-    """Line, path, label and split of every row of a CSV file."""
+    """Returns line, path, label and split of every row of a CSV file."""
     columns = ("path", "label", "split")
     found = []
     try:
@@ -203,12 +203,12 @@ def _rows(path: Path) -> list[tuple[int, str, str, str]]:
 
 
 def _held_out(where: Path, source: Files) -> tuple[Rows, Rows]:
-    """What is left to train on, and a seeded tenth of the files to validate on.
+    """Splits off a seeded tenth of the files: what is left to train on, and that tenth.
 
     Rows of one file, such as those of a class that is repeated, stay together.
 
     Raises:
-      ValueError: there is one file.
+      ValueError: there are fewer than two files.
     """
     rows: dict[str, list[int]] = {}
     for row, file in enumerate(real(source.paths)):

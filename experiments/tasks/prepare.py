@@ -2,7 +2,8 @@
 
     pip install -e ".[prepare]" && python -m experiments.tasks.prepare --task cifar100
 
-The only command here that needs TensorFlow. Reading what it wrote does not.
+Writes the set into `--data_dir` as ArrayRecord files. This is the only command that
+needs TensorFlow; reading the files does not.
 """
 
 import dataclasses
@@ -23,16 +24,16 @@ class PrepareConfig:
     """Options of `python -m experiments.tasks.prepare`."""
 
     task: tuple[str, ...] = ()
-    """Tasks of VTAB-1k or FGVC; `--list` of experiments.tasks.show prints them."""
+    """Tasks of VTAB-1k or FGVC, as `python -m experiments.tasks.show --list` prints."""
     data_dir: Path = catalogue.DATA_DIR
-    """Where the prepared sets go."""
+    """Folder for the prepared sets."""
     manual_dir: Given | None = None
-    """Where files lie that have to be downloaded by hand. Default:
+    """Folder with the files that have to be downloaded by hand. Default:
     DATA_DIR/downloads/manual."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the command line and prepares one set after the other."""
+    """Prepares one data set after the other."""
     program = "python -m experiments.tasks.prepare"
     config = tyro.cli(PrepareConfig, prog=program, args=argv, description=__doc__)
     try:

@@ -1,9 +1,10 @@
-"""A contact sheet of a task's training images, as the model gets to see them.
+"""Draws a contact sheet of a task's training images, as the model sees them.
 
     python -m experiments.tasks.show --task digits
 
-`--task` is a name from `--list`, or the path of a folder or CSV file. Writes a PNG of
-images after augmentation and normalisation (undone again for the eye), with labels.
+`--task` is a name from `--list`, or the path of a folder or CSV file. Checks every
+image, and writes a PNG of some training images with their labels, after augmentation
+and normalisation (undone again for the eye).
 """
 
 import dataclasses
@@ -27,31 +28,31 @@ class ShowConfig:
     """Options of `python -m experiments.tasks.show`."""
 
     task: str = ""
-    """Name, folder or CSV file."""
+    """Name of a task, or path of a folder or CSV file."""
     list: bool = False
     """Print all tasks with their licences, and nothing else."""
     data_dir: Path = catalogue.DATA_DIR
-    """Where TFDS keeps prepared sets, and archives are unpacked."""
+    """Folder with TFDS's prepared sets and unpacked archives."""
     size: int = 224
-    """Height and width in pixels."""
+    """Height and width of an image in pixels."""
     crop: Literal["resize", "centre", "random"] = "resize"
     """VTAB resizes; FGVC crops at random (training) or the centre (evaluation)."""
     normalise: Literal["imagenet", "inception", "none"] = "imagenet"
-    """The pixels' mean and deviation."""
+    """Mean and standard deviation of the pixels."""
     images: int = 32
-    """How many."""
+    """Number of images."""
     seed: int = 0
-    """Of the order and the augmentation."""
+    """Seed of the order and the augmentation."""
     check: bool = True
     """Decode every image of every split first."""
     skip_corrupt: bool = False
     """Leave out images that cannot be decoded, and count them."""
     out: Given | None = None
-    """The PNG. Default: runs/show/TASK.png."""
+    """PNG to write. Default: runs/show/TASK.png."""
 
 
 def main(argv: list[str] | None = None) -> Path | None:
-    """Parses the command line, writes the sheet and returns its path."""
+    """Writes the sheet and returns its path; None after `--list`."""
     program, console = "python -m experiments.tasks.show", terminal.console()
     config = tyro.cli(ShowConfig, prog=program, args=argv, description=__doc__)
     if config.list:

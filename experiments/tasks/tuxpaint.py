@@ -55,11 +55,11 @@ class Stamps:
 
 
 def load(folder: Path = DEBIAN, split_seed: int = 0) -> Task:
-    """The task: of every class half to train, 15% to validate, the rest to test.
+    """Loads the task: half of every class to train, 15% to validate, the rest to test.
 
     Raises:
       FileNotFoundError: the package is not installed; says how.
-      ValueError: the files are others than those of the package's version 2022.06.04.
+      ValueError: the files are not those of the package's version 2022.06.04.
     """
     source = stamps(folder)
     parts: tuple[list[int], list[int], list[int]] = ([], [], [])
@@ -74,7 +74,7 @@ def load(folder: Path = DEBIAN, split_seed: int = 0) -> Task:
 
 
 def stamps(folder: Path = DEBIAN) -> Stamps:
-    """Every picture, by class and name; errors are those of `load`."""
+    """Returns every picture, by class and name; errors are those of `load`."""
     found = _found(folder)
     if not found:
         raise FileNotFoundError(
@@ -91,7 +91,7 @@ def stamps(folder: Path = DEBIAN) -> Stamps:
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 of the names and bytes of the pictures."""
+    """Returns the SHA-256 of the names and bytes of the pictures."""
     hashed = hashlib.sha256()
     for path, _ in _found(folder):
         hashed.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())

@@ -1,7 +1,7 @@
 """VTAB-1k (Zhai et al., arXiv 1910.04867): 19 tasks, a row for each.
 
-Splits and labels are those of the authors' `task_adaptation`; its percentages are taken
-of the number of examples and rounded down, and files are read in order.
+Splits and labels are those of the authors' `task_adaptation`; its percentages are those
+of the number of examples, rounded down, and files are read in order.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ class Row:
 
     Attributes:
       group: natural, specialized or structured.
-      builder: of TFDS; several tasks may share one.
+      builder: TFDS builder; several tasks may share one.
       validation, test: parts of the builder's splits; training is `train[:800]`.
-      licence: of the images, as their authors state it.
+      licence: licence of the images, as their authors state it.
     """
 
     group: str
@@ -40,28 +40,28 @@ TEST, VALIDATION = Part("test"), Part("validation", count=200)
 
 
 def _after(percent: int) -> Part:
-    """200 examples of the training split, behind this part of it."""
+    """Returns 200 examples of the training split, after this percentage of it."""
     return Part("train", (percent,), 200)
 
 
 def label(features: dict[str, Any]) -> int:
-    """The builder's own label."""
+    """Returns the builder's own label."""
     return int(features["label"])
 
 
 def clevr_count(features: dict[str, Any]) -> int:
-    """3 to 10 objects as 0 to 7."""
+    """Returns 0 to 7 for 3 to 10 objects."""
     return len(features["objects"]["pixel_coords"]) - 3
 
 
 def clevr_distance(features: dict[str, Any]) -> int:
-    """The nearest object's depth, in six bins."""
+    """Returns the nearest object's depth, in six bins."""
     depth = np.min(np.asarray(features["objects"]["pixel_coords"])[:, 2])
     return _last_below((0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0), depth)
 
 
 def kitti_distance(features: dict[str, Any]) -> int:
-    """The nearest vehicle's depth in three bins, or a fourth where there is none."""
+    """Returns the nearest vehicle's depth in three bins; a fourth if there is none."""
     objects = features["objects"]
     vehicle = np.asarray(objects["type"]) < 3  # car, van, truck
     depths = np.asarray(objects["location"]).reshape(-1, 3)[vehicle, 2]
@@ -69,27 +69,27 @@ def kitti_distance(features: dict[str, Any]) -> int:
 
 
 def dsprites_location(features: dict[str, Any]) -> int:
-    """The horizontal position, two of the 32 in a bin."""
+    """Returns the horizontal position, two of the 32 in a bin."""
     return int(features["label_x_position"]) // 2
 
 
 def dsprites_orientation(features: dict[str, Any]) -> int:
-    """The orientation, two or three of the 40 in a bin."""
+    """Returns the orientation, two or three of the 40 in a bin."""
     return int(features["label_orientation"] / 2.5)
 
 
 def azimuth(features: dict[str, Any]) -> int:
-    """One of 18 directions."""
+    """Returns one of 18 directions."""
     return int(features["label_azimuth"])
 
 
 def elevation(features: dict[str, Any]) -> int:
-    """One of nine heights."""
+    """Returns one of nine heights."""
     return int(features["label_elevation"])
 
 
 def _last_below(thresholds: tuple[float, ...], value: float) -> int:
-    """The largest i with `thresholds[i] < value`."""
+    """Returns the largest i with `thresholds[i] < value`."""
     return int(np.searchsorted(thresholds, value)) - 1
 
 
@@ -183,10 +183,10 @@ SHARED = {"cifar100": "cifar", "kitti_dist": "kitti"}  # folders, where they dif
 
 
 def load(name: str, data_dir: Path) -> Task:
-    """A task from what TFDS prepared in `data_dir`.
+    """Loads a task that TFDS prepared in `data_dir`.
 
     Raises:
-      FileNotFoundError: it is not there; says how to prepare it.
+      FileNotFoundError: the task is not prepared; says how to prepare it.
       KeyError: VTAB has no such task.
     """
     row = TASKS[name]
@@ -194,17 +194,17 @@ def load(name: str, data_dir: Path) -> Task:
 
 
 def labelled(name: str, features: Any) -> Source:
-    """A split's features as the images and labels of a task."""
+    """Returns a split's features as the images and labels of a task."""
     return tfds.TfdsSplit(features, TASKS[name].builder)
 
 
 def splits(row: Row) -> list[str]:
-    """The builder's splits that a task reads."""
+    """Returns the names of the builder's splits that a task reads."""
     return sorted({part.split for part in (TRAIN, row.validation, row.test)})
 
 
 def from_sources(name: str, sources: dict[str, Source], title: str = "") -> Task:
-    """A task from the builder's splits, or from others of the same schema."""
+    """Makes a task from the builder's splits, or from others of the same schema."""
     row = TASKS[name]
     train, validation, test = (
         tfds.part(sources, part) for part in (TRAIN, row.validation, row.test)

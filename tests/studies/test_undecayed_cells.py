@@ -13,6 +13,7 @@ from places import RESULTS
 from rich.console import Console
 
 from experiments import files
+from experiments.config import run_config
 from experiments.config.run_config import RunConfig
 from experiments.methods import registry
 from experiments.methods.spt import SptLora
@@ -83,7 +84,7 @@ def test_run_folders_of_then_and_now_are_not_mixed(tmp_path, method):
     for seed, decayed in enumerate((None, 77)):
         out = tmp_path / str(seed)
         out.mkdir()
-        values = run.configs.as_dict(RunConfig(task="digits", seed=seed))
+        values = run_config.as_dict(RunConfig(task="digits", seed=seed))
         result = {"test_accuracy": 0.5, "trainable": 99, "decayed": decayed}
         summary = {"methods": {method: result}}
         (out / "config.json").write_text(json.dumps(values), "utf-8")
@@ -105,8 +106,10 @@ def test_a_result_counts_what_decays():
     factors = 2 * rank * (4 * (width + width) + 2 * (width + hidden))
     expected = factors + width * 3
     assert run._decayed(tiny.CONFIG.recipe("lora"), model) == expected
-    assert run._size(state) == expected + sizes["head/bias"] + sizes["cls_token"]
-    assert all(leaf.ndim for leaf in jax.tree.leaves(state))
+    leaves = jax.tree.leaves(state)
+    undecayed = sizes["head/bias"] + sizes["cls_token"]
+    assert sum(leaf.size for leaf in leaves) == expected + undecayed
+    assert all(leaf.ndim for leaf in leaves)
 
 
 @pytest.mark.parametrize(
