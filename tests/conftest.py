@@ -24,19 +24,20 @@ import pytest
 
 collect_ignore = ["assets"]  # scripts there need more than the tests do
 CACHE = "jax_compilation_cache_dir"
-CACHED = {
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
+CACHED = {  # everything: most programs are operations of a few milliseconds
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
 
 
 def pytest_configure(config):
     """Workers and the processes that tests start load what one of them compiled."""
-    if CACHE.upper() not in os.environ:
-        config.compiled = tempfile.mkdtemp()
-        for name, value in {CACHE: config.compiled, **CACHED}.items():
-            os.environ[name.upper()] = str(value)
-            jax.config.update(name, value)
+    folder = os.environ.get(CACHE.upper())
+    if folder is None:
+        folder = config.compiled = tempfile.mkdtemp()
+    for name, value in {CACHE: folder, **CACHED}.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 def pytest_unconfigure(config):

@@ -255,13 +255,14 @@ def _for_each(factors: Factors, budget: Array, axes: int, one: Callable) -> Any:
 def add(path: str, w0: Array, delta: Array) -> Array:
     """Returns `w0 + delta` in the dtype of `w0`; logs what rounding lost."""
     merged = summed(w0, delta).astype(w0.dtype)
-    moved = jnp.count_nonzero(delta)
-    lost = jnp.count_nonzero((delta != 0) & (merged == w0)) / jnp.maximum(moved, 1)
-    if w0.dtype.itemsize < delta.dtype.itemsize and lost > 0:
-        log.warning(
-            "merging %s into %s lost %.1f%% of its moved weights to rounding",
-            path,
-            w0.dtype,
-            100 * lost,
-        )
+    if w0.dtype.itemsize < delta.dtype.itemsize:
+        moved = jnp.count_nonzero(delta)
+        unseen = jnp.count_nonzero((delta != 0) & (merged == w0))
+        if unseen > 0:
+            log.warning(
+                "merging %s into %s lost %.1f%% of its moved weights to rounding",
+                path,
+                w0.dtype,
+                100 * int(unseen) / int(moved),
+            )
     return merged

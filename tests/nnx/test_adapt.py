@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import called
 from flax import nnx
+from generic import run
 from modules import Doubled, Holder
 
 import snella_jax as snella
@@ -102,7 +104,7 @@ def test_output_dtype_is_the_plain_layers(path, w, dtype, x):
     model = snella.adapt(plain, config, rngs=nnx.Rngs(1))
     assert model.layer.adapter.a.dtype == jnp.float32
     inputs = jnp.ones((2, 6), x)
-    assert model(inputs).dtype == plain(inputs).dtype
+    assert jax.eval_shape(model, inputs).dtype == jax.eval_shape(plain, inputs).dtype
 
 
 def test_merging_into_bfloat16_reports_what_rounding_lost(caplog):
@@ -224,13 +226,13 @@ def test_every_kernel_and_gate_trains_from_the_start_or_is_refused(kernel, gate)
         graphdef, trainable, *rest = snella.partition(
             snella.adapt(layer, config, rngs=nnx.Rngs(1))
         )
-        x = jax.random.normal(jax.random.key(0), (3, 6))
+        x = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
 
-        @jax.jit
         def loss(trainable):
             return jnp.sum(nnx.merge(graphdef, trainable, *rest)(x) ** 2)
 
-        return max(jnp.abs(g).max() for g in jax.tree.leaves(jax.grad(loss)(trainable)))
+        found = run(jax.grad(loss), trainable)
+        return max(np.abs(g).max() for g in jax.tree.leaves(found))
 
     if kernel == "linear" and gate in ("product", "released"):
         with pytest.raises(ValueError, match="passes no gradient"):
@@ -345,7 +347,7 @@ def test_frozen_weights_in_another_dtype():
     _, trainable, _, frozen = snella.partition(model)
     assert {v.dtype for v in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
     assert {v.dtype for v in jax.tree.leaves(trainable)} == {jnp.dtype(jnp.float32)}
-    assert model(jnp.ones((2, 6))).dtype == jnp.float32
+    assert jax.eval_shape(model, jnp.ones((2, 6))).dtype == jnp.float32
 
 
 def test_without_a_gate_every_weight_moves_and_nothing_is_searched():
@@ -353,7 +355,7 @@ def test_without_a_gate_every_weight_moves_and_nothing_is_searched():
     dense = net(gate="none", target_density=1.0)
     hard = net(gate="hard", target_density=1.0)
     x = jnp.linspace(-1, 1, 12).reshape(2, 6)
-    np.testing.assert_allclose(dense(x), hard(x), rtol=1e-6)
+    np.testing.assert_allclose(called(dense, x), called(hard, x), rtol=1e-6)
 
     def code(model):
         graphdef, state = nnx.split(model)
