@@ -22,6 +22,7 @@ IMPORTED = re.compile(
 )
 STARTED = re.compile(r"python -m\s+(experiments[\w.]*)")
 PUBLIC = re.compile(r"(?<![\w.-])snella\.(\w+)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 DOCUMENTED = re.compile(r"run_documented (\S+) '(.+?)'")
 
 
@@ -98,6 +99,29 @@ def test_modules_and_their_names():
 
 def test_public_names():
     assert not missing(PUBLIC, lambda name: hasattr(snella_jax, name), only=".md")
+
+
+def anchors(page: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", TEXTS[page], re.M)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
+
+
+def test_links():
+    dead = set()
+    for page in (page for page in TEXTS if page.endswith(".md")):
+        for link in LINK.findall(TEXTS[page]):
+            path, _, anchor = link.partition("#")
+            if path.startswith("https://"):
+                continue
+            target = (ROOT / page).parent / path if path else ROOT / page
+            if not target.exists():
+                dead.add((page, link))
+            elif anchor and anchor not in anchors(
+                str(target.resolve().relative_to(ROOT.resolve()))
+            ):
+                dead.add((page, link))
+    assert not dead
 
 
 @pytest.mark.parametrize(("page", "text"), DOCUMENTED.findall(TEXTS[".ci/run"]))
