@@ -22,6 +22,7 @@ IMPORTED = re.compile(
 )
 STARTED = re.compile(r"python -m\s+(experiments[\w.]*)")
 PUBLIC = re.compile(r"(?<![\w.-])snella\.(\w+)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 DOCUMENTED = re.compile(r"run_documented (\S+) '(.+?)'")
 
 
@@ -98,6 +99,30 @@ def test_modules_and_their_names():
 
 def test_public_names():
     assert not missing(PUBLIC, lambda name: hasattr(snella_jax, name), only=".md")
+
+
+def is_link(page: str, link: str) -> bool:
+    """Returns True if a page's link leads to a file and, if it says so, a heading."""
+    path, _, anchor = link.partition("#")
+    target = ROOT / page if not path else (ROOT / page).parent / path
+    if not anchor:
+        return target.exists()
+    headings = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.M)
+    return anchor in {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in headings
+    }
+
+
+def test_links():
+    dead = {
+        (page, link)
+        for page, text in TEXTS.items()
+        for link in LINK.findall(text)
+        if page.endswith(".md") and not link.startswith("https://")
+        if not is_link(page, link)
+    }
+    assert not dead
 
 
 @pytest.mark.parametrize(("page", "text"), DOCUMENTED.findall(TEXTS[".ci/run"]))
