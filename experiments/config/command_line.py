@@ -5,26 +5,29 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from experiments import paths
-from experiments.config.presets import Preset
-from experiments.config.run_config import RunConfig
+from experiments.config import options
+from experiments.config.options import Option
+from experiments.config.presets import SUITES, Preset
+from experiments.config.run_config import PANELS, RunConfig
+from experiments.methods import registry
+from experiments.names import unknown
+from experiments.tasks.catalogue import TASK_LIST
 
 Presets = Mapping[str, Preset]
 
 
 def parser(program: str) -> argparse.ArgumentParser:
-    """For the words that choose the others' defaults; leaves the rest alone."""
+    """Returns a parser of the words that choose the others' defaults."""
     return argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
 
 
 def interrupted(program: str, argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """What `--resume FOLDER` names, and the other words.
+    """Returns the folder that `--resume FOLDER` names, and the other words.
 
     Raises:
       SystemExit: it does not stand alone, or is no run's folder.
@@ -47,45 +50,38 @@ def interrupted(program: str, argv: Sequence[str]) -> tuple[Path | None, list[st
 def parse(
     program: str, presets: Presets, argv: Sequence[str] | None = None, suite: str = ""
 ) -> tuple[str, RunConfig]:
-    """The config's name and the config that a command line means.
+    """Returns the config's name and the config that a command line means.
 
     `--config` names a preset or a JSON file with (some) fields of `RunConfig`, such as
     the `config.json` of an earlier run; other options override single fields.
+    `--help` prints the options of a run, `--help METHOD` all those of a method.
 
     Args:
-      program: as users call it.
-      presets: by name.
-      argv: the words after it.
-      suite: a name that stands for several presets, to list among the choices.
+      program: command, as users call it.
+      presets: presets by name.
+      argv: words after the command; None for the process's own.
+      suite: name that stands for several presets, to list among them.
 
     Raises:
-      SystemExit: with a message that lists what is valid, when a preset, file, field or
-        value is none.
+      SystemExit: after a help; or with a message that names what comes nearest, and
+        what lists all, when a preset, file, field or value is none.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     first = parser(program)
     first.add_argument("--config")
-    known, rest = first.parse_known_args(argv)
-    wants_help = "--help" in rest or "-h" in rest
-    choices = _choices(presets, suite)
-    if not known.config and not wants_help:
-        raise SystemExit(f"{program}: --config is missing. {choices}")
-    name = known.config or next(iter(presets))
-    default, from_file = _base(program, name, presets, choices)
-    config, unknown = tyro.cli(
-        RunConfig,
-        prog=f"{program} --config {name}",
-        description=f"--config NAME or FILE. {choices}. Alone, --resume FOLDER goes "
-        "on with an interrupted run.",
-        default=default,
-        args=[*from_file, *rest],
-        return_unknown_args=True,
-    )
-    if unknown:
+    known, words = first.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    asked, words = _help(words)
+    if not known.config and asked is None:
         raise SystemExit(
-            f"{program}: no field is called {' '.join(unknown)}. There are: "
-            + ", ".join(f"--{field}" for field in _fields(RunConfig()))
+            f"{program}: --config is missing: name a preset, such as "
+            f"{next(iter(presets))}, or a file. `{program} --help` lists all."
         )
+    name = known.config or next(iter(presets))
+    default = _base(program, name, presets, suite)
+    chosen = _chosen(program, default.methods, words)
+    if asked is not None:
+        text = _usage(presets, suite)
+        _show(program, default, list(of_run(default, chosen)), chosen, asked, text)
+    config = _overridden(program, default, chosen, words)
     try:
         config.check()
     except ValueError as error:
@@ -93,28 +89,98 @@ def parse(
     return Path(name).stem, config
 
 
+def parse_study(program: str, default: Any, argv: Sequence[str] | None, text: str):
+    """Returns the options of a program that makes many runs, as the words have them.
+
+    Args:
+      program: command, as users call it.
+      default: instance of a dataclass with a `run` that all runs share, the names
+        `run_sets` of those of its fields that each run has its own of, and `adapted()`,
+        the methods.
+      argv: words after the command; None for the process's own.
+      text: what the help says first.
+
+    Raises:
+      SystemExit: after a help; or with a message that names what comes nearest.
+    """
+    asked, words = _help(list(sys.argv[1:] if argv is None else argv))
+    own = [o for o in options.of(default, "study", skip=("run",))]
+    values, rest = options.parse(program, own, words)
+    study = options.replaced(default, values)
+    chosen = study.adapted()
+    _check_methods(program, chosen)
+    found = [
+        dataclasses.replace(o, hidden=o.hidden or o.flag[4:] in study.run_sets)
+        for o in of_run(default.run, chosen, "run.")
+    ]
+    if asked is not None:
+        _show(program, default.run, [*own, *found], chosen, asked, text, "run.")
+    values, rest = options.parse(program, found, rest)
+    if rest:
+        raise _refused(program, rest, [*own, *found], chosen, "run.")
+    return dataclasses.replace(study, run=_rebuilt(default.run, values, "run."))
+
+
 def from_values(program: str, values: dict[str, Any]) -> RunConfig:
-    """The config that `config.as_dict` made JSON of."""
+    """Returns the config that `run_config.as_dict` made JSON of.
+
+    Raises:
+      SystemExit: there is no such field, or a value does not fit.
+    """
+    values = dict(values)
+    source = str(values.pop("source", RunConfig.source))
     words = [word for pair in _flags(values) for word in pair]
-    return tyro.cli(RunConfig, prog=program, args=words)
+    config = _overridden(program, RunConfig(), registry.names(), words)
+    return dataclasses.replace(config, source=source)
 
 
-def _base(
-    program: str, name: str, presets: Presets, choices: str
-) -> tuple[RunConfig, list[str]]:
-    """The preset of that name, or the defaults and the flags that a file stands for."""
+def of_run(
+    config: RunConfig, methods: Collection[str], prefix: str = ""
+) -> Iterator[Option]:
+    """Yields the options of a run with some methods, which have the config's values."""
+    for panel, cls in PANELS.items():
+        yield from options.of(config, panel, prefix, cls=cls)
+    for name in methods:
+        own = config.method(name)
+        yield from options.of(own, name, f"{prefix}{name}.", own.knobs)
+
+
+def _overridden(
+    program: str, config: RunConfig, methods: Collection[str], words: list[str]
+) -> RunConfig:
+    own = list(of_run(config, methods))
+    values, rest = options.parse(program, own, words)
+    if rest:
+        raise _refused(program, rest, own, methods)
+    return _rebuilt(config, values)
+
+
+def _rebuilt(
+    config: RunConfig, values: Mapping[str, Any], prefix: str = ""
+) -> RunConfig:
+    settings = {
+        name: options.replaced(own, values, f"{prefix}{name}.")
+        for name, own in config.settings.items()
+    }
+    return options.replaced(config, values, prefix).with_settings(**settings)
+
+
+def _base(program: str, name: str, presets: Presets, suite: str) -> RunConfig:
+    """Returns the preset of that name, or the config in that file."""
     if name in presets:
-        return presets[name].config, []
+        return dataclasses.replace(presets[name].config)
     path = paths.at_home(name)
     if not os.path.isfile(path):
-        raise SystemExit(f"{program}: no preset or file is called {name!r}. {choices}")
+        names = [*presets, suite] if suite else list(presets)
+        text = unknown("preset or file", name, names, TASK_LIST)
+        raise SystemExit(f"{program}: {text}")
     try:
         values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise SystemExit(f"{program}: {path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise SystemExit(f"{program}: {path} holds no JSON object of fields.")
-    return RunConfig(), [word for pair in _flags(values) for word in pair]
+    return from_values(program, values)
 
 
 def _flags(values: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:
@@ -130,19 +196,112 @@ def _flags(values: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:
                 yield [f"--{prefix}{name}={value}"]
 
 
-def _fields(config: Any, prefix: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _fields(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
+def _chosen(program: str, usual: Sequence[str], words: list[str]) -> list[str]:
+    """Returns the methods that the words choose."""
+    first = parser(program)
+    first.add_argument("--methods", nargs="*", default=list(usual))
+    chosen = first.parse_known_args(words)[0].methods
+    _check_methods(program, chosen)
+    return list(dict.fromkeys(chosen))
 
 
-def _choices(presets: Presets, suite: str) -> str:
+def _check_methods(program: str, methods: Collection[str]) -> None:
+    for name in methods:
+        if name not in registry.names():
+            text = unknown("method", name, registry.names(), f"{program} --help")
+            raise SystemExit(f"{program}: {text}")
+
+
+def _refused(
+    program: str,
+    words: list[str],
+    known: Sequence[Option],
+    methods: Collection[str],
+    prefix: str = "",
+) -> SystemExit:
+    """Returns the error about words that are no option."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if not flags:
+        return SystemExit(f"{program}: {' '.join(words)} belongs to no option.")
+    flag = flags[0].lstrip("-").replace("-", "_")
+    method, dot, _ = flag.removeprefix(prefix).partition(".")
+    if dot and method in registry.names() and method not in methods:
+        return SystemExit(
+            f"{program}: --{flag} is an option of {method}, which is not among "
+            f"--methods {' '.join(methods)}: add it there, or leave the option out."
+        )
+    where = f"{program} --help" + (f" {method}" if dot and method in methods else "")
+    text = unknown("option", f"--{flag}", [f"--{o.flag}" for o in known], where)
+    return SystemExit(f"{program}: {text}")
+
+
+# Help
+
+
+def _help(words: list[str]) -> tuple[str | None, list[str]]:
+    """Returns the method that `--help` is asked of, and the other words.
+
+    It is "" where `--help` names none, and None without `--help`.
+    """
+    for index, word in enumerate(words):
+        if word in ("-h", "--help"):
+            after = [w for w in words[index + 1 : index + 2] if not w.startswith("-")]
+            rest = words[:index] + words[index + 1 + len(after) :]
+            return (after or [""])[0], rest
+    return None, words
+
+
+def _show(
+    program: str,
+    config: RunConfig,
+    known: list[Option],
+    methods: Collection[str],
+    asked: str,
+    text: str,
+    prefix: str = "",
+) -> None:
+    """Prints the help of a method, or of the run without the methods' options.
+
+    Raises:
+      SystemExit: afterwards.
+    """
+    if asked:
+        _check_methods(program, [asked])
+        own = config.method(asked)
+        found = options.of(own, asked, f"{prefix}{asked}.")
+        title = f"{own.title}. {type(own).__doc__}"
+        options.show(f"{program} --methods {asked}", found, title)
+    else:
+        lines = [text]
+        lines += [
+            f"--help METHOD: all options of one of {', '.join(registry.names())}."
+        ]
+        lines += ["--METHOD.OPTION, of the chosen methods (the usual ones):"]
+        for name in methods:
+            own = [o.flag.rpartition(".")[2] for o in known
+                   if o.panel == name and not o.hidden]  # fmt: skip
+            lines += [f"  --{prefix}{name}.{' .'.join(own)}"]
+        lines += ["[...] below are defaults."]
+        rest = [o for o in known if o.panel not in methods]
+        options.show(program, rest, "\n".join(lines), brief=True)
+    raise SystemExit(0)
+
+
+def _usage(presets: Presets, suite: str) -> str:
+    """Returns how a run begins or goes on, and the names of the presets."""
     texts: dict[str, list[str]] = {}
+    benchmark = SUITES.get(suite, ())
     for name, preset in presets.items():
-        texts.setdefault(preset.text, []).append(name)
+        if name not in benchmark:
+            texts.setdefault(preset.text, []).append(name)
     groups = [f"{', '.join(names)} ({text})" for text, names in texts.items()]
-    groups += [f"{suite} (the benchmark, or --tasks of it)"] * bool(suite)
-    return "Presets: " + "; ".join(groups)
+    if benchmark:
+        groups.append(
+            f"{suite} (all its tasks, or --tasks of it), or one of them, such as "
+            f"{benchmark[0]} (`{TASK_LIST}` has their names)"
+        )
+    return (
+        "--config NAME or FILE: a preset, or a JSON file of fields, such as a run's "
+        f"config.json. Presets: {'; '.join(groups)}.\n"
+        "--resume FOLDER: alone, goes on with an interrupted run."
+    )

@@ -11,6 +11,7 @@ from experiments.data.mix import Mix
 from experiments.methods import registry
 from experiments.methods.linear_probe import Linear
 from experiments.methods.method import Method
+from experiments.names import unknown
 from experiments.paths import Given
 from experiments.tasks.catalogue import DATA_DIR
 from experiments.training import schedules
@@ -19,6 +20,7 @@ from experiments.training.recipe import Recipe
 from experiments.training.session import Scope
 
 Protocol = Literal["choose", "final", "released"]
+HELP = "python -m experiments.vtab --help"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,21 +28,20 @@ class DataOptions:
     """Images and labels."""
 
     task: str = "digits"
-    """A name from `python -m experiments.tasks.show --list`, a folder or a CSV file."""
+    """Name from `python -m experiments.tasks.show --list`, folder or CSV file."""
     data_dir: Path = DATA_DIR
-    """Where TFDS keeps prepared sets, and archives are unpacked."""
+    """Folder of TFDS sets and unpacked archives."""
     test_images: int | None = None
     """Maximum number of test images; the same subset for every seed."""
     skip_corrupt: bool = False
     """Leave out images that cannot be decoded, and count them."""
     crop: Literal["resize", "random"] = "resize"
-    """resize: whole images, no augmentation (VTAB). random: crops, flips and colour
-    jitter in training, the centre in evaluation (FGVC)."""
+    """resize: whole images, no augmentation. random: crops, flips and colour jitter in
+    training, the centre in evaluation."""
     protocol: Protocol = "choose"
     """choose: train on the training split, follow validation. final: train on both,
-    follow nothing. released: train on both and follow the test split, as the authors'
-    code does, whose reported accuracy is the best of these. In all, the test accuracy
-    that counts is the last epoch's."""
+    follow nothing. released: train on both, follow the test split, as the authors' code
+    (which reports the best). In all, the last epoch's test accuracy counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +49,17 @@ class ModelOptions:
     """The pre-trained model."""
 
     model: str = "vit_fashion_mnist"
-    """vit_fashion_mnist (the quickstart's), dinov2_saliency (extra `demo`), the path
-    of published weights, or the name of those that this folder should hold: vit_b16,
-    vit_l16, vit_h14, swin_b, convnext_b. With --random_weights any preset."""
+    """vit_fashion_mnist, dinov2_saliency (extra `demo`), the path of published weights,
+    or the name of those that this folder should hold: vit_b16, vit_l16, vit_h14,
+    swin_b, convnext_b."""
     random_weights: bool = False
-    """Start from random weights of the model's shape instead: a control."""
+    """Start from random weights instead (of any preset): a control."""
     image_size: int | None = None
     """Side of the images in pixels. Default: that of the weights."""
     drop_path: float = 0.0
-    """Rate of stochastic depth in the last block of the model, in training."""
+    """Rate of stochastic depth in the last block, in training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the computation; the weights stay in float32."""
+    """Dtype of the computation, float32 or bfloat16; weights stay in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class MethodOptions:
     targets: str = r"blocks/.*/(query|key|value|out|fc1|fc2)"
     """Regex of the layers that are adapted."""
     trainable: str = r"head|cls_token"
-    """Regex of what trains besides; of partial1, mlp3 and vqt, the head alone does."""
+    """Regex of what trains besides; in partial1, mlp3 and vqt only the head."""
     search: bool = False
     """First choose each method's rate, weight decay and density on validation;
     protocol=choose then becomes final."""
@@ -82,9 +83,9 @@ class TrainingOptions:
     """Length, batches and regularisation, of all methods but the linear probe."""
 
     epochs: int = 15
-    """Epochs of every method but the linear probe, which converges."""
+    """Length of every method but the linear probe's, which converges."""
     warmup_epochs: int = 2
-    """The first of them, in which the learning rate rises from 0."""
+    """Epochs, the first, in which the learning rate rises from 0."""
     cooldown_epochs: int = 0
     """More epochs at the lowest learning rate."""
     steps: int | None = None
@@ -101,13 +102,13 @@ class TrainingOptions:
     batch: int = 32
     """Images in a step, over all devices."""
     accumulate: int = 1
-    """Parts of a batch that are computed one after the other, to save memory."""
+    """Parts of a batch, computed one after the other to save memory."""
     clip: float = 0.0
     """Norm at which the gradient is clipped; 0 for never."""
     ema: float = 0.0
-    """Decay of a running mean of the weights, which is evaluated, too; 0 for none."""
+    """Decay of a mean of the weights, evaluated, too; 0 for none."""
     no_decay: str = ""
-    """Regex of what is spared weight decay, besides biases, norms and tokens."""
+    """Regex of what does not decay, besides biases, norms and tokens."""
     label_smoothing: float = 0.0
     """Share of a label that is spread over all classes."""
     mixup: float = 0.0
@@ -115,7 +116,7 @@ class TrainingOptions:
     cutmix: float = 0.0
     """Parameter of CutMix's Beta distribution; 0 for none."""
     seed: int = 0
-    """Seed of the factors and the order of the images; the splits stay."""
+    """Seed of factors and order; the splits stay."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +124,10 @@ class RunOptions:
     """Devices, and where results go."""
 
     mesh: str | None = None
-    """Devices, such as data=4,model=2: batches are split along data, kernels along
-    model. Default: all devices along data."""
+    """Devices, such as data=4,model=2 (batches are split along data, kernels along
+    model). Default: all along data."""
     distributed: bool = False
-    """One of several processes (hosts of a pod), each started with this command."""
+    """One of several processes, each started with this command."""
     wandb: str | None = None
     """Project in Weights & Biases to log to as well (pip install wandb)."""
     out: Given | None = None
@@ -166,6 +167,10 @@ class RunConfig(RunOptions, TrainingOptions, MethodOptions, ModelOptions, DataOp
         """The methods that are trained by steps."""
         return tuple(m for m in self.methods if m != registry.LINEAR)
 
+    def method(self, name: str) -> Method | Linear:
+        """Returns the settings of a method."""
+        return self.linear if name == registry.LINEAR else self.settings[name]
+
     def scope(self) -> Scope:
         """Returns the parts of the model that methods adapt."""
         return Scope(self.targets, self.trainable, self.seed)
@@ -188,6 +193,9 @@ class RunConfig(RunOptions, TrainingOptions, MethodOptions, ModelOptions, DataOp
 
     def check(self) -> None:
         """Raises a `ValueError` on values that would fail in the midst of a run."""
+        for name in self.methods:
+            if name not in registry.names():
+                raise ValueError(unknown("method", name, registry.names(), HELP))
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(
                 f"methods={self.methods}: expected each once, at least one."
@@ -243,6 +251,13 @@ class RunConfig(RunOptions, TrainingOptions, MethodOptions, ModelOptions, DataOp
                 self._check(name, method)
 
 
+PANELS = {  # of the help
+    "data": DataOptions,
+    "model": ModelOptions,
+    "methods": MethodOptions,
+    "training": TrainingOptions,
+    "run": RunOptions,
+}
 WHERE = ("data_dir", "mesh", "distributed", "wandb")  # a run may go on elsewhere
 
 

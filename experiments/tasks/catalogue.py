@@ -14,6 +14,7 @@ from rich.table import Table
 
 from experiments.data import lists
 from experiments.data.task import Task
+from experiments.names import unknown
 from experiments.paths import at_home
 from experiments.tasks import (
     digits,
@@ -27,6 +28,7 @@ from experiments.tasks import (
 )
 
 DATA_DIR = Path("~/tensorflow_datasets")
+TASK_LIST = "python -m experiments.tasks.show --list"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +132,7 @@ def load(name: str, data_dir: Path = DATA_DIR) -> Task:
     if name not in ENTRIES:
         if path.exists():
             return folders.load(path)
-        raise ValueError(
-            f"{name!r} is no task and no folder or CSV file. Tasks: "
-            f"{', '.join(ENTRIES)}."
-        )
+        raise ValueError(unknown("task, folder or CSV file", name, ENTRIES, TASK_LIST))
     entry, folder = ENTRIES[name], _folder(name, data_dir)
     notes, others = [], [path] if path.exists() else []
     if folder is None:

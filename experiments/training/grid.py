@@ -10,14 +10,13 @@ class Grid:
     the method's own."""
 
     lr_factors: tuple[float, ...] = (0.3, 3.0)
-    """Times the method's learning rate; first, with the method's other settings."""
+    """Factors on the method's rate, tried first."""
     lr_extensions: int = 2
-    """Further rates, beyond the lowest or the highest as long as that one is best; the
-    linear probe's strengths go on as far."""
+    """Rates beyond the lowest or highest, while that is best; strengths, too."""
     weight_decays: tuple[float, ...] = (1e-3, 0.05)
-    """Then, with the best rate."""
+    """Weight decays, tried with the best rate."""
     densities: tuple[float, ...] = (0.1, 0.6)
-    """Target densities, where there is sparsity; last, with the best rate and decay."""
+    """Target densities, where there is sparsity, tried last."""
 
 
 def beyond(values: Sequence[float], best: float) -> list[float]:

@@ -102,7 +102,7 @@ def test_what_trains_besides_is_named_as_in_the_base():
 
 def test_blocks_in_a_list_have_sizes_of_their_own():
     stacked = supernet()
-    listed = noah.supernet(models.unstack(base()), OWN, "head", nnx.Rngs(0))
+    listed = OWN.supernet(models.unstack(base()), Scope("", "head", seed=-1))
     for index, block in enumerate(models.unstack(stacked).blocks):
         nnx.update(listed.blocks[index], nnx.state(block))
     for sizes in SUBNETS:
