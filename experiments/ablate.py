@@ -23,15 +23,14 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import filelock
 import numpy as np
-import tyro
 from rich.console import Console
 
 from experiments import files, paths, terminal
-from experiments.config import run_config
+from experiments.config import command_line, run_config
 from experiments.config.run_config import RunConfig
 from experiments.methods.masked import MaskedSnella
 from experiments.methods.snella import Snella
@@ -49,6 +48,9 @@ from experiments.training.grid import Grid
 from snella_jax.nnx.targets import select
 
 PROGRAM = "python -m experiments.ablate"
+SUMMARY = """\
+Changes SNELLA a setting at a time: a table and a picture for each study.
+--run.X: settings that all runs share. The same command goes on where it was."""
 VAL = "val_accuracy"
 Name = Literal[
     "kernels_sparsity",
@@ -80,6 +82,10 @@ RUN = RunConfig(
 class Ablation:
     """Options of `python -m experiments.ablate`."""
 
+    own: ClassVar[tuple[str, ...]] = (
+        *("methods", "seed", "protocol", "search", "out", "dtype"),
+    )
+
     studies: tuple[Name, ...] = tuple(STUDIES)  # pyright: ignore[reportAssignmentType]
     """Studies to run, in this order."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -103,6 +109,10 @@ class Ablation:
                 named.setdefault(variant.name, variant)
         return list(named.values())
 
+    def adapted(self) -> tuple[str, ...]:
+        """Returns the methods that variants change."""
+        return ("snella", "snella_masked")
+
     def check(self) -> None:
         """Raises a `ValueError` on values that would fail later."""
         if not self.studies or not self.seeds:
@@ -112,10 +122,10 @@ class Ablation:
                 f"search_epochs={self.search_epochs}: expected more than the "
                 f"{self.run.warmup_epochs} of the warm-up."
             )
-        for name in ("methods", "seed", "protocol", "search", "out", "dtype"):
+        for name in self.own:
             if getattr(self.run, name) != getattr(RUN, name):
                 raise ValueError(f"run.{name}: the ablation sets it by itself.")
-        for method in ("snella", "snella_masked"):
+        for method in self.adapted():
             own, usual = self.run.settings[method], RUN.settings[method]
             if own != dataclasses.replace(
                 usual, lr=own.lr, weight_decay=own.weight_decay
@@ -133,7 +143,7 @@ class Ablation:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is left, and writes the tables."""
-    config = tyro.cli(Ablation, prog=PROGRAM, args=argv, description=__doc__)
+    config = command_line.parse_study(PROGRAM, Ablation(), argv, SUMMARY)
     console = terminal.console()
     with terminal.exit_on_error(PROGRAM):
         config.check()

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 
 from experiments import files, paths, terminal
+from experiments.config import command_line
 from experiments.config.run_config import RunConfig
 from experiments.methods.registry import LINEAR
 from experiments.pretrained import base_models
@@ -35,11 +35,14 @@ from experiments.studies.comparison import Comparison, Row, Table
 from snella_jax.nnx.targets import select
 
 PROGRAM = "python -m experiments.compare"
+SUMMARY = """\
+Compares methods on several tasks: rates chosen on validation, then several seeds.
+--run.X: settings that all runs share. The same command goes on where it was."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is left, and writes the table."""
-    config = tyro.cli(Comparison, prog=PROGRAM, args=argv, description=__doc__)
+    config = command_line.parse_study(PROGRAM, Comparison(), argv, SUMMARY)
     console = terminal.console()
     with terminal.exit_on_error(PROGRAM):
         config.check()
@@ -112,8 +115,8 @@ def _check_inputs(config: Comparison) -> None:
         raise ValueError("\n  ".join(["some tasks cannot be run:", *lacking]))
     base = base_models.load(config.run, classes=2)
     select(base, config.run.targets)
-    methods = tuple(dict.fromkeys((*config.methods, *config.controls)))
-    setup.check_methods(dataclasses.replace(config.run, methods=methods), base)
+    run = dataclasses.replace(config.run, methods=config.adapted())
+    setup.check_methods(run, base)
 
 
 def _memory(path: Path | None) -> dict[str, dict[str, Any]]:

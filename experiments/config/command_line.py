@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from experiments import paths
 from experiments.config import options
@@ -19,6 +19,7 @@ from experiments.names import unknown
 from experiments.tasks.catalogue import TASK_LIST
 
 Presets = Mapping[str, Preset]
+SHOWN = 5  # methods whose options the help of a run names
 
 
 def parser(program: str) -> argparse.ArgumentParser:
@@ -89,35 +90,57 @@ def parse(
     return Path(name).stem, config
 
 
-def parse_study(program: str, default: Any, argv: Sequence[str] | None, text: str):
+class Study(Protocol):
+    """Options of a program that makes many runs; a frozen dataclass.
+
+    Attributes:
+      own: fields of `run` that the program sets by itself.
+    """
+
+    own: ClassVar[tuple[str, ...]]
+
+    @property
+    def run(self) -> RunConfig:
+        """Config that all runs share."""
+        ...
+
+    def adapted(self) -> tuple[str, ...]:
+        """Returns the methods that are run."""
+        ...
+
+
+AnyStudy = TypeVar("AnyStudy", bound=Study)
+
+
+def parse_study(
+    program: str, default: AnyStudy, argv: Sequence[str] | None, text: str
+) -> AnyStudy:
     """Returns the options of a program that makes many runs, as the words have them.
 
     Args:
       program: command, as users call it.
-      default: instance of a dataclass with a `run` that all runs share, the names
-        `run_sets` of those of its fields that each run has its own of, and `adapted()`,
-        the methods.
+      default: options without any words.
       argv: words after the command; None for the process's own.
-      text: what the help says first.
+      text: description, for the help.
 
     Raises:
       SystemExit: after a help; or with a message that names what comes nearest.
     """
     asked, words = _help(list(sys.argv[1:] if argv is None else argv))
-    own = [o for o in options.of(default, "study", skip=("run",))]
-    values, rest = options.parse(program, own, words)
+    own = list(options.of(default, "study", skip=("run",)))
+    values, words = options.parse(program, own, words)
     study = options.replaced(default, values)
-    chosen = study.adapted()
-    _check_methods(program, chosen)
+    methods = study.adapted()
+    _check_methods(program, methods)
     found = [
-        dataclasses.replace(o, hidden=o.hidden or o.flag[4:] in study.run_sets)
-        for o in of_run(default.run, chosen, "run.")
+        dataclasses.replace(o, hidden=o.hidden or o.flag[4:] in default.own)
+        for o in of_run(default.run, methods, "run.")
     ]
     if asked is not None:
-        _show(program, default.run, [*own, *found], chosen, asked, text, "run.")
-    values, rest = options.parse(program, found, rest)
+        _show(program, default.run, [*own, *found], methods, asked, text, "run.")
+    values, rest = options.parse(program, found, words)
     if rest:
-        raise _refused(program, rest, [*own, *found], chosen, "run.")
+        raise _refused(program, rest, [*own, *found], methods, "run.")
     return dataclasses.replace(study, run=_rebuilt(default.run, values, "run."))
 
 
@@ -274,14 +297,15 @@ def _show(
     else:
         lines = [text]
         lines += [
-            f"--help METHOD: all options of one of {', '.join(registry.names())}."
+            f"--help METHOD: all options of one of {', '.join(registry.names())}. The "
+            "usual ones of those chosen ([X]: the default):"
         ]
-        lines += ["--METHOD.OPTION, of the chosen methods (the usual ones):"]
-        for name in methods:
+        if len(methods) > SHOWN:
+            lines += [f"  --{prefix}METHOD.lr, for instance"]
+        for name in methods if len(methods) <= SHOWN else ():
             own = [o.flag.rpartition(".")[2] for o in known
                    if o.panel == name and not o.hidden]  # fmt: skip
             lines += [f"  --{prefix}{name}.{' .'.join(own)}"]
-        lines += ["[...] below are defaults."]
         rest = [o for o in known if o.panel not in methods]
         options.show(program, rest, "\n".join(lines), brief=True)
     raise SystemExit(0)
@@ -297,8 +321,8 @@ def _usage(presets: Presets, suite: str) -> str:
     groups = [f"{', '.join(names)} ({text})" for text, names in texts.items()]
     if benchmark:
         groups.append(
-            f"{suite} (all its tasks, or --tasks of it), or one of them, such as "
-            f"{benchmark[0]} (`{TASK_LIST}` has their names)"
+            f"{suite} (all of it, or --tasks), or one of its tasks, such as "
+            f"{benchmark[0]} (see {TASK_LIST})"
         )
     return (
         "--config NAME or FILE: a preset, or a JSON file of fields, such as a run's "

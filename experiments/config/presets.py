@@ -69,7 +69,7 @@ RELEASED_FGVC = {
 }
 
 QUICKSTART = Preset(
-    "handwritten digits, a small ViT pre-trained on Fashion-MNIST, on a laptop CPU",
+    "handwritten digits, a small ViT, on a laptop CPU",
     RunConfig(),
 )
 
@@ -114,7 +114,7 @@ def _local(task: str) -> Preset:
         warmup_epochs=1,
         settings={"lora": Lora(lr=1e-3), "snella": Snella(lr=3e-3)},
     )
-    return Preset("needs no network; a real ViT-S/14 (extra `demo`), 112 x 112", config)
+    return Preset("no network; a real ViT-S/14, extra `demo`", config)
 
 
 VTAB: dict[str, Preset] = {

@@ -28,7 +28,7 @@ class DataOptions:
     """Images and labels."""
 
     task: str = "digits"
-    """Name from `python -m experiments.tasks.show --list`, folder or CSV file."""
+    """Name (experiments.tasks.show --list has them), folder or CSV file."""
     data_dir: Path = DATA_DIR
     """Folder of TFDS sets and unpacked archives."""
     test_images: int | None = None
@@ -39,9 +39,9 @@ class DataOptions:
     """resize: whole images, no augmentation. random: crops, flips and colour jitter in
     training, the centre in evaluation."""
     protocol: Protocol = "choose"
-    """choose: train on the training split, follow validation. final: train on both,
-    follow nothing. released: train on both, follow the test split, as the authors' code
-    (which reports the best). In all, the last epoch's test accuracy counts."""
+    """choose: train on the training split, follow validation. final: train on both.
+    released: train on both, follow the test split, as the authors' code. In all, the
+    last epoch's test accuracy counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ModelOptions:
     drop_path: float = 0.0
     """Rate of stochastic depth in the last block, in training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the computation, float32 or bfloat16; weights stay in float32."""
+    """float32 or bfloat16, for the computation; weights stay float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +89,12 @@ class TrainingOptions:
     cooldown_epochs: int = 0
     """More epochs at the lowest learning rate."""
     steps: int | None = None
-    """Length in updates, instead of --epochs; warm-up and cool-down then count
-    rounds."""
+    """Length in updates; warm-up and cool-down then count rounds."""
     round_steps: int | None = None
-    """Updates in a round, after which a method is evaluated and saved and budgets move.
-    Default: those of an epoch."""
+    """Updates between evaluations, checkpoints, moves. Default: an epoch's."""
     schedule: schedules.Name = "cosine"
-    """Course of the learning rate after the warm-up. cosine: to 1% of it. linear: to 0.
-    constant: none. cosine_epoch: a cosine that is constant within a round."""
+    """Rate after the warm-up. cosine: to 1% of it. linear: to 0. constant: none.
+    cosine_epoch: a cosine that is constant within a round."""
     eval_every: int = 1
     """Rounds between evaluations; the last ten are all evaluated."""
     batch: int = 32

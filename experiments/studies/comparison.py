@@ -2,14 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from experiments import files
 from experiments.config import run_config
 from experiments.config.run_config import RunConfig
 from experiments.methods import registry
 from experiments.paths import Given
 from experiments.reports import finished, table
-from experiments.studies.table_store import Store
+from experiments.studies.table_store import FILE, Store
 from experiments.training.grid import Grid
 
 TASKS = (
@@ -51,6 +52,10 @@ RUN = RunConfig(
 class Comparison:
     """Options of `python -m experiments.compare`."""
 
+    own: ClassVar[tuple[str, ...]] = (
+        *("task", "methods", "seed", "protocol", "search", "out", "random_weights"),
+    )
+
     tasks: tuple[str, ...] = TASKS
     """Columns of the table, in the order in which they run."""
     methods: tuple[str, ...] = registry.names()
@@ -80,12 +85,14 @@ class Comparison:
                 f"search_epochs={self.search_epochs}: expected more than the "
                 f"{self.run.warmup_epochs} of the warm-up."
             )
-        own = ("task", "methods", "seed", "protocol", "search", "out", "random_weights")
-        for name in own:
+        for name in self.own:
             if getattr(self.run, name) != getattr(RUN, name):
                 raise ValueError(f"run.{name}: the comparison sets it by itself.")
-        methods = tuple(dict.fromkeys((*self.methods, *self.controls)))
-        dataclasses.replace(self.run, methods=methods, search=True).check()
+        dataclasses.replace(self.run, methods=self.adapted(), search=True).check()
+
+    def adapted(self) -> tuple[str, ...]:
+        """Returns the methods of all rows."""
+        return tuple(dict.fromkeys((*self.methods, *self.controls)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +146,9 @@ class Table:
         fields = run_config.as_dict(config.run)
         shared = {k: v for k, v in fields.items() if k not in finished.IRRELEVANT}
         shared["search_epochs"] = config.search_epochs
+        known = (files.read(config.out / FILE) or {}).get("shared", {})
+        for name in known.keys() & {*METHODS} - {*config.adapted()}:
+            shared[name] = known[name]  # as it ran, whatever it is set to now
         self.store = Store(config.out, shared, run_config.as_dict(RUN))
         self.rows = [Row(method) for method in METHODS]
         self.rows += [Row(method, random=True) for method in config.controls]

@@ -57,12 +57,12 @@ def test_a_runs_own_config_reads_back(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "--config is missing. Presets: quickstart"),
+        ([], "--config is missing: name a preset, such as quickstart"),
         (
             ["--config", "quikstart"],
-            "no preset or file is called 'quikstart'. Presets:",
+            "no preset or file is called 'quikstart'; did you mean quickstart?",
         ),
-        (["--config", "quickstart", "--epoch", "3"], "--epoch 3. There are: --task,"),
+        (["--config", "quickstart", "--epoch", "3"], "no option is called '--epoch'; did you mean --epochs"),
         (["--config", "quickstart", "--snella.rank", "5"], "rank=5 is not a positive"),
         (
             ["--config", "quickstart", "--snella.dropout", "0.1"],
@@ -124,7 +124,7 @@ def test_bad_command_lines_list_what_is_valid(argv, message):
     [
         (["--targets", "nothing"], "targets='nothing' matches no layer"),
         (["--batch", "801"], "expected 1 to 800 (training images)"),
-        (["--task", "nothing"], "'nothing' is no task and no folder or CSV file"),
+        (["--task", "nothing"], "no task, folder or CSV file is called 'nothing'"),
         (["--model", "nothing.npz"], "There is no checkpoint at nothing.npz"),
         (["--image-size", "56"], "vit_fashion_mnist takes 28 x 28 alone"),
         (["--trainable", "nope"], "trainable='nope' matches nothing"),
@@ -160,7 +160,7 @@ def test_a_value_of_no_field_is_refused(capsys):
     [
         ("{", "is not JSON"),
         ("[1]", "holds no JSON object"),
-        ('{"snella": {"rnk": 4}}', "--snella.rnk=4. There are: --task,"),
+        ('{"snella": {"rnk": 4}}', "'--snella.rnk'; did you mean --snella.rank"),
     ],
 )
 def test_bad_config_files_say_why(tmp_path, text, message):
