@@ -85,24 +85,21 @@ class TrainingOptions:
     epochs: int = 15
     """Length of every method but the linear probe's, which converges."""
     warmup_epochs: int = 2
-    """Epochs, the first, in which the learning rate rises from 0."""
+    """Epochs (with --steps: rounds) at the start, in which the rate rises from 0."""
     cooldown_epochs: int = 0
-    """More epochs at the lowest learning rate."""
+    """More epochs (or rounds) at the lowest learning rate."""
     steps: int | None = None
-    """Length in updates, instead of --epochs; warm-up and cool-down then count
-    rounds."""
+    """Length in updates, instead of --epochs."""
     round_steps: int | None = None
-    """Updates in a round, after which a method is evaluated and saved and budgets move.
-    Default: those of an epoch."""
+    """Updates to the next evaluation, checkpoint and budgets. Default: an epoch's."""
     schedule: schedules.Name = "cosine"
-    """Course of the learning rate after the warm-up. cosine: to 1% of it. linear: to 0.
-    constant: none. cosine_epoch: a cosine that is constant within a round."""
+    """Course of the learning rate; cosine_epoch is constant within a round."""
     eval_every: int = 1
     """Rounds between evaluations; the last ten are all evaluated."""
     batch: int = 32
     """Images in a step, over all devices."""
     accumulate: int = 1
-    """Parts of a batch, computed one after the other to save memory."""
+    """Micro-batches of an update, computed one after the other to save memory."""
     clip: float = 0.0
     """Norm at which the gradient is clipped; 0 for never."""
     ema: float = 0.0
