@@ -28,7 +28,7 @@ class DataOptions:
     """Images and labels."""
 
     task: str = "digits"
-    """Name (experiments.tasks.show --list has them), folder or CSV file."""
+    """Name (`python -m experiments.tasks.show --list`), folder or CSV."""
     data_dir: Path = DATA_DIR
     """Folder of TFDS sets and unpacked archives."""
     test_images: int | None = None
@@ -59,7 +59,7 @@ class ModelOptions:
     drop_path: float = 0.0
     """Rate of stochastic depth in the last block, in training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """float32 or bfloat16, for the computation; weights stay float32."""
+    """float32 or bfloat16, to compute in; weights stay float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,22 +85,21 @@ class TrainingOptions:
     epochs: int = 15
     """Length of every method but the linear probe's, which converges."""
     warmup_epochs: int = 2
-    """Epochs, the first, in which the learning rate rises from 0."""
+    """Epochs (with --steps: rounds) in which the rate rises from 0."""
     cooldown_epochs: int = 0
-    """More epochs at the lowest learning rate."""
+    """More epochs (with --steps: rounds) at the lowest rate."""
     steps: int | None = None
-    """Length in updates; warm-up and cool-down then count rounds."""
+    """Length in updates, instead of --epochs."""
     round_steps: int | None = None
-    """Updates between evaluations, checkpoints, moves. Default: an epoch's."""
+    """Updates between evaluations, checkpoints, budgets. Usual: an epoch."""
     schedule: schedules.Name = "cosine"
-    """Rate after the warm-up. cosine: to 1% of it. linear: to 0. constant: none.
-    cosine_epoch: a cosine that is constant within a round."""
+    """cosine, linear, constant or cosine_epoch (by rounds)."""
     eval_every: int = 1
     """Rounds between evaluations; the last ten are all evaluated."""
     batch: int = 32
     """Images in a step, over all devices."""
     accumulate: int = 1
-    """Parts of a batch, computed one after the other to save memory."""
+    """Micro-batches of an update, one after the other."""
     clip: float = 0.0
     """Norm at which the gradient is clipped; 0 for never."""
     ema: float = 0.0

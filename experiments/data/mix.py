@@ -11,12 +11,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """What happens to a batch of `image [B, H, W, C]` and `label [B]`.
+    """Mixing of batches with `image [B, H, W, C]` and `label [B]`.
 
     Attributes:
-      classes: of the labels.
-      mixup: the Beta distribution's parameter; 0 for no mixup.
-      cutmix: likewise. Where both are on, one of them is drawn for each batch.
+      classes: number of classes.
+      mixup: parameter of mixup's Beta distribution; 0 for no mixup.
+      cutmix: the same of CutMix. Where both are on, each batch draws one of them.
       smoothing: share of a label that is spread over all classes (Szegedy et al., arXiv
         1512.00567).
     """
@@ -37,7 +37,7 @@ class Mix:
     def __call__(
         self, batch: dict[str, np.ndarray], rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
-        """The mixed batch; `label` is float32 `[B, classes]`."""
+        """Returns the mixed batch; `label` is float32 `[B, classes]`."""
         images, weight = batch["image"], 1.0
         kinds = [kind for kind in ("mixup", "cutmix") if getattr(self, kind)]
         kind = kinds[rng.integers(len(kinds))] if kinds else None
@@ -61,7 +61,7 @@ class Mix:
 def _box(
     size: tuple[int, ...], weight: float, rng: np.random.Generator
 ) -> tuple[slice, slice]:
-    """A box of `1 - weight` of the area around a random pixel, cut at the borders."""
+    """Draws a box of `1 - weight` of the area around a pixel, cut at the borders."""
     spans = []
     for side in size:
         half = int(side * np.sqrt(1 - weight)) // 2

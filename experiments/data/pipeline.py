@@ -22,7 +22,7 @@ Mixing = Callable[[Arrays, np.random.Generator], Arrays]
 
 
 class Preparation(Protocol):
-    """What makes arrays of an example: `transforms.Transform`, for images."""
+    """Maker of an example's arrays, such as `transforms.Transform` for images."""
 
     def prepare(self, example: Any, rng: np.random.Generator) -> Arrays:
         """Returns arrays of one shape for all examples; `rng` where they are random."""
@@ -31,7 +31,7 @@ class Preparation(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The part of every batch that one process makes: `index` of `count`."""
+    """Part of every batch that one process makes: `index` of `count`."""
 
     index: int = 0
     count: int = 1
@@ -156,7 +156,7 @@ def to_devices(stream: grain.IterDataset, sharding: jax.sharding.Sharding) -> An
 
 @dataclasses.dataclass(frozen=True)
 class _Indexed:
-    """A source whose examples know their index: a failing step can name them."""
+    """Source whose examples know their index: a failing step can name them."""
 
     source: Source
 

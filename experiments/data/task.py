@@ -1,4 +1,4 @@
-"""A classification task: what is trained on, chosen by and tested on."""
+"""A classification task: its splits and its classes."""
 
 import dataclasses
 from typing import Any
@@ -8,17 +8,17 @@ from experiments.data.source import Joined, Source
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Three disjoint sources.
+    """Classification task with three disjoint splits.
 
     Attributes:
-      name: how tables call the data set.
-      classes: labels are 0 to `classes - 1`.
-      train: to train on while something is chosen.
-      validation: to choose by.
-      test: used once.
-      names: of the classes, where the set has any.
-      notes: what the user should be told of how it was read.
-      fingerprint: of each split, by its name, once every image was looked at.
+      name: name of the data set in tables.
+      classes: number of classes; labels are 0 to `classes - 1`.
+      train: examples to train on while something is chosen.
+      validation: examples to choose by.
+      test: examples that are used once.
+      names: names of the classes; empty where the set has none.
+      notes: remarks for the user on how it was read.
+      fingerprint: fingerprints of the splits, by name, once every image was looked at.
     """
 
     name: str
@@ -32,5 +32,5 @@ class Task:
 
     @property
     def full(self) -> Source:
-        """What the final run trains on, once everything is chosen (VTAB-1k's 1000)."""
+        """Examples of the final run, once everything is chosen (VTAB-1k's 1000)."""
         return Joined(self.train, self.validation)

@@ -27,6 +27,10 @@ def main(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     console = terminal.console()
+    if {"--epochs", "--steps"} <= {word.split("=")[0] for word in words}:
+        raise SystemExit(
+            f"{program}: --epochs and --steps both give a run's length, expected one."
+        )
     resumed, words = command_line.interrupted(program, words)
     if resumed is not None and (resumed / suite.FILE).exists():
         return suite.resume(resumed, console)

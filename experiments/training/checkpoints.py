@@ -147,7 +147,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _linked(folder: Path) -> Iterator[Path]:
-    """A link to a folder, whose path Orbax can read."""
+    """Links to a folder from a path that Orbax can read."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as elsewhere:
         link = Path(elsewhere) / "checkpoints"

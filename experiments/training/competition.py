@@ -1,4 +1,4 @@
-"""When budgets move while a model trains, and by which scores."""
+"""Competition: reallocation of budgets during training, by scores of the matrices."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

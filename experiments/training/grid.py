@@ -12,7 +12,7 @@ class Grid:
     lr_factors: tuple[float, ...] = (0.3, 3.0)
     """Factors on the method's rate, tried first."""
     lr_extensions: int = 2
-    """Rates (strengths) beyond the lowest or highest if that is best."""
+    """Rates (strengths) beyond the lowest or highest while best."""
     weight_decays: tuple[float, ...] = (1e-3, 0.05)
     """Weight decays, tried with the best rate."""
     densities: tuple[float, ...] = (0.1, 0.6)

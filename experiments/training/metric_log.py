@@ -1,4 +1,4 @@
-"""The log of a method's rounds: `metrics.jsonl`, TensorBoard and, asked for, W&B.
+"""Log of a method's rounds: `metrics.jsonl`, TensorBoard and, asked for, W&B.
 
 A row of `metrics.jsonl` is a round of a method; its `epoch` is the round's number.
 """
@@ -59,7 +59,7 @@ def median(rows: list[dict[str, Any]], name: str) -> float | None:
 
 
 class Tracker:
-    """The log of a method that is trained by steps.
+    """Log of a method that is trained by steps.
 
     Attributes:
       rows: rows of its rounds, but those that the file has lost.

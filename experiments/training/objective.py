@@ -18,7 +18,7 @@ Score = Callable[[Any, Any], Sums]
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A number that an evaluation gives.
+    """Metric of an evaluation.
 
     Attributes:
       name: stands in `test_NAME`, `val_NAME` and so on of a run's files.
@@ -48,7 +48,7 @@ class Metric:
 
 
 class Objective(Protocol):
-    """A kind of task: loss, metrics and pictures of a model's outputs."""
+    """Kind of task: loss, metrics and pictures of a model's outputs."""
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -70,6 +70,9 @@ class Objective(Protocol):
 
     def outputs(self, model: Any, batch: Batch) -> Any:
         """Returns a model's outputs, a pytree of arrays `[B, ...]`.
+
+        They hold what `sums`, `score` and `draw` need, and no more: a batch of them
+        stays in the devices' memory.
 
         Args:
           model: in evaluation mode.

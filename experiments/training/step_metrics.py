@@ -9,7 +9,7 @@ import jax
 
 
 class NotFinite(ArithmeticError):
-    """The loss of a step, or its update, was not finite.
+    """A step whose loss or update is not finite.
 
     Attributes:
       step: number of the step in its round, from 1.

@@ -1,4 +1,4 @@
-"""The training loop: updates that track importance, rounds that move the budgets."""
+"""Training loop: updates track importance, rounds move budgets."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -29,11 +29,11 @@ NORM = "gradient_norm"
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The examples that a method trains on, and those that it is followed on.
+    """Examples that a method trains on, and those that it is followed on.
 
     Attributes:
-      train: the training examples.
-      follow: evaluated after rounds; None for nothing.
+      train: training examples.
+      follow: examples that are evaluated after rounds; None for nothing.
       augment: makes arrays of the training examples.
       transform: makes arrays of those that are followed.
       mix: changes whole training batches; None for nothing.
@@ -121,9 +121,8 @@ class Trainer:
           MismatchError: there is one of another model or of other data.
           ValueError: the recipe does not fit the number of training examples.
         """
-        self.data, self.objective, self.recipe, self.mesh = (
-            data, objective, recipe, mesh,
-        )  # fmt: skip
+        self.data, self.objective = data, objective
+        self.recipe, self.mesh = recipe, mesh
         self.competition, self.checkpoints = competition, checkpoints
         self.rounds = recipe.rounds(len(data.train))
         self.graphdef, trainable, budgets, frozen = nnx.split(

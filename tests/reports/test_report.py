@@ -191,3 +191,39 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     assert "mean of tasks" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="There is no finished run"):
         report.main([str(tmp_path / "new")])
+
+
+def write_error(folder, error, seed=0):
+    """A run of an objective whose metric is no share, and for which less is better."""
+    write_run(folder, "cifar100", seed)
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    metric = {"name": "error", "more_is_better": False, "percent": False}
+    result = {"test_error": error, "best_test_error": error - 1, "trainable": 7}
+    summary |= {"metrics": [metric], "methods": {"snella": result}}
+    (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
+
+
+def test_a_table_shows_the_metric_of_its_runs(tmp_path):
+    """As it is, not in percent, and without the paper's accuracies."""
+    write_error(tmp_path / "a", 12.5)
+    write_error(tmp_path / "b", 13.5, seed=1)
+    table = made(tmp_path)
+    (column,) = table["columns"]
+    assert column["tasks"]["cifar100"]["mean"] == 13.0
+    assert made(tmp_path, accuracy="best")["columns"][0]["mean_of_tasks"] == 12.0
+    text = report_text.markdown(table)
+    assert "| cifar100 | 13 ± 0.7071 |" in text
+    assert "Test error of the last epoch." in text and "%" not in text
+    write_run(tmp_path / "c", "cifar100", seed=2)
+    with pytest.raises(ValueError, match="has accuracy: report them separately"):
+        made(tmp_path)
+
+
+def test_a_seed_of_before_a_setting_is_one_of_after(tmp_path):
+    """A config that lacks a field had its default."""
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), "dtd", seed)
+    config = json.loads((tmp_path / "0/config.json").read_text("utf-8"))
+    del config["schedule"], config["steps"], config["clip"]
+    (tmp_path / "0/config.json").write_text(json.dumps(config), "utf-8")
+    assert list(made(tmp_path)["columns"][0]["tasks"]["dtd"]["seeds"]) == ["0", "1"]

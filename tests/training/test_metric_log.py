@@ -7,13 +7,15 @@ from types import SimpleNamespace
 
 import pictures
 import pytest
+from rich.console import Console
 
 from experiments import ablate, vtab
+from experiments.config.run_config import RunConfig
 from experiments.files import MismatchError, read
-from experiments.runs import search
+from experiments.methods.registry import METHODS
+from experiments.runs import search, setup
 from experiments.runs.run import RunFailed
 from experiments.training import fit, metric_log
-from experiments.training.classification import Classification
 
 
 def write(folder, *lines):
@@ -92,16 +94,10 @@ def test_a_trial_whose_accuracy_is_lost_is_no_trial(tmp_path, monkeypatch):
     """It is judged by the last epoch, and by no other."""
     only = SimpleNamespace(last_row={"epoch": 4})
     monkeypatch.setattr(search, "tune", lambda method, setting: only)
-    config = SimpleNamespace()
-    monkeypatch.setattr(search.dataclasses, "replace", lambda *_, **__: config)
-    setting = SimpleNamespace(
-        out=tmp_path,
-        config=config,
-        console=SimpleNamespace(print=lambda *_: None),
-        objective=Classification(),
-    )
+    task, quiet = SimpleNamespace(names=()), Console(quiet=True)
+    setting = setup.Prepared(RunConfig(), task, None, None, quiet, tmp_path)
     with pytest.raises(MismatchError, match="lost the accuracy of its last epoch"):
-        search._trial("lora", setting, SimpleNamespace(lr=0.1), 0)
+        search._trial("lora", setting, METHODS["lora"], 0)
 
 
 def test_an_ablation_is_not_measured_by_what_is_left(tmp_path, monkeypatch):
