@@ -26,7 +26,7 @@ class Base:
     """The weights of a model by path: its arrays, or the fingerprints in a file.
 
     Attributes:
-      weights: of the model, by path.
+      weights: weights of the model, by path.
       others: variables that other bindings may not have, by path: they count where
         there are some of the same name.
       configs: fields of the configs of models in it that weights do not show, by path
@@ -105,10 +105,10 @@ def differences(
     """Lists how a model's rest differs from that of a file; empty if it does not.
 
     Args:
-      known: of the file, fingerprints.
-      found: of the model, arrays.
+      known: base of the file, fingerprints.
+      found: base of the model, arrays.
       trained: paths in the model of what comes from the file.
-      sides: what the two are called.
+      sides: names of the two, for messages.
     """
     problems, resized = _configs(known, found, trained, sides)
     ours, theirs, extra, spare = (
@@ -151,7 +151,7 @@ def _restacked(
     `blocks/fc/bias` is then `blocks/0/fc/bias`, ... on the other side.
 
     Returns:
-      That, by names of stacks; and the names of rows.
+      For each stack, by name, True if its rows are the same; and the names of the rows.
     """
     agrees: dict[str, bool] = {}
     gone: set[str] = set()

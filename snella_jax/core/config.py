@@ -26,12 +26,12 @@ class Rule:
     Attributes:
       rank: `r`, columns of the factors; a multiple of the kernel's pieces.
       kernel: a kernel of `snella_jax.kernels`, or its name for default settings.
-      gate: what a surviving weight's value becomes, see `sparsify`.
+      gate: value of a surviving weight, see `sparsify`.
       path: "merged" or "parallel", see `adapted_dense`.
       dropout: rate on the update's input, in training; needs `path="parallel"`.
       drop_path: rate at which an example loses the update, in training; needs
         `path="parallel"`.
-      split: how many matrices lie side by side in the weight's first output axis, each
+      split: number of matrices side by side in the weight's first output axis, each
         with factors and a budget of its own: 3 for a fused qkv.
 
     Raises:

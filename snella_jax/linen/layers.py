@@ -25,16 +25,16 @@ class Layer:
     """A layer with a weight that can be adapted.
 
     Attributes:
-      key: of the weight in `params`.
+      key: key of the weight in `params`.
       kind: the class of the layer.
       module: a copy that is not bound, if the layer is one of Flax's, or of a subclass.
-      shape: of the weight as the layer sees it.
-      whole: of the weight in `params`.
+      shape: shape of the weight as the layer sees it.
+      whole: shape of the weight in `params`.
       axes: along which lifts (`nn.scan`, `nn.vmap`) take `whole` apart, as they are
         given to them, outermost first; None where that is not known.
-      equation: of an einsum.
-      layout: that was given for it, or None.
-      problem: why it cannot be adapted, or "".
+      equation: equation of an einsum.
+      layout: layout that was given for it, or None.
+      problem: reason why it cannot be adapted, or "".
     """
 
     key: Key
@@ -124,7 +124,7 @@ def positions(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
     """Returns where the stack's axes end up around `ndim` others.
 
     Args:
-      axes: as they are given to lifts, outermost first.
+      axes: axes as they are given to lifts, outermost first.
       ndim: axes of what the innermost lift sees.
 
     >>> positions((1,), 2), positions((-1,), 2), positions((0, 1), 2)
@@ -142,7 +142,7 @@ class Layers:
 
     Attributes:
       known: the layers that can be adapted, by path.
-      others: what else multiplies the input by a parameter, by its key: the kind of
+      others: other parameters that multiply the input, by key: the kind of
         layer.
       unused: kernels that the call did not meet.
     """
@@ -202,7 +202,7 @@ def layers_of(
     Args:
       module: not bound.
       variables: without boxes.
-      inputs, kwargs: of the call.
+      inputs, kwargs: inputs of the call.
       layouts: axes of weights by regex of their path (with `/kernel` or without), where
         the layer does not say them.
 

@@ -47,7 +47,7 @@ def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Mod
 
     Args:
       path: a file or a Hugging Face folder.
-      weights: as of `vit.load`.
+      weights: as in `vit.load`.
       options: others of `vit.load`, `swin.load` and `convnext.load`.
 
     Raises:
@@ -71,7 +71,7 @@ def export_format(model: nnx.Module, source: Checkpoint) -> ExportFormat:
 
     Args:
       model: plain, of `snella_jax.models`.
-      source: of its family.
+      source: checkpoint of its family.
 
     Raises:
       CheckpointError: it is of another family, or of no known format.

@@ -72,7 +72,7 @@ def adapt(
 
     Args:
       model: any NNX module, without adapters.
-      config: what to adapt and how.
+      config: targets, rules and densities.
       rngs: its `params` stream draws the factors.
       layouts: the axes of weights of other layers than Flax's, by regex of the weight's
         path, `{"blocks/.*/w": Layout(inputs=(64,), outputs=(256,))}`; axes in

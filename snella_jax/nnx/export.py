@@ -23,7 +23,7 @@ def export(
     Args:
       model: with adapters, or merged.
       path, like, options: of `models.export`.
-      unmoved_budgets: as of `merge`.
+      unmoved_budgets: as in `merge`.
 
     Raises:
       TypeError: another model: merge it and write it with what it comes from.

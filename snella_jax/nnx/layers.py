@@ -52,7 +52,7 @@ class Adapter(nnx.Module):
         """Switches modes for `nnx.view`.
 
         Args:
-          deterministic: whether dropout and drop-path are off; None leaves them.
+          deterministic: True to switch dropout and drop-path off; None leaves them.
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -144,8 +144,8 @@ def check_layer(layer: Any, rule: Rule, own: bool = False) -> None:
 
     Args:
       layer: any.
-      rule: how it is to be adapted.
-      own: whether `layouts` told the axes of its weight.
+      rule: rank, kernel, gate and path of the update.
+      own: True if `layouts` told the axes of its weight.
     """
     if rule.path == "parallel" and (own or type(layer).__call__ not in STOCK):
         raise ValueError(

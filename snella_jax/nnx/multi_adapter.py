@@ -120,7 +120,7 @@ def per_example(
     Args:
       models: by name; with or without adapters (the base for none).
       ids: `B` names.
-      inputs: of the models, with the examples along axis 0 of every array.
+      inputs: inputs of the models, with the examples along axis 0 of every array.
 
     Returns:
       The outputs, arrays or a tree of them, with the examples along axis 0.

@@ -37,7 +37,7 @@ def mixed_class(mixin: Any, cls: type, *weights: str) -> type:
     Args:
       mixin: a module's class; `mixin.methods(cls, weights)`, where it has that, gives
         those of the new class.
-      cls: of the layer.
+      cls: class of the layer.
       weights: names of those that are adapted.
     """
     own = {"__doc__": cls.__doc__, "mixed_from": (mixin, cls, *weights)}
@@ -73,7 +73,7 @@ def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) ->
     Args:
       model: the module whose variables change.
       trainable: regex of what trains besides the factors; "" for nothing.
-      dtype: what frozen floating-point parameters are cast to; None leaves them.
+      dtype: dtype that frozen floating-point parameters are cast to; None leaves them.
 
     Raises:
       ValueError: the regex is not empty and matches nothing (the message lists what

@@ -41,8 +41,8 @@ def widened(
 
     Args:
       weights: by name.
-      inputs: of the layer.
-      dtype: that the layer was given, or None.
+      inputs: inputs of the layer.
+      dtype: dtype that the layer was given, or None.
     """
     floats = [x for x in inputs if jnp.issubdtype(x.dtype, jnp.floating)]
     wide = {}

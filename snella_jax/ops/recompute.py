@@ -27,7 +27,7 @@ def rematerialised(function: Callable, *, prevent_cse: bool = True) -> Callable:
     """Recomputes a function in its backward pass, but for what is marked with `kept`.
 
     Args:
-      function: of trees of arrays.
+      function: function of trees of arrays.
       prevent_cse: as in `jax.checkpoint`; False inside a scan.
     """
     policy = jax.checkpoint_policies.save_only_these_names(KEPT)
