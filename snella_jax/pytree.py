@@ -73,10 +73,10 @@ def adapt(
         axes in front of a layout's are a stack.
 
     Raises:
-      ValueError: a rule that matches nothing or needs a layer, a weight that the
-        targets match and whose axes nothing says, or something where an adapter goes.
-      TypeError: a model of another binding, lists among the parameters, or a key that
-        is none.
+      ValueError: a rule matches nothing or needs a layer, the axes of a matched weight
+        are unknown, or there is something where an adapter goes.
+      TypeError: a model of another binding, lists among the parameters, or no random
+        key.
     """
     check_binding(params, "pytree")
     matrices = _Matrices(params, layouts)
@@ -100,7 +100,7 @@ def load(
 
     Args:
       params: plain parameters.
-      folder: folder of an adapter, of whatever binding.
+      folder: folder of an adapter; any binding may have written it.
       rename: as in `snella.load`.
       layouts: as in `adapt`.
       allow_base_mismatch: as in `snella.load`.

@@ -1,8 +1,8 @@
 """Bases of adapters: the weights that neither have one nor train, and how two differ.
 
-Names, shapes and stacking may differ between a file and a model, so weights are
-compared one by one where name and shape are the same, by rows where one side stacks
-them, and the others by the numbers that they hold together, in whatever order.
+Names, shapes and stacking may differ between a file and a model. So weights of one name
+and shape are compared one by one, those that one side stacks by rows, and all others by
+the numbers that they hold together, in any order.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""Fingerprints of weights: sums over their numbers, read where these lie.
+"""Fingerprints of weights: sums over their numbers, taken where they are stored.
 
 Every number gives a term, mixed from its bits and its place; the terms are summed
-modulo 2^64. So the sum is that of the array in whatever parts it is read, on whatever
-devices these lie, and nothing larger than a sum goes from process to process. Without
-places it is that of the numbers in any order, shape and number of arrays. It tells
+modulo 2^64. So the sum depends neither on the parts that an array is read in nor on the
+devices that hold them, and nothing larger than a sum goes from process to process.
+Without places it does not depend on order, shape and number of arrays either. It tells
 weights apart that were not made to be mistaken for each other; it is no signature.
 
     >>> whole = np.arange(6, dtype=np.float32).reshape(2, 3)

@@ -1,4 +1,4 @@
-"""Adapters in a tree of parameters: nested dicts, of Linen or of nobody's framework.
+"""Adapters in a tree of parameters: nested dicts, of Linen or of no framework.
 
 An adapter sits beside its weight: `{"fc": {"kernel": ..., "adapter": {"a": ...}}}` (and
 as `w_adapter` beside a weight `w` that is not called `kernel`). Paths in regexes and

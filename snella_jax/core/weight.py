@@ -246,7 +246,7 @@ class _Threshold:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _for_each(factors: Factors, budget: Array, axes: int, one: Callable) -> Any:
-    """Maps `one` over so many leading axes."""
+    """Maps `one` over a number of leading axes."""
     for _ in range(axes):  # one matrix at a time: a threshold needs room
         one = functools.partial(jax.lax.map, one)
     return one((factors, budget))

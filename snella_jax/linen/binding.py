@@ -95,11 +95,11 @@ def adapt(
         stacks.
 
     Raises:
-      ValueError: as `snella.adapt`. A weight that multiplies the input, that the
-        targets match and whose axes nothing says; one that `nn.WeightNorm` or
-        `nn.map_variables` changes on its way to its layer; one that is used outside
-        its layer's methods, too. Variables without `params`.
-      TypeError: a model of another binding; a key that is none.
+      ValueError: as in `snella.adapt`; the axes of a matched weight that multiplies the
+        input are unknown; `nn.WeightNorm` or `nn.map_variables` changes a weight on its
+        way to its layer; a weight is also used outside its layer's methods; the
+        variables have no `params`.
+      TypeError: a model of another binding, or no random key.
     """
     _check(module, variables)
     variables = jax.tree.map(native, variables)

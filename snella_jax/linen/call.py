@@ -1,8 +1,8 @@
 """Calls of Linen layers with `w0 + delta` as their weights.
 
 Adapters reach a layer in `params`, beside its weights, each as a `Held`: through
-`nn.scan`, `nn.vmap` and `nn.remat` like any other parameter. One of Flax's layers makes
-its product with it; of any other the whole call is made again on the way back.
+`nn.scan`, `nn.vmap` and `nn.remat` like any other parameter. Flax's layers make their
+product with it; the call of any other layer is recomputed in the backward pass.
 """
 
 import dataclasses

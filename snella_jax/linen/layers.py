@@ -154,7 +154,7 @@ class Layers:
     def chosen(self, targets: str, trainable: str) -> list[Layer]:
         """Returns the layers that the regex `targets` matches in full.
 
-        A weight of a layer of one's own may be meant by the path of the layer, too.
+        The path of a layer that is none of Flax's stands for its weights, too.
 
         Raises:
           ValueError: it matches none, or a weight that cannot be adapted and that

@@ -1,4 +1,4 @@
-"""All families of models: presets by name, and weights whatever they are of."""
+"""All families of models: presets by name, and weights of any family."""
 
 import dataclasses
 from pathlib import Path
@@ -51,7 +51,8 @@ def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Mod
       options: others of `vit.load`, `swin.load` and `convnext.load`.
 
     Raises:
-      As `vit.load`.
+      FileNotFoundError, CheckpointError, ModuleNotFoundError, ValueError, TypeError: as
+        in `vit.load`.
     """
     checkpoint = read(path, weights)
     for family in FAMILIES:

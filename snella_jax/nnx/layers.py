@@ -1,7 +1,7 @@
 """Flax NNX layers with an adapter inside: variables, layouts, and what fits a layer.
 
 An adapted layer is an instance of a subclass of its own class: it keeps its variables,
-their names and its arithmetic, and gains an `adapter`. Its weight and whatever else
+their names and its arithmetic, and gains an `adapter`. Its weight and all else that
 does not train are `Frozen`, its factors are `Factor`, its budgets `Budget`.
 """
 
@@ -114,8 +114,8 @@ class Adapter(nnx.Module):
 class AdaptedLayer(nnx.Module):
     """Base class of adapted layers, which compute with `w0 + delta`.
 
-    It has no attributes, for the layer may have some of any name. The adapter of a
-    weight `kernel` is called `adapter`, that of a weight `w` `w_adapter`.
+    It has no attributes, for the layer may use any name itself. The adapter of a weight
+    `kernel` is called `adapter`, that of a weight `w` is called `w_adapter`.
     """
 
 

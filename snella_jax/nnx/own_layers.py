@@ -134,8 +134,8 @@ def run(
     except TraceContextError as error:
         raise ValueError(
             f"{type(plain).__name__} has an adapter, and its call changes state "
-            f"outside it ({error}). The call is made again on the way back, and "
-            "would change it twice: take the layer out of the targets."
+            f"outside it ({error}). The call is recomputed in the backward "
+            "pass and would change it twice: take the layer out of the targets."
         ) from error
     new = [(p, v) for p, v in _moving(plain) if id(_value(v)) not in before]
     return result, nnx.from_flat_state(new)

@@ -18,7 +18,7 @@ class ExportFormat:
       family: `model_type` in transformers.
       kind: beginning of the names of its classes there.
       checkpoint: names as the rules know them, without a prefix.
-      rules: places of its tensors.
+      rules: rules for its tensors.
       parts: the model's arrays by the rules' paths.
       free: regex of the paths, beside the head's, whose shape may have changed.
       left_out: regex of the tensors without a place that are not written.

@@ -62,8 +62,8 @@ class Checkpoint:
     def unwrapped(self, *marks: str) -> "Checkpoint":
         """Strips names of what the model was part of.
 
-        Without `module.`, `_orig_mod.`, `vit.` and whatever else stands before all of
-        them; of `module.vit.`, before a head, perhaps a part. It is kept as `prefix`.
+        Strips `module.`, `_orig_mod.`, `vit.` and anything else that stands before all
+        of them; of `module.vit.`, before a head, perhaps a part. Keeps it as `prefix`.
 
         Args:
           marks: as in `prefixes`, none of which ends another's name.

@@ -100,7 +100,8 @@ def load(
       overrides: other fields of `ConvNeXtConfig`, such as `remat`.
 
     Raises:
-      As `vit.load`.
+      FileNotFoundError, CheckpointError, ModuleNotFoundError, ValueError, TypeError: as
+        in `vit.load`.
     """
     checkpoint, rules, known = recognised(read(path, weights))
     arrays, problems = arrange(checkpoint, rules)

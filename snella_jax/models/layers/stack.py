@@ -1,6 +1,6 @@
 """Equal blocks: stacked (every variable has a leading axis) and scanned, or a list.
 
-Stacked, one block is compiled, whatever their number.
+If they are stacked, only one block is compiled, whatever their number.
 """
 
 import dataclasses

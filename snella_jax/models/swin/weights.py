@@ -144,7 +144,8 @@ def load(
         the tables of biases are resized.
 
     Raises:
-      As `vit.load`.
+      FileNotFoundError, CheckpointError, ModuleNotFoundError, ValueError, TypeError: as
+        in `vit.load`.
     """
     checkpoint, rules, known = recognised(read(path, weights))
     blocks, problems = arrange(checkpoint, rules)
