@@ -29,6 +29,12 @@ def rematerialised(function: Callable, *, prevent_cse: bool = True) -> Callable:
     Args:
       function: function of trees of arrays.
       prevent_cse: as in `jax.checkpoint`; False inside a scan.
+
+    >>> def sines(mark):
+    ...     block = rematerialised(lambda x: x * mark(jnp.sin(x)))
+    ...     return str(jax.make_jaxpr(jax.grad(block))(1.0)).count(" sin ")
+    >>> sines(lambda x: x), sines(kept)
+    (2, 1)
     """
     policy = jax.checkpoint_policies.save_only_these_names(KEPT)
     return jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)
