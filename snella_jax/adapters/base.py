@@ -31,8 +31,7 @@ class Base:
         there are some of the same name.
       configs: fields of the configs of models in it that weights do not show, by path
         of the model (`models.arithmetic`).
-      positions: name of the weights that follow from a config's `grid`; "" in a file,
-        where the model says it.
+      positions: name of the weights that follow from a config's `grid`; "" in a file.
     """
 
     weights: Mapping[str, Any]

@@ -44,7 +44,7 @@ class Unit:
       rule: rank, kernel, gate and path of the update.
       must_move: as in `Site`.
       shape: `(*slices, n, m)`.
-      factors: with the leading axes `slices`.
+      factors: factors with the leading axes `slices`.
       budget: int32 `[*slices]`.
       allocated_at: int32 `[*slices]`.
       base: the weight it was trained on.
@@ -65,7 +65,7 @@ class AdapterFile:
 
     Attributes:
       folder: folder that was read.
-      units: by name: the path of the layer, with the row where blocks are stacked.
+      units: adapters by name: the path of the layer, with the row of stacked blocks.
       trained: other variables that trained, by path.
       stats: running statistics, by path.
       rest: fingerprints of all else of the base; None in format 1.

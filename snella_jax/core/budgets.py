@@ -28,10 +28,10 @@ def budget_schedule(
 ) -> Callable[[float], int]:
     """Returns the total budget of each step, from `initial` to `target` (Eq. 12).
 
-    `b_t = b_T + (1 - t/T)^power * (b_0 - b_T)`, with `T = steps - 1`. A step is what
-    reallocates: the paper's epochs, or optimizer steps. Step `t`
+    `b_t = b_T + (1 - t/T)^power * (b_0 - b_T)`, with `T = steps - 1`. A step ends with
+    a reallocation: an epoch in the paper, or any number of optimizer steps. Step `t`
     trains with `schedule(t)` weights, `t = 0 .. steps - 1`; the last one with `target`.
-    Between two of them, `t` may be fractional: 1.5 in the middle of the second epoch.
+    `t` may be fractional: 1.5 in the middle of the second epoch.
 
     Args:
       initial: `b_0`, weights that may move at first.

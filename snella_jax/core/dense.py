@@ -49,7 +49,7 @@ def sparse_delta(
     """Returns the sparse update of one weight, in its shape and at least float32.
 
     Args:
-      factors: with the leading axes `layout.slices`.
+      factors: factors with the leading axes `layout.slices`.
       budget: weights that survive, one number for each slice.
       kernel: makes the dense update.
       gate: value of a survivor, see `sparsify`.
@@ -225,7 +225,7 @@ def adapted_call(
 
     Args:
       op: any function of a tree of arrays and of arrays by name; returns a tree.
-      updates: by name of the weight.
+      updates: updates by name of the weight.
 
     Returns:
       `apply(x, w0, factors, budgets)`, the last three by name. Weights are summed in at

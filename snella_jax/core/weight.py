@@ -99,8 +99,8 @@ class AdaptedWeight:
     Attributes:
       path: path of the layer that holds it, "/"-joined.
       site: its rule and its axes.
-      w0: `site.shape`: `[*stack, *layout.shape]` where the stack is in front.
-      factors: with the leading axes `site.lead`.
+      w0: weight of shape `site.shape`: `[*stack, *layout.shape]` with a stack in front.
+      factors: factors with the leading axes `site.lead`.
       budget: int32 `[*lead]`, weights that survive.
       allocated_at: int32 `[*lead]`: the optimizer step of the last reallocation, 0 for
         never, -1 where budgets are fixed.

@@ -33,7 +33,7 @@ class Place:
     """Way of an adapter to its layer.
 
     Attributes:
-      axes: along which lifts take it apart, as they are given to them, outermost first.
+      axes: axes along which lifts take it apart, as given to them, outermost first.
       own: True if a layer that is none of Flax's uses the weight.
     """
 

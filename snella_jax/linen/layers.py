@@ -30,8 +30,8 @@ class Layer:
       module: a copy that is not bound, if the layer is one of Flax's, or of a subclass.
       shape: shape of the weight as the layer sees it.
       whole: shape of the weight in `params`.
-      axes: along which lifts (`nn.scan`, `nn.vmap`) take `whole` apart, as they are
-        given to them, outermost first; None where that is not known.
+      axes: axes along which lifts (`nn.scan`, `nn.vmap`) take `whole` apart, as given
+        to them, outermost first; None if that is not known.
       equation: equation of an einsum.
       layout: layout that was given for it, or None.
       problem: reason why it cannot be adapted, or "".
@@ -142,8 +142,7 @@ class Layers:
 
     Attributes:
       known: the layers that can be adapted, by path.
-      others: other parameters that multiply the input, by key: the kind of
-        layer.
+      others: kind of layer of any other parameter that multiplies the input, by key.
       unused: kernels that the call did not meet.
     """
 

@@ -56,7 +56,7 @@ class Arrays:
         self.arrays = [self._leaves[i] for i in self._where]
 
     def taken(self) -> list[Array]:
-        """Returns the arrays and keeps them no longer: tracers must not outlive."""
+        """Returns the arrays and forgets them: tracers must not outlive their trace."""
         arrays, self.arrays = self.arrays, []
         for i in self._where:
             self._leaves[i] = None
