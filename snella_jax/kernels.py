@@ -57,11 +57,11 @@ class Kernel(Protocol):
 # The names are lower-case because they are what a config and a command line say.
 @dataclasses.dataclass(frozen=True)
 class linear:
-    """`delta[j, i] = a_j . b_i`: LoRA (Eq. 2 and 4); `b` and delta start at 0.
+    """LoRA: `delta[j, i] = a_j . b_i` (Eq. 2 and 4); `b` and delta start at 0.
 
     Attributes:
-      zero_init: whether `b` starts at 0, as in LoRA, or uniform like `a`. From 0 a
-        threshold below full density and the gates `product` and `released` pass no
+      zero_init: True to start `b` at 0, as in LoRA; False to draw it like `a`. From 0
+        a threshold below full density and the gates `product` and `released` pass no
         gradient, so that nothing would ever train: there, use False.
 
     >>> import jax
@@ -87,8 +87,8 @@ class piecewise_linear:
     """`delta[j, i] = sum_p piece_coeff[p] * ||a_j^p - b_i^p||_2` (Eq. 6, kappa_p).
 
     SNELL's kernel. Attributes:
-      pieces: `P`, in how many parts the rank is cut; divides the rank.
-      learn_piece_coeff: whether the coefficients (+0.1, -0.1, ...) train; where they do
+      pieces: `P`, number of parts that the rank is cut into; divides the rank.
+      learn_piece_coeff: True if the coefficients (+0.1, -0.1, ...) train; where they do
         not, they stay in the factors and get a gradient of 0.
     """
 
@@ -167,7 +167,7 @@ class mix_k:
 
     Attributes:
       pieces, normalize_over, learn_piece_coeff: as in `normalized_rbf`.
-      temperature: whether `gamma` is learnt, as in the released code; else it is 1.
+      temperature: True to learn `gamma`, as in the released code; else it is 1.
     """
 
     pieces: int = 2

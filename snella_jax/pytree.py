@@ -66,17 +66,17 @@ def adapt(
     Args:
       params: nested dicts of arrays; `flattened` makes them of other trees. Of boxes
         (`nn.Partitioned`) the names go into `Adapters.specs`.
-      config: what to adapt and how. `path="parallel"` and what drops need a layer, and
-        are refused.
+      config: targets, rules and densities. `path="parallel"` and what drops need a
+        layer, and are refused.
       key: draws the factors.
       layouts: for a regex of paths, the axes of a weight where they are not `[n, m]`;
         axes in front of a layout's are a stack.
 
     Raises:
-      ValueError: a rule that matches nothing or needs a layer, a weight that the
-        targets match and whose axes nothing says, or something where an adapter goes.
-      TypeError: a model of another binding, lists among the parameters, or a key that
-        is none.
+      ValueError: a rule matches nothing or needs a layer, the axes of a matched weight
+        are unknown, or there is something where an adapter goes.
+      TypeError: a model of another binding, lists among the parameters, or no random
+        key.
     """
     check_binding(params, "pytree")
     matrices = _Matrices(params, layouts)
@@ -99,11 +99,11 @@ def load(
     """Loads adapters from a folder into a tree of parameters.
 
     Args:
-      params: plain.
-      folder: of an adapter, of whatever binding.
-      rename: as of `snella.load`.
-      layouts: as of `adapt`.
-      allow_base_mismatch: as of `snella.load`.
+      params: plain parameters.
+      folder: folder of an adapter; any binding may have written it.
+      rename: as in `snella.load`.
+      layouts: as in `adapt`.
+      allow_base_mismatch: as in `snella.load`.
 
     Raises:
       FileNotFoundError, CheckpointError: as `snella.load`.
@@ -135,8 +135,9 @@ def load(
 def flattened(tree: Any) -> tuple[Tree, Callable[[Tree], Any]]:
     """Flattens the arrays of any pytree to nested dicts; also returns the way back.
 
-    For an equinox module, a list of layers, a named tuple: whatever else they hold
-    stays as it is. The way back takes plain parameters (`Adapters.summed`, `merge`).
+    For an equinox module, a list of layers or a named tuple. What they hold besides
+    arrays stays as it is. The way back takes plain parameters (`Adapters.summed`,
+    `merge`).
 
     Raises:
       ValueError: two arrays have one path.
@@ -177,7 +178,7 @@ class _Matrices:
     def check_known(self, targets: str, trainable: str) -> None:
         """Raises a `ValueError` for weights that are matched, and are no matrices.
 
-        Their names say whether they are weights: nothing else is known of them.
+        Their names tell whether they are weights, for nothing else is known of them.
         """
         missed = [
             f"{name_of(key)} {list(jnp.shape(leaf))}"

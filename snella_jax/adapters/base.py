@@ -1,8 +1,8 @@
 """Bases of adapters: the weights that neither have one nor train, and how two differ.
 
-Names, shapes and stacking may differ between a file and a model, so weights are
-compared one by one where name and shape are the same, by rows where one side stacks
-them, and the others by the numbers that they hold together, in whatever order.
+Names, shapes and stacking may differ between a file and a model. So weights of one name
+and shape are compared one by one, those that one side stacks by rows, and all others by
+the numbers that they hold together, in any order.
 """
 
 import dataclasses
@@ -26,13 +26,12 @@ class Base:
     """The weights of a model by path: its arrays, or the fingerprints in a file.
 
     Attributes:
-      weights: of the model, by path.
+      weights: weights of the model, by path.
       others: variables that other bindings may not have, by path: they count where
         there are some of the same name.
       configs: fields of the configs of models in it that weights do not show, by path
         of the model (`models.arithmetic`).
-      positions: name of the weights that follow from a config's `grid`; "" in a file,
-        where the model says it.
+      positions: name of the weights that follow from a config's `grid`; "" in a file.
     """
 
     weights: Mapping[str, Any]
@@ -105,10 +104,10 @@ def differences(
     """Lists how a model's rest differs from that of a file; empty if it does not.
 
     Args:
-      known: of the file, fingerprints.
-      found: of the model, arrays.
+      known: base of the file, fingerprints.
+      found: base of the model, arrays.
       trained: paths in the model of what comes from the file.
-      sides: what the two are called.
+      sides: names of the two, for messages.
     """
     problems, resized = _configs(known, found, trained, sides)
     ours, theirs, extra, spare = (
@@ -151,7 +150,7 @@ def _restacked(
     `blocks/fc/bias` is then `blocks/0/fc/bias`, ... on the other side.
 
     Returns:
-      That, by names of stacks; and the names of rows.
+      For each stack, by name, True if its rows are the same; and the names of the rows.
     """
     agrees: dict[str, bool] = {}
     gone: set[str] = set()

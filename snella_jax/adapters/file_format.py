@@ -41,10 +41,10 @@ class Unit:
     """The adapter of one weight, or of one row of a stacked weight, in a file.
 
     Attributes:
-      rule: how it is adapted.
-      must_move: as of `Site`.
+      rule: rank, kernel, gate and path of the update.
+      must_move: as in `Site`.
       shape: `(*slices, n, m)`.
-      factors: with the leading axes `slices`.
+      factors: factors with the leading axes `slices`.
       budget: int32 `[*slices]`.
       allocated_at: int32 `[*slices]`.
       base: the weight it was trained on.
@@ -64,12 +64,12 @@ class AdapterFile:
     """The contents of an adapter's folder, checked against themselves.
 
     Attributes:
-      folder: where it was read.
-      units: by name: the path of the layer, with the row where blocks are stacked.
-      trained: what else trained, by path.
+      folder: folder that was read.
+      units: adapters by name: the path of the layer, with the row of stacked blocks.
+      trained: other variables that trained, by path.
       stats: running statistics, by path.
       rest: fingerprints of all else of the base; None in format 1.
-      base: what the base model was called when it was written, or None.
+      base: name of the base model when it was written, or None.
     """
 
     folder: Path
@@ -95,12 +95,12 @@ def write(
     the base is not.
 
     Args:
-      folder: to be made; its parents, too.
-      weights: adapted.
+      folder: folder to write; its parents are made, too.
+      weights: adapted weights.
       trained: other variables that trained, by path.
       stats: running statistics, by path.
-      model: without adapters; also what is adapted, trained or in `stats`.
-      base: what the base model is called, for readers.
+      model: base without adapters; also what is adapted, trained or in `stats`.
+      base: name of the base model, for readers.
 
     Raises:
       FileExistsError: `folder` is there and holds something else than an adapter.

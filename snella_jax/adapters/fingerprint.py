@@ -1,9 +1,9 @@
-"""Fingerprints of weights: sums over their numbers, read where these lie.
+"""Fingerprints of weights: sums over their numbers, taken where they are stored.
 
 Every number gives a term, mixed from its bits and its place; the terms are summed
-modulo 2^64. So the sum is that of the array in whatever parts it is read, on whatever
-devices these lie, and nothing larger than a sum goes from process to process. Without
-places it is that of the numbers in any order, shape and number of arrays. It tells
+modulo 2^64. So the sum depends neither on the parts that an array is read in nor on the
+devices that hold them, and nothing larger than a sum goes from process to process.
+Without places it does not depend on order, shape and number of arrays either. It tells
 weights apart that were not made to be mistaken for each other; it is no signature.
 
     >>> whole = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -43,11 +43,11 @@ class Fingerprint:
     """Sums over the numbers of an array: as it is, and rounded to narrower dtypes.
 
     Attributes:
-      dtype: of the array.
-      shape: of the array.
-      places: by dtype: the sum of the array in it. `dtype`, and those of `NARROWER`
-        that are.
-      numbers: the same without places; empty where nobody asks for it.
+      dtype: dtype of the array.
+      shape: shape of the array.
+      places: sum of the array by dtype: its own, and those of `NARROWER` that are
+        narrower.
+      numbers: the same without places; empty if nobody asks for it.
     """
 
     dtype: str
@@ -77,7 +77,7 @@ class Fingerprint:
     def is_of(self, value: Any) -> bool:
         """Returns True for the array, and for what it is rounded from or rounds to.
 
-        Float16 and bfloat16 cannot be told to be of one weight: then it is not.
+        False for float16 against bfloat16, which cannot be compared.
         """
         own = dtype_of(value)
         if self.shape != np.shape(value) or not self.comparable(own):
@@ -130,8 +130,8 @@ class Digest:
     """SHA-256 of a weight of the base, in files of format 1.
 
     Attributes:
-      dtype: of the weight.
-      sha256: by dtype: of the weight in it. `dtype`, and 16 bits where that is more.
+      dtype: dtype of the weight.
+      sha256: SHA-256 of the weight by dtype: its own, and 16 bits if that has more.
     """
 
     dtype: str
@@ -159,7 +159,7 @@ def of_rows(
 ) -> tuple[str, list[dict[str, int]]]:
     """Returns the dtype of a weight, and the sums by dtype of each row of its stack.
 
-    Args, places: as of `row_totals`.
+    Arguments and places are those of `row_totals`.
     """
     own = dtype_of(value)
     sums = [row_totals(value, dtype, layout, stack) for dtype in dtypes(own)]
@@ -177,8 +177,8 @@ def row_totals(
 
     Args:
       value: the weight.
-      dtype: as of `total`.
-      layout: of a row.
+      dtype: as in `total`.
+      layout: layout of a row.
       stack: the axes of the stack.
     """
     return total(value, dtype, layout.places(), stack)
@@ -193,8 +193,8 @@ def total(
     """Sums an array, rounded to a dtype.
 
     Args:
-      value: of NumPy or JAX.
-      dtype: of the numbers whose bits count.
+      value: array of NumPy or JAX.
+      dtype: dtype of the numbers whose bits count.
       places: for each axis that is not in `stack`, what an index along it adds to the
         place of a number; None where places do not count.
       stack: axes each index of which has a sum of its own.

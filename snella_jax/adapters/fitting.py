@@ -36,16 +36,19 @@ def fit(
     """Fits an adapter from a file to a model.
 
     Args:
-      file: read from a folder.
+      file: an adapter that was read from a folder.
       locate: the site and the weight of the base at a path, for a rule and `must_move`;
         raises a `ValueError` where there is none that the rule fits.
-      model: what it has; its `weights` may train.
-      stats: its running statistics, by path.
+      model: base of the model; its `weights` may train.
+      stats: running statistics of the model, by path.
       rename: for a regex of names in the file, their name in the model, which may take
         the regex's groups (`re.Match.expand`); the first that matches a name in full
         holds. Rows of stacked weights are names with an index, `blocks/mlp/fc1[3]`.
       present: the sites of the adapters that a model has, which have to be the same.
       allow_base_mismatch: log where the base is another one, instead of raising.
+
+    Returns:
+      The adapted weights by path, what else trained, and running statistics.
 
     Raises:
       CheckpointError: it does not fit; lists every weight that differs, and how.

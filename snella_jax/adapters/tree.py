@@ -1,4 +1,4 @@
-"""Adapters in a tree of parameters: nested dicts, of Linen or of nobody's framework.
+"""Adapters in a tree of parameters: nested dicts, of Linen or of no framework.
 
 An adapter sits beside its weight: `{"fc": {"kernel": ..., "adapter": {"a": ...}}}` (and
 as `w_adapter` beside a weight `w` that is not called `kernel`). Paths in regexes and
@@ -41,7 +41,7 @@ class Adapters:
     """The adapted weights of a tree, and what else trains: static.
 
     Attributes:
-      sites: by key of the weight, `("fc", "kernel")`.
+      sites: sites by key of the weight, `("fc", "kernel")`.
       trainable: regex of what trains besides the factors.
       names: specs that the base's boxes (`nn.Partitioned`) had, by key.
     """
@@ -55,8 +55,8 @@ class Adapters:
     def partition(self, params: Tree) -> tuple[Tree, Tree, Tree]:
         """Splits adapted parameters into `trainable`, `budgets` and `frozen`.
 
-        As `snella.partition`: the first for the optimizer, the second for
-        `reallocate`; `join` puts them together again.
+        The first is for the optimizer, the second for `reallocate`, as in
+        `snella.partition`; `join` puts them together again.
         """
         trainable, budgets, frozen = {}, {}, {}
         adapters = {adapter_key(key): site for key, site in self.sites.items()}
@@ -136,9 +136,9 @@ class Adapters:
         """Writes the adapters and what else trained, as `snella.save` does.
 
         Args:
-          params: adapted.
-          folder: to be made.
-          base: what the base model is called.
+          params: adapted parameters.
+          folder: folder to write.
+          base: name of the base model.
           batch_stats: running statistics that training has changed.
 
         Raises:
@@ -177,10 +177,10 @@ def site(
     """Returns the site of a weight of this shape.
 
     Args:
-      path, shape: of the weight.
+      path, shape: path and shape of the weight.
       layout: its axes, without the stack.
-      rule, must_move: as of `Site`.
-      axes: of the stack; None for all that are in front of the layout's.
+      rule, must_move: as in `Site`.
+      axes: axes of the stack; None for all that are in front of the layout's.
 
     Raises:
       ValueError: the layout does not fit the shape, or `split` the layout.

@@ -11,7 +11,7 @@ def check_binding(model: Any, own: str) -> None:
     """Raises a `TypeError` that says what to call if a model is for another binding.
 
     Args:
-      model: what `adapt` was given.
+      model: model that `adapt` was given.
       own: "NNX", "Linen" or "pytree".
     """
     found, call = _binding(model)

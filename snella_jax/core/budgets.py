@@ -28,14 +28,15 @@ def budget_schedule(
 ) -> Callable[[float], int]:
     """Returns the total budget of each step, from `initial` to `target` (Eq. 12).
 
-    A step is whatever reallocates: the paper's epochs, or optimizer steps. Step `t`
+    `b_t = b_T + (1 - t/T)^power * (b_0 - b_T)`, with `T = steps - 1`. A step ends with
+    a reallocation: an epoch in the paper, or any number of optimizer steps. Step `t`
     trains with `schedule(t)` weights, `t = 0 .. steps - 1`; the last one with `target`.
-    Between two of them, `t` may be fractional: 1.5 in the middle of the second epoch.
+    `t` may be fractional: 1.5 in the middle of the second epoch.
 
     Args:
       initial: `b_0`, weights that may move at first.
       target: `b_T`, weights that may move at last.
-      steps: how many steps there are, at least 2 unless `initial == target`.
+      steps: number of steps, at least 2 unless `initial == target`.
       power: 3 in the paper; 2 and 1 in its ablation (Table XII).
       warmup: steps at the start that keep `initial`, counted before `t = 0` of Eq. 12.
       cooldown: steps at the end that keep `target`, counted after `t = T` of Eq. 12.

@@ -26,16 +26,16 @@ class Rule:
     Attributes:
       rank: `r`, columns of the factors; a multiple of the kernel's pieces.
       kernel: a kernel of `snella_jax.kernels`, or its name for default settings.
-      gate: what a surviving weight's value becomes, see `sparsify`.
+      gate: value of a surviving weight, see `sparsify`.
       path: "merged" or "parallel", see `adapted_dense`.
       dropout: rate on the update's input, in training; needs `path="parallel"`.
       drop_path: rate at which an example loses the update, in training; needs
         `path="parallel"`.
-      split: how many matrices lie side by side in the weight's first output axis, each
+      split: number of matrices side by side in the weight's first output axis, each
         with factors and a budget of its own: 3 for a fused qkv.
 
     Raises:
-      ValueError: a value outside what is said here.
+      ValueError: a value that the attribute does not allow.
     """
 
     rank: int = 8
@@ -88,8 +88,8 @@ class SnellaConfig(Rule):
         that matches a path holds.
 
     Raises:
-      ValueError: a value outside what is said here, a regex that does not compile, or
-        an override of a field that `Rule` does not have.
+      ValueError: a value that the attribute does not allow, a regex that does not
+        compile, or an override of a field that `Rule` does not have.
     """
 
     initial_density: float = 1.0
@@ -191,7 +191,7 @@ class SnellaConfig(Rule):
     def schedule(
         self, weights: int, steps: int, **options: Any
     ) -> Callable[[float], int]:
-        """Returns a `budget_schedule` between both densities, for so many weights.
+        """Returns the `budget_schedule` between both densities of `weights` weights.
 
         >>> schedule = SnellaConfig(target_density=0.3).schedule(1000, steps=3)
         >>> schedule(0), schedule(2)

@@ -19,11 +19,11 @@ POSITIONS = r"wpe|(.*_)?pos(ition(al|s)?)?(_?(emb|enc).*|_.*)?|.*bias.*"
 def decay_mask(params: Any) -> Any:
     """Marks the leaves that weight decay is for: matrices, by what they are called.
 
-    Factors (`a` and `b` of an adapter or of a `lora`, `lora_a`, `lora_b`), and what is
-    called `kernel`, `embedding`, `w` or `weight`. Not what a `norm` holds, or a table
-    of positions; nor a `weight` that has the shape of its bias, so only scales. Never
-    by rank: in stacked blocks a bias has two axes and `alpha` one. For
-    `optax.adamw(..., mask=snella.decay_mask)`.
+    For `optax.adamw(..., mask=snella.decay_mask)`. True for factors (`a` and `b` of an
+    adapter or of a `lora`, `lora_a`, `lora_b`) and leaves called `kernel`, `embedding`,
+    `w` or `weight`; False for what a `norm` holds, for a table of positions, and for a
+    `weight` that has the shape of its bias and so only scales. Ranks do not count: in
+    stacked blocks a bias has two axes and `alpha` one.
 
     >>> decay_mask({"head": {"kernel": 0.0, "bias": 0.0}, "cls_token": 0.0})
     {'cls_token': False, 'head': {'bias': False, 'kernel': True}}

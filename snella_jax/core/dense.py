@@ -1,8 +1,8 @@
 """Kernel, sparsifier and recompute at one matmul: `y = x @ (W0 + delta)`.
 
-`delta` is made from the factors on the way forward, forgotten, and made again on the
-way back: what stays for the backward pass is what the matmul keeps anyway (`x`, `W0`),
-the factors, and one threshold per matrix.
+`delta` is made from the factors in the forward pass, dropped, and made again in the
+backward pass, for which only what the matmul keeps anyway (`x`, `W0`), the factors and
+one threshold per matrix stay in memory.
 
     >>> import jax, jax.numpy as jnp
     >>> from snella_jax import kernels
@@ -49,10 +49,10 @@ def sparse_delta(
     """Returns the sparse update of one weight, in its shape and at least float32.
 
     Args:
-      factors: with the leading axes `layout.slices`.
+      factors: factors with the leading axes `layout.slices`.
       budget: weights that survive, one number for each slice.
       kernel: makes the dense update.
-      gate: what a survivor's value becomes, see `sparsify`.
+      gate: value of a survivor, see `sparsify`.
       layout: the weight's axes; None for an `[n, m]` matrix.
 
     Source: Eq. 5, 6 and 13.
@@ -167,7 +167,7 @@ def updated(
 
     Args:
       op, update_op: as in `adapted`.
-      update: how the update is made and added.
+      update: way in which the update is made and added.
 
     Returns:
       `apply(x, w0, factors, budget, key=None, sharding=None)`, with the errors of
@@ -225,7 +225,7 @@ def adapted_call(
 
     Args:
       op: any function of a tree of arrays and of arrays by name; returns a tree.
-      updates: by name of the weight.
+      updates: updates by name of the weight.
 
     Returns:
       `apply(x, w0, factors, budgets)`, the last three by name. Weights are summed in at
@@ -291,12 +291,12 @@ def adapted_dense(
     Args:
       x: activations; the matmul runs in their dtype. Axis 0 is the example where
         `drop_path` is used.
-      w0: the frozen kernel. Its gradient, where one asks for it, is that of a dense
-        layer.
-      factors: what `kernel.init` gives for `(n, m)`.
-      budget: how many weights of `w0` move; may be traced, a change does not recompile.
+      w0: the frozen kernel. Its gradient, if asked for, is that of a dense layer.
+      factors: factors that `kernel.init` draws for `(n, m)`.
+      budget: number of weights of `w0` that move; may be traced, a change does not
+        recompile.
       kernel: makes the update; static.
-      gate: what a survivor's value becomes, see `sparsify`.
+      gate: value of a survivor, see `sparsify`.
       path: "merged" adds `delta` to `w0` in at least float32, casts once and needs one
         matmul. "parallel" computes `x @ w0 + drop_path(dropout(x) @ delta)`: it takes
         the two regularisers of the released recipe, and in bfloat16 it keeps updates
@@ -305,8 +305,8 @@ def adapted_dense(
       drop_path: rate at which an example loses its whole update. Needs
         `path="parallel"`.
       key: switches the two regularisers on (training); None for evaluation. A mask is
-        drawn again on the way back, not stored. Inside `jax.shard_map` each shard needs
-        a key of its own, or their masks are the same.
+        drawn again in the backward pass, not stored. Inside `jax.shard_map` each shard
+        needs a key of its own, or their masks are the same.
       sharding: constrains `delta`, which otherwise follows `w0`.
 
     Raises:

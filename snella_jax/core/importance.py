@@ -34,7 +34,7 @@ class ImportanceState(NamedTuple):
     Attributes:
       step: int32 scalar, updates observed so far; skipped ones do not count.
       sensitivity: `I_bar`, float32, shaped like each matrix's `a` and `b`.
-      uncertainty: `U_bar`, likewise.
+      uncertainty: `U_bar`, of the same shape.
     """
 
     step: Int[Array, ""]
@@ -153,6 +153,8 @@ def _finite(tree: Any) -> Bool[Array, ""]:
 
 def importance(opt_state: Any) -> dict[str, Float[Array, " *lead"]]:
     """Scores every matrix by its sensitivity times its uncertainty (Eq. 11).
+
+    `p = mean(I_bar_a * U_bar_a) + mean(I_bar_b * U_bar_b)`.
 
     Args:
       opt_state: any optax state that holds one `ImportanceState`.

@@ -36,7 +36,7 @@ class Layout:
         experts of an einsum, the parts of a fused qkv).
       order: the weight's axes as positions in `slices + inputs + outputs`; None where
         the weight has them in that order.
-      fused: whether the slices lie side by side in the first output axis (a fused qkv)
+      fused: True if the slices lie side by side in the first output axis (a fused qkv)
         rather than on axes of their own.
     """
 
@@ -161,7 +161,11 @@ class Layout:
 
 
 def einsum_layout(equation: str | None, shape: Sequence[int]) -> Layout:
-    """Returns the layout of an einsum's weight of this shape."""
+    """Returns the layout of an einsum's weight of this shape.
+
+    Raises:
+      ValueError: the equation is None, or the einsum is no matmul.
+    """
     if equation is None:
         raise ValueError(
             "An einsum is adapted only if its equation is fixed when built."

@@ -26,7 +26,7 @@ def beside(
     whose types forbid it, a factor is whole on each device. Counts are, always.
 
     Args:
-      site: of the weight.
+      site: site of the weight.
       w0: the weight. One that is abstract or on no particular device says nothing, and
         all stays where it is.
       start: factors and counts, as `weight.start` draws them.

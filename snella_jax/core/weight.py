@@ -1,7 +1,7 @@
 """One adapted weight: its rule, its axes and what makes its update.
 
-Whatever holds it (an NNX layer, a dict of parameters), it is read as an
-`AdaptedWeight`; merging, inspection and files are written once, for these.
+All bindings read their weights (in an NNX layer, in a dict of parameters) as
+`AdaptedWeight`s, so merging, inspection and files are written once.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ class Site:
       rule: rank, kernel, gate and path of the update.
       layout: the axes of the weight, without the stack.
       stack: sizes of the axes of stacked blocks, outermost first.
-      must_move: whether its budget has to be reallocated before merging.
-      axes: where the stack's axes stand in the weight; () for in front.
+      must_move: True if its budget has to be reallocated before merging.
+      axes: places of the stack's axes in the weight; () for in front.
     """
 
     rule: Rule
@@ -97,10 +97,10 @@ class AdaptedWeight:
     """A weight of the base, and the factors and budgets of its update.
 
     Attributes:
-      path: of the layer that holds it, "/"-joined.
+      path: path of the layer that holds it, "/"-joined.
       site: its rule and its axes.
-      w0: `site.shape`: `[*stack, *layout.shape]` where the stack is in front.
-      factors: with the leading axes `site.lead`.
+      w0: weight of shape `site.shape`: `[*stack, *layout.shape]` with a stack in front.
+      factors: factors with the leading axes `site.lead`.
       budget: int32 `[*lead]`, weights that survive.
       allocated_at: int32 `[*lead]`: the optimizer step of the last reallocation, 0 for
         never, -1 where budgets are fixed.
@@ -129,7 +129,7 @@ class AdaptedWeight:
     def delta(self) -> Float[Array, " *weight"]:
         """Returns the update of the whole weight, stack included, at least float32."""
         site = self.site
-        one = _Update(site.kernel, site.rule.gate, _itself, site.layout)
+        one = _Measured(site.kernel, site.rule.gate, _itself, site.layout)
         # Not the site's: inside a scan over blocks there is no stack.
         stack = self.budget.ndim - len(site.layout.slices)
         delta = _for_each(self.factors, self.budget, stack, one)
@@ -141,7 +141,7 @@ class AdaptedWeight:
 
         Compiled once for a function `measure`, so that should be no lambda.
         """
-        one = _Update(self.site.kernel, self.site.rule.gate, measure)
+        one = _Measured(self.site.kernel, self.site.rule.gate, measure)
         return _for_each(self.factors, self.budget, self.budget.ndim, one)
 
     def thresholds(self) -> Float[Array, " *lead"]:
@@ -222,7 +222,7 @@ def _itself(delta: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Update:
+class _Measured:
     """A measure of a sparse update; equal by value, so compiled once."""
 
     kernel: Kernel
@@ -246,7 +246,7 @@ class _Threshold:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _for_each(factors: Factors, budget: Array, axes: int, one: Callable) -> Any:
-    """Maps `one` over so many leading axes."""
+    """Maps `one` over a number of leading axes."""
     for _ in range(axes):  # one matrix at a time: a threshold needs room
         one = functools.partial(jax.lax.map, one)
     return one((factors, budget))

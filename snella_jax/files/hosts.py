@@ -68,7 +68,7 @@ def once(write: Callable[[], None]) -> None:
     """Calls `write` in the first process; the others wait until it has ended.
 
     Raises:
-      RuntimeError: in the others, where it raised in the first; there what it raised.
+      RuntimeError: in the others, if it raised in the first, where its error is raised.
     """
     error: BaseException | None = None
     if jax.process_index() == 0:

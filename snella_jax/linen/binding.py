@@ -31,8 +31,8 @@ class Adapters(tree.Adapters):
     """The adapters of a Linen module, and its call with them in `params`.
 
     Attributes:
-      module: as it was written.
-      places: how adapters get to their layers, by key of the weight.
+      module: module as it was written.
+      places: ways of adapters to their layers, by key of the weight.
     """
 
     module: nn.Module
@@ -41,10 +41,10 @@ class Adapters(tree.Adapters):
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Calls `module.apply` with `w0 + delta` as weights: its arguments and results.
 
-        Nothing else knows of the adapters: `module.apply` computes with the weights of
-        the base, whatever has trained, and gives the factors no gradient. A rule that
-        drops something does so where the layer has an rng `dropout`, which a `nn.scan`
-        has to split.
+        Only this call uses the adapters: `module.apply` itself computes with the
+        weights of the base and gives the factors no gradient. A rule that drops
+        something does so if the layer has an rng `dropout`, which `nn.scan` has to
+        split.
         """
         variables = {**variables, "params": self._held(variables["params"])}
         with nn.intercept_methods(functools.partial(called, self.sites)):
@@ -77,29 +77,29 @@ def adapt(
     """Adapts a Linen module: returns its adapters, and its parameters with them.
 
     `nn.Dense`, `nn.DenseGeneral` (so Flax's attention), `nn.Einsum`, `nn.Conv` and
-    subclasses of them get an adapter where `config.targets` matches their path, such as
-    `Transformer/encoderblock_0/MlpBlock_0/Dense_0`; layers inside a `nn.scan` or
-    `nn.vmap`, along whatever axis, one set of factors for each index. Any other layer
-    with weights does where `layouts` says what their axes are: its methods are called
-    with `w0 + delta`, and called again on the way back.
+    their subclasses get an adapter if `config.targets` matches their path, such as
+    `Transformer/encoderblock_0/MlpBlock_0/Dense_0`. Layers inside `nn.scan` or
+    `nn.vmap`, along any axis, get one set of factors for each index. Any other layer
+    with weights is adapted if `layouts` gives their axes: its methods are called with
+    `w0 + delta`, and called again in the backward pass.
 
     Args:
-      module: not bound.
-      variables: of `module.init`, or loaded. Of boxes (`nn.Partitioned`) the names go
-        into `Adapters.specs`.
-      config: what to adapt and how.
-      inputs, kwargs: of the module, to find its layers by; nothing is computed.
+      module: an unbound module.
+      variables: returned by `module.init`, or loaded. The names of boxes
+        (`nn.Partitioned`) go into `Adapters.specs`.
+      config: targets, rules and densities.
+      inputs, kwargs: inputs of the module, to find its layers by; nothing is computed.
       key: draws the factors.
       layouts: for a regex of paths of weights (`layers_0/attn/w`, a `kernel` with or
         without its name), the axes of those weights as the layer sees them, without
         stacks.
 
     Raises:
-      ValueError: as `snella.adapt`. A weight that multiplies the input, that the
-        targets match and whose axes nothing says; one that `nn.WeightNorm` or
-        `nn.map_variables` changes on its way to its layer; one that is used outside
-        its layer's methods, too. Variables without `params`.
-      TypeError: a model of another binding; a key that is none.
+      ValueError: as in `snella.adapt`; the axes of a matched weight that multiplies the
+        input are unknown; `nn.WeightNorm` or `nn.map_variables` changes a weight on its
+        way to its layer; a weight is also used outside its layer's methods; the
+        variables have no `params`.
+      TypeError: a model of another binding, or no random key.
     """
     _check(module, variables)
     variables = jax.tree.map(native, variables)
@@ -123,12 +123,12 @@ def load(
 ) -> tuple[Adapters, dict[str, Any]]:
     """Loads adapters from a folder; returns them, and variables with what else trained.
 
-    Whichever binding wrote them: `rename` says which weights are which.
+    Any binding may have written them: `rename` says which weights are which.
 
     Args:
-      module, variables, inputs, kwargs, layouts: as of `adapt`.
-      folder: of an adapter.
-      rename, allow_base_mismatch: as of `snella.load`.
+      module, variables, inputs, kwargs, layouts: as in `adapt`.
+      folder: folder of an adapter.
+      rename, allow_base_mismatch: as in `snella.load`.
 
     Raises:
       FileNotFoundError, CheckpointError: as `snella.load`.

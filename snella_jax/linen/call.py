@@ -1,8 +1,8 @@
 """Calls of Linen layers with `w0 + delta` as their weights.
 
 Adapters reach a layer in `params`, beside its weights, each as a `Held`: through
-`nn.scan`, `nn.vmap` and `nn.remat` like any other parameter. One of Flax's layers makes
-its product with it; of any other the whole call is made again on the way back.
+`nn.scan`, `nn.vmap` and `nn.remat` like any other parameter. Flax's layers make their
+product with it; the call of any other layer is recomputed in the backward pass.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ class Place:
     """Way of an adapter to its layer.
 
     Attributes:
-      axes: along which lifts take it apart, as they are given to them, outermost first.
-      own: whether a layer that is none of Flax's uses the weight.
+      axes: axes along which lifts take it apart, as given to them, outermost first.
+      own: True if a layer that is none of Flax's uses the weight.
     """
 
     axes: tuple[int, ...] = ()
@@ -46,8 +46,8 @@ class Held(struct.PyTreeNode):
 
     Attributes:
       values: factors and counts; their stacks where lifts expect them.
-      key: of the weight in `params`.
-      place: how it gets there.
+      key: key of the weight in `params`.
+      place: way to the layer.
     """
 
     values: dict[str, Array]
@@ -94,8 +94,8 @@ def called(
     """Calls a layer's method with adapted weights; for `nn.intercept_methods`.
 
     Args:
-      sites: of the adapted weights.
-      call, args, kwargs, context: as of every interceptor.
+      sites: sites of the adapted weights.
+      call, args, kwargs, context: as in every interceptor.
     """
     layer = context.module
     if context.method_name == "setup" or layer.scope is None:

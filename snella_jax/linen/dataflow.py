@@ -77,9 +77,9 @@ class Origin:
     Attributes:
       sources: the weights that it was made of, since the last product.
       moved: the one that it still is, moved or cast; None if it is none.
-      axes: which of its axes are left, in their order; None where that is not known.
-      live: whether it depends on the input.
-      picks: whether it is made of booleans, as one-hot rows are.
+      axes: axes that are left of it, in their order; None where that is not known.
+      live: True if it depends on the input.
+      picks: True if it is made of booleans, as one-hot rows are.
     """
 
     sources: frozenset[Any] = frozenset()
@@ -114,7 +114,7 @@ class Dataflow:
       multiplied: regions around each product of a weight with what depends on the
         input, by weight.
       looked_up: weights of which the input chose rows.
-      marked: what was marked, by the number of the mark.
+      marked: origins of what was marked, by the number of the mark.
     """
 
     multiplied: dict[Any, list[frozenset[int]]]
@@ -126,7 +126,7 @@ class Dataflow:
         """Analyses a program, each argument of which is a weight, an input or neither.
 
         Args:
-          program: of `jax.make_jaxpr`.
+          program: program made by `jax.make_jaxpr`.
           arguments: the weight's name; None for an input; `NOTHING` for what is
             neither, such as running statistics.
         """

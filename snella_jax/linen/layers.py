@@ -25,16 +25,16 @@ class Layer:
     """A layer with a weight that can be adapted.
 
     Attributes:
-      key: of the weight in `params`.
+      key: key of the weight in `params`.
       kind: the class of the layer.
       module: a copy that is not bound, if the layer is one of Flax's, or of a subclass.
-      shape: of the weight as the layer sees it.
-      whole: of the weight in `params`.
-      axes: along which lifts (`nn.scan`, `nn.vmap`) take `whole` apart, as they are
-        given to them, outermost first; None where that is not known.
-      equation: of an einsum.
-      layout: that was given for it, or None.
-      problem: why it cannot be adapted, or "".
+      shape: shape of the weight as the layer sees it.
+      whole: shape of the weight in `params`.
+      axes: axes along which lifts (`nn.scan`, `nn.vmap`) take `whole` apart, as given
+        to them, outermost first; None if that is not known.
+      equation: equation of an einsum.
+      layout: layout that was given for it, or None.
+      problem: reason why it cannot be adapted, or "".
     """
 
     key: Key
@@ -124,7 +124,7 @@ def positions(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
     """Returns where the stack's axes end up around `ndim` others.
 
     Args:
-      axes: as they are given to lifts, outermost first.
+      axes: axes as they are given to lifts, outermost first.
       ndim: axes of what the innermost lift sees.
 
     >>> positions((1,), 2), positions((-1,), 2), positions((0, 1), 2)
@@ -142,8 +142,7 @@ class Layers:
 
     Attributes:
       known: the layers that can be adapted, by path.
-      others: what else multiplies the input by a parameter, by its key: the kind of
-        layer.
+      others: kind of layer of any other parameter that multiplies the input, by key.
       unused: kernels that the call did not meet.
     """
 
@@ -154,7 +153,7 @@ class Layers:
     def chosen(self, targets: str, trainable: str) -> list[Layer]:
         """Returns the layers that the regex `targets` matches in full.
 
-        A weight of a layer of one's own may be meant by the path of the layer, too.
+        The path of a layer that is none of Flax's stands for its weights, too.
 
         Raises:
           ValueError: it matches none, or a weight that cannot be adapted and that
@@ -202,7 +201,7 @@ def layers_of(
     Args:
       module: not bound.
       variables: without boxes.
-      inputs, kwargs: of the call.
+      inputs, kwargs: inputs of the call.
       layouts: axes of weights by regex of their path (with `/kernel` or without), where
         the layer does not say them.
 

@@ -42,8 +42,8 @@ class Seen:
       layer: a copy of the layer that is not bound, if it is one of Flax's that can be
         adapted, or of a subclass; None otherwise.
       kind: the class of the layer.
-      shape: of the parameter.
-      equation: of an einsum.
+      shape: shape of the parameter.
+      equation: equation of an einsum.
       region: number of the call.
     """
 
@@ -60,7 +60,7 @@ class Call:
     Attributes:
       weights: the parameters by key.
       seen: by key of a parameter, how its layer finds it.
-      flow: what becomes of the parameters.
+      flow: uses of the parameters.
     """
 
     def __init__(

@@ -48,10 +48,10 @@ def export(
       path: to be made: a file `.npz` or `.safetensors`, or, where `like` is a folder of
         Hugging Face's `save_pretrained`, a folder that `from_pretrained` loads.
       like: gives names, config, and tensors that a model here does not have.
-      weights: of `like`, as of `load`.
+      weights: set of weights of `like`, as in `load`.
       class_names: one for each output, for a folder's config. None keeps those that
         `like` has, if the model still has its head; a new one gets `LABEL_0` and so on.
-      max_shard_bytes: of one file of a folder.
+      max_shard_bytes: size of one file of a folder.
 
     Raises:
       FileNotFoundError: there is nothing at `like`.

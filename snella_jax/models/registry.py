@@ -1,4 +1,4 @@
-"""All families of models: presets by name, and weights whatever they are of."""
+"""All families of models: presets by name, and weights of any family."""
 
 import dataclasses
 from pathlib import Path
@@ -47,11 +47,12 @@ def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Mod
 
     Args:
       path: a file or a Hugging Face folder.
-      weights: as of `vit.load`.
+      weights: as in `vit.load`.
       options: others of `vit.load`, `swin.load` and `convnext.load`.
 
     Raises:
-      As `vit.load`.
+      FileNotFoundError, CheckpointError, ModuleNotFoundError, ValueError, TypeError: as
+        in `vit.load`.
     """
     checkpoint = read(path, weights)
     for family in FAMILIES:
@@ -71,7 +72,7 @@ def export_format(model: nnx.Module, source: Checkpoint) -> ExportFormat:
 
     Args:
       model: plain, of `snella_jax.models`.
-      source: of its family.
+      source: checkpoint of its family.
 
     Raises:
       CheckpointError: it is of another family, or of no known format.

@@ -1,1 +1,1 @@
-"""The NNX binding: adapts a Flax NNX model in place of its layers."""
+"""The NNX binding: adapts a Flax NNX model by new classes for its layers."""

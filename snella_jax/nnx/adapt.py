@@ -66,13 +66,13 @@ def adapt(
     axes from `nnx.vmap` get one set of factors for each index. Besides the factors only
     what `config.trainable` matches stays an `nnx.Param`; every other parameter becomes
     `Frozen`, so Flax's default `wrt=nnx.Param` is exactly what trains. `model` itself
-    is not changed, and the arrays of the two are shared (but those that
-    `config.frozen_dtype` casts). Adapters lie on the devices of their weights, split as
-    these are.
+    does not change, and the copy shares its arrays (except those that
+    `config.frozen_dtype` casts). Adapters lie on the devices of their weights and are
+    split like these.
 
     Args:
       model: any NNX module, without adapters.
-      config: what to adapt and how.
+      config: targets, rules and densities.
       rngs: its `params` stream draws the factors.
       layouts: the axes of weights of other layers than Flax's, by regex of the weight's
         path, `{"blocks/.*/w": Layout(inputs=(64,), outputs=(256,))}`; axes in
@@ -81,11 +81,10 @@ def adapt(
 
     Raises:
       TypeError: no NNX model (the message names the binding for it), or no `nnx.Rngs`.
-      ValueError: a rule that matches nothing (the message lists what it could have
-        meant), a weight that both rules match, or that is matched and of which nothing
-        says what its axes are, a model that is adapted already, a weight that another
-        module uses or normalises, or a `split`, path or `drop_path` that does not fit a
-        layer.
+      ValueError: a regex matches nothing (the message lists what it could have meant),
+        both match one weight, the axes of a matched weight are unknown, the model is
+        adapted already, another module uses or normalises a weight, or a `split`, path
+        or `drop_path` does not fit a layer.
     """
     check_binding(model, "NNX")
     if not isinstance(rngs, nnx.Rngs):
@@ -186,9 +185,9 @@ def merge(model: M, *, unmoved_budgets: bool = False) -> M:
     """Returns a plain copy of an adapted model: `w0 + delta` as weights, no adapters.
 
     Its outputs equal the adapted model's to rounding. The sum is taken in at least
-    float32 and stored in the weight's dtype; where that is narrower, the share of moved
-    weights that rounding lost is logged. Code that read `layer.kernel` by itself saw no
-    update and trained none, which merging cannot know.
+    float32 and stored in the weight's dtype; if that is narrower, the share of moved
+    weights that rounding lost is logged. Code that reads `layer.kernel` itself gets no
+    update and trains none, which merging cannot know.
 
     Args:
       model: an adapted model.
@@ -221,9 +220,9 @@ def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
     """Gives every adapter that drops something a key of its own for this step.
 
     Call it inside the step on the freshly merged model, with a fresh key every step.
-    Layers of a stack get different keys. Changes `model` in place: it has keys that it
-    had not, so where `nnx.jit` is given the model itself, seed it once before, too, or
-    the second step is traced again.
+    Layers of a stack get different keys. Changes `model` in place: the first call adds
+    variables, so if `nnx.jit` gets the model itself, seed it once before the first
+    step, or the second step is traced again.
     """
     for index, (_, adapter, _) in enumerate(adapted_variables(model)):
         if adapter.rule.dropout or adapter.rule.drop_path:

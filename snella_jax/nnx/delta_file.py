@@ -1,9 +1,9 @@
 """Files of sparse differences between two sets of weights, for anyone to apply.
 
-For every weight that changed: where, and the exclusive-or of the bits before and after.
-So applying it is exact in any dtype, applying it again takes it back, and NumPy needs
-a few lines for it (docs/adapters.md). SHA-256 of every weight before and after, also of
-those that did not change, tell whether it belongs to the weights at hand.
+A file has, for every weight that changed, the places and the exclusive-or of the bits
+before and after. So applying it is exact in any dtype, applying it again takes it back,
+and NumPy needs a few lines for it (docs/adapters.md). SHA-256 of every weight before
+and after, also of those that did not change, tell if it belongs to given weights.
 
     >>> import tempfile
     >>> base = {"fc": np.zeros((2, 3), np.float32)}
@@ -54,7 +54,7 @@ def save_delta(
     """Writes what has changed between two sets of weights.
 
     Args:
-      path: of the file, `.safetensors`.
+      path: file to write, `.safetensors`.
       before: a plain model, or arrays by name (in PyTorch's names and shapes, say).
       after: the same after training: `snella.merge(model)`. Weights of a name or shape
         that `before` lacks (a new head) are written whole.
@@ -108,8 +108,8 @@ def apply_delta(
     Args:
       weights: a plain model or arrays by name. A model keeps its own shapes: a new head
         has to be in it.
-      path: of a file that `save_delta` wrote.
-      allow_base_mismatch: where weights that it does not change are others than they
+      path: file that `save_delta` wrote.
+      allow_base_mismatch: if weights that it does not change are others than they
         were, log that instead of raising.
 
     Raises:
@@ -125,7 +125,7 @@ def unmerge(weights: W, path: str | Path, *, allow_base_mismatch: bool = False) 
     Weights that were written whole had nothing before: they stay as they are in a
     model, and are left out of a mapping.
 
-    Args, errors: as of `apply_delta`.
+    Args, errors: as in `apply_delta`.
     """
     path = Path(path)
     return _changed(weights, path, ("after", "before"), allow_base_mismatch)

@@ -21,9 +21,9 @@ def export(
     """Merges a model of `snella_jax.models` and writes it as its base was published.
 
     Args:
-      model: with adapters, or merged.
+      model: an adapted or merged model.
       path, like, options: of `models.export`.
-      unmoved_budgets: as of `merge`.
+      unmoved_budgets: as in `merge`.
 
     Raises:
       TypeError: another model: merge it and write it with what it comes from.

@@ -26,13 +26,13 @@ class Matrix:
       shape: `(n, m)`.
       rank: columns of its factors.
       kernel: the kernel's name.
-      gate: what a surviving weight's update becomes.
+      gate: name of the gate, see `sparsify`.
       path: "merged" or "parallel".
       budget: weights that may move.
       moved: weights whose update is not 0: fewer than the budget where magnitudes tie
         with the threshold.
       norm: Frobenius norm of the update.
-      base_norm: that of the weight it is added to.
+      base_norm: Frobenius norm of the weight it is added to.
     """
 
     name: str
@@ -63,7 +63,7 @@ def sparsity(model: nnx.Module | Sequence[AdaptedWeight]) -> tuple[Matrix, ...]:
     Makes every update once, one matrix at a time.
 
     Args:
-      model: with adapters; or the adapted weights of a tree (`Adapters.weights`).
+      model: an adapted model, or the adapted weights of a tree (`Adapters.weights`).
 
     Raises:
       ValueError: the model has no adapters.
@@ -89,8 +89,8 @@ def describe(
     """Prints a table of the adapted matrices, and how many parameters train.
 
     Args:
-      model: with adapters; or the adapted weights of a tree, without the count.
-      file: where to; None for standard output.
+      model: an adapted model, or the adapted weights of a tree, without the count.
+      file: stream to print to; None for standard output.
 
     Raises:
       ValueError: the model has no adapters.

@@ -15,8 +15,8 @@ def labels(params: Any, trainable: str) -> Any:
     """Labels every leaf "adapter", "trainable" or "frozen", for `optax.partition`.
 
     A leaf is "adapter" in a mapping with both `a` and `b` (unless it is `Frozen` or an
-    integer), "trainable" where the regex matches its path or a parent's in full, and
-    "frozen" otherwise. `stop_gradients` spares the gradient of the frozen ones.
+    integer), "trainable" if the regex matches its path or a parent's in full, and
+    "frozen" otherwise. `stop_gradients` saves the gradient of the frozen ones.
 
     >>> a, b, w = (jax.numpy.zeros(s) for s in ((2, 3, 4), (2, 5, 4), (3, 5)))
     >>> params = {"fc1": {"kernel": w, "adapter": {"a": a, "b": b}}, "head": w}

@@ -1,7 +1,7 @@
 """Flax NNX layers with an adapter inside: variables, layouts, and what fits a layer.
 
 An adapted layer is an instance of a subclass of its own class: it keeps its variables,
-their names and its arithmetic, and gains an `adapter`. Its weight and whatever else
+their names and its arithmetic, and gains an `adapter`. Its weight and all else that
 does not train are `Frozen`, its factors are `Factor`, its budgets `Budget`.
 """
 
@@ -52,7 +52,7 @@ class Adapter(nnx.Module):
         """Switches modes for `nnx.view`.
 
         Args:
-          deterministic: whether dropout and drop-path are off; None leaves them.
+          deterministic: True to switch dropout and drop-path off; None leaves them.
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -114,8 +114,8 @@ class Adapter(nnx.Module):
 class AdaptedLayer(nnx.Module):
     """Base class of adapted layers, which compute with `w0 + delta`.
 
-    It has no attributes, for the layer may have some of any name. The adapter of a
-    weight `kernel` is called `adapter`, that of a weight `w` `w_adapter`.
+    It has no attributes, for the layer may use any name itself. The adapter of a weight
+    `kernel` is called `adapter`, that of a weight `w` is called `w_adapter`.
     """
 
 
@@ -144,8 +144,8 @@ def check_layer(layer: Any, rule: Rule, own: bool = False) -> None:
 
     Args:
       layer: any.
-      rule: how it is to be adapted.
-      own: whether `layouts` told the axes of its weight.
+      rule: rank, kernel, gate and path of the update.
+      own: True if `layouts` told the axes of its weight.
     """
     if rule.path == "parallel" and (own or type(layer).__call__ not in STOCK):
         raise ValueError(

@@ -31,7 +31,7 @@ def combine(models: Mapping[str, M], weights: Mapping[str, float], rest: str) ->
     The sum is taken in at least float32 and rounded once, as in `merge`.
 
     Args:
-      models: adapted, on one base.
+      models: adapted models on one base, by name.
       weights: factors of their updates, by name; those that are left out count 0.
       rest: the model whose other trained variables (its head) are taken; the base is
         one, too.
@@ -118,9 +118,9 @@ def per_example(
     passes. Models of equal shapes share one compiled program.
 
     Args:
-      models: by name; with or without adapters (the base for none).
+      models: models by name; with or without adapters (the base for none).
       ids: `B` names.
-      inputs: of the models, with the examples along axis 0 of every array.
+      inputs: inputs of the models, with the examples along axis 0 of every array.
 
     Returns:
       The outputs, arrays or a tree of them, with the examples along axis 0.

@@ -52,8 +52,8 @@ class AdaptedOwn(AdaptedLayer):
 def adapted_methods(plain: type, weights: tuple[str, ...]) -> dict[str, Any]:
     """Returns methods and properties of a class that compute with adapted weights.
 
-    Those whose code names a weight are made again on the way back. Any other may read
-    one all the same (by a name it computes, in a function it calls), and is given sums.
+    Those whose code names a weight are recomputed in the backward pass. Any other may
+    still read one (by a name it computes, in a function it calls), and is given sums.
     """
     own = _attributes(plain)
     readers = _readers(own, set(weights))
@@ -94,8 +94,7 @@ def called(layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> A
 def with_sums(layer: Any, use: Callable[[Any], Any]) -> Any:
     """Calls a function of the plain layer whose weights are sums.
 
-    Other than `called` it keeps what the function does, whatever that is: nothing is
-    traced or made twice.
+    Unlike `called` it takes any function as it is: nothing is traced or made twice.
     """
     sums = {}
     for name, adapter in adapters_of(layer).items():
@@ -121,8 +120,8 @@ def run(
     """Calls a function of the plain layer with other weights.
 
     Returns:
-      What the call returns; and what it has moved: random streams, running statistics,
-      caches, what it has sown.
+      The result of the call, and the state that it changed: random streams, running
+      statistics, caches, what it has sown.
 
     Raises:
       ValueError: it changes the state of something that it was given.
@@ -135,8 +134,8 @@ def run(
     except TraceContextError as error:
         raise ValueError(
             f"{type(plain).__name__} has an adapter, and its call changes state "
-            f"outside it ({error}). The call is made again on the way back, and "
-            "would change it twice: take the layer out of the targets."
+            f"outside it ({error}). The call is recomputed in the backward "
+            "pass and would change it twice: take the layer out of the targets."
         ) from error
     new = [(p, v) for p, v in _moving(plain) if id(_value(v)) not in before]
     return result, nnx.from_flat_state(new)

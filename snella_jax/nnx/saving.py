@@ -60,10 +60,10 @@ def save(model: nnx.Module, folder: str | Path, *, base: str | None = None) -> N
     or (in an instant between) both, each complete, beside the folder.
 
     Args:
-      model: with adapters. Its factors and budgets are written, every other `nnx.Param`
-        (the head and whatever `config.trainable` named) and batch statistics.
-      folder: to be made.
-      base: what the base model is called, such as a path or a name on a hub.
+      model: an adapted model. Its factors and budgets are written, and every other
+        `nnx.Param` (the head and what `config.trainable` named) and batch statistics.
+      folder: folder to write.
+      base: name of the base model, such as a path or a name on a hub.
 
     Raises:
       ValueError: the model has no adapters, or a kernel that is none of ours.
@@ -85,18 +85,18 @@ def load(
 ) -> M:
     """Loads the adapters that `save` wrote into a copy of a model.
 
-    Its outputs are those of the model that was saved, bit for bit, and its training can
-    go on. The arrays of the base are shared with `model`, which is not changed: many
-    adapters can sit on one base.
+    The outputs are those of the saved model, bit for bit, and training can go on. The
+    arrays of the base are shared with `model`, which is not changed: many adapters can
+    sit on one base.
 
     Args:
       model: the base, in the shape that it was adapted in (a new head's classes, too);
         or an adapted model, whose adapters are replaced by others like them.
-      folder: of an adapter.
-      rename: where the weights have other names in this model: new name by regex, which
+      folder: folder of an adapter.
+      rename: names in this model, if they are others: new name by regex, which
         may take its groups. Rows of stacked blocks have an index:
         `{r"layers/(\\d+)/fc": r"blocks/fc[\\1]"}`.
-      layouts: as of `adapt`, for the base; an adapted model has them already.
+      layouts: see `adapt`; only for the base, an adapted model has them already.
       allow_base_mismatch: load even if this is not the base that the adapter was
         trained on, and log in what it differs.
 
@@ -157,8 +157,8 @@ def load(
 def unload(model: M) -> M:
     """Returns a plain copy of an adapted model without adapters: the base's weights.
 
-    What `config.trainable` named stays as it was trained, since it took the place of
-    the base's; keep the base itself where you want its head, too.
+    What `config.trainable` named stays as it was trained, for it replaced the base's:
+    keep the base itself if you need its head.
 
     Raises:
       ValueError: the model has no adapters.

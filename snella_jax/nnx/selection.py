@@ -1,8 +1,4 @@
-"""The adapted layers and weights of a model.
-
-Regexes are matched in full against "/"-joined paths, such as `blocks/attn/query`; one
-for variables may also match a module that holds them.
-"""
+"""The adapted layers and weights of a model."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -31,13 +31,13 @@ copyreg.pickle(_Mixed, _mixed_again)
 def mixed_class(mixin: Any, cls: type, *weights: str) -> type:
     """Makes the subclass of a layer's class with `mixin`, once.
 
-    A mixin that has `methods` is behind the layer's class, so that instances of the one
-    may become the other's, whatever else the layer inherits from; another is in front.
+    A mixin that has `methods` stands behind the layer's class, so that instances of one
+    class may become the other's, whatever bases the layer has; another stands in front.
 
     Args:
       mixin: a module's class; `mixin.methods(cls, weights)`, where it has that, gives
         those of the new class.
-      cls: of the layer.
+      cls: class of the layer.
       weights: names of those that are adapted.
     """
     own = {"__doc__": cls.__doc__, "mixed_from": (mixin, cls, *weights)}
@@ -61,8 +61,8 @@ def plain_class(cls: Any) -> type:
 def become(node: nnx.Module | nnx.Variable, cls: type) -> None:
     """Changes the class of a module or variable in place.
 
-    Whoever holds the object, by whatever path, then holds the adapted or frozen one, so
-    modules that are shared need no bookkeeping.
+    All references to the object then see the adapted or frozen one, so shared modules
+    need no bookkeeping.
     """
     object.__setattr__(node, "__class__", cls)
 
@@ -73,7 +73,7 @@ def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) ->
     Args:
       model: the module whose variables change.
       trainable: regex of what trains besides the factors; "" for nothing.
-      dtype: what frozen floating-point parameters are cast to; None leaves them.
+      dtype: dtype that frozen floating-point parameters are cast to; None leaves them.
 
     Raises:
       ValueError: the regex is not empty and matches nothing (the message lists what

@@ -27,7 +27,7 @@ class Target:
 
     Attributes:
       layer: the module that holds it.
-      name: of its attribute there.
+      name: name of its attribute there.
       layout: its axes, as the user gave them; None where the layer says it.
     """
 
@@ -139,7 +139,7 @@ def select(model: nnx.Module, regex: str) -> dict[str, Any]:
     """Selects the layers of Flax's whose path the regex matches in full, by path.
 
     Raises:
-      ValueError: the model has adapters, or as of `chosen_targets`.
+      ValueError: the model has adapters, or as in `chosen_targets`.
     """
     return {path: target.layer for path, target in chosen_targets(model, regex).items()}
 

@@ -1,7 +1,6 @@
 """Dtypes in which numbers of several dtypes meet.
 
-Said rather than left to JAX, which under `jax_numpy_dtype_promotion="strict"` promotes
-nothing by itself.
+Explicit, for under `jax_numpy_dtype_promotion="strict"` JAX promotes nothing by itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,12 +36,12 @@ def widened(
 ) -> dict[str, Array]:
     """Casts weights to what a layer of Flax computes in, if that is wider than theirs.
 
-    An update that is lost where weights are rounded to bfloat16 is not lost there.
+    An update that rounding to bfloat16 would lose is kept there.
 
     Args:
       weights: by name.
-      inputs: of the layer.
-      dtype: that the layer was given, or None.
+      inputs: inputs of the layer.
+      dtype: dtype that the layer was given, or None.
     """
     floats = [x for x in inputs if jnp.issubdtype(x.dtype, jnp.floating)]
     wide = {}

@@ -23,7 +23,7 @@ def threshold(
     Args:
       delta: float array of fewer than 2^31 elements. bfloat16 and float16 are widened
         to float32 (exactly); float64 stays float64.
-      budget: how many weights are to survive, at least 0; may be traced.
+      budget: number of weights that are to survive, at least 0; may be traced.
 
     Raises:
       ValueError: `budget` is negative or no integer, or `delta` is too large.

@@ -9,7 +9,7 @@ def varying_alike(*operands: Any) -> tuple[Any, ...]:
     """Makes all operands vary over the axes over which one of them does.
 
     JAX does this by itself where two arrays meet, but not for what a loop carries or a
-    backward pass of one's own is given. Outside `jax.shard_map` nothing changes.
+    custom backward pass is given. Outside `jax.shard_map` nothing changes.
 
     >>> import jax.numpy as jnp
     >>> varying_alike(jnp.zeros(2), {"b": None})

@@ -47,15 +47,15 @@ def filled(
     """Makes a model with these values.
 
     Args:
-      kind: of models; called with a config and `rngs`.
+      kind: class of models; called with a config and `rngs`.
       config: its config, with the checkpoint's number of classes.
       checkpoint: for errors.
       parts: arrays by path.
       num_classes: None keeps the checkpoint's head; a number makes a new one that
         starts at 0, and 0 none.
-      width: of the features that a head sees.
+      width: width of the features that a head sees.
       stacked: regex of the stacked blocks, see `fill`.
-      problems: what `arrange` found.
+      problems: problems that `arrange` found.
 
     Raises:
       CheckpointError: as `fill`.

@@ -97,9 +97,9 @@ def check_agreement(checkpoint: Checkpoint, **has: Any) -> None:
     """Raises a `ValueError` if the config says something else than the weights.
 
     Args:
-      checkpoint: whose config it is.
-      has: what the weights say, by the names that timm's and transformers' configs
-        have for it.
+      checkpoint: checkpoint that has the config.
+      has: values that the weights say, by the names in timm's and transformers'
+        configs.
     """
     said = _said(checkpoint.config)
     if channels := _input(said)[:1]:

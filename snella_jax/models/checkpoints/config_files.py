@@ -28,9 +28,9 @@ def config_files(
 
     Args:
       source: the folder.
-      own: of the model, in its format.
+      own: numbers of the model, in its format.
       config: the model's.
-      names: of its classes; None for those that the folder has.
+      names: names of its classes; None for those that the folder has.
     """
     files = {
         path.name: path.read_bytes()

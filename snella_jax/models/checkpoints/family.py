@@ -1,4 +1,4 @@
-"""What all families of models have in common: the entry of one in the registry."""
+"""The entry of a family of models in the registry."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

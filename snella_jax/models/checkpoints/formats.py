@@ -16,14 +16,14 @@ class ExportFormat:
 
     Attributes:
       family: `model_type` in transformers.
-      kind: what the names of its classes begin with there.
+      kind: beginning of the names of its classes there.
       checkpoint: names as the rules know them, without a prefix.
-      rules: where its tensors go.
+      rules: rules for its tensors.
       parts: the model's arrays by the rules' paths.
       free: regex of the paths, beside the head's, whose shape may have changed.
       left_out: regex of the tensors without a place that are not written.
-      buffers: what others of these are now, by name.
-      config: what `config.json` of transformers says of this family alone.
+      buffers: new values of other tensors, by name.
+      config: fields of transformers' `config.json` of this family alone.
       known: fields of our config that the checkpoint says, or its format.
     """
 

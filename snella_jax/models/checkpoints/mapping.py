@@ -68,12 +68,12 @@ def fill(
     """Gives every `nnx.Param` of a model its value, in place, in its own dtype.
 
     Args:
-      path: of the checkpoint, for errors.
+      path: path of the checkpoint, for errors.
       parts: arrays by path.
       model: may be abstract (`nnx.eval_shape`).
       stacked: regex of the modules whose variables have a leading axis of layers:
         with `blocks`, `blocks/3/norm1/scale` is row 3 of `blocks/norm1/scale`.
-      problems: what `arrange` found; stands first in the error.
+      problems: problems that `arrange` found; they stand first in the error.
 
     Raises:
       CheckpointError: lists `problems`, every part without a place, place without a

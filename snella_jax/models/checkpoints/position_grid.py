@@ -9,8 +9,8 @@ def resize(
 ) -> Float[np.ndarray, "h w D"]:
     """Resizes a grid: bicubic, half-pixel centres, a = -0.75, float64; borders repeat.
 
-    What `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)` computes
-    and position embeddings were trained with. (`jax.image.resize` has a = -0.5.)
+    Equal to `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`,
+    with which position embeddings were trained. (`jax.image.resize` has a = -0.5.)
 
     >>> resize(np.arange(4.0).reshape(2, 2, 1), (2, 2))[..., 0].tolist()
     [[0.0, 1.0], [2.0, 3.0]]

@@ -32,13 +32,13 @@ class Checkpoint:
     """Contents of a file or folder.
 
     Attributes:
-      path: where it was read.
+      path: file or folder that was read.
       tensors: by name.
       config: a folder's `config.json`, of transformers or timm; else empty.
       preprocessor: its `preprocessor_config.json`; else empty.
       recorded: fields of our config that `models.export` wrote beside the tensors, for
         shapes do not say them.
-      prefix: what names began with, and no longer do.
+      prefix: beginning that names had, and no longer have.
     """
 
     path: Path
@@ -62,11 +62,11 @@ class Checkpoint:
     def unwrapped(self, *marks: str) -> "Checkpoint":
         """Strips names of what the model was part of.
 
-        Without `module.`, `_orig_mod.`, `vit.` and whatever else stands before all of
-        them; of `module.vit.`, before a head, perhaps a part. It is kept as `prefix`.
+        Strips `module.`, `_orig_mod.`, `vit.` and anything else that stands before all
+        of them; of `module.vit.`, before a head, perhaps a part. Keeps it as `prefix`.
 
         Args:
-          marks: as of `prefixes`, none of which ends another's name.
+          marks: as in `prefixes`, none of which ends another's name.
 
         Raises:
           CheckpointError: there are several sets of weights.
@@ -105,8 +105,8 @@ def read(path: str | Path | Checkpoint, weights: str | None = None) -> Checkpoin
     `model.safetensors` or its shards. A `Checkpoint` comes back as it is.
 
     Args:
-      path: of the file or folder.
-      weights: which set of weights, where there are several: what their names begin
+      path: file or folder.
+      weights: set of weights, if there are several: what their names begin
         with (`module.momentum_encoder`), or where a PyTorch file keeps them
         (`model_ema`). Nothing else of the file is read.
 

@@ -28,7 +28,7 @@ def parts_of(model: nnx.Module, stacked: str) -> dict[str, np.ndarray]:
 
     Args:
       model: plain.
-      stacked: regex as of `fill`.
+      stacked: regex as in `fill`.
     """
     variables = parameters_of(model)
     arrays = {path: to_host(variable[...]) for path, variable in variables.items()}
@@ -48,7 +48,7 @@ def rewritten(
 
     Args:
       checkpoint: gives names and shapes.
-      rules: that it was read with.
+      rules: rules that it was read with.
       parts: arrays by path, in any dtype.
       free: regex of the paths whose part may have another shape, or be missing.
 
@@ -84,9 +84,9 @@ def unmade(
 
     Args:
       rule: whose `make` moves numbers and leaves none out.
-      parts: what it should make.
-      shape: of the tensor; None for the axes of its only part in some order (those of
-        a new head).
+      parts: arrays that it should make.
+      shape: shape of the tensor; None for the axes of its only part in some order
+        (those of a new head).
 
     Raises:
       ValueError: there is no such tensor.

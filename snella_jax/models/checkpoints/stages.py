@@ -44,12 +44,12 @@ def load(
     """Makes a model with published weights.
 
     Args:
-      kinds: of the model and its config.
+      kinds: classes of the model and its config.
       checkpoint: for errors.
       arrays: by path, as `arrange` gave them, and the `problems` that it found.
       shape: fields of the config, what shapes say.
-      known: what `fields` says, and the format.
-      num_classes: as of `filled`.
+      known: fields that config files and the format say.
+      num_classes: as in `filled`.
       options: fields that the caller gives; None leaves what the file says.
       prepare: the arrays as the config needs them.
 

@@ -25,9 +25,9 @@ def chosen(path: Path, saved: Any, weights: str | None) -> dict[str, np.ndarray]
     """Returns tensors by name, of what a file holds.
 
     Args:
-      path: of the file, for errors.
+      path: path of the file, for errors.
       saved: tensors by name, or dictionaries of such and of other things.
-      weights: what the names of those that are meant begin with, the dictionary's
+      weights: beginning of the names of those that are meant, the dictionary's
         included; None for the only ones, or those of `USUAL` (others are logged).
 
     Raises:

@@ -85,7 +85,7 @@ def check_numbers(config: Mapping[str, Any], *names: str) -> None:
 
 
 def root(count: int) -> int:
-    """Returns the side of a square of so many; raises a `ValueError` if it is none."""
+    """Returns the root of a square number; raises a `ValueError` for any other."""
     side = math.isqrt(count)
     if side * side != count:
         raise ValueError(f"{count} is no square")

@@ -29,7 +29,7 @@ class ConvNeXtConfig(ImageSizes):
     """Shape and arithmetic of a `ConvNeXt`.
 
     Attributes:
-      widths: of each stage.
+      widths: width of each stage.
       depths: blocks of each stage.
       patch_size: side of a patch in pixels, or (height, width).
       image_size: side of the images in pixels, or (height, width); pixels that do not

@@ -18,6 +18,11 @@ from snella_jax.models.convnext.model import PRESETS, ConvNeXt, ConvNeXtConfig
 
 
 def export_format(model: ConvNeXt, source: Checkpoint) -> ExportFormat:
+    """Returns a model's numbers in the format of a checkpoint.
+
+    Raises:
+      CheckpointError: the checkpoint is of no known format.
+    """
     checkpoint, rules, known = recognised(source)
     return ExportFormat(
         "convnext",
@@ -84,18 +89,19 @@ def load(
     """Loads a ConvNeXt: the original `.pth`, or a Hugging Face folder.
 
     Args:
-      path: of the file or folder, or what `loading.read` made of it.
-      weights: as of `vit.load`.
+      path: file or folder, or what `checkpoints.read` made of it.
+      weights: as in `vit.load`.
       num_classes: None keeps the file's head, if it has one; a number makes a new head
         that starts at 0, and 0 none.
-      image_size: of the images, of any size. None is what a folder's config says, and
+      image_size: size of the images, any. None is what a folder's config says, and
         224 for the original, which does not say.
-      dtype: of the computation.
-      param_dtype: of the weights.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the weights.
       overrides: other fields of `ConvNeXtConfig`, such as `remat`.
 
     Raises:
-      As `vit.load`.
+      FileNotFoundError, CheckpointError, ModuleNotFoundError, ValueError, TypeError: as
+        in `vit.load`.
     """
     checkpoint, rules, known = recognised(read(path, weights))
     arrays, problems = arrange(checkpoint, rules)

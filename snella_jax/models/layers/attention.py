@@ -34,9 +34,9 @@ def attend(
     Args:
       implementation: "xla", "cudnn" (flash attention on NVIDIA GPUs, 16-bit numbers,
         no `T x S` array at all), or "auto" for what `best` says of the first device.
-      length: of the `S` tokens only so many, the first ones, are seen; None for all.
+      length: number of the `S` tokens that are seen, the first ones; None for all.
       bias: added to what the softmax is taken of, in XLA's implementation alone.
-      mask: which tokens are seen, in XLA's implementation alone; None for all.
+      mask: tokens that are seen, in XLA's implementation alone; None for all.
 
     Raises:
       RuntimeError, NotImplementedError: "cudnn" where cuDNN cannot do it.

@@ -1,6 +1,6 @@
 """Equal blocks: stacked (every variable has a leading axis) and scanned, or a list.
 
-Stacked, one block is compiled, whatever their number.
+If they are stacked, only one block is compiled, whatever their number.
 """
 
 import dataclasses
@@ -39,9 +39,9 @@ def drops(
     without a key or where it is 0.
 
     Args:
-      key: of the step.
-      rate: of the last block.
-      shapes: of the blocks of each stage: how many, perhaps in groups.
+      key: key of the step.
+      rate: rate of the last block.
+      shapes: number of blocks of each stage, perhaps in groups.
     """
     if key is None or not rate:
         return [None] * len(shapes)
@@ -68,8 +68,8 @@ def through(blocks: Any, x: Array, drops: Drop | None, remat: str) -> Array:
     """Calls every block with `x`, or what the one before returned, and its drop.
 
     Args:
-      blocks: of `build`.
-      x: what the first gets.
+      blocks: blocks that `build` made.
+      x: input of the first.
       drops: with a row for each block, or None.
       remat: "none" or "blocks", see `call`.
     """
@@ -119,7 +119,7 @@ def unstack(model: M) -> M:
     ((12, 192, 768), (192, 768))
 
     Args:
-      model: of `snella_jax.models`.
+      model: model of `snella_jax.models`.
 
     Raises:
       ValueError: it has adapters, which belong to the stacks.

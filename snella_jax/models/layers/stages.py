@@ -20,7 +20,7 @@ class Staged(Classifier):
     Attributes:
       config: has `widths`, `drop_path`, `remat` and `rows`, the shape of the blocks of
         each stage.
-      blocks: of each stage, as `stack.build` makes them.
+      blocks: blocks of each stage, as `stack.build` makes them.
       down: from each stage's grid to the next.
     """
 
@@ -42,7 +42,7 @@ class Staged(Classifier):
         Args:
           block: makes one of a stage.
           down: makes what comes behind a stage.
-          eps: of the norms behind the patches and before the head.
+          eps: epsilons of the norms behind the patches and before the head.
           rngs: its `params` stream draws.
         """
         c = self.config
@@ -94,7 +94,7 @@ def check_stages(config: Any, *names: str) -> None:
 
     Args:
       config: with `depths`, a number for each stage.
-      names: of the other fields with one.
+      names: names of the other fields with one.
     """
     check_fields(config)
     for name in ("depths", *names):

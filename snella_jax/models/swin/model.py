@@ -33,7 +33,7 @@ class SwinConfig(ImageSizes):
     """Shape and arithmetic of a `Swin`.
 
     Attributes:
-      width: of the first stage; doubles from stage to stage.
+      width: width of the first stage; doubles from stage to stage.
       depths: blocks of each stage, even numbers.
       heads: attention heads of each stage.
       window: side of a window in tokens. Where a grid is not larger, the window is as
@@ -45,7 +45,7 @@ class SwinConfig(ImageSizes):
       channels, num_classes, pixel_mean, pixel_std, remat, dtype, param_dtype: as in
         `vit.ViTConfig`.
       drop_path: rate of stochastic depth in the last block, rising from 0.
-      stacked: whether the pairs of a stage are stacked and scanned, or a list.
+      stacked: True to stack and scan the pairs of a stage; else they are a list.
     """
 
     width: int

@@ -21,7 +21,12 @@ from snella_jax.models.swin.model import EPS, PRESETS, Swin, SwinConfig, offsets
 
 
 def export_format(model: Swin, source: Checkpoint) -> ExportFormat:
-    """Returns a model's numbers in the format of a checkpoint."""
+    """Returns a model's numbers in the format of a checkpoint.
+
+    Raises:
+      CheckpointError: the checkpoint is of no known format.
+      ValueError: the last grid is smaller than a window, which others cannot run.
+    """
     c = model.config
     coarse = 2 ** (len(c.depths) - 1)
     last = [
@@ -126,20 +131,21 @@ def load(
     """Loads a Swin: the original `.pth`, or a Hugging Face folder.
 
     Args:
-      path: of the file or folder, or what `loading.read` made of it.
-      weights: as of `vit.load`.
+      path: file or folder, or what `checkpoints.read` made of it.
+      weights: as in `vit.load`.
       num_classes: None keeps the file's head, if it has one; a number makes a new head
         that starts at 0, and 0 none.
-      image_size: of the images, of any size. None is the file's own; the original does
+      image_size: size of the images, any. None is the file's own; the original does
         not say, and there it is the one whose last grid is one window. As in a model of
         transformers that is built for that size, which windows shift follows from it.
-      dtype: of the computation.
-      param_dtype: of the weights.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the weights.
       overrides: other fields of `SwinConfig`, such as `remat`; with another `window`
         the tables of biases are resized.
 
     Raises:
-      As `vit.load`.
+      FileNotFoundError, CheckpointError, ModuleNotFoundError, ValueError, TypeError: as
+        in `vit.load`.
     """
     checkpoint, rules, known = recognised(read(path, weights))
     blocks, problems = arrange(checkpoint, rules)

@@ -28,8 +28,8 @@ class ViTConfig(ImageSizes):
         `patch_size`.
       channels: channels of the images.
       num_classes: outputs of the head; 0 for no head (the call gives pooled features).
-      class_token: whether a learnt token is put before the patches.
-      pool: what the head sees: the class token ("cls") or the mean of the patch tokens
+      class_token: True to put a learnt token before the patches.
+      pool: input of the head: the class token ("cls") or the mean of the patch tokens
         ("mean").
       layer_scale: initial value of LayerScale (Touvron et al., arXiv 2103.17239); None
         for none.
@@ -37,8 +37,8 @@ class ViTConfig(ImageSizes):
         the first; applied only when the call is given a key.
       norm_eps: epsilon of the norms.
       pixel_mean: mean of each channel that `normalise` subtracts, of pixels in [0, 1].
-      pixel_std: what it divides by.
-      stacked: whether the blocks are stacked and scanned, or a list.
+      pixel_std: deviation of each channel that it divides by.
+      stacked: True to stack and scan the blocks; else they are a list.
       remat: "none", or "blocks" to keep only what goes from block to block for the
         backward pass and to compute each block again there.
       attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or "auto" for the one that suits

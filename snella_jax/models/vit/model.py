@@ -187,7 +187,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Lets tokens attend to each other, or to those `seen`.
 
-        With a `length`, of these only so many, the first ones.
+        With a `length`, only the first `length` of these.
         """
         seen = x if seen is None else seen
         q = self._split(self.query(x))

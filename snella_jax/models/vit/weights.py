@@ -54,17 +54,17 @@ def load(
 
     Args:
       path: a file or a Hugging Face folder, see the table of `vit.formats`,
-        or what `loading.read` made of one.
-      weights: which, where a file holds several: what their names begin with
+        or what `checkpoints.read` made of one.
+      weights: set of weights, if a file holds several: what their names begin with
         (`teacher.backbone`), or where a PyTorch file keeps them (`model_ema`). None
         takes the only ones, or those under `model` or `state_dict`, and logs others.
       num_classes: None keeps the file's head, if it has one; a number makes a new head
         that starts at 0 (Dosovitskiy et al., Section 4.1), and 0 none.
-      image_size: of the images; the position grid is resized to it. None keeps the
+      image_size: size of the images; the position grid is resized to it. None keeps the
         file's. A grid whose size no config says is a square; where the positions make
         none, this is the size that they were made for.
-      dtype: of the computation.
-      param_dtype: of the weights.
+      dtype: dtype of the computation.
+      param_dtype: dtype of the weights.
       overrides: other fields of `ViTConfig`, such as `remat` or `stacked`.
 
     Raises:
@@ -250,6 +250,12 @@ def _resized(
 
 
 def export_format(model: ViT, source: Checkpoint) -> ExportFormat:
+    """Returns a model's numbers in the format of a checkpoint.
+
+    Raises:
+      CheckpointError: the checkpoint is of no known format.
+      ValueError: transformers has no head like the model's.
+    """
     c = model.config
     checkpoint, rules, known = formats.recognised(source, c.num_classes)
     dinov2 = any(name.endswith("lambda1") for name in checkpoint.tensors)
