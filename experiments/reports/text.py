@@ -1,6 +1,6 @@
 """The table of `reports.table` as text."""
 
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -39,7 +39,8 @@ def printed(made: dict[str, Any]) -> Table:
     header, rows, rules = _lines(made)
     shown = Table(caption=caption(made), caption_justify="left")
     for index, title in enumerate(header):
-        shown.add_column(title, justify="right" if index else "left", no_wrap=not index)
+        side: Literal["left", "right"] = "right" if index else "left"
+        shown.add_column(title, justify=side, no_wrap=not index, overflow="fold")
     for index, row in enumerate(rows):
         shown.add_row(*row, end_section=index in rules)
     return shown
@@ -55,7 +56,7 @@ def markdown(made: dict[str, Any]) -> str:
 
 
 def celled(text: str) -> str:
-    r"""Text as a cell of a Markdown table, in one line.
+    r"""Returns text as a cell of a Markdown table, in one line.
 
     >>> print(celled("cats|dogs"))
     cats\|dogs
