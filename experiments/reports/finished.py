@@ -13,8 +13,8 @@ from experiments.reports.figures import ACCURACY
 from experiments.tasks import catalogue
 from experiments.training.objective import Metric
 
-# LoRA's factors in these did not decay while decay went by the number of axes: runs from
-# then are not seeds of later ones.
+# LoRA's factors in these did not decay while decay went by the number of their axes:
+# runs from then are not seeds of later ones.
 UNDECAYED = ("spt_lora", "noah")
 UNDECAYED_NOTE = "factors without decay"
 IRRELEVANT = (*WHERE, "seed", "methods", "source")
