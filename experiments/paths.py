@@ -63,7 +63,7 @@ def check_out(out: Path) -> None:
         )
     if len(os.fsencode(whole)) + DEEPEST > total:
         raise ValueError(
-            f"--out {out}: files in it would have paths of more than {total} bytes. "
+            f"--out {out}: a file in it would have a path of more than {total} bytes. "
             "Choose a shorter one."
         )
     if is_unreadable(out) and jax.process_count() > 1:

@@ -13,8 +13,8 @@ from experiments.reports.figures import ACCURACY
 from experiments.tasks import catalogue
 from experiments.training.objective import Metric
 
-# Of these, LoRA's factors did not decay while decay went by the number of their axes:
-# runs from then are no seeds of later ones.
+# LoRA's factors in these did not decay while decay went by the number of their axes:
+# runs from then are not seeds of later ones.
 UNDECAYED = ("spt_lora", "noah")
 UNDECAYED_NOTE = "factors without decay"
 IRRELEVANT = (*WHERE, "seed", "methods", "source")
@@ -25,12 +25,12 @@ class Run:
     """A method of a finished run.
 
     Attributes:
-      task: its name in the catalogue, or that of the folder or file.
-      method: as tables call it, with its rank.
-      setup: model and protocol, which columns of one table may differ in.
-      settings: all that has to agree for two runs to be seeds of one another.
+      task: name in the catalogue, or that of the folder or file.
+      method: name of the method in tables, with its rank.
+      setup: model and protocol, which may differ between the columns of a table.
+      settings: settings that have to agree for two runs to be seeds of one another.
       result: the method's entry of `summary.json`.
-      metric: the one that tables show; older runs are all of accuracy.
+      metric: metric that tables show; older runs all have accuracy.
     """
 
     folder: Path
@@ -44,10 +44,10 @@ class Run:
 
 
 def collect(paths: Iterable[Path]) -> list[Run]:
-    """The finished runs in some folders and below them, a `Run` for each method.
+    """Reads the finished runs in folders and below them, a `Run` for each method.
 
     Raises:
-      ValueError: there are none in one of them.
+      ValueError: a folder has no finished run, or one without its `config.json`.
     """
     found: dict[Path, list[Run]] = {}
     for path in paths:
@@ -60,7 +60,7 @@ def collect(paths: Iterable[Path]) -> list[Run]:
 
 
 def label(method: str, settings: dict[str, Any]) -> str:
-    """How tables call a method with its settings."""
+    """Returns the name of a method in tables, with its rank if it has one."""
     return registry.title(method) + (
         f"-{settings['rank']}" if "rank" in settings else ""
     )
@@ -103,7 +103,7 @@ def _runs(where: Path) -> list[Run]:
 
 
 def _task(name: str) -> str:
-    """A task of the catalogue by its name; one's own by that of its folder or file."""
+    """Returns the name of a task in tables; of your own, that of its folder or file."""
     if name in catalogue.ENTRIES:
         return name
     stem = Path(name).stem

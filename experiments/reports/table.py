@@ -38,58 +38,41 @@ def table(
     """Returns the metric of every column and task, and its means.
 
     Args:
-      runs: finished ones.
-      accuracy: which of a run's values: of the last round, the best or the mean of the
-        weights.
-      methods: labels that have a column in any case, the first ones.
-      tasks: names that have a row in any case.
-      failed: what else was tried, and why it gave no number.
+      runs: finished runs.
+      accuracy: which of a run's values: that of the last round, of the best one or of
+        the mean weights.
+      methods: labels of the first columns, which are there even without a run.
+      tasks: names of tasks that have a row even without a run.
+      failed: texts on what else was tried, and why it gave no number.
 
     Returns:
-      `columns`, each with `method`, `setup`, `paper` (whether these are the paper's
-      numbers), `tasks` (each with `mean`, `deviation`, `seeds`), `groups`,
-      `mean_of_groups`, `mean_of_tasks`, `trainable`, from the fewest parameters to the
-      most (heads and masks differ); `tasks`, the group of each; and `failed`.
-      `metric` has the metric's name, and whether its values are in percent. Deviations
-      are those of a sample, None for one seed. There is no mean where one of its tasks
-      is missing.
+      `columns`, each with `method`, `setup`, `paper` (True for the paper's numbers),
+      `tasks` (each with `mean`, `deviation`, `seeds`), `groups`, `mean_of_groups`,
+      `mean_of_tasks` and `trainable`, the fewest and the most parameters (heads and
+      masks differ); `tasks`, the group of each; `failed`; and `metric`, its name and
+      whether its values are in percent. Deviations are those of a sample, None for one
+      seed. A mean is None if one of its tasks is missing.
 
     Raises:
       ValueError: runs have different metrics, a method lacks that value, or two runs
         of a method on a task differ in more than the seed, or not even in that.
     """
     metric = _metric(runs)
-    cells: dict[tuple[str, str], dict[str, list[Run]]] = {}
     setups = sorted({run.setup for run in runs})
-    for method in methods:
-        cells[method, setups[0]] = {}
+    groups = _groups({run.task for run in runs} | set(tasks))
+    found: dict[tuple[str, str], dict[str, list[Run]]] = {
+        (method, setups[0]): {} for method in methods
+    }
     for run in runs:
-        own = cells.setdefault((run.method, run.setup), {})
+        own = found.setdefault((run.method, run.setup), {})
         own.setdefault(run.task, []).append(run)
-    names = {run.task for run in runs} | set(tasks)
-    order = [name for name in catalogue.ENTRIES if name in names]
-    groups = {name: catalogue.ENTRIES[name].group for name in order}
-    groups |= dict.fromkeys(sorted(names - set(order)), "own")
-    several = len(setups) > 1
     columns = []
-    for (method, setup), by_task in cells.items():
-        own = {
-            name: _cell(by_task[name], KINDS[accuracy], metric)
-            for name in groups
-            if name in by_task
-        }
-        column = {"method": method, "setup": setup if several else "", "paper": False}
-        sizes = {run.result["trainable"] for done in by_task.values() for run in done}
-        trainable = [min(sizes), max(sizes)] if sizes else None
-        columns.append({**column, **_means(own, groups), "trainable": trainable})
-    theirs, accurate = {}, metric.name == ACCURACY.name
-    for column in columns:  # over the same tasks as ours
-        known = paper.TABLE_XIII.get(column["method"], {}) if accurate else {}
-        own = {n: {"mean": known[n]} for n in column["tasks"] if n in known}
-        if own:
-            same = {"method": column["method"], "setup": "", "paper": True}
-            theirs[same["method"], *own] = {**same, **_means(own, groups)}
-    columns += theirs.values()
+    for (method, setup), by_task in found.items():
+        column = {"method": method, "setup": setup if len(setups) > 1 else ""}
+        column |= _column(by_task, groups, KINDS[accuracy], metric)
+        columns.append(column)
+    if metric.name == ACCURACY.name:
+        columns += _of_the_paper(columns, groups)
     return {
         "accuracy": accuracy,
         "metric": {"name": metric.name, "percent": metric.percent},
@@ -98,6 +81,38 @@ def table(
         "columns": columns,
         "failed": list(failed),
     }
+
+
+def _groups(names: set[str]) -> dict[str, str]:
+    """Returns the group of each task, in the catalogue's order and then your own."""
+    order = [name for name in catalogue.ENTRIES if name in names]
+    groups = {name: catalogue.ENTRIES[name].group for name in order}
+    return groups | dict.fromkeys(sorted(names - set(order)), "own")
+
+
+def _column(
+    by_task: dict[str, list[Run]], groups: dict[str, str], kind: str, metric: Metric
+) -> dict[str, Any]:
+    """Returns a method's values and means, and its range of trainable parameters."""
+    cells = {n: _cell(by_task[n], kind, metric) for n in groups if n in by_task}
+    sizes = {run.result["trainable"] for done in by_task.values() for run in done}
+    trainable = [min(sizes), max(sizes)] if sizes else None
+    return {"paper": False, **_means(cells, groups), "trainable": trainable}
+
+
+def _of_the_paper(
+    columns: list[dict[str, Any]], groups: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Returns the paper's columns for our methods, over the same tasks as ours."""
+    theirs = {}
+    for column in columns:
+        method = column["method"]
+        known = paper.TABLE_XIII.get(method, {})
+        own = {n: {"mean": known[n]} for n in column["tasks"] if n in known}
+        if own:
+            named = {"method": method, "setup": "", "paper": True}
+            theirs[method, *own] = {**named, **_means(own, groups)}
+    return list(theirs.values())
 
 
 def _metric(runs: list[Run]) -> Metric:

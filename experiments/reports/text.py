@@ -1,6 +1,7 @@
 """The table of `reports.table` as text."""
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -39,7 +40,8 @@ def printed(made: dict[str, Any]) -> Table:
     header, rows, rules = _lines(made)
     shown = Table(caption=caption(made), caption_justify="left")
     for index, title in enumerate(header):
-        shown.add_column(title, justify="right" if index else "left", no_wrap=not index)
+        side: Literal["left", "right"] = "right" if index else "left"
+        shown.add_column(title, justify=side, no_wrap=not index, overflow="fold")
     for index, row in enumerate(rows):
         shown.add_row(*row, end_section=index in rules)
     return shown
@@ -48,18 +50,24 @@ def printed(made: dict[str, Any]) -> Table:
 def markdown(made: dict[str, Any]) -> str:
     """Returns a Markdown table with its caption below."""
     header, rows, _ = _lines(made)
-    ruler = ["---"] + ["--:"] * (len(header) - 1)
-    cells = [[*map(celled, row)] for row in (header, ruler, *rows)]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([*lines, "", caption(made), ""])
+    return "\n".join([*markdown_lines(header, rows), "", caption(made), ""])
 
 
-def celled(text: str) -> str:
-    r"""Text as a cell of a Markdown table, in one line.
+def markdown_lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    r"""Returns the lines of a Markdown table; all but the first column are numbers.
 
-    >>> print(celled("cats|dogs"))
-    cats\|dogs
+    >>> print("\n".join(markdown_lines(["", "mean"], [["cats|dogs", "1.5"]])))
+    |  | mean |
+    | --- | --: |
+    | cats\|dogs | 1.5 |
     """
+    ruler = ["---"] + ["--:"] * (len(header) - 1)
+    return [
+        f"| {' | '.join(map(_markdown_cell, row))} |" for row in (header, ruler, *rows)
+    ]
+
+
+def _markdown_cell(text: str) -> str:
     return " ".join(printable(text).split("\n")).replace("|", r"\|")
 
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from experiments import files, plotting
 from experiments.plotting import plt
-from experiments.reports.text import MISSING
+from experiments.reports.text import MISSING, markdown_lines
 from experiments.studies.ablations import STUDIES, Study, Variant
 from experiments.studies.table_store import Done, Store
 
@@ -143,9 +143,7 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _markdown(made: dict[str, Any]) -> list[str]:
-    header = ["", "paper", "accuracy, %", "rate", *COLUMNS]
-    lines = ["| " + " | ".join(header) + " |"]
-    lines.append("| --- |" + " --: |" * (len(header) - 1))
+    rows = []
     for row in made["rows"]:
         measures = [
             MISSING if row[measure] is None else format(row[measure] * factor, style)
@@ -154,12 +152,8 @@ def _markdown(made: dict[str, Any]) -> list[str]:
         paper = "" if row["paper"] is None else f"{row['paper']:g}"
         rate = MISSING if row["lr"] is None else f"{row['lr']:.2g}"
         rate += "" if row["searched"] else " (base)"
-        lines.append(
-            "| "
-            + " | ".join([row["title"], paper, accuracy(row), rate, *measures])
-            + " |"
-        )
-    return lines
+        rows.append([row["title"], paper, accuracy(row), rate, *measures])
+    return markdown_lines(["", "paper", "accuracy, %", "rate", *COLUMNS], rows)
 
 
 def accuracy(row: dict[str, Any]) -> str:

@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             raise ValueError(
                 f"methods={config.methods}: expected some without a stage."
             )
+        if setting.out.exists():
+            raise ValueError(f"{setting.out} exists: name another folder with --out.")
         setting.out.mkdir(parents=True)
     rows: dict[str, list[dict[str, Any]]] = {
         method: _learnt(setting, method) for method in config.adapted
