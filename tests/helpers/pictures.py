@@ -24,6 +24,16 @@ def draw(root, each=4):
                 picture.save(root / part / kind / f"{index}.png")
 
 
+def short(root, *more, each=4):
+    """Words of a short run on pictures in `root`, by a tiny ViT on one device."""
+    if not (root / "pets").exists():
+        draw(root / "pets", each)
+    return [
+        "--config=quickstart", f"--task={root / 'pets'}", f"--model={CLASSIFIER}",
+        "--image_size=24", "--mesh=data=1", "--batch=4", "--warmup_epochs=0", *more,
+    ]  # fmt: skip
+
+
 def words(name, *more):
     """A short run on `name`, with weights of the same name in `weights`."""
     return [

@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import optax
+import pictures
 import pytest
 from flax import nnx
 from places import ROOT
@@ -29,16 +30,29 @@ from experiments.training.recipe import Recipe
 from experiments.training.trainer import Data, Trainer
 from snella_jax.models.vit import ViT, ViTConfig
 
-SHORT = ["--epochs", "4", "--warmup-epochs", "1", "--methods", "snella"]
-SHORT += ["--batch", "100"]
 CLASSES = Classification()
 (ACCURACY,) = CLASSES.metrics
-PROGRAM = [sys.executable, "-m", "experiments.vtab"]
+# Time passes between a round's row, its checkpoint and the next round, to be killed in.
+PROGRAM = """
+import sys, time
+from experiments import vtab
+from experiments.training import metric_log
+from experiments.training.checkpoints import Checkpoints
+
+def slow(function):
+    def slowed(*given, **named):
+        function(*given, **named)
+        time.sleep(0.25)
+    return slowed
+
+metric_log.log, Checkpoints.save = slow(metric_log.log), slow(Checkpoints.save)
+vtab.main(sys.argv[1:])
+"""
 
 
 def started(*options):
     return subprocess.Popen(
-        [*PROGRAM, *map(str, options)],
+        [sys.executable, "-c", PROGRAM, *map(str, options)],
         stdout=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
@@ -69,10 +83,11 @@ def weights(out):
 def test_a_run_that_was_killed_ends_as_one_that_was_not(devices, kills, tmp_path):
     """On one device, three times, and on a mesh of four."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    short = [*SHORT, "--mesh", devices]
-    vtab.main(["--config", "quickstart", "--out", str(whole), *short])
+    own = ["--epochs=4", "--methods", "snella", f"--mesh={devices}"]
+    words = pictures.short(tmp_path, *own, each=8)
+    vtab.main([*words, f"--out={whole}"])
     rng = np.random.default_rng()  # other moments each time
-    start = ["--config", "quickstart", "--out", broken, *short]
+    start = [*words, f"--out={broken}"]
     for rows in kills:
         process = started(*start)
         kill_after(process, broken, rows, rng.uniform(0, 0.6))
