@@ -6,16 +6,20 @@ And a fixture that switches float64 on.
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A worker for each core is enough: more threads fight over them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Tests compile more than they compute: LLVM's optimisations take longer than they save.
-# (Without MLIR's fusions it is a fifth less, but a weight that is recomputed is rounded
-# otherwise then: at the threshold it is on the other side of it in the backward pass.)
+# Tests compile more than they compute: without LLVM's optimisations and MLIR's fusions
+# a training step compiles in a third of the time. Fused multiply-adds round a weight
+# that is recomputed otherwise, and at the threshold it changes sides in the backward
+# pass: AVX has none. (An unknown flag aborts a process; these are of jaxlib 0.10.)
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1 "
+    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
+    + "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX "
+    * version("jaxlib").startswith("0.10.")
     + os.environ.get("XLA_FLAGS", "")
 )
 
