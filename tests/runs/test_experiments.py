@@ -62,7 +62,10 @@ def test_a_runs_own_config_reads_back(tmp_path):
             ["--config", "quikstart"],
             "no preset or file is called 'quikstart'; did you mean quickstart?",
         ),
-        (["--config", "quickstart", "--epoch", "3"], "no option is called '--epoch'; did you mean --epochs"),
+        (
+            ["--config", "quickstart", "--epoch", "3"],
+            "no option is called '--epoch'; did you mean --epochs",
+        ),
         (["--config", "quickstart", "--snella.rank", "5"], "rank=5 is not a positive"),
         (
             ["--config", "quickstart", "--snella.dropout", "0.1"],
