@@ -24,7 +24,7 @@ IMPORTED = re.compile(
 STARTED = re.compile(r"python -m\s+(experiments[\w.]*)")
 PUBLIC = re.compile(r"(?<![\w.-])snella\.(\w+)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-DOCUMENTED = re.compile(r"run_documented (\S+) '(.+?)'")
+DOCUMENTED = re.compile(r"documented (\w+\.md) '(.+?)'")
 
 
 def texts() -> dict[str, str]:
