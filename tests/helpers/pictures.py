@@ -12,22 +12,25 @@ from experiments import vtab
 CLASSIFIER = ROOT / "tests/assets/vit/classifier"
 
 
-def draw(root, each=4):
-    """Two classes, `dark` and `light`, of 28 x 28 pixels."""
+def draw(root, each=4, **others):
+    """Two classes, `dark` and `light`, of 28 x 28 pixels; `each` of every split."""
     rng = np.random.default_rng(0)
     for part in ("train", "val", "test"):
         for label, kind in enumerate(("dark", "light")):
             (root / part / kind).mkdir(parents=True)
-            for index in range(each):
+            for index in range(others.get(part, each)):
                 noise = rng.integers(0, 90, (28, 28), dtype=np.uint8)
                 picture = Image.fromarray(noise + np.uint8(150 * label))
                 picture.save(root / part / kind / f"{index}.png")
 
 
-def short(root, *more, each=4):
-    """Words of a short run on pictures in `root`, by a tiny ViT on one device."""
+def short(root, *more, **each):
+    """Words of a short run on pictures in `root`, by a tiny ViT on one device.
+
+    Later words win; `each` is `draw`'s.
+    """
     if not (root / "pets").exists():
-        draw(root / "pets", each)
+        draw(root / "pets", **each)
     return [
         "--config=quickstart", f"--task={root / 'pets'}", f"--model={CLASSIFIER}",
         "--image_size=24", "--mesh=data=1", "--batch=4", "--warmup_epochs=0", *more,

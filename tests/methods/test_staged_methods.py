@@ -205,8 +205,9 @@ def learn(out, *words):
 
 
 def test_few_images_are_learnt_by_heart(learner, tmp_path, capsys):
-    found = learn(tmp_path / "all", "--epochs", "50", "--full.lr", "3e-3")
-    assert found["accuracy"]["full"][-1] == 1 and found["images"] == 64
+    length = "--images=16", "--steps=100", "--round_steps=20"
+    found = learn(tmp_path / "all", *length, "--full.lr", "3e-3")
+    assert found["accuracy"]["full"][-1] == 1 and found["images"] == 16
     assert json.loads((tmp_path / "all" / "overfit.json").read_text("utf-8")) == found
     assert (tmp_path / "all" / "overfit.png").stat().st_size > 10_000
     assert "100.0%" in capsys.readouterr().out

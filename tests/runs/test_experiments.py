@@ -1,6 +1,5 @@
 """The experiments: command line, data, methods, weights, and a short real run."""
 
-import gzip
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ from experiments.config import command_line, presets, run_config
 from experiments.methods import linear_probe, lora
 from experiments.pretrained import small_vit
 from experiments.pretrained.pretrain import augment
-from experiments.tasks import digits, fashion_mnist
+from experiments.tasks import digits
 from experiments.training import evaluation, sharding
 from experiments.training.classification import Classification
 from snella_jax import models
@@ -196,29 +195,6 @@ def test_digits_are_split_800_200_797_without_overlap_and_always_alike():
     assert len(set(seen)) == 1797  # no two digits are equal, so none is in two splits
     other = digits.load(split_seed=1)
     assert (other.train.labels != task.train.labels).any()
-
-
-def write_idx(path, array):
-    header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
-
-
-def test_fashion_mnist_reads_idx_files_and_refuses_others(tmp_path):
-    images = np.arange(2 * 28 * 28).reshape(2, 28, 28) % 256
-    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", images)
-    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.array([3, 9]))
-    found, labels = fashion_mnist.read("test", tmp_path)
-    np.testing.assert_array_equal(found[..., 0], images)
-    assert labels.tolist() == [3, 9]
-    with pytest.raises(
-        FileNotFoundError, match="apt-get install dataset-fashion-mnist"
-    ):
-        fashion_mnist.read("train", tmp_path)
-    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", images)
-    with pytest.raises(ValueError, match="not an IDX file of bytes with 1 axes"):
-        fashion_mnist.read("test", tmp_path)
-    with pytest.raises(ValueError, match="has train, test"):
-        fashion_mnist.read("validation", tmp_path)
 
 
 def test_augmentation_flips_and_shifts_whole_images():

@@ -6,6 +6,7 @@ import typing
 
 import jax.numpy as jnp
 import numpy as np
+import pictures
 import pytest
 from flax import nnx
 
@@ -20,8 +21,8 @@ from snella_jax.models.vit import ViT, ViTConfig
 
 SHORT = ["--run.epochs", "2", "--run.warmup_epochs", "0", "--search_epochs", "2"]
 GRID = ["--run.grid.lr_factors", "0.1", "--run.grid.lr_extensions", "0"]
-SMALL = [*SHORT, *GRID, "--run.task", "digits", "--run.test_images", "50"]
-SMALL += ["--run.batch", "100"]
+SMALL = [*SHORT, *GRID, "--run.task=pets", f"--run.model={pictures.CLASSIFIER}"]
+SMALL += ["--run.image_size=24", "--run.batch=4", "--run.mesh=data=1"]
 
 
 def read(path):
@@ -94,11 +95,13 @@ def test_ablations_go_on_with_their_results_alone(tmp_path, monkeypatch, capsys)
         return inner(method, setting)
 
     monkeypatch.setattr(ablate, "tune", interrupt)
+    monkeypatch.chdir(tmp_path)
+    pictures.draw(tmp_path / "pets", each=16)
     first, second = tmp_path / "first", tmp_path / "second"
     options = [*SMALL, "--studies", "schedule", "--seeds", "0"]
     with pytest.raises(SystemExit, match="The same command goes on with it"):
         ablate.main([*options, "--out", str(first)])
-    done = read(first / "results.json")["rows"]["digits"]
+    done = read(first / "results.json")["rows"]["pets"]
     assert [len(own.get("seeds", {})) for own in done.values()] == [1, 0]
     assert [trial["lr"] for trial in done["snella"]["trials"]] == [0.01, 0.001]
     second.mkdir()
@@ -110,7 +113,7 @@ def test_ablations_go_on_with_their_results_alone(tmp_path, monkeypatch, capsys)
     assert [own.initial_density for own, _ in runs] == [1, 0.3, 0.3, 1, 1]
     rate = done["snella"]["chosen"]["lr"]
     assert {own.lr for own, _ in runs} == {rate}
-    own = read(second / "results.json")["rows"]["digits"]["snella"]["seeds"]["0"]
+    own = read(second / "results.json")["rows"]["pets"]["snella"]["seeds"]["0"]
     assert own["density"] == pytest.approx(0.3, abs=1e-3) and own["moves"] == 1
     assert len(own["gradient_norms"]) == 2 and 0 < own["change"] < 1
     assert 1 <= own["rank"] <= 96 and 0 <= own["dead"] <= 0.7
