@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from generic import run
 
 from snella_jax import kernels
 from snella_jax.ops import distance
@@ -38,14 +39,6 @@ RANK = 6
 
 each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 each_axis = pytest.mark.parametrize("over", ["out", "in"])
-
-
-# Without LLVM's optimizations, for programs that run only once.
-OPTIONS = {"xla_backend_optimization_level": 0}
-
-
-def run(function, *arguments):
-    return jax.jit(function, compiler_options=OPTIONS)(*arguments)
 
 
 def pull_back(kernel, factors, cotangent):
@@ -268,7 +261,7 @@ def test_equal_and_hashable_by_value(kernel):
 
     chex.clear_trace_counter()
     traced = chex.assert_max_traces(lambda f, k: k.apply(f), n=1)
-    jitted = jax.jit(traced, static_argnums=1, compiler_options=OPTIONS)
+    jitted = jax.jit(traced, static_argnums=1)
     factors = as_jax(generic_factors(kernel), jnp.float32)
     np.testing.assert_array_equal(jitted(factors, kernel), jitted(factors, copy))
 

@@ -5,6 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from compiled import called
 from documented import blocks
 from flax import nnx
 from places import ROOT
@@ -33,11 +34,10 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     images, plain = space["x"], space["plain"]
     with pytest.raises(ValueError, match="no adapters"):
         snella.sparsity(plain)
-    call = nnx.jit(lambda model, images: model(images))
-    adapted = call(space["adapted"], images)
-    np.testing.assert_allclose(call(plain, images), adapted, atol=1e-4)
+    adapted = called(space["adapted"], images)
+    np.testing.assert_allclose(called(plain, images), adapted, atol=1e-4)
     loaded = snella.load(space["base"], "my_adapter")
-    np.testing.assert_array_equal(call(loaded, images), adapted)
+    np.testing.assert_array_equal(called(loaded, images), adapted)
 
 
 def test_the_program_of_the_quickstart_runs(capsys):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generic import OPTIONS, RANK, M, N, generic_factors, generic_inputs, run
+from generic import RANK, M, N, generic_factors, generic_inputs, run
 
 from snella_jax import Layout, adapted, adapted_dense, kernels, sparse_delta, sparsify
 from snella_jax.core.gates import GATES as SPARSE_GATES
@@ -54,7 +54,7 @@ def test_every_gate_and_path(kernel):
         narrow = {v: layer(x.astype(jnp.bfloat16), *v) for v in VARIANTS[:2]}
         return outputs, narrow, {gate: update(gate) for gate in GATES}
 
-    step, wide = jax.jit(every, compiler_options=OPTIONS), np.float64(x)
+    step, wide = jax.jit(every), np.float64(x)
     (outputs, narrow, updates), (base, _, _) = step(x, 90), step(x, 0)
     for variant in VARIANTS:
         update = np.float64(updates[variant[0]])
@@ -226,7 +226,7 @@ def test_compiled_gradient_recomputes(gate, searches, path):
             y = layer(x, w0, factors, 3000, kernel=kernel, gate=gate, path=path)
             return jnp.sin(y).sum()
 
-        text = jax.jit(transform(loss)).lower(factors, x).compile(OPTIONS).as_text()
+        text = jax.jit(transform(loss)).lower(factors, x).compile().as_text()
         exponentials = re.findall(rf"f32\[{n},{m}\]\S* exponential\(", text)
         return len(exponentials), len(re.findall(r" while\(", text))
 

@@ -151,10 +151,10 @@ def test_a_large_matrix():
     search = jax.jit(threshold).lower(delta, budget).compile(fast)
     on_device = jax.device_put(delta)
     seconds = []
-    for _ in range(2):  # the better of two: others may use this machine
-        start = time.perf_counter()
+    for _ in range(2):  # of all threads, as others may use this machine
+        start = time.process_time()
         tau = search(on_device, budget).block_until_ready()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 5
 
     rank = delta.size - 1 - budget

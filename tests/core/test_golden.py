@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from generic import run
 from places import GOLDEN
 
 from snella_jax import adapted_dense, kernels, sparse_delta, threshold
@@ -44,12 +45,6 @@ def in_both_dtypes(files):
     cases = [(file, "float64") for file in files]
     cases += [(file, "float32") for file in sorted(first.values())]
     return pytest.mark.parametrize("file, dtype", cases)
-
-
-def run(function, *arguments):
-    """Jitted without LLVM's optimizations: each of these programs runs only once."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(function, compiler_options=options)(*arguments)
 
 
 def load(file, dtype="float64"):

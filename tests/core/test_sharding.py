@@ -64,8 +64,7 @@ def value_and_grad(path, sharding=None):
         y = adapted_dense(x, w0, factors, budget, **settings)
         return jnp.sin(y).sum(), y
 
-    transformed = jax.value_and_grad(loss, has_aux=True)
-    return jax.jit(transformed, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def gathered(hlo):

@@ -4,10 +4,9 @@ import functools
 
 import jax
 from flax import nnx
-from generic import OPTIONS
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=OPTIONS)
+@functools.partial(jax.jit, static_argnums=0)
 def _called(graphdef, state, args):
     return nnx.merge(graphdef, state)(*args)
 
@@ -17,7 +16,7 @@ def called(model, *args):
     return _called(*nnx.split(model), args)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=OPTIONS)
+@functools.partial(jax.jit, static_argnums=0)
 def _gradient(graphdef, trained, rest, args):
     def loss(trained):
         return (nnx.merge(graphdef, trained, rest, copy=True)(*args) ** 2).sum()

@@ -1,5 +1,7 @@
 """Linen modules of other kinds: layers, collections, names and what is refused."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -63,7 +65,7 @@ def test_every_kind_of_layer():
     merged = adapters.merge(params)
     found = jax.jit(adapters.apply)({**own, "params": params}, images)
     expected = jax.jit(Kinds().apply)({**own, "params": merged}, images)
-    plain = Kinds().apply(own, images)
+    plain = jax.jit(Kinds().apply)(own, images)
     error, moved = (np.abs(np.asarray(found - y)).max() for y in (expected, plain))
     assert error < 0.05 * moved  # one layer is in bfloat16
     assert found.dtype == expected.dtype
@@ -71,16 +73,15 @@ def test_every_kind_of_layer():
 
 def test_running_statistics_travel_along(tmp_path):
     images, own, adapters, params = kinds()
-    _, changed = adapters.apply(
-        {**own, "params": params}, images, train=True, mutable=["batch_stats"]
-    )
+    moved = functools.partial(adapters.apply, train=True, mutable=["batch_stats"])
+    _, changed = jax.jit(moved)({**own, "params": params}, images)
     stats = changed["batch_stats"]
     adapters.save(params, tmp_path / "a", batch_stats=stats)
     again, loaded = linen.load(Kinds(), own, tmp_path / "a", images)
     chex.assert_trees_all_equal(loaded, {"params": params, "batch_stats": stats})
     np.testing.assert_array_equal(
-        again.apply(loaded, images),
-        adapters.apply({"params": params, "batch_stats": stats}, images),
+        jax.jit(again.apply)(loaded, images),
+        run(adapters, params, images, batch_stats=stats),
     )
 
 
@@ -89,11 +90,11 @@ def test_what_drops_does_so_with_a_dropout_rng():
         overrides={"heads": {"path": "parallel", "dropout": 0.5, "drop_path": 0.5}}
     )
     tree = {**own, "params": params}
-    still = [adapters.apply(tree, images) for _ in range(2)]
+    apply = jax.jit(adapters.apply)
+    still = [apply(tree, images) for _ in range(2)]
     np.testing.assert_array_equal(*still)
     moving = [
-        adapters.apply(tree, images, rngs={"dropout": jax.random.key(i)})
-        for i in (0, 0, 1)
+        apply(tree, images, rngs={"dropout": jax.random.key(i)}) for i in (0, 0, 1)
     ]
     np.testing.assert_array_equal(moving[0], moving[1])
     assert not np.array_equal(moving[0], moving[2])

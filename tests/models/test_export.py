@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import called
 from flax import nnx
 from places import ASSETS
 from safetensors.numpy import save_file
@@ -52,11 +53,6 @@ def images(name):
     return np.load((ASSETS / name).parent / "expected.npz")["images"]
 
 
-def run(model, images):
-    graphdef, state = nnx.split(model)
-    return jax.jit(lambda state: nnx.merge(graphdef, state)(images))(state)
-
-
 def kind_of(model):
     """The class in transformers."""
     name = {"Swin": "Swin", "ConvNeXt": "ConvNext"}[type(model).__name__]
@@ -87,7 +83,7 @@ def test_what_is_written_is_what_was_merged(name, stacked, tmp_path):
     again = models.load(tmp_path / out, **options)
     same(again, snella.merge(model))
     logits, plain, before = (
-        run(m, images(name))
+        called(m, images(name))
         for m in (model, again, models.load(ASSETS / name, **options))
     )
     np.testing.assert_allclose(plain, logits, rtol=0, atol=1e-5)
@@ -370,4 +366,4 @@ def test_transformers_loads_models_with_stages(name, options, classes, tmp_path)
     with torch.no_grad():
         outputs = theirs.eval()(torch.tensor(pixels).permute(0, 3, 1, 2))
     found = outputs.logits if classes else outputs.pooler_output
-    np.testing.assert_allclose(found.numpy(), run(model, pixels), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.numpy(), called(model, pixels), rtol=0, atol=1e-5)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import called
 from flax import nnx
 from places import ASSETS
 from safetensors.numpy import load_file, save_file
@@ -257,7 +258,7 @@ def test_a_small_grid_is_one_window_with_the_biases_of_its_offsets(side, shifted
     attn = WindowAttention(6, 2, config, shifted, rngs=nnx.Rngs(0))
     attn.bias_table[...] += jax.random.normal(jax.random.key(1), (81, 2))
     x = jax.random.normal(jax.random.key(2), (2, side, side, 6))
-    close(attn(x), numpy_attention(attn, x, window=5))
+    close(called(attn, x), numpy_attention(attn, x, window=5))
 
 
 def test_another_window_has_resized_tables():
