@@ -23,6 +23,7 @@ from experiments.methods.method import Method
 from experiments.methods.noah import Noah
 from experiments.methods.sensitivity import Scored
 from experiments.methods.snella import Snella
+from experiments.names import unknown
 from experiments.training import step
 from experiments.training.classification import Classification
 from experiments.training.session import Scope
@@ -207,8 +208,12 @@ def _scoring(setting: Setting, method: Scored) -> Step:
 def checked(setting: Setting) -> Setting:
     """Returns the setting; raises a `ValueError` that says what is wrong with it."""
     if setting.model not in models.PRESETS:
-        known = ", ".join(models.PRESETS)
-        raise ValueError(f"No model is called {setting.model!r}; there are {known}.")
+        where = "snella_jax.models.PRESETS"
+        raise ValueError(unknown("model", setting.model, models.PRESETS, where))
+    methods = (*registry.names(), *VARIANTS)
+    if setting.method not in methods:
+        where = "python -m experiments.vtab --help"
+        raise ValueError(unknown("method", setting.method, methods, where))
     own = setting.trained
     plain = isinstance(models.PRESETS[setting.model], vit.ViTConfig)
     if own is not None and own.needs_vit and not plain:

@@ -320,12 +320,9 @@ def _usage(presets: Presets, suite: str) -> str:
             texts.setdefault(preset.text, []).append(name)
     groups = [f"{', '.join(names)} ({text})" for text, names in texts.items()]
     if benchmark:
-        groups.append(
-            f"{suite} (all of it, or --tasks), or one of its tasks, such as "
-            f"{benchmark[0]} (see {TASK_LIST})"
-        )
+        groups.append(f"{suite}, or one of its tasks, such as {benchmark[0]}")
     return (
         "--config NAME or FILE: a preset, or a JSON file of fields, such as a run's "
-        f"config.json. Presets: {'; '.join(groups)}.\n"
+        f"config.json. Presets: {'; '.join(groups)}. "
         "--resume FOLDER: alone, goes on with an interrupted run."
     )

@@ -114,7 +114,7 @@ def _local(task: str) -> Preset:
         warmup_epochs=1,
         settings={"lora": Lora(lr=1e-3), "snella": Snella(lr=3e-3)},
     )
-    return Preset("no network; a real ViT-S/14, extra `demo`", config)
+    return Preset("no network; a real ViT-S/14", config)
 
 
 VTAB: dict[str, Preset] = {

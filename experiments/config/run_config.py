@@ -69,9 +69,9 @@ class MethodOptions:
     methods: tuple[str, ...] = ("linear", "lora", "snella")
     """Methods to train, one after the other."""
     targets: str = r"blocks/.*/(query|key|value|out|fc1|fc2)"
-    """Regex of the layers that are adapted."""
+    """Regex of layers to adapt."""
     trainable: str = r"head|cls_token"
-    """Regex of what trains besides; in partial1, mlp3 and vqt only the head."""
+    """Regex of what trains besides (see the docs of methods)."""
     search: bool = False
     """First choose each method's rate, weight decay and density on validation;
     protocol=choose then becomes final."""

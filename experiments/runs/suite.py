@@ -16,10 +16,12 @@ from rich.console import Console
 from experiments import files, paths, terminal
 from experiments.config import command_line, run_config
 from experiments.config.run_config import RunConfig
+from experiments.names import unknown
 from experiments.pretrained import base_models
 from experiments.reports import finished, table
 from experiments.runs import folder, setup
 from experiments.runs.run import RunFailed, run
+from experiments.tasks.catalogue import TASK_LIST
 
 FILE = "suite.json"
 
@@ -111,12 +113,12 @@ def configs(
     first.add_argument("--config")
     first.add_argument("--tasks", nargs="+", default=list(presets))
     known, rest = first.parse_known_args(argv)
-    unknown = [task for task in known.tasks if task not in presets]
-    if unknown or any(word.split("=")[0] == "--task" for word in rest):
-        raise SystemExit(
-            f"{program}: {suite} has no {', '.join(unknown) or '--task'}. --tasks "
-            f"takes some of {', '.join(presets)}."
-        )
+    if any(word.split("=")[0] == "--task" for word in rest):
+        raise SystemExit(f"{program}: {suite} takes --tasks, not --task.")
+    for task in known.tasks:
+        if task not in presets:
+            text = unknown(f"task of {suite}", task, presets, TASK_LIST)
+            raise SystemExit(f"{program}: {text}")
     return {
         task: command_line.parse(program, presets, ["--config", task, *rest], suite)[1]
         for task in known.tasks

@@ -1,6 +1,7 @@
 """All families of models: presets by name, and weights of any family."""
 
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Model:
     (1024, 1000)
 
     Raises:
-      ValueError: `name` is not a preset; the message lists them.
+      ValueError: `name` is not a preset; the message has the nearest ones.
     """
     if name not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise ValueError(f"No model is called {name!r}; there are {known}.")
+        near = difflib.get_close_matches(name, PRESETS)
+        guess = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(
+            f"No model is called {name!r}.{guess} snella_jax.models.PRESETS has all."
+        )
     return of(dataclasses.replace(PRESETS[name], **overrides), rngs)
 
 

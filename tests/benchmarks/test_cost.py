@@ -166,8 +166,9 @@ ENTRY %main (p: f32[2]) -> f32[2] {
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (("--model", "vit_b17"), "there are vit_ti16"),
+        (("--model", "vit_b17"), "no model is called 'vit_b17'; did you mean vit_b16"),
         (("--batch", "0"), "batch=0"),
+        (("--method", "lorra"), "no method is called 'lorra'; did you mean lora"),
         (("--rank", "3"), "rank=3"),
         (("--rank", "3", "--method", "snella_masked"), "rank=3"),
     ],

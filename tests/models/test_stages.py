@@ -340,7 +340,7 @@ def test_presets_have_the_published_sizes():
         )
         size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(shapes)))
         assert size == count + 1024 * 100 + 100
-    with pytest.raises(ValueError, match=r"'swin_x'; there are vit_ti16.*convnext_b"):
+    with pytest.raises(ValueError, match=r"'swin_x'\. Did you mean swin_[bl]"):
         models.create("swin_x", rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="int is the config of no model"):
         models.of(3, nnx.Rngs(0))

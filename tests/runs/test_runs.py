@@ -243,7 +243,7 @@ def test_a_suite_names_all_that_is_missing_and_writes_nothing(data, tmp_path):
     assert "3 of 5 tasks cannot be run; --tasks runs some" in said
     assert all(f"\n  {name}: " in said for name in ("cub", "nabirds", "cars"))
     assert not out.exists()
-    with pytest.raises(SystemExit, match="fgvc has no birds"):
+    with pytest.raises(SystemExit, match="no task of fgvc is called 'birds'"):
         fgvc.main([*fgvc_words(data, out), "--tasks", "birds"])
     with pytest.raises(SystemExit) as help_text:
         fgvc.main(["--config", "fgvc", "--help"])
