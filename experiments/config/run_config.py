@@ -73,8 +73,7 @@ class MethodOptions:
     trainable: str = r"head|cls_token"
     """Regex of what trains besides (see the docs of methods)."""
     search: bool = False
-    """First choose each method's rate, weight decay and density on validation;
-    protocol=choose then becomes final."""
+    """First choose rate, decay, density on validation; choose becomes final."""
     grid: Grid = dataclasses.field(default_factory=Grid)
 
 
