@@ -84,7 +84,7 @@ def test_only_chosen_methods_take_options():
 
 def test_knobs_are_accepted_and_kept(tmp_path):
     words = ["--snella.metric", "magnitude", "--snella.beta1", "0.5"]
-    words += ["--snella.floor-every", "2", "--no-snella.learn_piece_coeff"]
+    words += ["--snella.floor-every", "2", "--snella.no_learn_piece_coeff"]
     config = parse(*words)
     expected = Snella(
         metric="magnitude", beta1=0.5, floor_every=2, learn_piece_coeff=False
