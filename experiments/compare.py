@@ -110,12 +110,12 @@ def _tried(
 
 def _check_inputs(config: Comparison) -> None:
     """Raises an error if a task or the weights are missing or a method does not fit."""
-    tasks = [dataclasses.replace(config.run, task=task) for task in config.tasks]
+    run = dataclasses.replace(config.run, methods=config.adapted())
+    tasks = [dataclasses.replace(run, task=task) for task in config.tasks]
     if lacking := [text for task in tasks if (text := setup.missing(task))]:
         raise ValueError("\n  ".join(["some tasks cannot be run:", *lacking]))
-    base = base_models.load(config.run, classes=2)
-    select(base, config.run.targets)
-    run = dataclasses.replace(config.run, methods=config.adapted())
+    base = base_models.load(run, classes=2)
+    select(base, run.targets)
     setup.check_methods(run, base)
 
 

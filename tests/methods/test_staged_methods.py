@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from places import ASSETS
 from rich.console import Console
 
 from experiments.benchmarks import workload
-from experiments.config import command_line
 from experiments.config.run_config import RunConfig
 from experiments.data.source import Arrays
 from experiments.data.task import Task
@@ -177,9 +177,7 @@ def test_models_by_name(tmp_path, monkeypatch):
 
 
 def test_published_weights_give_their_transforms():
-    from tests.test_staged import DATA
-
-    own = config(model=str(DATA / "swin"))
+    own = config(model=str(ASSETS / "staged/swin"))
     model = base_models.load(own, 5)
     assert model.config.num_classes == 5 and model.config.width == 4
     whole, _ = base_models.transforms(own, model)
@@ -219,7 +217,7 @@ def test_what_is_not_learnt_is_an_error(learner, tmp_path):
         learn(tmp_path / "none", "--epochs", "2", "--full.lr", "1e-9")
     with wrong(match="full did not learn every image"):  # there is none to choose by
         learn(tmp_path / "search", "--epochs", "2", "--full.lr", "1e-9", "--search")
-    with wrong(match="File exists"):
+    with wrong(match="none exists: name another folder"):
         learn(tmp_path / "none", "--epochs", "2")
     with wrong(match="images=8: expected 16"):
         learn(tmp_path / "few", "--images", "8")
@@ -231,10 +229,8 @@ def test_a_run_says_which_methods_need_a_vit(monkeypatch):
     pixels = np.zeros((64, 20, 20, 3), np.uint8)
     part = Arrays(pixels, np.arange(64) % 3)
     task = Task("noise", 3, part, part, part)
-    monkeypatch.setattr(command_line.catalogue, "load", lambda name, folder: task)
-    monkeypatch.setattr(
-        command_line.models, "load", lambda config, classes: base("swin")
-    )
+    monkeypatch.setattr(setup.catalogue, "load", lambda name, folder: task)
+    monkeypatch.setattr(base_models, "load", lambda config, classes: base("swin"))
     with pytest.raises(ValueError, match="a Swin has grids"):
         setup.prepared("x", config(methods=("vqt",)), Console())
     setup.prepared("x", config(methods=("snella", "partial1")), Console())

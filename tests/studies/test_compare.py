@@ -26,8 +26,8 @@ from experiments.training.classification import Classification
 SMALL = ["--run.model", "vit_fashion_mnist", "--run.image_size", "None"]
 SHORT = ["--run.epochs", "1", "--run.warmup_epochs", "0", "--search_epochs", "1"]
 GRID = ["--run.grid.lr_factors", "0.1", "--run.grid.lr_extensions", "0"]
-GRID += ["--run.linear.strengths", "1"]
 TABLE = ["--methods", "linear", "lora", "--controls", "linear", "--seeds", "0", "1"]
+TABLE += ["--run.linear.strengths", "1"]
 OPTIONS = [*SMALL, *SHORT, *GRID, *TABLE, "--tasks", "digits"]
 
 
