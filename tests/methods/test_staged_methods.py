@@ -24,6 +24,7 @@ from experiments.pretrained import base_models
 from experiments.runs import setup
 from experiments.studies import overfit
 from snella_jax.models import convnext, of, swin
+from snella_jax.models.layers.images import IMAGENET_MEAN
 from snella_jax.nnx.targets import select
 
 TINY = {
@@ -181,7 +182,7 @@ def test_published_weights_give_their_transforms():
     model = base_models.load(own, 5)
     assert model.config.num_classes == 5 and model.config.width == 4
     whole, _ = base_models.transforms(own, model)
-    assert whole.size == (32, 32) and whole.mean == swin.images.IMAGENET_MEAN
+    assert whole.size == (32, 32) and whole.mean == IMAGENET_MEAN
     random = base_models.load(dataclasses.replace(own, random_weights=True), 5)
     assert random.config == model.config
     kernel = random.patch_embed.kernel[...]
