@@ -164,8 +164,14 @@ def damage():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (more, "of epoch 2 was made after 4 steps; of 4 an epoch .* have been 8"),
-        (third, r"epoch 2 in .* of another model .* \(2,\) and should be of \(3,\)"),
+        (
+            more,
+            "Checkpoint 2 was made after 4 updates, expected 8: there are more or fewer",
+        ),
+        (
+            third,
+            r"Checkpoint 2 in .* of another model .* \(2,\) and should be of \(3,\)",
+        ),
         (damage, "Checkpoint 2 in .* or is damaged"),
     ],
 )

@@ -339,7 +339,7 @@ def test_show_lists_tasks(capsys):
     [
         ([], "--task is missing"),
         (["--task", "digits", "--images", "0"], "images=0: expected at least 1"),
-        (["--task", "nothing"], "'nothing' is no task"),
+        (["--task", "nothing"], "no task, folder or CSV file is called 'nothing'"),
         (["--task", "digits", "--size", "0"], r"size=\(0, 0\)"),
     ],
 )
