@@ -166,7 +166,7 @@ def damage():
     [
         (
             more,
-            "Checkpoint 2 was made after 4 updates, expected 8: there are more or fewer",
+            "2 was made after 4 updates, expected 8: there are more or fewer",
         ),
         (
             third,
