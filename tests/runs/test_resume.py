@@ -77,23 +77,44 @@ def weights(out):
     return found["state"], found["position"]
 
 
-@pytest.mark.parametrize(
-    ("devices", "kills"), [("data=1", (1, 2, 3)), ("data=4", (2,))]
-)
-def test_a_run_that_was_killed_ends_as_one_that_was_not(devices, kills, tmp_path):
-    """On one device, three times, and on a mesh of four."""
+def interrupt(monkeypatch, words, rows, where):
+    """Ctrl-C as soon as `where` is done for the last of so many epochs."""
+    owner, name = where
+    inner, count = getattr(owner, name), [0]
+
+    def last(*given, **named):
+        inner(*given, **named)
+        count[0] += 1
+        if count[0] == rows:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, last)
+        with pytest.raises(SystemExit, match="Go on with it by --resume"):
+            vtab.main(words)
+
+
+LOGGED, SAVED = (metric_log, "log"), (Checkpoints, "save")
+
+
+@pytest.mark.parametrize("devices", ["data=1", "data=4"])
+def test_a_run_that_was_killed_ends_as_one_that_was_not(devices, tmp_path, monkeypatch):
+    """Interrupted before and after a checkpoint; on one device killed between them."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     own = ["--epochs=4", "--methods", "snella", f"--mesh={devices}"]
     words = pictures.short(tmp_path, *own, each=8)
     vtab.main([*words, f"--out={whole}"])
-    rng = np.random.default_rng()  # other moments each time
-    start = [*words, f"--out={broken}"]
-    for rows in kills:
-        process = started(*start)
-        kill_after(process, broken, rows, rng.uniform(0, 0.6))
-        start = ["--resume", broken]
-        assert not (broken / "summary.json").exists()
-    summary = vtab.main(["--resume", str(broken)])
+    resume = ["--resume", str(broken)]
+    if devices == "data=1":
+        interrupt(monkeypatch, [*words, f"--out={broken}"], 1, LOGGED)
+        # Other moments each time.
+        delay = np.random.default_rng().uniform(0, 0.6)
+        kill_after(started(*resume), broken, 2, delay)
+        interrupt(monkeypatch, resume, 1, SAVED)
+    else:
+        interrupt(monkeypatch, [*words, f"--out={broken}"], 2, LOGGED)
+    assert not (broken / "summary.json").exists()
+    summary = vtab.main(resume)
     rows = [metric_log.of(out, "snella") for out in (whole, broken)]
     for row in (*rows[0], *rows[1]):
         row.pop("seconds_per_step")

@@ -298,11 +298,11 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 
 
 def test_a_disk_that_is_full_leaves_what_is_done(short, tmp_path):
-    """No file may grow beyond 300 kB, which a checkpoint is larger than."""
+    """No file may grow beyond 50 kB, which a checkpoint is larger than."""
     out = tmp_path / "run"
     program = (
         "import resource, sys\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "from experiments import vtab\n"
         "vtab.main(sys.argv[1:])"
     )
