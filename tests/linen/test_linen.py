@@ -15,10 +15,13 @@ import snella_jax as snella
 from snella_jax import linen, pytree
 from snella_jax.models import vit
 
-DEPTH, WIDTH = 3, 8
+DEPTH, WIDTH, HEADS = 2, 12, 3
 TARGETS = r"Transformer/encoderblock.*/(query|key|value|out|Dense_\d)"
 IMAGES = jax.random.normal(jax.random.key(7), (4, 8, 8, 3))
 LABELS = jnp.array([0, 1, 2, 1])
+INTO = snella.Layout((12,), (3, 4))
+OUT = snella.Layout((3, 4), (12,))
+UP, DOWN = snella.Layout((12,), (48,)), snella.Layout((48,), (12,))
 
 
 class MlpBlock(nn.Module):
@@ -32,7 +35,7 @@ class Encoder1DBlock(nn.Module):
     @nn.compact
     def __call__(self, x, deterministic=True):
         y = nn.LayerNorm()(x)
-        y = nn.MultiHeadDotProductAttention(num_heads=2)(y, y)
+        y = nn.MultiHeadDotProductAttention(num_heads=HEADS)(y, y)
         x = x + nn.Dropout(0.2)(y, deterministic)
         return x + MlpBlock()(nn.LayerNorm()(x)), None
 
@@ -90,7 +93,7 @@ def config(**changes):
 @functools.cache
 def variables(scan=False):
     """The same numbers, stacked or not, with every bias and norm drawn."""
-    plain = LinenViT().init(jax.random.key(0), IMAGES)["params"]
+    plain = jax.jit(LinenViT().init)(jax.random.key(0), IMAGES)["params"]
     flat = flatten_dict(plain, sep="/")
     keys = jax.random.split(jax.random.key(1), len(flat))
     flat = {
@@ -155,9 +158,9 @@ def test_what_is_adapted(adapted):
     weights = adapters.weights(params)
     assert sum(int(np.prod(w.site.lead)) for w in weights) == 6 * DEPTH
     by_end = {w.path.split("/")[-1]: w.site for w in weights}
-    assert by_end["query"].layout == snella.Layout((8,), (2, 4))
-    assert by_end["out"].layout == snella.Layout((2, 4), (8,))
-    assert by_end["Dense_0"].layout == snella.Layout((8,), (32,))
+    assert by_end["query"].layout == INTO
+    assert by_end["out"].layout == OUT
+    assert by_end["Dense_0"].layout == UP
     assert by_end["query"].stack == ((DEPTH,) if module.scan else ())
     trainable, budgets, frozen = map(flatten_dict, adapters.partition(params))
     names = {"/".join(path) for path in trainable}
@@ -181,7 +184,7 @@ def test_outputs_and_gradients_are_those_of_summed_weights(adapted):
         return module.apply({"params": adapters.summed(variables["params"])}, *args)
 
     expected = jax.jit(jax.value_and_grad(loss_of(plain)))(*parts)
-    base = loss_of(module.apply)(variables(module.scan)["params"], {}, {})
+    base = jax.jit(loss_of(module.apply))(variables(module.scan)["params"], {}, {})
     assert abs(found[0] - base) > 1e-3
     chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-6)
     grads = flatten_dict(found[1])
@@ -251,13 +254,14 @@ def train(adapters, params, steps=10):
         updates, state = tx.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state, value
 
-    before = float(loss(trainable, budgets, frozen))
+    evaluated = jax.jit(loss)
+    before = float(evaluated(trainable, budgets, frozen))
     for index in range(steps):
         if index == steps // 2:
             budgets, report = snella.reallocate(budgets, state, 500)
             assert report.budgets.sum() == 500
         trainable, state, _ = step(trainable, state, budgets, jax.random.key(index))
-    assert float(loss(trainable, budgets, frozen)) < 0.9 * before
+    assert float(evaluated(trainable, budgets, frozen)) < 0.9 * before
     return linen.join(trainable, budgets, frozen)
 
 
@@ -293,7 +297,7 @@ def test_an_adapter_trained_in_linen_goes_to_nnx_and_back(trained, tmp_path):
     np.savez(
         tmp_path / "base.npz", **original(flatten_dict(variables()["params"], sep="/"))
     )
-    base = vit.load(tmp_path / "base.npz", heads=2)
+    base = vit.load(tmp_path / "base.npz", heads=HEADS)
     expected = run(adapters, params, IMAGES)
     model = snella.load(base, tmp_path / "linen", rename=NAMES)
     np.testing.assert_allclose(model(IMAGES), expected, atol=1e-5)
@@ -335,10 +339,10 @@ def test_files_of_linen_are_read_by_linen_and_by_no_framework(trained, tmp_path)
     ):
         chex.assert_trees_all_equal(one, other)
     layouts = {
-        ".*/(query|key|value)": snella.Layout((8,), (2, 4)),
-        ".*/out": snella.Layout((2, 4), (8,)),
-        r".*/Dense_0": snella.Layout((8,), (32,)),
-        r".*/Dense_1": snella.Layout((32,), (8,)),
+        ".*/(query|key|value)": INTO,
+        ".*/out": OUT,
+        r".*/Dense_0": UP,
+        r".*/Dense_1": DOWN,
     }
     plain, tree = pytree.load(own["params"], tmp_path / "a", layouts=layouts)
     chex.assert_trees_all_equal(tree, params)
