@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pictures
 import pytest
 from flax import nnx
 from PIL import Image
@@ -15,10 +16,11 @@ from safetensors.numpy import load_file
 import snella_jax as snella
 from experiments import vtab
 from experiments.config import command_line, presets, run_config
+from experiments.config.run_config import RunConfig
 from experiments.methods import linear_probe, lora
-from experiments.pretrained import small_vit
+from experiments.pretrained import base_models, small_vit
 from experiments.pretrained.pretrain import augment
-from experiments.tasks import digits
+from experiments.tasks import catalogue, digits
 from experiments.training import evaluation, sharding
 from experiments.training.classification import Classification
 from snella_jax import models
@@ -316,9 +318,11 @@ def run(out, *argv):
 
 
 def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
-    short = ("--epochs", "2", "--warmup-epochs", "1", "--methods", "snella")
-    summary = run(tmp_path / "a", *short)
-    again = run(tmp_path / "b", *short)
+    short = pictures.short(
+        tmp_path, "--epochs=2", "--warmup-epochs=1", "--methods", "snella", each=16
+    )
+    summary = vtab.main([*short, f"--out={tmp_path / 'a'}"])
+    again = vtab.main([*short, f"--out={tmp_path / 'b'}"])
     lines, others = (
         [
             json.loads(x)
@@ -332,33 +336,35 @@ def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
         row.pop("seconds_per_step")
     assert lines == others
     assert [row["epoch"] for row in lines] == [1, 2]
-    assert [row["density"] for row in lines] == [1.0, pytest.approx(0.3, abs=1e-5)]
-    assert len(lines[1]["importance"]) == len(lines[1]["budget"]) == 36
+    weight = 1 / 3456  # budgets are whole weights
+    assert [row["density"] for row in lines] == [1.0, pytest.approx(0.3, abs=weight)]
+    assert len(lines[1]["importance"]) == len(lines[1]["budget"]) == 18
     assert json.loads((tmp_path / "a/summary.json").read_text("utf-8")) == summary
-    assert summary["task"] == digits.NAME
+    assert summary["task"] == "pets"
     result = summary["methods"]["snella"]
     assert set(result) >= {
         "test_accuracy", "val_accuracy", "trainable", "seconds_per_step", "density",
     }  # fmt: skip
     budget = sum(lines[1]["budget"].values())  # a tiny update may round to nothing
     assert 0.999 * budget < result["weights_moved"] <= budget
-    assert result["test_accuracy"] == again["methods"]["snella"]["test_accuracy"] > 0.5
+    assert result["test_accuracy"] == again["methods"]["snella"]["test_accuracy"] > 0.9
     assert (tmp_path / "a/figures/allocation.png").stat().st_size > 10_000
     one, other = (
         load_file(tmp_path / run / "adapters/snella/adapter_model.safetensors")
         for run in "ab"
     )
     jax.tree.map(np.testing.assert_array_equal, one, other)
-    base = small_vit.load(0)
+    base = models.load(pictures.CLASSIFIER, num_classes=2, image_size=24)
     model = snella.load(base, tmp_path / "a/adapters/snella")
-    test, alone = digits.load().test, sharding.make("data=1")
-    found = evaluation.evaluate(
-        model, test, small_vit.TRANSFORM, alone, Classification()
-    )
+    test = catalogue.load(str(tmp_path / "pets")).test
+    config = RunConfig(model=str(pictures.CLASSIFIER), image_size=24)
+    _, transform = base_models.transforms(config, base)
+    alone = sharding.make("data=1")
+    found = evaluation.evaluate(model, test, transform, alone, Classification())
     assert found.metrics["accuracy"] == result["test_accuracy"]
     assert json.loads((tmp_path / "a/config.json").read_text("utf-8"))["epochs"] == 2
     with pytest.raises(SystemExit, match="is not empty: name another folder"):
-        run(tmp_path / "a", *short)
+        vtab.main([*short, f"--out={tmp_path / 'a'}"])
 
 
 def test_ones_own_images_and_checkpoint(tmp_path):
