@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.data.transforms import Transform
+from experiments.names import unknown
 from experiments.paths import at_home
 from experiments.pretrained import dinov2_saliency, small_vit
 from snella_jax import models
 
+HELP = "python -m experiments.vtab --help"
 SHOWN = 5
 URL = "https://storage.googleapis.com/vit_models/imagenet21k"
 GITHUB = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0"
@@ -119,6 +121,9 @@ def _pretrained(name: str, options: dict[str, Any]) -> models.Model:
                 f"There is no {file} here: get it from {folder}/{file} ({licence}), or "
                 "give other weights with --model."
             )
+    if file == Path(file.name) and not file.suffix and not file.exists():
+        known = [small_vit.NAME, "dinov2_saliency", *PUBLISHED]
+        raise ValueError(unknown("model or file", name, known, HELP))
     return models.load(file, **options)
 
 

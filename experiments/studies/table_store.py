@@ -63,7 +63,8 @@ class Store:
                     f"{self.path} was made with another {', '.join(other)}: expected "
                     "the same, or another --out."
                 )
-            found["shared"] = shared  # perhaps with a method that is new
+            new = {n: v for n, v in shared.items() if n not in filled}
+            found["shared"] = {**(known or {}), **new}  # methods that are new
             found.setdefault("rows", {})
 
     @property

@@ -13,6 +13,7 @@ tokens (class token first), `D` width, `H` heads, `d = D / H`.
 """
 
 import dataclasses
+import difflib
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -32,10 +33,14 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "ViT":
     """Makes a randomly initialised preset, any field of its `ViTConfig` overridden.
 
     Raises:
-      ValueError: `name` is not a preset; the message lists them.
+      ValueError: `name` is not a preset; the message has the nearest ones.
     """
     if name not in PRESETS:
-        raise ValueError(f"No ViT is called {name!r}; there are {', '.join(PRESETS)}.")
+        near = difflib.get_close_matches(name, PRESETS)
+        guess = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(
+            f"No ViT is called {name!r}.{guess} snella_jax.models.vit.PRESETS has all."
+        )
     return ViT(dataclasses.replace(PRESETS[name], **overrides), rngs=rngs)
 
 
