@@ -1,4 +1,4 @@
-"""What a command prints: plain text, a progress bar, an error in one line.
+"""Output of commands: plain text, progress bars, errors in one line.
 
 A user's folder or class may be called `[v2]` or `:dog:`, which rich would take for
 markup.

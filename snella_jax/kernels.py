@@ -22,11 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from snella_jax.ops.distance import (
-    dot,
-    squared_distance,
-    weighted_distances,
-)
+from snella_jax.ops.distance import distance as distance
+from snella_jax.ops.distance import dot, squared_distance, weighted_distances
 from snella_jax.ops.dtypes import at_least_float32
 
 Factors = dict[str, Array]

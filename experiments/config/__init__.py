@@ -1,1 +1,1 @@
-"""What a run is: fields, presets and the command line."""
+"""Configs of runs: fields, presets and the command line."""

@@ -24,7 +24,7 @@ class Preset:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What the released code sets for a task.
+    """The released code's settings for a task.
 
     Attributes:
       sparsity: target of `1 - density`; None for Mix-K without any sparsity.

@@ -1,4 +1,4 @@
-"""What a run is: `RunConfig`, checked, and the recipes that it stands for."""
+"""The config of a run, its checks, and the recipes that it stands for."""
 
 import dataclasses
 import json

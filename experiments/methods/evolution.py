@@ -48,7 +48,7 @@ class Space:
         )
 
     def crossed(self, rng: np.random.Generator, one: Subnet, other: Subnet) -> Subnet:
-        """Of each kind the modules of the one or of the other."""
+        """Returns a subnet with each kind of module from one parent or the other."""
         return tuple(
             a if rng.random() < 0.5 else b for a, b in zip(one, other, strict=True)
         )

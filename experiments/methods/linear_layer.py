@@ -1,4 +1,4 @@
-"""What methods that change `nnx.Linear` layers share: select, compute, merge."""
+"""Selection and merging of changed `nnx.Linear` layers, for several methods."""
 
 from collections.abc import Callable
 from typing import Any

@@ -95,7 +95,7 @@ class Prompted(nnx.Module):
         return behind(tokens, self.prompts[...])
 
     def features(self, images: Array, key: Any = None, *, layers: Any = None) -> Any:
-        """As without prompts; they are not among the tokens."""
+        """Returns the features of the image's tokens, without those of the prompts."""
         base: Any = super()
         count = len(self.prompts[...])
         found = base.features(images, key, layers=layers)
@@ -116,7 +116,7 @@ class Prompting(nnx.Module):
         return block.__call__(behind(x, self.prompts[...]), drop)[:, : x.shape[1]]
 
     def attention_map(self, x: Float[Array, "B T D"]) -> Float[Array, "B H S S"]:
-        """As without prompts; they are the last of the tokens."""
+        """Returns the attention among all tokens, of which the prompts are the last."""
         block: Any = super()
         return block.attention_map(behind(x, self.prompts[...]))
 

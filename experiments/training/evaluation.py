@@ -112,7 +112,8 @@ def measured(
             _score(objective.score, source, batch, outputs, host)
         if look is not None:
             look(batch, outputs)
-    return objective.numbers(device | _over_processes(host))
+    _add(device, _over_processes(host))
+    return objective.numbers(device)
 
 
 def features(

@@ -1,4 +1,4 @@
-"""What a method receives to train a model on a task: nothing of how runs are told."""
+"""The input of a method: model, task, devices, recipe; no config of a run."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -4,6 +4,8 @@ import contextlib
 import functools
 import itertools
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -228,3 +230,17 @@ def test_a_predicted_class_stands_above_its_image(tmp_path):
         figures.predictions(tmp_path / name, objective, source, outputs)
     one, other = ((tmp_path / n).read_bytes() for n in ("one.png", "other.png"))
     assert one == other and one[1:4] == b"PNG"
+
+
+def test_a_host_stage_adds_to_the_sums_of_the_devices():
+    """2.5 of the devices and 1 of the example that is valid."""
+    objective: Any = SimpleNamespace(
+        score=lambda example, output: {"hits": 1.0}, numbers=dict
+    )
+    batch = {"index": jnp.arange(2), "valid": jnp.array([True, False])}
+
+    def measure(states, batch):
+        return {"hits": jnp.float32(2.5)}, {"y": jnp.zeros(2)}
+
+    found = evaluation.measured(measure, (), [0, 1], [batch], objective)
+    assert found == {"hits": 3.5}
