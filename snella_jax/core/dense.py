@@ -70,6 +70,8 @@ def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
             if tau is None and gate == "none":  # nothing to search for: recomputed
                 tau = jax.lax.stop_gradient(jnp.max(dense))
             if tau is None:
+                # Made again for the comparison, it could round across the threshold.
+                dense = jax.lax.optimization_barrier(dense)
                 tau = kept(threshold(dense, budget))
         with jax.named_scope("snella_delta"):
             return sparsify(dense, budget, gate, tau), tau
