@@ -158,8 +158,8 @@ def test_an_image_of_the_wrong_shape_is_refused(shape):
         build()(jnp.zeros(shape))
 
 
-def test_an_unknown_preset_lists_the_presets():
-    with pytest.raises(ValueError, match="'vit_x'; there are vit_ti16, vit_s16,"):
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match=r"'vit_x'\. Did you mean vit_s16 or vit_l16 or vit_h14\?"):
         vit.create("vit_x", rngs=nnx.Rngs(0))
 
 
