@@ -159,7 +159,9 @@ def test_an_image_of_the_wrong_shape_is_refused(shape):
 
 
 def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(ValueError, match=r"'vit_x'\. Did you mean vit_s16 or vit_l16 or vit_h14\?"):
+    with pytest.raises(
+        ValueError, match=r"'vit_x'\. Did you mean vit_s16 or vit_l16 or vit_h14\?"
+    ):
         vit.create("vit_x", rngs=nnx.Rngs(0))
 
 
