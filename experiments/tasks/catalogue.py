@@ -1,7 +1,7 @@
 """Every task by name: VTAB-1k, FGVC, the sets that need no network, and your own.
 
 A task is named by its entry in the catalogue, or by the path of a folder or CSV file
-(`experiments.tasks.folders`). A VTAB or FGVC task is read from a folder of that name in
+(`experiments.data.folders`). A VTAB or FGVC task is read from a folder of that name in
 the data directory if there is one, else from TFDS; the others are read from their
 packages, whatever folders there are.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from experiments.data import lists
+from experiments.data import folders, lists
 from experiments.data.task import Task
 from experiments.names import unknown
 from experiments.paths import at_home
@@ -22,7 +22,6 @@ from experiments.tasks import (
     elpv,
     fashion_mnist,
     fgvc,
-    folders,
     tuxpaint,
     vtab,
 )

@@ -7,10 +7,10 @@ training images; VPT's own lists are no longer served, so ours differ.
 import dataclasses
 from pathlib import Path
 
+from experiments.data import folders
 from experiments.data.source import Source, split
 from experiments.data.task import Task
 from experiments.data.tfds import Builder
-from experiments.tasks import folders
 from experiments.tasks.vtab import label
 
 

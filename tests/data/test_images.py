@@ -8,9 +8,9 @@ import pytest
 from PIL import Image, ImageOps
 from rich.console import Console
 
-from experiments.data import check, tfds
+from experiments.data import check, folders, tfds
 from experiments.data.source import CorruptImageError, Files, decoding, pixels_of
-from experiments.tasks import folders, vtab
+from experiments.tasks import vtab
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (4, 7, 3), np.uint8)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.tasks import catalogue, folders
+from experiments.data import folders
+from experiments.tasks import catalogue
 
 SPLITS = {"train800": 7, "val200": 4, "test": 5}
 

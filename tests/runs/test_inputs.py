@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import ablate, compare, vtab
 from experiments.config.run_config import RunConfig
-from experiments.data import check, fingerprint
+from experiments.data import check, fingerprint, folders
 from experiments.data.source import Arrays
 from experiments.data.task import Task
 from experiments.files import MismatchError
@@ -26,7 +26,7 @@ from experiments.runs import search, setup
 from experiments.runs.run import RunFailed
 from experiments.studies import table_store
 from experiments.studies.ablations import SNELLA
-from experiments.tasks import catalogue, folders
+from experiments.tasks import catalogue
 
 LORA = ("--methods", "lora", "--epochs", "2")
 

@@ -13,9 +13,9 @@ from PIL import Image
 from rich.console import Console
 from tensorflow_datasets.proto import tf_example_pb2
 
-from experiments.data import check, source
+from experiments.data import check, folders, source
 from experiments.data.tfds import Part, TfdsSplit
-from experiments.tasks import catalogue, fgvc, folders, vtab
+from experiments.tasks import catalogue, fgvc, vtab
 
 
 class Counted:

@@ -10,10 +10,10 @@ from PIL import Image
 from rich.console import Console
 from scipy.io import savemat
 
-from experiments.data import check, source
+from experiments.data import check, folders, source
 from experiments.data.source import Arrays, CorruptImageError
 from experiments.data.task import Task
-from experiments.tasks import catalogue, folders, show
+from experiments.tasks import catalogue, show
 
 
 def picture(path, colour=(200, 10, 10), size=(6, 4)):

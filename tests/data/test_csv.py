@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from experiments.tasks import folders
+from experiments.data import folders
 
 
 def written(path, rows):
