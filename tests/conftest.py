@@ -5,6 +5,7 @@ And a fixture that switches float64 on.
 
 import os
 import shutil
+import sys
 import tempfile
 from importlib.metadata import version
 
@@ -15,13 +16,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Tests compile more than they compute: without LLVM's optimisations and MLIR's fusions
 # a training step compiles in a third of the time. Fused multiply-adds round a weight
 # that is recomputed otherwise, and at the threshold it changes sides in the backward
-# pass: AVX has none. (An unknown flag aborts a process; these are of jaxlib 0.10.)
+# pass: AVX has none. (An unknown flag aborts a process: jaxlib 0.10 knows these, libtpu
+# does not.) Workers inherit the flags.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
     + "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX "
-    * version("jaxlib").startswith("0.10.")
-    + os.environ.get("XLA_FLAGS", "")
-)
+    * (version("jaxlib").startswith("0.10.") and "tpu_compile" not in sys.argv)
+) * ("PYTEST_XDIST_WORKER" not in os.environ) + os.environ.get("XLA_FLAGS", "")
 
 import jax
 import pytest
