@@ -15,7 +15,6 @@ from experiments.config.run_config import RunConfig
 from experiments.data import check
 from experiments.methods.dora import Dora
 from experiments.methods.lora import Lora
-from experiments.pretrained import base_models
 from experiments.reports import text as report_text
 from experiments.runs import run, search, setup
 from experiments.studies import comparison, comparison_figure, table_store
@@ -377,26 +376,3 @@ class Setting:
     located: Path | None = None
     console: Console = dataclasses.field(default_factory=lambda: Console(quiet=True))
     objective = Classification()
-
-
-def test_a_test_split_can_be_sampled_the_same_way_each_time():
-    task = catalogue.load("digits")
-    samples = [setup._sampled(task, 50).test for _ in range(2)]
-    assert len(samples[0]) == 50
-    np.testing.assert_array_equal(samples[0].labels, samples[1].labels)
-    assert setup._sampled(task, 10_000).test is task.test
-    assert setup._sampled(task, None) is task
-    with pytest.raises(ValueError, match="test_images=0"):
-        RunConfig(test_images=0).check()
-
-
-def test_random_weights_are_those_of_the_seed():
-    kernels = [
-        np.asarray(base_models.load(config, 3).blocks.mlp.fc1.kernel[...])
-        for config in (
-            RunConfig(random_weights=True), RunConfig(random_weights=True),
-            RunConfig(random_weights=True, seed=1), RunConfig(),
-        )
-    ]  # fmt: skip
-    np.testing.assert_array_equal(kernels[0], kernels[1])
-    assert all((kernels[0] != other).mean() > 0.9 for other in kernels[2:])

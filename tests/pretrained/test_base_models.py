@@ -1,0 +1,18 @@
+"""Base models: random weights as a control."""
+
+import numpy as np
+
+from experiments.config.run_config import RunConfig
+from experiments.pretrained import base_models
+
+
+def test_random_weights_are_those_of_the_seed():
+    kernels = [
+        np.asarray(base_models.load(config, 3).blocks.mlp.fc1.kernel[...])
+        for config in (
+            RunConfig(random_weights=True), RunConfig(random_weights=True),
+            RunConfig(random_weights=True, seed=1), RunConfig(),
+        )
+    ]  # fmt: skip
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    assert all((kernels[0] != other).mean() > 0.9 for other in kernels[2:])
