@@ -1,6 +1,6 @@
 """GGUF files: metadata and tensors, memory-mapped, dequantised when they are read.
 
-The format is ggml's (docs/gguf.md of https://github.com/ggml-org/ggml), versions 2 and
+The format is ggml's (https://github.com/ggml-org/ggml), versions 2 and
 3, little-endian. The header is read here, with every count and offset checked, for the
 package `gguf` loops over impossible ones; the package dequantises the blocks.
 """

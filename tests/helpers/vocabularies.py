@@ -85,7 +85,7 @@ def json_folder(folder, backend, bos=None, **config):
         )
     backend.save(str(folder / "tokenizer.json"))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), "utf-8")
     return folder
 
 
@@ -162,5 +162,5 @@ def ranks_file(path, backend):
     for token, rank in sorted(backend.get_vocab().items(), key=lambda item: item[1]):
         data = bytes(letters[letter] for letter in token)
         lines.append(f"{base64.b64encode(data).decode()} {rank}\n")
-    path.write_text("".join(lines))
+    path.write_text("".join(lines), "utf-8")
     return path

@@ -109,7 +109,7 @@ def test_pieces(proto, tmp_path):
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (1, 2, 2)
     assert tokenizer.size == 400 and tokenizer.adds_bos
     assert tokenizer.encode("a") == [1, *oracle.encode("a")]
-    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}', "utf-8")
     assert llama.tokenizer(tmp_path).encode("a") == oracle.encode("a")
 
 
@@ -274,20 +274,22 @@ def test_damaged_gguf(values, message, tmp_path):
 
 def test_damaged_ranks_and_configs(backends, smol, tmp_path):
     path = vocabularies.ranks_file(tmp_path / "r", backends["llama-bpe"])
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text("utf-8").splitlines(keepends=True)
     for bad, message in [
         (lines[:5] + lines[6:], "the ranks are not 0, 1, 2"),
         (lines[:200], r"no rank for the bytes"),
         ([*lines, f"???? {len(lines)}\n"], "Only base64 data"),
         ([*lines, "IQ==\n"], "expected 2, got 1"),
     ]:
-        path.write_text("".join(bad))
+        path.write_text("".join(bad), "utf-8")
         with pytest.raises(CheckpointError, match=rf"r: damaged .*{message}"):
             llama.tokenizer(path)
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "tokenizer.json").write_text((smol / "tokenizer.json").read_text())
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    (folder / "tokenizer.json").write_text(
+        (smol / "tokenizer.json").read_text("utf-8"), "utf-8"
+    )
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}', "utf-8")
     with pytest.raises(CheckpointError, match="no token '<end>', which is to be eos_t"):
         llama.tokenizer(folder)
 
