@@ -133,7 +133,11 @@ def test_what_began_without_decay_does_not_end_with_it(
     config = dataclasses.replace(ImageConfig(methods=("lora", method)), **change)
     inputs = {"data": {}, "classes": 2, "weights": {}}
     setting = SimpleNamespace(
-        config=config, out=tmp_path, inputs=inputs, console=Console(quiet=True)
+        config=config,
+        out=tmp_path,
+        inputs=inputs,
+        console=Console(quiet=True),
+        unit="images",
     )
     if refused:
         with pytest.raises(
