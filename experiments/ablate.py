@@ -31,15 +31,15 @@ from rich.console import Console
 
 from experiments import files, paths, terminal
 from experiments.config import command_line, run_config
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.methods.masked import MaskedSnella
 from experiments.methods.snella import Snella
 from experiments.paths import Given
 from experiments.pretrained import base_models
 from experiments.reports import finished
-from experiments.runs import folder, search, setup
+from experiments.runs import folder, images, search
+from experiments.runs.images import ImageRun
 from experiments.runs.run import begin
-from experiments.runs.setup import Prepared
 from experiments.runs.train_method import tune
 from experiments.studies import ablation_report, table_store
 from experiments.studies.ablations import BASE, SNELLA, STUDIES, Variant
@@ -66,7 +66,7 @@ Name = Literal[
     "rank",
     "frequency",
 ]
-RUN = RunConfig(
+RUN = ImageConfig(
     task="dsprites_loc_rerendered",
     protocol="final",
     epochs=30,
@@ -92,7 +92,7 @@ class Ablation:
     """Seeds of the factors and the order. (Searches have seed 0.)"""
     search_epochs: int = 10
     """Epochs of a trial of the search."""
-    run: RunConfig = RUN
+    run: ImageConfig = RUN
     """Config that all variants share; `run.snella` is the base, of which only the rate
     and the weight decay may be set."""
     table_only: bool = False
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.check()
         paths.check_out(config.out)
         if not config.table_only:
-            if lacking := setup.missing(config.run):
+            if lacking := images.missing(config.run):
                 raise ValueError(lacking)
             select(base_models.load(config.run, classes=2), config.run.targets)
         fields = run_config.as_dict(config.run)
@@ -178,11 +178,11 @@ def _tried(
 
     def train(out: Path, seed: int, chosen: table_store.Done) -> table_store.Done:
         own = dataclasses.replace(variant.config(config.run, seed, **chosen), out=out)
-        setting = setup.prepared(config.run.task, own, console)
-        store.begin(config.run.task, setting.inputs, console)
+        prepared = images.prepared(config.run.task, own, console)
+        store.begin(config.run.task, prepared.inputs, console)
         with folder.held(out, resume=True):
-            begin(setting)
-            return measured(variant.method, setting)
+            begin(prepared)
+            return measured(variant.method, prepared)
 
     cell = config.run.task, variant.name
     return table_store.attempt(
@@ -216,11 +216,11 @@ def _searched(
     console.rule(f"{variant.name}, search")
     own = variant.config(config.run, config.run.seed)
     own = dataclasses.replace(own, epochs=config.search_epochs, steps=None, out=place)
-    setting = setup.prepared(config.run.task, own, console)
-    store.begin(config.run.task, setting.inputs, console)
-    search.chosen(variant.method, setting)
+    prepared = images.prepared(config.run.task, own, console)
+    store.begin(config.run.task, prepared.inputs, console)
+    search.chosen(variant.method, prepared)
     trials = files.read(place / search.FILE)[variant.method]
-    rate = cautious(trials, len(setting.task.validation))
+    rate = cautious(trials, len(prepared.task.validation))
     return {"trials": trials, "chosen": {"lr": rate}}
 
 
@@ -240,7 +240,7 @@ def cautious(trials: Sequence[dict[str, Any]], images: int) -> float:
 
 
 def measured(
-    method: Literal["snella", "snella_masked"], setting: Prepared
+    method: Literal["snella", "snella_masked"], prepared: ImageRun
 ) -> table_store.Done:
     """Trains a variant and measures it.
 
@@ -256,21 +256,21 @@ def measured(
     Raises:
       MismatchError: rows of the folder's `metrics.jsonl` are lost.
     """
-    fitted = tune(method, setting)
+    fitted = tune(method, prepared)
     if lost := metric_log.lacking(fitted.rows, fitted.last_row["epoch"]):
         raise files.MismatchError(
-            f"{setting.out} has lost {lost} of {metric_log.NAME}: delete that folder "
+            f"{prepared.out} has lost {lost} of {metric_log.NAME}: delete that folder "
             "for the seed to begin anew."
         )
-    merged = setting.config.settings[method].merged(fitted.model)
+    merged = prepared.config.settings[method].merged(fitted.model)
 
     def accuracy(model: Any) -> float:
-        where = setting.task.test, setting.transforms[1], setting.mesh
-        found = evaluation.evaluate(model, *where, setting.objective)
+        where = prepared.task.test, prepared.data.transform, prepared.mesh
+        found = evaluation.evaluate(model, *where, prepared.objective)
         return found.metrics["accuracy"]
 
     unmerged = tested = accuracy(merged)
-    if setting.config.dtype != "float32":  # where merging rounds
+    if prepared.config.dtype != "float32":  # where merging rounds
         unmerged = accuracy(fitted.model)
     return {
         "test_accuracy": tested,
@@ -279,14 +279,14 @@ def measured(
         "seconds_per_step": metric_log.median(fitted.rows, "seconds_per_step"),
         "gradient_norms": [row["gradient_norm"] for row in fitted.rows],
         "moves": sum(row.get("moves", 0) for row in fitted.rows),
-        **_updates(setting, merged),
-        **folder.environment(setting.mesh),
+        **_updates(prepared, merged),
+        **folder.environment(prepared.mesh),
     }
 
 
-def _updates(setting: Prepared, merged: Any) -> dict[str, float]:
+def _updates(prepared: ImageRun, merged: Any) -> dict[str, float]:
     """Measures how training changed the targeted kernels."""
-    base = select(setting.base, setting.config.targets)
+    base = select(prepared.base, prepared.config.targets)
     ranks, densities, changes, weights = [], [], [], []
     for path, layer in select(merged, "|".join(base)).items():
         before, after = (np.asarray(x.kernel[...]) for x in (base[path], layer))

@@ -23,12 +23,12 @@ from rich.console import Console
 
 from experiments import files, paths, terminal
 from experiments.config import command_line
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.methods.registry import LINEAR
 from experiments.pretrained import base_models
 from experiments.reports import finished
 from experiments.reports import table as report
-from experiments.runs import search, setup
+from experiments.runs import images, search, setup
 from experiments.runs.run import complete
 from experiments.studies import comparison_figure, table_store
 from experiments.studies.comparison import Comparison, Row, Table
@@ -76,11 +76,11 @@ def _draw(
     if not points:
         console.print(f"No method of the table is in {config.memory}: no accuracy.png.")
         return
-    setting, setup = next(iter(memory.values())), "; ".join(made["setups"])
+    measured, setup = next(iter(memory.values())), "; ".join(made["setups"])
     if any(point["method"].endswith("*") for point in points):
         setup += f"; *: {finished.UNDECAYED_NOTE}"
     comparison_figure.accuracy_memory(
-        config.out / "accuracy.png", points, setting, setup
+        config.out / "accuracy.png", points, measured, setup
     )
 
 
@@ -97,9 +97,9 @@ def _tried(
         if row.method != LINEAR:
             settings = dataclasses.replace(own.settings[row.method], **chosen)
             own = own.with_settings(**{row.method: settings})
-        setting = setup.prepared(task, own, console)
-        store.begin(task, setting.inputs, console)
-        summary = complete(setting, resume=(out / "config.json").exists())
+        prepared = images.prepared(task, own, console)
+        store.begin(task, prepared.inputs, console)
+        summary = complete(prepared, resume=(out / "config.json").exists())
         where = {name: summary[name] for name in ("device", "versions")}
         return summary["methods"][row.method] | where
 
@@ -112,7 +112,7 @@ def _check_inputs(config: Comparison) -> None:
     """Raises an error if a task or the weights are missing or a method does not fit."""
     run = dataclasses.replace(config.run, methods=config.adapted())
     tasks = [dataclasses.replace(run, task=task) for task in config.tasks]
-    if lacking := [text for task in tasks if (text := setup.missing(task))]:
+    if lacking := [text for task in tasks if (text := images.missing(task))]:
         raise ValueError("\n  ".join(["some tasks cannot be run:", *lacking]))
     base = base_models.load(run, classes=2)
     select(base, run.targets)
@@ -141,16 +141,16 @@ def _searched(
     console.rule(f"{task}, {row.name}, search")
     own = _config(task, row, config, config.run.seed)
     own = dataclasses.replace(own, epochs=config.search_epochs, steps=None, out=place)
-    setting = setup.prepared(task, own, console)
-    store.begin(task, setting.inputs, console)
-    best = search.chosen(row.method, setting).settings[row.method]
+    prepared = images.prepared(task, own, console)
+    store.begin(task, prepared.inputs, console)
+    best = search.chosen(row.method, prepared).settings[row.method]
     return {
         "trials": files.read(place / search.FILE)[row.method],
         "chosen": best.searched,
     }
 
 
-def _config(task: str, row: Row, config: Comparison, seed: int) -> RunConfig:
+def _config(task: str, row: Row, config: Comparison, seed: int) -> ImageConfig:
     own = {"task": task, "methods": (row.method,), "seed": seed}
     return dataclasses.replace(config.run, random_weights=row.random, **own)
 

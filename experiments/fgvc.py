@@ -11,12 +11,13 @@ killed.
 from typing import Any
 
 from experiments.config import presets
-from experiments.runs import cli
+from experiments.runs import cli, images
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Runs, and returns the content of `summary.json`."""
-    return cli.main("python -m experiments.fgvc", presets.FGVC, "fgvc", argv)
+    program = "python -m experiments.fgvc"
+    return cli.main(program, presets.FGVC, images.prepared, argv, "fgvc")
 
 
 if __name__ == "__main__":

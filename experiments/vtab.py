@@ -18,12 +18,13 @@ and ends with the same numbers as one that was not.
 from typing import Any
 
 from experiments.config import presets
-from experiments.runs import cli
+from experiments.runs import cli, images
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Runs, and returns the content of `summary.json`."""
-    return cli.main("python -m experiments.vtab", presets.VTAB, "vtab1k", argv)
+    program = "python -m experiments.vtab"
+    return cli.main(program, presets.VTAB, images.prepared, argv, "vtab1k")
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def checked(setting: Setting) -> Setting:
     if setting.model not in models.PRESETS:
         where = "snella_jax.models.PRESETS"
         raise ValueError(unknown("model", setting.model, models.PRESETS, where))
-    methods = (*registry.names(), *VARIANTS)
+    methods = (registry.LINEAR, *registry.METHODS, *VARIANTS)
     if setting.method not in methods:
         where = "python -m experiments.vtab --help"
         raise ValueError(unknown("method", setting.method, methods, where))

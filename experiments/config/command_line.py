@@ -13,12 +13,12 @@ from experiments import paths
 from experiments.config import options
 from experiments.config.options import Option
 from experiments.config.presets import SUITES, Preset
-from experiments.config.run_config import PANELS, RunConfig
-from experiments.methods import registry
+from experiments.config.run_config import RunConfig
 from experiments.names import unknown
 from experiments.tasks.catalogue import TASK_LIST
 
-Presets = Mapping[str, Preset]
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
+Presets = Mapping[str, Preset[AnyConfig]]
 SHOWN = 5  # methods whose options the help of a run names
 
 
@@ -49,17 +49,20 @@ def interrupted(program: str, argv: Sequence[str]) -> tuple[Path | None, list[st
 
 
 def parse(
-    program: str, presets: Presets, argv: Sequence[str] | None = None, suite: str = ""
-) -> tuple[str, RunConfig]:
+    program: str,
+    presets: Presets[AnyConfig],
+    argv: Sequence[str] | None = None,
+    suite: str = "",
+) -> tuple[str, AnyConfig]:
     """Returns the config's name and the config that a command line means.
 
-    `--config` names a preset or a JSON file with (some) fields of `RunConfig`, such as
-    the `config.json` of an earlier run; other options override single fields.
-    `--help` prints the options of a run, `--help METHOD` all those of a method.
+    `--config` names a preset or a JSON file with (some) fields of the presets' kind of
+    config, such as the `config.json` of an earlier run; other options override single
+    fields. `--help` prints the options of a run, `--help METHOD` all those of a method.
 
     Args:
       program: command, as users call it.
-      presets: presets by name.
+      presets: presets by name, all of one kind.
       argv: words after the command; None for the process's own.
       suite: name that stands for several presets, to list among them.
 
@@ -78,7 +81,7 @@ def parse(
         )
     name = known.config or next(iter(presets))
     default = _base(program, name, presets, suite)
-    chosen = _chosen(program, default.methods, words)
+    chosen = _chosen(program, default, words)
     if asked is not None:
         text = _usage(presets, suite)
         _show(program, default, list(of_run(default, chosen)), chosen, asked, text)
@@ -131,7 +134,7 @@ def parse_study(
     values, words = options.parse(program, own, words)
     study = options.replaced(default, values)
     methods = study.adapted()
-    _check_methods(program, methods)
+    _check_methods(program, default.run, methods)
     found = [
         dataclasses.replace(o, hidden=o.hidden or o.flag[4:] in default.own)
         for o in of_run(default.run, methods, "run.")
@@ -140,20 +143,36 @@ def parse_study(
         _show(program, default.run, [*own, *found], methods, asked, text, "run.")
     values, rest = options.parse(program, found, words)
     if rest:
-        raise _refused(program, rest, [*own, *found], methods, "run.")
+        raise _refused(program, default.run, rest, [*own, *found], methods, "run.")
     return dataclasses.replace(study, run=_rebuilt(default.run, values, "run."))
 
 
-def from_values(program: str, values: dict[str, Any]) -> RunConfig:
+def from_values(
+    program: str, values: dict[str, Any], usual: AnyConfig, file: Path
+) -> AnyConfig:
     """Returns the config that `run_config.as_dict` made JSON of.
 
+    Args:
+      program: command, as users call it.
+      values: content of the file.
+      usual: config of its kind with the values of the fields that are not there.
+      file: for messages.
+
     Raises:
-      SystemExit: there is no such field, or a value does not fit.
+      SystemExit: there are no such fields, which are all named, or a value does not
+        fit.
     """
     values = dict(values)
-    source = str(values.pop("source", RunConfig.source))
-    words = [word for pair in _flags(values) for word in pair]
-    config = _overridden(program, RunConfig(), registry.names(), words)
+    source = str(values.pop("source", usual.source))
+    words = dict(_flags(values))
+    known = {option.flag for option in of_run(usual, usual.names())}
+    if foreign := [name for name in words if name not in known]:
+        raise SystemExit(
+            f"{program}: {file} has fields that no option is called: "
+            f"{', '.join(foreign)}. `{program} --help` lists all."
+        )
+    flat = [word for own in words.values() for word in own]
+    config = _overridden(program, usual, usual.names(), flat)
     return dataclasses.replace(config, source=source)
 
 
@@ -161,7 +180,7 @@ def of_run(
     config: RunConfig, methods: Collection[str], prefix: str = ""
 ) -> Iterator[Option]:
     """Yields the options of a run with some methods, which have the config's values."""
-    for panel, cls in PANELS.items():
+    for panel, cls in config.panels.items():
         yield from options.of(config, panel, prefix, cls=cls)
     for name in methods:
         own = config.method(name)
@@ -169,18 +188,18 @@ def of_run(
 
 
 def _overridden(
-    program: str, config: RunConfig, methods: Collection[str], words: list[str]
-) -> RunConfig:
+    program: str, config: AnyConfig, methods: Collection[str], words: list[str]
+) -> AnyConfig:
     own = list(of_run(config, methods))
     values, rest = options.parse(program, own, words)
     if rest:
-        raise _refused(program, rest, own, methods)
+        raise _refused(program, config, rest, own, methods)
     return _rebuilt(config, values)
 
 
 def _rebuilt(
-    config: RunConfig, values: Mapping[str, Any], prefix: str = ""
-) -> RunConfig:
+    config: AnyConfig, values: Mapping[str, Any], prefix: str = ""
+) -> AnyConfig:
     settings = {
         name: options.replaced(own, values, f"{prefix}{name}.")
         for name, own in config.settings.items()
@@ -188,7 +207,9 @@ def _rebuilt(
     return options.replaced(config, values, prefix).with_settings(**settings)
 
 
-def _base(program: str, name: str, presets: Presets, suite: str) -> RunConfig:
+def _base(
+    program: str, name: str, presets: Presets[AnyConfig], suite: str
+) -> AnyConfig:
     """Returns the preset of that name, or the config in that file."""
     if name in presets:
         return dataclasses.replace(presets[name].config)
@@ -203,40 +224,46 @@ def _base(program: str, name: str, presets: Presets, suite: str) -> RunConfig:
         raise SystemExit(f"{program}: {path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise SystemExit(f"{program}: {path} holds no JSON object of fields.")
-    return from_values(program, values)
+    return from_values(program, values, type(_some(presets))(), path)
 
 
-def _flags(values: dict[str, Any], prefix: str = "") -> Iterator[list[str]]:
+def _some(presets: Presets[AnyConfig]) -> AnyConfig:
+    return next(iter(presets.values())).config
+
+
+def _flags(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yields the fields of JSON, dots for fields of fields, each with its words."""
     for name, value in values.items():
         match value:
             case dict():
                 yield from _flags(value, f"{prefix}{name}.")
             case bool():
-                yield [f"--{prefix}{'' if value else 'no_'}{name}"]
+                yield f"{prefix}{name}", [f"--{prefix}{'' if value else 'no_'}{name}"]
             case list() | tuple():
-                yield [f"--{prefix}{name}", *map(str, value)]
+                yield f"{prefix}{name}", [f"--{prefix}{name}", *map(str, value)]
             case _:  # which may begin with a dash
-                yield [f"--{prefix}{name}={value}"]
+                yield f"{prefix}{name}", [f"--{prefix}{name}={value}"]
 
 
-def _chosen(program: str, usual: Sequence[str], words: list[str]) -> list[str]:
+def _chosen(program: str, usual: RunConfig, words: list[str]) -> list[str]:
     """Returns the methods that the words choose."""
     first = parser(program)
-    first.add_argument("--methods", nargs="*", default=list(usual))
+    first.add_argument("--methods", nargs="*", default=list(usual.methods))
     chosen = first.parse_known_args(words)[0].methods
-    _check_methods(program, chosen)
+    _check_methods(program, usual, chosen)
     return list(dict.fromkeys(chosen))
 
 
-def _check_methods(program: str, methods: Collection[str]) -> None:
+def _check_methods(program: str, usual: RunConfig, methods: Collection[str]) -> None:
     for name in methods:
-        if name not in registry.names():
-            text = unknown("method", name, registry.names(), f"{program} --help")
+        if name not in usual.names():
+            text = unknown("method", name, usual.names(), f"{program} --help")
             raise SystemExit(f"{program}: {text}")
 
 
 def _refused(
     program: str,
+    config: RunConfig,
     words: list[str],
     known: Sequence[Option],
     methods: Collection[str],
@@ -248,7 +275,7 @@ def _refused(
         return SystemExit(f"{program}: {' '.join(words)} belongs to no option.")
     flag = flags[0].lstrip("-").replace("-", "_")
     method, dot, _ = flag.removeprefix(prefix).partition(".")
-    if dot and method in registry.names() and method not in methods:
+    if dot and method in config.names() and method not in methods:
         return SystemExit(
             f"{program}: --{flag} is an option of {method}, which is not among "
             f"--methods {' '.join(methods)}: add it there, or leave the option out."
@@ -289,7 +316,7 @@ def _show(
       SystemExit: afterwards.
     """
     if asked:
-        _check_methods(program, [asked])
+        _check_methods(program, config, [asked])
         own = config.method(asked)
         found = options.of(own, asked, f"{prefix}{asked}.")
         title = f"{own.title}. {type(own).__doc__}"
@@ -297,7 +324,7 @@ def _show(
     else:
         lines = [text]
         lines += [
-            f"--help METHOD: all options of one of {', '.join(registry.names())}. The "
+            f"--help METHOD: all options of one of {', '.join(config.names())}. The "
             "usual ones of those chosen ([X]: the default):"
         ]
         if len(methods) > SHOWN:

@@ -6,20 +6,23 @@ that of SNELL, its predecessor, at the same rank, and its config's `source` says
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from experiments.config.images import ImageConfig
 from experiments.config.run_config import RunConfig
 from experiments.methods.lora import Lora
 from experiments.methods.snella import ReleasedSnella, Snella
 from experiments.tasks import catalogue, fgvc, vtab
 
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig, covariant=True)
+
 
 @dataclasses.dataclass(frozen=True)
-class Preset:
+class Preset(Generic[AnyConfig]):
     """A config, and what it is in a line."""
 
     text: str
-    config: RunConfig
+    config: AnyConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +73,13 @@ RELEASED_FGVC = {
 
 QUICKSTART = Preset(
     "handwritten digits, a small ViT, on a laptop CPU",
-    RunConfig(),
+    ImageConfig(),
 )
 
 
-def _released(task: str, row: Row, initial_sparsity: float, **changes) -> Preset:
+def _released(
+    task: str, row: Row, initial_sparsity: float, **changes
+) -> Preset[ImageConfig]:
     dense = row.sparsity is None
     density = round(1 - (row.sparsity or 0.0), 4)
     released = ReleasedSnella(
@@ -86,7 +91,7 @@ def _released(task: str, row: Row, initial_sparsity: float, **changes) -> Preset
         gate="none" if dense else "released",
     )
     settings: dict[str, Any] = dataclasses.asdict(released)
-    config = RunConfig(
+    config = ImageConfig(
         task=task,
         model="ViT-B_16.npz",
         image_size=224,
@@ -104,9 +109,9 @@ def _released(task: str, row: Row, initial_sparsity: float, **changes) -> Preset
     return Preset(catalogue.ENTRIES[task].group, config)
 
 
-def _local(task: str) -> Preset:
+def _local(task: str) -> Preset[ImageConfig]:
     """A set that needs no network, with the real ViT-S/14 at a size for a CPU."""
-    config = RunConfig(
+    config = ImageConfig(
         task=task,
         model="dinov2_saliency",
         image_size=112,
@@ -117,12 +122,12 @@ def _local(task: str) -> Preset:
     return Preset("no network; a real ViT-S/14", config)
 
 
-VTAB: dict[str, Preset] = {
+VTAB: dict[str, Preset[ImageConfig]] = {
     "quickstart": QUICKSTART,
     **{task: _local(task) for task in catalogue.LOCAL if task != "digits"},
     **{task: _released(task, RELEASED_VTAB[task], 0.01) for task in vtab.TASKS},
 }
-FGVC: dict[str, Preset] = {
+FGVC: dict[str, Preset[ImageConfig]] = {
     task: _released(task, RELEASED_FGVC[task], 0.0, crop="random", ema=0.9999)
     for task in fgvc.TASKS
 }

@@ -1,9 +1,32 @@
-"""A classification task: its splits and its classes."""
+"""Splits of data, and a classification task: its splits and its classes."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 from experiments.data.source import Joined, Source
+
+
+class Splits(Protocol):
+    """Data of a run: disjoint splits of examples of any kind.
+
+    Attributes:
+      name: name of the data in tables.
+      train: examples to train on while something is chosen.
+      validation: examples to choose by.
+      test: examples that are used once.
+      full: examples of the final run, once everything is chosen.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def train(self) -> Source: ...
+    @property
+    def validation(self) -> Source: ...
+    @property
+    def test(self) -> Source: ...
+    @property
+    def full(self) -> Source: ...
 
 
 @dataclasses.dataclass(frozen=True)

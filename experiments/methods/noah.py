@@ -31,6 +31,7 @@ from experiments.methods.first_stage import Staged
 from experiments.methods.method import check_counts
 from experiments.training import evaluation, sharding
 from experiments.training.fit import fit
+from experiments.training.objective import followed
 from experiments.training.recipe import Recipe
 from experiments.training.session import Places, Scope, Session
 from snella_jax.models import Model, unstack
@@ -207,7 +208,7 @@ class Noah(Staged):
             parents=self.parents,
             seed=session.scope.seed,
         )
-        metric = session.objective.metrics[0]
+        metric = followed(session.objective)
         console, scores = session.console, {}
         with Progress(console=console) as bar:
             total = self.population * (self.generations + 1)
@@ -320,7 +321,7 @@ def _fitness(net: Any, session: Session) -> Callable[[Subnet], float]:
     graphdef, _, rest = nnx.split(net, Size, ...)
     rest = sharding.place(rest, session.mesh)
     objective, source = session.objective, session.task.validation
-    metric = objective.metrics[0]
+    metric = followed(objective)
     measure = evaluation.measurer(graphdef, objective, session.mesh)
     transform = session.data.transform
     batches = list(evaluation.batches(source, transform, session.mesh))

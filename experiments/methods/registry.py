@@ -45,11 +45,6 @@ METHODS: dict[str, Method] = {  # that are trained by steps, with their usual se
 }
 
 
-def names() -> tuple[str, ...]:
-    """Returns all names that `--methods` takes, the linear probe's first."""
-    return (LINEAR, *METHODS)
-
-
 def title(name: str) -> str:
     """Returns how tables call a method, without its rank."""
     return Linear.title if name == LINEAR else METHODS[name].title

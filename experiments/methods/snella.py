@@ -162,8 +162,11 @@ class Snella(Method):
     def check_run(self, name: str, scope: Scope, recipe: Recipe) -> None:
         """Raises a `ValueError` on settings that fail `check`, or do not fit a run."""
         super().check_run(name, scope, recipe)
-        self._importance()
-        self._competition(WEIGHTS, scope)
+        try:
+            self._importance()
+            self._competition(WEIGHTS, scope)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def check_rounds(self, name: str, scope: Scope, rounds: Rounds) -> None:
         """Raises a `ValueError` if there are too few rounds to move the budget."""

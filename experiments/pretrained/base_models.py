@@ -33,7 +33,7 @@ SUFFIXES = (".json", ".safetensors", ".bin")  # of a Hugging Face folder's files
 
 
 class Choice(Protocol):
-    """A base model as a `RunConfig` names it."""
+    """A base model as a run's config names it."""
 
     @property
     def model(self) -> str: ...

@@ -7,7 +7,8 @@ from typing import Any
 
 from experiments import files
 from experiments.config import run_config
-from experiments.config.run_config import WHERE, RunConfig
+from experiments.config.images import ImageConfig
+from experiments.config.run_config import WHERE
 from experiments.methods import registry
 from experiments.reports.figures import ACCURACY
 from experiments.tasks import catalogue
@@ -75,7 +76,7 @@ def _runs(where: Path) -> list[Run]:
     )
     protocol = config["protocol"] + ", searched" * config["search"]
     metric = Metric(**summary["metrics"][0]) if "metrics" in summary else ACCURACY
-    usual = run_config.as_dict(RunConfig())
+    usual = run_config.as_dict(ImageConfig())
     filled = usual | config  # which may be older than some fields
     runs = []
     for method, result in summary["methods"].items():

@@ -1,26 +1,35 @@
-"""The command line of `experiments.vtab` and `experiments.fgvc`: parse, then run."""
+"""The command line of a kind of run: parse, then run."""
 
 import itertools
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from rich.console import Console
 
 from experiments import terminal
 from experiments.config import command_line
 from experiments.config.presets import SUITES
 from experiments.runs import setup, suite
 from experiments.runs.run import run
+from experiments.runs.setup import Prepared
 
 
 def main(
-    program: str, presets: command_line.Presets, suite_name: str, argv: list[str] | None
+    program: str,
+    presets: command_line.Presets[Any],
+    prepare: Callable[[str, Any, Console], Prepared],
+    argv: list[str] | None,
+    suite_name: str = "",
 ) -> dict[str, Any] | None:
     """Parses the command line and runs; returns the content of a run's `summary.json`.
 
     Args:
       program: name of the command in error messages.
-      presets: presets that `--config` may name.
-      suite_name: name of the suite of all tasks of a benchmark.
+      presets: presets that `--config` may name, all of one kind of run.
+      prepare: makes a run of that kind, of the config's name and the config.
       argv: words after the program's name; None for those of the process.
+      suite_name: name of the suite of all tasks of a benchmark of images, if any.
 
     Raises:
       SystemExit: an option is wrong, an input is missing, or a run failed.
@@ -32,12 +41,12 @@ def main(
             f"{program}: --epochs and --steps both give a run's length, expected one."
         )
     resumed, words = command_line.interrupted(program, words)
-    if resumed is not None and (resumed / suite.FILE).exists():
+    if resumed is not None and suite_name and (resumed / suite.FILE).exists():
         return suite.resume(resumed, console)
     if resumed is not None:
         here = resumed.absolute()  # one called ~ or None would be taken for another
         words = [f"--config={here / 'config.json'}", f"--out={here}"]
-    elif _names(words, suite_name):
+    elif suite_name and _names(words, suite_name):
         tasks = {name: presets[name] for name in SUITES[suite_name]}
         found = suite.configs(program, tasks, suite_name, words)
         setup.join_processes(next(iter(found.values())), console)
@@ -45,8 +54,8 @@ def main(
     name, config = command_line.parse(program, presets, words, suite_name)
     setup.join_processes(config, console)
     with terminal.exit_on_error(program):
-        setting = setup.prepared(name, config, console)
-    return run(setting, resume=resumed is not None)
+        prepared = prepare(name, config, console)
+    return run(prepared, resume=resumed is not None)
 
 
 def _names(words: list[str], suite_name: str) -> bool:

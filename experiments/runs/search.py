@@ -19,12 +19,12 @@ from experiments.methods.method import Method
 from experiments.runs.setup import Prepared
 from experiments.runs.train_method import tune
 from experiments.training.grid import beyond
-from experiments.training.objective import Metric
+from experiments.training.objective import Metric, followed
 
 FILE = "search.json"
 
 
-def chosen(method: str, setting: Prepared) -> RunConfig:
+def chosen(method: str, prepared: Prepared) -> RunConfig:
     """Returns the config with the best settings of a method.
 
     Trials that an interrupted run finished are not repeated, and one that it began goes
@@ -34,12 +34,12 @@ def chosen(method: str, setting: Prepared) -> RunConfig:
       FloatingPointError: all trials failed.
       MismatchError: what is left of an interrupted trial does not say how good it was.
     """
-    path = setting.out / FILE
+    path = prepared.out / FILE
     found = files.read(path) or {}
     trials: list[dict[str, Any]] = found.setdefault(method, [])
-    settings = setting.config.settings[method]
-    grid, metric = setting.config.grid, setting.objective.metrics[0]
-    _tidy(setting.out, method, len(trials))
+    settings = prepared.config.settings[method]
+    grid, metric = prepared.config.grid, followed(prepared.objective)
+    _tidy(prepared.out, method, len(trials))
 
     def tried(name: str, values: Iterable[float]) -> Method:
         """Returns the best settings after some values of one of them."""
@@ -47,9 +47,9 @@ def chosen(method: str, setting: Prepared) -> RunConfig:
             changed: Any = {name: value}
             new = dataclasses.replace(settings, **changed)
             if not any(_same(trial, new) for trial in trials):
-                trials.append(_trial(method, setting, new, len(trials)))
+                trials.append(_trial(method, prepared, new, len(trials)))
                 files.write(path, found)
-                _tidy(setting.out, method, len(trials))
+                _tidy(prepared.out, method, len(trials))
         best: Any = _best(settings, trials, metric)
         return dataclasses.replace(settings, **best)
 
@@ -63,26 +63,23 @@ def chosen(method: str, setting: Prepared) -> RunConfig:
     if settings.has_density:
         settings = tried("target_density", grid.densities)
     best = metric.rank(max(_score(trial, metric) for trial in trials))
-    setting.console.print(
+    prepared.console.print(
         f"{settings.title}: of {len(trials)} settings {_text(settings.searched)}"
         f" is best on validation ({metric.text(best)})",
         soft_wrap=True,
     )
-    return setting.config.with_settings(**{method: settings})
+    return prepared.config.with_settings(**{method: settings})
 
 
 def _trial(
-    method: str, setting: Prepared, settings: Method, index: int
+    method: str, prepared: Prepared, settings: Method, index: int
 ) -> dict[str, Any]:
-    out = setting.out / "search" / method / str(index)
-    metric = setting.objective.metrics[0]
+    out = prepared.out / "search" / method / str(index)
+    metric = followed(prepared.objective)
     key = f"val_{metric.name}"
-    config = dataclasses.replace(
-        setting.config, protocol="choose", search=False, ema=0.0, wandb=None
-    )
-    config = config.with_settings(**{method: settings})
-    setting.console.print(f"trial {index + 1}: {_text(settings.searched)}")
-    trial = dataclasses.replace(setting, config=config, out=out, located=out.parent)
+    config = prepared.config.trial().with_settings(**{method: settings})
+    prepared.console.print(f"trial {index + 1}: {_text(settings.searched)}")
+    trial = dataclasses.replace(prepared, config=config, out=out, located=out.parent)
     try:
         last = tune(method, trial).last_row
         if key not in last:
@@ -92,7 +89,7 @@ def _trial(
             )
         result = {key: last[key], "train_loss": last["train_loss"]}
     except FloatingPointError as error:
-        setting.console.print(f"failed: {error}", style="yellow", soft_wrap=True)
+        prepared.console.print(f"failed: {error}", style="yellow", soft_wrap=True)
         result = {key: None, "failed": str(error)}
     return {**settings.searched, **result}
 

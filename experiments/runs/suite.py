@@ -1,33 +1,33 @@
-"""Several tasks one after the other, each in a run folder of its own, and one table.
+"""Several tasks of images, each in a run folder of its own, and one table.
 
-`suite.json` holds the config of every task. A task with a `summary.json` is finished;
-the others are resumed or begun. A task whose loss is not finite does not stop the
-others.
+They run one after the other. `suite.json` holds the config of every task. A task with a
+`summary.json` is finished; the others are resumed or begun. A task whose loss is not
+finite does not stop the others.
 """
 
 import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from experiments import files, paths, terminal
 from experiments.config import command_line, run_config
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.names import unknown
 from experiments.pretrained import base_models
 from experiments.reports import finished, table
-from experiments.runs import folder, setup
+from experiments.runs import folder, images, setup
 from experiments.runs.run import RunFailed, run
 from experiments.tasks.catalogue import TASK_LIST
 
 FILE = "suite.json"
+Presets = command_line.Presets[ImageConfig]
 
 
 def start(
-    program: str, name: str, tasks: Mapping[str, RunConfig], console: Console
+    program: str, name: str, tasks: Mapping[str, ImageConfig], console: Console
 ) -> None:
     """Runs a config for every task, into `out/TASK`.
 
@@ -41,7 +41,7 @@ def start(
         was interrupted; says how to go on.
     """
     some = next(iter(tasks.values()))
-    lacking = [error for task in tasks.values() if (error := setup.missing(task))]
+    lacking = [error for task in tasks.values() if (error := images.missing(task))]
     if lacking:
         raise SystemExit(
             f"{program}: {len(lacking)} of {len(tasks)} tasks cannot be run; --tasks "
@@ -63,14 +63,16 @@ def resume(out: Path, console: Console) -> None:
     """Runs what is left of an interrupted suite; errors as `start`."""
     found = files.read(out / FILE)
     tasks = {
-        task: command_line.from_values(found["program"], values)
+        task: command_line.from_values(
+            found["program"], values, ImageConfig(), out / FILE
+        )
         for task, values in found["tasks"].items()
     }
     setup.join_processes(next(iter(tasks.values())), console)
     _run_all(tasks, out, console)
 
 
-def _run_all(tasks: Mapping[str, RunConfig], out: Path, console: Console) -> None:
+def _run_all(tasks: Mapping[str, ImageConfig], out: Path, console: Console) -> None:
     failed = []
     for number, (task, config) in enumerate(tasks.items(), start=1):
         place = out / task
@@ -80,7 +82,7 @@ def _run_all(tasks: Mapping[str, RunConfig], out: Path, console: Console) -> Non
         begun = (place / "config.json").exists()
         config = dataclasses.replace(config, out=place)
         try:
-            run(setup.prepared(task, config, console), resume=begun)
+            run(images.prepared(task, config, console), resume=begun)
         except (RunFailed, ValueError, ModuleNotFoundError, OSError) as error:
             failed.append(f"{task}: {error}")
             console.print(failed[-1], style="red", soft_wrap=True)
@@ -95,8 +97,8 @@ def _run_all(tasks: Mapping[str, RunConfig], out: Path, console: Console) -> Non
 
 
 def configs(
-    program: str, presets: command_line.Presets, suite: str, argv: list[str]
-) -> dict[str, Any]:
+    program: str, presets: Presets, suite: str, argv: list[str]
+) -> dict[str, ImageConfig]:
     """Returns the configs that a command line names, by task.
 
     Args:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.reports import paper
 
 BASE = "snella"
@@ -50,7 +50,7 @@ class Variant:
             or bool(self.run)
         )
 
-    def config(self, run: RunConfig, seed: int, **settings: Any) -> RunConfig:
+    def config(self, run: ImageConfig, seed: int, **settings: Any) -> ImageConfig:
         """Returns the config of a seed's run, with more settings of the method."""
         own = run.settings[self.method]
         own = dataclasses.replace(own, **self.changes, **settings)

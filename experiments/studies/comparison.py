@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from experiments import files
 from experiments.config import run_config
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.methods import registry
 from experiments.paths import Given
 from experiments.reports import finished, table
@@ -32,7 +32,7 @@ RATES = {  # where they are not the usual ones
     # Without a gate its softmax and beta shift all weights: at 9e-4 it is at chance.
     "mixk": 3e-5,
 }
-RUN = RunConfig(
+RUN = ImageConfig(
     model="dinov2_saliency",
     image_size=56,
     protocol="final",
@@ -58,7 +58,7 @@ class Comparison:
 
     tasks: tuple[str, ...] = TASKS
     """Columns of the table, in the order in which they run."""
-    methods: tuple[str, ...] = registry.names()
+    methods: tuple[str, ...] = ImageConfig.names()
     """Rows of the table, in the order in which they run."""
     controls: tuple[str, ...] = ("linear", "full")
     """Methods that are also run from random weights."""
@@ -66,7 +66,7 @@ class Comparison:
     """Seeds of the factors, the order and random weights. (Searches have seed 0.)"""
     search_epochs: int = 10
     """Epochs of a trial of the search."""
-    run: RunConfig = RUN
+    run: ImageConfig = RUN
     """Config that all runs share."""
     table_only: bool = False
     """Run nothing; write the table of finished runs, with all that is missing."""
@@ -124,7 +124,7 @@ class Row:
         )
 
 
-METHODS = registry.names()
+METHODS = ImageConfig.names()
 ROWS = [
     Row(method, random, undecayed)
     for method in METHODS

@@ -27,8 +27,8 @@ from experiments.data import source
 from experiments.methods import registry
 from experiments.methods.first_stage import Staged
 from experiments.reports import figures, result_files
-from experiments.runs import setup
-from experiments.runs.setup import Prepared
+from experiments.runs import images
+from experiments.runs.images import ImageRun
 from experiments.training.fit import fit
 
 PROGRAM = "python -m experiments.studies.overfit"
@@ -49,43 +49,43 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = dataclasses.replace(config, out=config.out or Path("runs/overfit"))
     console = terminal.console()
     with terminal.exit_on_error(PROGRAM):
-        setting = _small(setup.prepared(name, config, console), own.images)
+        prepared = _small(images.prepared(name, config, console), own.images)
         staged = [m for m in config.adapted if isinstance(config.settings[m], Staged)]
         if staged or not config.adapted:
             raise ValueError(
                 f"methods={config.methods}: expected some without a stage."
             )
-        if setting.out.exists():
-            raise ValueError(f"{setting.out} exists: name another folder with --out.")
-        setting.out.mkdir(parents=True)
+        if prepared.out.exists():
+            raise ValueError(f"{prepared.out} exists: name another folder with --out.")
+        prepared.out.mkdir(parents=True)
     rows: dict[str, list[dict[str, Any]]] = {
-        method: _learnt(setting, method) for method in config.adapted
+        method: _learnt(prepared, method) for method in config.adapted
     }
     found = {
         "model": config.model,
-        "task": setting.task.name,
+        "task": prepared.task.name,
         "images": own.images,
-        "image_size": list(setting.base.config.image_hw),
-        "parameters": optax.tree.size(nnx.state(setting.base, nnx.Param)),
+        "image_size": list(prepared.base.config.image_hw),
+        "parameters": optax.tree.size(nnx.state(prepared.base, nnx.Param)),
         "accuracy": {method: _accuracies(own) for method, own in rows.items()},
         "device": hardware.describe(),
         "jax": jax.__version__,
     }
     titled = {registry.title(method): own for method, own in rows.items()}
-    title = f"{config.model}, {setting.task.name}"
+    title = f"{config.model}, {prepared.task.name}"
 
     def draw(path: Path, _: Any) -> None:
         figures.curves(path, titled, title)
 
-    result_files.write(setting.out, "overfit", found, console, draw, _table(rows))
+    result_files.write(prepared.out, "overfit", found, console, draw, _table(rows))
     if failed := [m for m, own in rows.items() if _accuracies(own)[-1] < 1]:
         raise SystemExit(f"{PROGRAM}: {', '.join(failed)} did not learn every image.")
     return found
 
 
-def _small(setting: Prepared, count: int) -> Prepared:
+def _small(prepared: ImageRun, count: int) -> ImageRun:
     """Returns a run that trains on and follows the same few images."""
-    task, config = setting.task, setting.config
+    task, config = prepared.task, prepared.config
     if not config.batch <= count <= len(task.train):
         raise ValueError(
             f"images={count}: expected {config.batch} (a batch) to {len(task.train)}."
@@ -94,13 +94,13 @@ def _small(setting: Prepared, count: int) -> Prepared:
     title = f"{task.name}, {count} images"
     task = dataclasses.replace(task, name=title, train=some, validation=some)
     config = dataclasses.replace(config, protocol="choose", search=False)
-    return dataclasses.replace(setting, task=task, config=config)
+    return dataclasses.replace(prepared, task=task, config=config)
 
 
-def _learnt(setting: Prepared, name: str) -> list[dict[str, Any]]:
+def _learnt(prepared: ImageRun, name: str) -> list[dict[str, Any]]:
     """Trains a method and returns the rows of its epochs."""
-    method, session = setting.config.settings[name], setting.session(name)
-    model = method.adapt(setting.base, session.scope)
+    method, session = prepared.config.settings[name], prepared.session(name)
+    model = method.adapt(prepared.base, session.scope)
     rules = method.competition(model, session.scope)
     return fit(name, method.title, model, session, method.watch(), rules).rows
 

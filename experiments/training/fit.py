@@ -19,7 +19,7 @@ from rich.text import Text
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.competition import Competition
 from experiments.training.metric_log import Tracker
-from experiments.training.objective import Metric
+from experiments.training.objective import Metric, followed
 from experiments.training.session import Session
 from experiments.training.trainer import Round, Trainer
 
@@ -68,8 +68,8 @@ def fit(
       FloatingPointError: a loss or update that is not finite.
     """
     with contextlib.ExitStack() as stack:
-        followed = session.objective.metrics[0]
-        saved = Checkpoints(session.out / "checkpoints" / name, followed)
+        metric = followed(session.objective)
+        saved = Checkpoints(session.out / "checkpoints" / name, metric)
         stack.callback(saved.close)
         trainer = Trainer(
             model,
@@ -100,7 +100,7 @@ def fit(
 def _watched(title: str, trainer: Trainer, tracker: Tracker, session: Session) -> None:
     """Runs the rounds that are left."""
     console, recipe, rounds = session.console, trainer.recipe, trainer.rounds
-    metric, split = trainer.objective.metrics[0], SPLITS.get(session.followed or "")
+    metric, split = followed(trainer.objective), SPLITS.get(session.followed or "")
     with Progress(
         TextColumn(title, table_column=Column(no_wrap=True)),
         BarColumn(None),

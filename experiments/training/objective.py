@@ -52,7 +52,7 @@ class Objective(Protocol):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """Metrics of an evaluation.
+        """Metrics of an evaluation, at least one.
 
         The first is followed: it decides which round and which trial is the best.
         """
@@ -107,3 +107,17 @@ class Objective(Protocol):
     def draw(self, axes: Axes, example: Any, output: Any) -> None:
         """Draws a model's output for an example of a source, without axes."""
         ...
+
+
+def followed(objective: Objective) -> Metric:
+    """Returns the metric that decides which round and which trial is the best.
+
+    Raises:
+      ValueError: there is no metric.
+    """
+    if not objective.metrics:
+        raise ValueError(
+            f"{type(objective).__name__} has no metrics: expected at least one, the "
+            "first of which is followed."
+        )
+    return objective.metrics[0]

@@ -3,18 +3,17 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from experiments.data.task import Task
+from experiments.data.task import Splits
 from experiments.training.objective import Objective
 from experiments.training.recipe import Recipe
 from experiments.training.trainer import Data
-from snella_jax.models import Model
 
 Places = dict[str, np.ndarray]  # ints or bools by name, as a first stage found them
 Followed = Literal["validation", "test"]
@@ -59,8 +58,8 @@ class Session:
       wandb: project in Weights & Biases to log to as well.
     """
 
-    task: Task
-    base: Model
+    task: Splits
+    base: Any
     mesh: Mesh
     console: Console
     out: Path

@@ -18,7 +18,7 @@ from experiments.files import MismatchError
 from experiments.training import evaluation, sharding
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.competition import Competition, Moves
-from experiments.training.objective import Objective
+from experiments.training.objective import Objective, followed
 from experiments.training.recipe import Recipe
 from experiments.training.step import training_step
 from experiments.training.step_metrics import NotFinite, Readings
@@ -200,7 +200,7 @@ class Trainer:
             )
             self.passed = index + 1
             if self.checkpoints is not None:  # now: what was yielded is on record
-                value = metrics.get(self.objective.metrics[0].name)
+                value = metrics.get(followed(self.objective).name)
                 position = self.stream.get_state()
                 self.checkpoints.save(self.passed, self.state, position, value)
 

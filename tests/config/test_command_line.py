@@ -7,8 +7,7 @@ import pytest
 
 from experiments import ablate, compare, fgvc, vtab
 from experiments.config import command_line, options, presets, run_config
-from experiments.config.run_config import RunConfig
-from experiments.methods import registry
+from experiments.config.images import ImageConfig
 from experiments.methods.snella import Snella
 from experiments.names import unknown
 
@@ -43,8 +42,8 @@ def test_the_help_fits_and_names_what_explains_a_method(main, capsys, monkeypatc
     lines = text.splitlines()
     assert len(lines) <= 80 and max(map(len, lines)) <= 100
     assert "--help METHOD" in text
-    assert all(f"{panel} options" in text for panel in run_config.PANELS)
-    for panel in run_config.PANELS.values():
+    assert all(f"{panel} options" in text for panel in ImageConfig.panels)
+    for panel in ImageConfig.panels.values():
         for field in dataclasses.fields(panel):
             assert f"--{field.name}" in text
     assert not any(f".{knob}" in text for knob in KNOBS)
@@ -55,7 +54,7 @@ def test_the_help_fits_and_names_what_explains_a_method(main, capsys, monkeypatc
 @pytest.mark.parametrize("name", ["snella", "linear", "noah"])
 def test_the_help_of_a_method_has_all_of_its_options(name, capsys, monkeypatch):
     text = shown(vtab.main, "--help", name, capsys=capsys, monkeypatch=monkeypatch)
-    fields = dataclasses.fields(RunConfig().method(name))
+    fields = dataclasses.fields(ImageConfig().method(name))
     for field in fields:
         assert f"--{name}.{field.name}" in text
     assert "--epochs" not in text
@@ -105,6 +104,22 @@ def test_a_files_source_is_kept_and_no_option(tmp_path):
     assert "no option is called '--source'" in refusal("--source", "mine")
 
 
+def test_a_files_unknown_fields_are_all_named(tmp_path):
+    path = tmp_path / "mine.json"
+    fields = {"epochs": 3, "speed": 1, "no_search": True, "lora": {"ranks": [1]}}
+    path.write_text(json.dumps(fields), "utf-8")
+    with pytest.raises(SystemExit) as error:
+        command_line.parse("x", presets.VTAB, ["--config", str(path)])
+    said = str(error.value)
+    assert f"{path} has fields" in said and "epochs" not in said
+    assert "speed, no_search, lora.ranks. " in said
+
+
+def test_an_error_of_a_methods_option_names_the_method():
+    said = refusal("--snella.beta1", "2")
+    assert said.startswith("vtab: snella: beta1")
+
+
 @pytest.mark.parametrize(
     ("words", "near", "where"),
     [
@@ -131,10 +146,10 @@ def test_at_most_three_names_are_offered():
 
 
 def test_every_option_has_a_text():
-    config = RunConfig()
-    for option in command_line.of_run(config, registry.names()):
+    config = ImageConfig()
+    for option in command_line.of_run(config, ImageConfig.names()):
         assert len(option.text) > 10, option.flag
-    flags = [option.flag for option in command_line.of_run(config, registry.names())]
+    flags = [option.flag for option in command_line.of_run(config, ImageConfig.names())]
     assert len(flags) == len(set(flags))
 
 

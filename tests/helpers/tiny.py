@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.data.source import Arrays
 from experiments.data.transforms import Transform
 from experiments.methods import sensitivity
@@ -26,7 +26,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), np.uint8)
 SOURCE = Arrays(PIXELS, np.arange(24) % 3)
 # So few that some matrices are sensitive and some are not.
 LOCATED = {"share": 0.2, "ease": 2.0, "rank": 1}
-CONFIG = RunConfig(
+CONFIG = ImageConfig(
     epochs=3,
     warmup_epochs=0,
     settings={

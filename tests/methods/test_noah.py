@@ -11,14 +11,14 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.data.source import Arrays
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
 from experiments.methods import noah
 from experiments.methods.evolution import Space, evolve
 from experiments.methods.spt import SptLora
-from experiments.runs import setup, train_method
+from experiments.runs import images, train_method
 from experiments.training import evaluation, sharding
 from experiments.training.session import Scope
 from snella_jax import models
@@ -219,7 +219,7 @@ def setting(tmp_path):
     pixels = rng.integers(0, 120, (48, 8, 8, 1)) + 60 * labels[:, None, None, None]
     parts = [Arrays(pixels[i::2].astype(np.uint8), labels[i::2]) for i in (0, 1)]
     task = Task("tiny", 3, parts[0], parts[1], parts[1])
-    config = RunConfig(
+    config = ImageConfig(
         model="none",
         methods=("noah",),
         epochs=2,
@@ -228,7 +228,7 @@ def setting(tmp_path):
         settings={"noah": OWN},
     )
     quiet = Console(quiet=True)
-    found = setup.Prepared(
+    found = images.ImageRun(
         config, task, base(), sharding.make("data=1"), quiet, tmp_path
     )
     transform = Transform((8, 8), mean=(0.5,), std=(0.5,))
@@ -302,4 +302,4 @@ def test_a_limit_that_no_subnet_meets_is_an_error():
 def test_settings_that_cannot_be_are_refused(changed, message):
     own = dataclasses.replace(noah.Noah(), **changed)
     with pytest.raises(ValueError, match=message):
-        RunConfig(methods=("noah",), settings={"noah": own}).check()
+        ImageConfig(methods=("noah",), settings={"noah": own}).check()

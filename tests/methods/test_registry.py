@@ -14,7 +14,7 @@ from tiny import CONFIG, TINY, adapted, base
 
 from experiments import vtab
 from experiments.config import command_line, presets, run_config
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.methods import registry
 from experiments.methods.method import Method
 from experiments.training.session import Scope
@@ -58,7 +58,7 @@ def test_a_new_method_is_parsed_trained_and_reported(toy, tmp_path, monkeypatch)
     assert result["trainable"] > 0 and result["weights_moved"] == 0
     known = json.loads((tmp_path / "run/config.json").read_text("utf-8"))
     assert known["scales"] == {"lr": 1e-3, "weight_decay": 1e-4, "start": 0.5}
-    config = command_line.from_values("x", known)
+    config = command_line.from_values("x", known, ImageConfig(), tmp_path)
     assert config.settings["scales"] == Scales(start=0.5)
     assert run_config.differing(known, config) == []
 
@@ -79,7 +79,7 @@ def test_what_the_registry_holds_is_titled_and_explained():
 
 def test_settings_of_no_method_are_refused():
     with pytest.raises(ValueError, match="'lorra'; did you mean lora"):
-        RunConfig(methods=("lorra",)).check()
+        ImageConfig(methods=("lorra",)).check()
 
 
 # Cost at inference

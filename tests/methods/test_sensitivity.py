@@ -15,7 +15,7 @@ from experiments import files
 from experiments.data.task import Task
 from experiments.methods import gps, sensitivity, sparse, spt
 from experiments.methods.masked import MaskedSnella
-from experiments.runs import setup, train_method
+from experiments.runs import images, setup, train_method
 from experiments.training import sharding
 from experiments.training.session import Scope
 from snella_jax.models.vit import ViT
@@ -155,7 +155,7 @@ def test_what_was_located_is_kept_for_a_run_that_goes_on(tmp_path, monkeypatch):
     task = Task("tiny", 3, SOURCE, SOURCE, SOURCE)
     config = dataclasses.replace(CONFIG, model="none", batch=8)
     quiet = Console(quiet=True)
-    setting = setup.Prepared(
+    setting = images.ImageRun(
         config, task, base(), sharding.make("data=1"), quiet, tmp_path
     )
     vars(setting)["transforms"] = (TRANSFORM, TRANSFORM)
@@ -174,7 +174,7 @@ def test_a_mask_is_that_of_its_density(tmp_path):
     for density in (0.3, 0.1):
         own = {"snella_masked": MaskedSnella(target_density=density)}
         config = dataclasses.replace(CONFIG, model="none", batch=8, settings=own)
-        setting = setup.Prepared(config, task, base(), one, quiet, tmp_path)
+        setting = images.ImageRun(config, task, base(), one, quiet, tmp_path)
         vars(setting)["transforms"] = (TRANSFORM, TRANSFORM)
         train_method.adapted("snella_masked", setting)
         places = files.load(tmp_path / f"located_snella_masked_{density:g}.npz")

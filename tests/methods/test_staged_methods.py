@@ -13,7 +13,7 @@ from places import ASSETS
 from rich.console import Console
 
 from experiments.benchmarks import workload
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.data.source import Arrays
 from experiments.data.task import Task
 from experiments.methods.first_stage import Staged
@@ -21,7 +21,7 @@ from experiments.methods.method import by_block
 from experiments.methods.registry import METHODS
 from experiments.methods.spt import SptAdapter, SptLora
 from experiments.pretrained import base_models
-from experiments.runs import setup
+from experiments.runs import images
 from experiments.studies import overfit
 from snella_jax.models import convnext, of, swin
 from snella_jax.models.layers.images import IMAGENET_MEAN
@@ -32,7 +32,7 @@ TINY = {
     "convnext": convnext.ConvNeXtConfig((8, 12), (1, 2), image_size=20, num_classes=3),
 }
 LOCATED = {"share": 0.3, "ease": 2.0, "rank": 1}
-CONFIG = RunConfig(
+CONFIG = ImageConfig(
     settings={"spt_lora": SptLora(**LOCATED), "spt_adapter": SptAdapter(**LOCATED)}
 )
 VIT_ALONE = {"vpt_shallow": "VPT", "vpt_deep": "VPT", "vqt": "VQT", "noah": "NOAH"}
@@ -157,7 +157,9 @@ def test_a_step_of_a_preset_is_built_and_unknown_ones_are_listed():
 
 
 def config(**changes):
-    return dataclasses.replace(RunConfig(image_size=32, methods=("snella",)), **changes)
+    return dataclasses.replace(
+        ImageConfig(image_size=32, methods=("snella",)), **changes
+    )
 
 
 def test_models_by_name(tmp_path, monkeypatch):
@@ -230,8 +232,8 @@ def test_a_run_says_which_methods_need_a_vit(monkeypatch):
     pixels = np.zeros((64, 20, 20, 3), np.uint8)
     part = Arrays(pixels, np.arange(64) % 3)
     task = Task("noise", 3, part, part, part)
-    monkeypatch.setattr(setup.catalogue, "load", lambda name, folder: task)
+    monkeypatch.setattr(images.catalogue, "load", lambda name, folder: task)
     monkeypatch.setattr(base_models, "load", lambda config, classes: base("swin"))
     with pytest.raises(ValueError, match="a Swin has grids"):
-        setup.prepared("x", config(methods=("vqt",)), Console())
-    setup.prepared("x", config(methods=("snella", "partial1")), Console())
+        images.prepared("x", config(methods=("vqt",)), Console())
+    images.prepared("x", config(methods=("snella", "partial1")), Console())

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.pretrained import base_models
 
 
@@ -10,8 +10,8 @@ def test_random_weights_are_those_of_the_seed():
     kernels = [
         np.asarray(base_models.load(config, 3).blocks.mlp.fc1.kernel[...])
         for config in (
-            RunConfig(random_weights=True), RunConfig(random_weights=True),
-            RunConfig(random_weights=True, seed=1), RunConfig(),
+            ImageConfig(random_weights=True), ImageConfig(random_weights=True),
+            ImageConfig(random_weights=True, seed=1), ImageConfig(),
         )
     ]  # fmt: skip
     np.testing.assert_array_equal(kernels[0], kernels[1])

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import snella_jax as snella
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.methods import lora
 from experiments.pretrained import dinov2_saliency
 from experiments.studies import frozen_features
@@ -23,7 +23,7 @@ from experiments.tasks import elpv
 from snella_jax.models import vit
 from snella_jax.nnx.targets import select
 
-RULES = RunConfig()
+RULES = ImageConfig()
 
 
 @pytest.fixture(scope="module")

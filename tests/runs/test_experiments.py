@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import snella_jax as snella
 from experiments import vtab
 from experiments.config import command_line, presets, run_config
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.methods import linear_probe, lora
 from experiments.pretrained import base_models, small_vit
 from experiments.pretrained.pretrain import augment
@@ -357,7 +357,7 @@ def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
     base = models.load(pictures.CLASSIFIER, num_classes=2, image_size=24)
     model = snella.load(base, tmp_path / "a/adapters/snella")
     test = catalogue.load(str(tmp_path / "pets")).test
-    config = RunConfig(model=str(pictures.CLASSIFIER), image_size=24)
+    config = ImageConfig(model=str(pictures.CLASSIFIER), image_size=24)
     _, transform = base_models.transforms(config, base)
     alone = sharding.make("data=1")
     found = evaluation.evaluate(model, test, transform, alone, Classification())

@@ -16,13 +16,13 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from experiments import ablate, compare, vtab
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.data import check, fingerprint, folders
 from experiments.data.source import Arrays
 from experiments.data.task import Task
 from experiments.files import MismatchError
 from experiments.pretrained import base_models
-from experiments.runs import search, setup
+from experiments.runs import images, search
 from experiments.runs.run import RunFailed
 from experiments.studies import table_store
 from experiments.studies.ablations import SNELLA
@@ -239,12 +239,12 @@ def test_a_corrupt_image_that_is_left_out_has_no_part_in_it(tmp_path):
 
 
 def test_of_a_model_what_it_is_read_from_counts(tmp_path):
-    config = RunConfig(model=str(pictures.CLASSIFIER))
+    config = ImageConfig(model=str(pictures.CLASSIFIER))
     names = {"config.json", "model.safetensors"}
     assert names <= {path.name for path in base_models.files(config)}
     (tmp_path / "README.md").write_text("mine", "utf-8")
-    assert base_models.files(RunConfig(model=str(tmp_path))) == []
-    random = RunConfig(model="vit_b16", random_weights=True)
+    assert base_models.files(ImageConfig(model=str(tmp_path))) == []
+    random = ImageConfig(model="vit_b16", random_weights=True)
     assert base_models.files(random) == []
     file = base_models.files(dataclasses.replace(random, random_weights=False))
     assert file == [pathlib.Path("ViT-B_16.npz")]
@@ -307,7 +307,7 @@ def test_an_ablation_searches_and_trains_on_the_images_it_began_with(
     task = check.checked(catalogue.load("digits"), Console(quiet=True))
     config = ablate.Ablation(out=tmp_path)
     setting = SimpleNamespace(task=task, inputs=inputs(), out=tmp_path / "x")
-    monkeypatch.setattr(setup, "prepared", lambda *_: setting)
+    monkeypatch.setattr(images, "prepared", lambda *_: setting)
     monkeypatch.setattr(search, "chosen", lambda *_: pytest.fail("it was searched"))
     store = table_store.Store(tmp_path, {}, {})
     store.begin(config.run.task, inputs(sha="b"), Console(quiet=True))

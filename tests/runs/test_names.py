@@ -17,7 +17,7 @@ from experiments import compare, paths, plotting, report, terminal, vtab
 from experiments.config import command_line, presets, run_config
 from experiments.data import check
 from experiments.reports import figures
-from experiments.runs import cli, setup
+from experiments.runs import cli, images
 from experiments.studies import matrix_fitting, table_store
 from experiments.tasks import catalogue
 from experiments.training.checkpoints import Checkpoints
@@ -164,7 +164,7 @@ def test_a_run_goes_on_in_the_folder_that_is_named(name, tmp_path, monkeypatch):
     values = run_config.as_dict(presets.VTAB["quickstart"].config) | {"epochs": 7}
     (tmp_path / name / "config.json").write_text(json.dumps(values), "utf-8")
     found = []
-    monkeypatch.setattr(setup, "prepared", lambda _, config, __: config)
+    monkeypatch.setattr(images, "prepared", lambda _, config, __: config)
     monkeypatch.setattr(cli, "run", lambda config, resume: found.append(config))
     vtab.main([f"--resume=./{name}"])
     assert [(config.out, config.epochs) for config in found] == [(tmp_path / name, 7)]

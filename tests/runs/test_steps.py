@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 
 from experiments import vtab
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.methods.snella import Snella
-from experiments.runs import run, setup
+from experiments.runs import images, run
 from experiments.training.metric_log import Tracker
 
 # Two updates an epoch, of eight images; rounds of three, three and one.
-CONFIG = RunConfig(
+CONFIG = ImageConfig(
     task="pets",
     model="weights/pets",
     image_size=24,
@@ -34,7 +34,7 @@ QUIET = Console(quiet=True)
 
 def started(out, resume=False, **changes):
     config = dataclasses.replace(CONFIG, out=pathlib.Path(out), **changes)
-    return run.run(setup.prepared("pets", config, QUIET), resume)
+    return run.run(images.prepared("pets", config, QUIET), resume)
 
 
 def rows(out):

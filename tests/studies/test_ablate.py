@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 from experiments import ablate
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.methods.snella import Snella
 from experiments.reports import paper
-from experiments.runs.setup import Prepared
+from experiments.runs.images import ImageRun
 from experiments.studies import ablation_report
 from experiments.studies.ablations import SNELLA, STUDIES, Variant
 from snella_jax.models.vit import ViT, ViTConfig
@@ -73,10 +73,10 @@ def test_variants_that_are_the_same_are_one():
 
 def test_a_variant_changes_what_it_says():
     variant = Variant("x", {"rank": 4}, {"dtype": "bfloat16"})
-    changed = variant.config(RunConfig(), seed=7, lr=0.5)
+    changed = variant.config(ImageConfig(), seed=7, lr=0.5)
     own = {"snella": Snella(rank=4, lr=0.5)}
     expected = dataclasses.replace(
-        RunConfig(), methods=("snella",), seed=7, dtype="bfloat16", settings=own
+        ImageConfig(), methods=("snella",), seed=7, dtype="bfloat16", settings=own
     )
     assert changed == expected
     assert variant.name == "snella,dtype=bfloat16,rank=4"
@@ -146,8 +146,8 @@ def test_updates_are_measured_by_hand():
     moved[2, 3, 4] = 5.0
     before = np.asarray(kernel[...])
     kernel[...] = jnp.asarray(before + moved)
-    run = RunConfig(targets="blocks/attn/query")
-    setting = Prepared(run, None, base, None, None, None)
+    run = ImageConfig(targets="blocks/attn/query")
+    setting = ImageRun(run, None, base, None, None, None)
     found = ablate._updates(setting, merged)
     assert found["density"] == pytest.approx(65 / 192)
     assert found["dead"] == found["full"] == pytest.approx(1 / 3)

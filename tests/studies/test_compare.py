@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 
 from experiments import compare, plotting
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.data import check
 from experiments.methods.dora import Dora
 from experiments.methods.lora import Lora
 from experiments.reports import text as report_text
-from experiments.runs import run, search, setup
+from experiments.runs import images, run, search
 from experiments.studies import comparison, comparison_figure, table_store
 from experiments.tasks import catalogue
 from experiments.training import grid, sharding
@@ -272,11 +272,11 @@ def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
     """On whatever devices, and whatever methods that do not run are set to."""
     quiet = Console(quiet=True)
     task = check.checked(catalogue.load("digits"), quiet)
-    began = RunConfig(methods=("lora",), settings={"lora": Lora(lr=1e-3)})
+    began = ImageConfig(methods=("lora",), settings={"lora": Lora(lr=1e-3)})
 
     def begin(config):
         one = sharding.make("data=1")
-        return run.begin(setup.Prepared(config, task, None, one, quiet, tmp_path))
+        return run.begin(images.ImageRun(config, task, None, one, quiet, tmp_path))
 
     begin(began)
     begin(dataclasses.replace(began, mesh="data=2", data_dir=Path("elsewhere")))
@@ -371,7 +371,7 @@ def test_the_density_of_a_mask_is_searched(tmp_path, monkeypatch):
 class Setting:
     """As much of it as a search looks at, besides trials."""
 
-    config: RunConfig
+    config: ImageConfig
     out: Path
     located: Path | None = None
     console: Console = dataclasses.field(default_factory=lambda: Console(quiet=True))

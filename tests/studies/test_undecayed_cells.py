@@ -14,7 +14,7 @@ from rich.console import Console
 
 from experiments import files
 from experiments.config import run_config
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.methods import registry
 from experiments.methods.spt import SptLora
 from experiments.reports import finished
@@ -84,7 +84,7 @@ def test_run_folders_of_then_and_now_are_not_mixed(tmp_path, method):
     for seed, decayed in enumerate((None, 77)):
         out = tmp_path / str(seed)
         out.mkdir()
-        values = run_config.as_dict(RunConfig(task="digits", seed=seed))
+        values = run_config.as_dict(ImageConfig(task="digits", seed=seed))
         result = {"test_accuracy": 0.5, "trainable": 99, "decayed": decayed}
         summary = {"methods": {method: result}}
         (out / "config.json").write_text(json.dumps(values), "utf-8")
@@ -130,10 +130,14 @@ def test_what_began_without_decay_does_not_end_with_it(
 ):
     """But what is finished stays, and so do folders that know what they began with."""
     (tmp_path / begun).mkdir(parents=True)
-    config = dataclasses.replace(RunConfig(methods=("lora", method)), **change)
+    config = dataclasses.replace(ImageConfig(methods=("lora", method)), **change)
     inputs = {"data": {}, "classes": 2, "weights": {}}
     setting = SimpleNamespace(
-        config=config, out=tmp_path, inputs=inputs, console=Console(quiet=True)
+        config=config,
+        out=tmp_path,
+        inputs=inputs,
+        console=Console(quiet=True),
+        unit="images",
     )
     if refused:
         with pytest.raises(

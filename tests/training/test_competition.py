@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import snella_jax as snella
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.data.source import Arrays
 from experiments.data.transforms import Transform
 from experiments.methods.snella import Snella
@@ -37,7 +37,7 @@ EPOCHS = 4
 def trained(settings=None, epochs=EPOCHS, spy=None, **changes):
     """Epochs, model and opt_state of a tiny model, trained with some settings."""
     own = dataclasses.replace(Snella(lr=1e-2, rank=4), **changes)
-    config = RunConfig(
+    config = ImageConfig(
         epochs=epochs, warmup_epochs=0, batch=8, settings={"snella": own}
     )
     base = ViT(TINY, rngs=nnx.Rngs(0))
@@ -242,4 +242,4 @@ def test_the_gradient_norm_is_that_of_the_factors():
 def test_wrong_settings_are_refused(changes, message):
     own = dataclasses.replace(Snella(), **changes)
     with pytest.raises(ValueError, match=message):
-        RunConfig(methods=("snella",), settings={"snella": own}).check()
+        ImageConfig(methods=("snella",), settings={"snella": own}).check()

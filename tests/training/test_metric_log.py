@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from experiments import ablate, vtab
-from experiments.config.run_config import RunConfig
+from experiments.config.images import ImageConfig
 from experiments.files import MismatchError, read
 from experiments.methods.registry import METHODS
-from experiments.runs import search, setup
+from experiments.runs import images, search
 from experiments.runs.run import RunFailed
 from experiments.training import fit, metric_log
 
@@ -95,7 +95,7 @@ def test_a_trial_whose_accuracy_is_lost_is_no_trial(tmp_path, monkeypatch):
     only = SimpleNamespace(last_row={"epoch": 4})
     monkeypatch.setattr(search, "tune", lambda method, setting: only)
     task, quiet = SimpleNamespace(names=()), Console(quiet=True)
-    setting = setup.Prepared(RunConfig(), task, None, None, quiet, tmp_path)
+    setting = images.ImageRun(ImageConfig(), task, None, None, quiet, tmp_path)
     with pytest.raises(MismatchError, match="lost the accuracy of its last epoch"):
         search._trial("lora", setting, METHODS["lora"], 0)
 

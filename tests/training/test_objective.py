@@ -23,6 +23,7 @@ from experiments.training import evaluation, sharding
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.classification import Classification
 from experiments.training.competition import Competition
+from experiments.training.objective import followed
 from experiments.training.recipe import Recipe
 from experiments.training.step import training_step
 from experiments.training.trainer import Data, Trainer
@@ -244,3 +245,11 @@ def test_a_host_stage_adds_to_the_sums_of_the_devices():
 
     found = evaluation.measured(measure, (), [0, 1], [batch], objective)
     assert found == {"hits": 3.5}
+
+
+def test_an_objective_without_a_metric_is_refused():
+    class Nothing(Regression):
+        metrics = ()
+
+    with pytest.raises(ValueError, match="Nothing has no metrics: expected at least"):
+        followed(Nothing())
