@@ -3,6 +3,7 @@
 And a fixture that switches float64 on.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -16,17 +17,24 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Tests compile more than they compute: without LLVM's optimisations and MLIR's fusions
 # a training step compiles in a third of the time. Fused multiply-adds round a weight
 # that is recomputed otherwise, and at the threshold it changes sides in the backward
-# pass: AVX has none. (An unknown flag aborts a process: jaxlib 0.10 knows these, libtpu
-# does not.) Workers inherit the flags.
+# pass: AVX has none. A program is one LLVM module: up to 32, in threads, cost more.
+# (An unknown flag aborts a process: jaxlib 0.10 knows these, libtpu does not.) Workers
+# inherit the flags.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-    + "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX "
+    + (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX "
+        "--xla_cpu_parallel_codegen_split_count=1 "
+    )
     * (version("jaxlib").startswith("0.10.") and "tpu_compile" not in sys.argv)
 ) * ("PYTEST_XDIST_WORKER" not in os.environ) + os.environ.get("XLA_FLAGS", "")
 
 import jax
 import pytest
 
+# Tracing makes many objects that live on; to walk them after every 700 takes a tenth of
+# the time.
+gc.set_threshold(100_000, 20, 20)
 collect_ignore = ["assets"]  # scripts there need more than the tests do
 CACHE = "jax_compilation_cache_dir"
 CACHED = {  # everything: most programs are operations of a few milliseconds
