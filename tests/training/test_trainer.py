@@ -93,8 +93,8 @@ def test_the_rate_rises_falls_and_stays_in_the_cool_down():
     assert rate(10) == pytest.approx(1e-3)
     halfway = (1e-3 + 1e-5) / 2
     assert rate(30) == pytest.approx(halfway, rel=1e-5)
-    for step in (50, 55, 64, 65):
-        assert rate(step) == pytest.approx(1e-5)
+    for update in (50, 55, 64, 65):
+        assert rate(update) == pytest.approx(1e-5)
     assert recipe.rounds(5).count == 13
 
 
