@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from experiments import files
 
@@ -79,6 +78,9 @@ class Tracker:
         self.board = self.wandb = None
         if not files.is_primary():
             return
+        # Here, as its import takes a second where torch is installed.
+        from tensorboardX import SummaryWriter
+
         keep(out, method, passed)
         board = str(out / "tensorboard" / method)
         self.board = SummaryWriter(board, purge_step=passed + 1)

@@ -10,6 +10,9 @@ from places import ROOT
 from experiments import vtab
 
 CLASSIFIER = ROOT / "tests/assets/vit/classifier"
+# One matrix of each of its three blocks: a step compiles in a third of the time.
+TARGETS = "--targets=blocks/mlp/fc1"
+WEIGHTS = 3 * 12 * 24  # of these matrices
 
 
 def draw(root, each=4, **others):
@@ -33,7 +36,8 @@ def short(root, *more, **each):
         draw(root / "pets", **each)
     return [
         "--config=quickstart", f"--task={root / 'pets'}", f"--model={CLASSIFIER}",
-        "--image_size=24", "--mesh=data=1", "--batch=4", "--warmup_epochs=0", *more,
+        "--image_size=24", "--mesh=data=1", "--batch=4", "--warmup_epochs=0", TARGETS,
+        *more,
     ]  # fmt: skip
 
 
@@ -41,7 +45,8 @@ def words(name, *more):
     """A short run on `name`, with weights of the same name in `weights`."""
     return [
         "--config=quickstart", f"--task={name}", f"--model=weights/{name}",
-        "--image_size=24", "--mesh=data=1", "--batch=4", "--warmup_epochs=0", *more,
+        "--image_size=24", "--mesh=data=1", "--batch=4", "--warmup_epochs=0", TARGETS,
+        *more,
     ]  # fmt: skip
 
 
