@@ -14,7 +14,7 @@ import numpy as np
 from snella_jax.files import onnx_file, torch_file
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import native
-from snella_jax.files.readers import read_json, read_safetensors
+from snella_jax.files.readers import map_safetensors, read_json
 from snella_jax.models.checkpoints import state_dicts
 
 # What PyTorch and its wrappers put into names, wherever the wrapped module is.
@@ -185,7 +185,7 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
         case ".npz":
             return _read_npz(path), {}
         case ".safetensors":
-            return read_safetensors(path)
+            return map_safetensors(path)
         case ".pth" | ".pt" | ".tar" | ".bin" | ".ckpt":
             return torch_file.read(path), {}
         case ".onnx":
