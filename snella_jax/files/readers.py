@@ -53,7 +53,9 @@ def map_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
       CheckpointError: it is damaged, or has numbers of a kind that NumPy does not know.
     """
     try:
-        with safe_open(path, "np") as file:  # checks that the header is that of the file
+        with safe_open(
+            path, "np"
+        ) as file:  # checks that the header is that of the file
             metadata = file.metadata() or {}
         whole = mapped(path)
         start = 8 + int.from_bytes(whole[:8].tobytes(), "little")

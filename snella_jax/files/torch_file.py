@@ -106,7 +106,8 @@ class _Unpickler(pickle.Unpickler):
         name, extra = self.file[start + 26 : start + 30].view("<u2").astype(int)
         start += 30 + name + extra  # of the local header
         data = self.file[start : start + member.file_size]
-        if len(data) < member.file_size or zlib.crc32(data) != member.CRC:
+        found = zlib.crc32(data)  # pyright: ignore[reportArgumentType]
+        if len(data) < member.file_size or found != member.CRC:
             raise ValueError(f"{member.filename} is not what was written")
         return data
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from snella_jax.files.arrays import Stored, aligned, put
@@ -158,4 +157,3 @@ def place_of(
         if match := re.fullmatch(rule.pattern, name):
             return rule, tuple(path.format(*match.groups()) for path in rule.places)
     raise ValueError("there is no place for it")
-

@@ -189,7 +189,7 @@ class Block(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al., arXiv 2305.13245) with rotary positions."""
+    """Grouped-query attention (Ainslie et al., arXiv 2305.13245), rotary positions."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
