@@ -98,7 +98,7 @@ CROPS = ("resize", "random")
 
 def _stream(crop: Any, task: Task, config: RateConfig) -> Callable[[], int]:
     """Returns a function that takes some batches and returns their number of images."""
-    transform = Transform(models.PRESETS[config.model].image_hw, crop)
+    transform = Transform(models.IMAGE_PRESETS[config.model].image_hw, crop)
     batches = iter(
         pipeline.training(
             task.train,

@@ -207,9 +207,9 @@ def _scoring(setting: Setting, method: Scored) -> Step:
 
 def checked(setting: Setting) -> Setting:
     """Returns the setting; raises a `ValueError` that says what is wrong with it."""
-    if setting.model not in models.PRESETS:
-        where = "snella_jax.models.PRESETS"
-        raise ValueError(unknown("model", setting.model, models.PRESETS, where))
+    if setting.model not in models.IMAGE_PRESETS:
+        where = "snella_jax.models.IMAGE_PRESETS"
+        raise ValueError(unknown("model", setting.model, models.IMAGE_PRESETS, where))
     methods = (registry.LINEAR, *registry.METHODS, *VARIANTS)
     if setting.method not in methods:
         where = "python -m experiments.vtab --help"

@@ -34,7 +34,7 @@ from experiments.training.fit import fit
 from experiments.training.objective import followed
 from experiments.training.recipe import Recipe
 from experiments.training.session import Places, Scope, Session
-from snella_jax.models import Model, unstack
+from snella_jax.models import unstack
 from snella_jax.models.vit import ViTConfig
 from snella_jax.nnx.surgery import become, freeze, mixed_class
 from snella_jax.ops.matmul import matmul
@@ -124,7 +124,7 @@ class Noah(Staged):
         best = self.search(fitted.model, session)
         return {kind: np.array(row) for kind, row in zip(KINDS, best, strict=True)}
 
-    def typical(self, base: Model, scope: Scope) -> Places:
+    def typical(self, base: Any, scope: Scope) -> Places:
         """Returns the middle one of the sizes, everywhere, whatever the limit.
 
         Raises:
@@ -135,7 +135,7 @@ class Noah(Staged):
         middle = sorted(self.sizes)[len(self.sizes) // 2]
         return {kind: np.full(base.config.depth, middle) for kind in KINDS}
 
-    def adapt(self, base: Model, scope: Scope) -> Any:
+    def adapt(self, base: Any, scope: Scope) -> Any:
         """Returns a copy of a ViT, as a list of blocks, with modules of given sizes.
 
         `scope.places` has a size for every block, for each of `KINDS`; 0 for none.
@@ -155,7 +155,7 @@ class Noah(Staged):
         """Returns a copy with LoRA in the kernels; prompts and adapters stay."""
         return lora.merge(model)
 
-    def supernet(self, base: Model, scope: Scope) -> Any:
+    def supernet(self, base: Any, scope: Scope) -> Any:
         """Returns a copy of a ViT with all modules at their largest.
 
         Raises:

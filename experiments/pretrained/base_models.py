@@ -51,7 +51,7 @@ class Choice(Protocol):
     def seed(self) -> int: ...
 
 
-def load(config: Choice, classes: int) -> models.Model:
+def load(config: Choice, classes: int) -> models.ImageModel:
     """Loads the model that `config.model` names, with a new head that starts at 0.
 
     Raises:
@@ -64,14 +64,15 @@ def load(config: Choice, classes: int) -> models.Model:
         if config.image_size is not None:
             raise ValueError(f"image_size: {small_vit.NAME} takes 28 x 28 alone.")
         model = small_vit.load(config.seed, **options)
-    elif config.random_weights and config.model in models.PRESETS:
+    elif config.random_weights and config.model in models.IMAGE_PRESETS:
         size = config.image_size
         options |= {} if size is None else {"image_size": size}
-        return models.create(config.model, rngs=nnx.Rngs(config.seed), **options)
+        preset = dataclasses.replace(models.IMAGE_PRESETS[config.model], **options)
+        return _of(preset, config)
     else:
         model = _pretrained(config.model, options | {"image_size": config.image_size})
     if config.random_weights:
-        return models.of(model.config, nnx.Rngs(config.seed))
+        return _of(model.config, config)
     check_finite(model, config.model)
     return model
 
@@ -80,7 +81,7 @@ def taken(config: Choice) -> str | None:
     """Returns a warning if `config.model` names both a model and a file."""
     names = {small_vit.NAME, "dinov2_saliency", *PUBLISHED}
     if config.random_weights:
-        names |= set(models.PRESETS)
+        names |= set(models.IMAGE_PRESETS)
     path = Path(config.model)
     if config.model not in names or not path.exists():
         return None
@@ -105,7 +106,19 @@ def check_finite(model: models.Model, name: str) -> None:
         )
 
 
-def _pretrained(name: str, options: dict[str, Any]) -> models.Model:
+def _of(config: Any, choice: Choice) -> models.ImageModel:
+    """Makes the randomly initialised image model of a config."""
+    return _of_images(models.of(config, nnx.Rngs(choice.seed)), choice.model)
+
+
+def _of_images(model: models.Model, name: str) -> models.ImageModel:
+    """Returns the model; raises a `ValueError` if it takes no images."""
+    if not isinstance(model, models.ImageModel):
+        raise ValueError(f"--model {name} is a {type(model).__name__}: expected images")
+    return model
+
+
+def _pretrained(name: str, options: dict[str, Any]) -> models.ImageModel:
     if name == "dinov2_saliency":
         return dinov2_saliency.load(**options)
     if name in models.PRESETS and name not in PUBLISHED:
@@ -124,7 +137,7 @@ def _pretrained(name: str, options: dict[str, Any]) -> models.Model:
     if file == Path(file.name) and not file.suffix and not file.exists():
         known = [small_vit.NAME, "dinov2_saliency", *PUBLISHED]
         raise ValueError(unknown("model or file", name, known, HELP))
-    return models.load(file, **options)
+    return _of_images(models.load(file, **options), name)
 
 
 def given(name: str) -> Path:
@@ -136,7 +149,7 @@ def files(config: Choice) -> list[Path]:
     """Returns the files that `load` reads; none if all weights are random."""
     if config.model == small_vit.NAME:
         return [small_vit.WEIGHTS]
-    if config.random_weights and config.model in models.PRESETS:
+    if config.random_weights and config.model in models.IMAGE_PRESETS:
         return []
     if config.model == "dinov2_saliency":
         return [dinov2_saliency.path()]
@@ -146,7 +159,7 @@ def files(config: Choice) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
 
 
-def transforms(config: Choice, model: models.Model) -> tuple[Transform, Transform]:
+def transforms(config: Choice, model: models.ImageModel) -> tuple[Transform, Transform]:
     """Returns the transforms of training images and of all others.
 
     Their means and deviations are those that the weights were trained with.

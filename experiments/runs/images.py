@@ -23,7 +23,7 @@ from experiments.training import metric_log, sharding
 from experiments.training.classification import Classification
 from experiments.training.session import Followed
 from experiments.training.trainer import Data
-from snella_jax.models import Model
+from snella_jax.models import ImageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ImageRun(Prepared):
 
     config: ImageConfig
     task: Task
-    base: Model
+    base: ImageModel
 
     @cached_property
     def transforms(self) -> tuple[Transform, Transform]:

@@ -3,6 +3,7 @@
 Nothing in a file is executed: the unpickler knows how to make tensors, numbers, strings
 and containers, and refuses every other name. The format is that of `torch.save` since
 PyTorch 1.6: a zip archive of a pickle and of one uncompressed member per storage.
+Storages are mapped into memory, so the file must not change while they are in use.
 """
 
 import io
@@ -10,6 +11,7 @@ import math
 import pickle
 import pickletools
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from snella_jax.files.errors import CheckpointError
+from snella_jax.files.readers import mapped
 
 STORAGES = {
     "DoubleStorage": np.float64,
@@ -56,7 +59,7 @@ def read(path: Path) -> Any:
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, path: Path, archive: zipfile.ZipFile):
-        self.path, self.archive = path, archive
+        self.path, self.archive, self.file = path, archive, mapped(path)
         self.storages: dict[tuple[str, np.dtype], _Storage] = {}
         pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -94,8 +97,19 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"storage {key} is compressed")
         if member.file_size != length * dtype.itemsize:
             raise ValueError(f"storage {key} does not hold {length} {dtype}")
-        numbers = np.frombuffer(self.archive.read(member), dtype)
+        numbers = self._bytes(member).view(dtype)
         return self.storages.setdefault((key, dtype), _Storage(numbers))
+
+    def _bytes(self, member: zipfile.ZipInfo) -> np.ndarray:
+        """Returns a stored member as a view of the file, which is not read at once."""
+        start = member.header_offset
+        name, extra = self.file[start + 26 : start + 30].view("<u2").astype(int)
+        start += 30 + name + extra  # of the local header
+        data = self.file[start : start + member.file_size]
+        found = zlib.crc32(data)  # pyright: ignore[reportArgumentType]
+        if len(data) < member.file_size or found != member.CRC:
+            raise ValueError(f"{member.filename} is not what was written")
+        return data
 
 
 def _check_memo(data: bytes) -> None:

@@ -2,6 +2,24 @@
 
 from snella_jax.models.export import export
 from snella_jax.models.layers.stack import unstack
-from snella_jax.models.registry import PRESETS, Model, create, load, of
+from snella_jax.models.registry import (
+    IMAGE_PRESETS,
+    PRESETS,
+    ImageModel,
+    Model,
+    create,
+    load,
+    of,
+)
 
-__all__ = ["PRESETS", "Model", "create", "export", "load", "of", "unstack"]
+__all__ = [
+    "IMAGE_PRESETS",
+    "PRESETS",
+    "ImageModel",
+    "Model",
+    "create",
+    "export",
+    "load",
+    "of",
+    "unstack",
+]

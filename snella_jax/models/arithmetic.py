@@ -1,5 +1,6 @@
 """The fields of a model's config that change outputs and do not show in the weights."""
 
+import dataclasses
 from typing import Any
 
 from flax import nnx
@@ -11,6 +12,7 @@ POSITIONS = "pos_embed"  # weights that follow from the grid of patches
 NOT_COMPARED = {
     *("width", "widths", "depth", "depths", "mlp_dim", "mlp_ratio", "layer_scale"),
     *("patch_size", "image_size", "channels", "num_classes", "class_token"),
+    *("vocab_size", "context", "tied", "bos", "eos"),
     *("stacked", "remat", "attention", "dtype", "param_dtype", "drop_path"),
 }
 
@@ -36,11 +38,11 @@ def of(model: nnx.Module) -> dict[str, dict[str, Any]]:
 def _fields(config: Any) -> dict[str, Any]:
     found = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in vars(config).items()
+        for name, value in dataclasses.asdict(config).items()
         if name not in NOT_COMPARED
     }
-    for name in ("pixel_mean", "pixel_std"):  # one number is that of every channel
-        if len(found[name]) == 1:
+    for name in found.keys() & {"pixel_mean", "pixel_std"}:
+        if len(found[name]) == 1:  # one number is that of every channel
             found[name] *= config.channels
     if hasattr(config, "grid"):
         found["grid"] = list(config.grid)

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from snella_jax.models.checkpoints.mapping import arrange, place_of
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.checkpoints.rewrite import rewritten, unmade
 from snella_jax.models.checkpoints.write import write_file, write_folder
-from snella_jax.models.registry import Model, export_format
+from snella_jax.models.registry import Model, family_of
 from snella_jax.models.vit import ViT
 
 log = logging.getLogger("snella_jax")
@@ -30,12 +31,15 @@ def export(
     model: Model,
     path: str | Path,
     *,
-    like: str | Path,
+    like: str | Path | None = None,
     weights: str | None = None,
     class_names: Sequence[str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes a model in the format of the file or folder that it was loaded from.
+
+    A LLaMA becomes a folder of Hugging Face's with a new `config.json`, whatever it was
+    loaded from.
 
     What no shape says, such as the position grid and the number of heads, goes into
     `config.json`, and into the metadata of `.safetensors`, where `load` finds it. A
@@ -47,9 +51,10 @@ def export(
         from the file's.
       path: to be made: a file `.npz` or `.safetensors`, or, where `like` is a folder of
         Hugging Face's `save_pretrained`, a folder that `from_pretrained` loads.
-      like: gives names, config, and tensors that a model here does not have.
+      like: gives names, config, and tensors that a model here does not have; for a
+        LLaMA, where it may be None, other fields of the config and the tokenizer.
       weights: set of weights of `like`, as in `load`.
-      class_names: one for each output, for a folder's config. None keeps those that
+      class_names: one for each class, for a folder's config. None keeps those that
         `like` has, if the model still has its head; a new one gets `LABEL_0` and so on.
       max_shard_bytes: size of one file of a folder.
 
@@ -57,12 +62,23 @@ def export(
       FileNotFoundError: there is nothing at `like`.
       CheckpointError: `like` does not fit the model, or is an ONNX file.
       ValueError: a `path` that this format cannot be, a head that it does not have,
-        `class_names` that cannot be, an `.npz` of a ViT whose grid is no square, or a
-        Swin whose last grid is smaller than its window.
+        `class_names` that cannot be, no `like` where one is needed, an `.npz` of a ViT
+        whose grid is no square, or a Swin whose last grid is smaller than its window.
       FileExistsError: there is something at `path`.
       TypeError: no model of `snella_jax.models`.
     """
-    path, source = Path(path), read(like, weights)
+    path, family = Path(path), family_of(model)
+    source = None if like is None else read(like, weights)
+    if family.folder is not None:
+        _check_folder(path, class_names)
+        tensors, files = family.folder(model, source)
+        once(lambda: write_folder(path, tensors, files, {}, max_shard_bytes))
+        return
+    if source is None or family.export_format is None:
+        raise ValueError(
+            f"like=None: a {type(model).__name__} is written like a file or folder of "
+            "its format: expected one."
+        )
     if source.path.suffix == ".onnx":
         raise CheckpointError(source.path, "a model cannot be written as ONNX")
     as_file = path.suffix in (".npz", ".safetensors")
@@ -70,7 +86,7 @@ def export(
         raise ValueError(
             f"{path}: expected .npz or .safetensors, or a folder where `like` is one."
         )
-    own = export_format(model, source)
+    own = family.export_format(model, source)
     _check_grid(model, path, own)
     names = _class_names(class_names, model, own, as_file)
     tensors = _named(_tensors(own), source, own)
@@ -80,6 +96,14 @@ def export(
     else:
         files = config_files(source, own, model.config, names)
         once(lambda: write_folder(path, tensors, files, said, max_shard_bytes))
+
+
+def _check_folder(path: Path, class_names: Sequence[str] | None) -> None:
+    """Raises a `ValueError` for what is no folder, or has class names."""
+    if path.suffix.lower() in FILES:
+        raise ValueError(f"{path}: a LLaMA is written as a folder.")
+    if class_names is not None:
+        raise ValueError("class_names: a LLaMA has no classes.")
 
 
 def _check_grid(model: Model, path: Path, own: ExportFormat) -> None:
@@ -105,7 +129,7 @@ def _check_grid(model: Model, path: Path, own: ExportFormat) -> None:
 
 
 def _class_names(
-    names: Sequence[str] | None, model: Model, own: ExportFormat, as_file: bool
+    names: Sequence[str] | None, model: Any, own: ExportFormat, as_file: bool
 ) -> Sequence[str] | None:
     """Returns the names for the head; None for those of the checkpoint's config.
 

@@ -8,14 +8,16 @@ from typing import Any
 from flax import nnx
 
 from snella_jax.files.errors import CheckpointError
-from snella_jax.models import convnext, swin, vit
-from snella_jax.models.checkpoints.formats import ExportFormat
-from snella_jax.models.checkpoints.read import Checkpoint, read
+from snella_jax.models import convnext, llama, swin, vit
+from snella_jax.models.checkpoints.family import Family
+from snella_jax.models.checkpoints.read import read
 
-Model = vit.ViT | swin.Swin | convnext.ConvNeXt
+ImageModel = vit.ViT | swin.Swin | convnext.ConvNeXt
+Model = ImageModel | llama.Llama
 # A Swin has the patches of a ViT, too, so it comes first.
-FAMILIES = (swin.FAMILY, convnext.FAMILY, vit.FAMILY)
-PRESETS = {**vit.PRESETS, **swin.PRESETS, **convnext.PRESETS}
+FAMILIES = (swin.FAMILY, convnext.FAMILY, vit.FAMILY, llama.FAMILY)
+IMAGE_PRESETS = {**vit.PRESETS, **swin.PRESETS, **convnext.PRESETS}
+PRESETS = {**IMAGE_PRESETS, **llama.PRESETS}
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Model:
@@ -47,12 +49,12 @@ def of(config: Any, rngs: nnx.Rngs) -> Model:
 
 
 def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Model:
-    """Loads a model with published weights: a ViT, a Swin or a ConvNeXt.
+    """Loads a model with published weights: a ViT, a Swin, a ConvNeXt or a LLaMA.
 
     Args:
-      path: a file or a Hugging Face folder.
+      path: a file, a Hugging Face folder, or Meta's of a LLaMA.
       weights: as in `vit.load`.
-      options: others of `vit.load`, `swin.load` and `convnext.load`.
+      options: others of `vit.load`, `swin.load`, `convnext.load` and `llama.load`.
 
     Raises:
       FileNotFoundError, CheckpointError, ModuleNotFoundError, ValueError, TypeError: as
@@ -65,25 +67,19 @@ def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Mod
     some = ", ".join(sorted(checkpoint.tensors)[:5])
     raise CheckpointError(
         checkpoint.path,
-        f"no ViT, Swin or ConvNeXt of a known format: expected the names of the "
-        f"original, of timm (ViT) or of Hugging Face, found {some} "
+        f"no ViT, Swin, ConvNeXt or LLaMA of a known format: expected the names of the "
+        f"original, of timm (ViT), of Hugging Face or of GGUF (LLaMA), found {some} "
         f"({len(checkpoint.tensors)} in all)",
     )
 
 
-def export_format(model: nnx.Module, source: Checkpoint) -> ExportFormat:
-    """Returns a model's numbers in the format of a checkpoint.
-
-    Args:
-      model: plain, of `snella_jax.models`.
-      source: checkpoint of its family.
+def family_of(model: nnx.Module) -> Family:
+    """Returns a model's family.
 
     Raises:
-      CheckpointError: it is of another family, or of no known format.
-      ValueError: other programs could not run it.
       TypeError: no model of `snella_jax.models`.
     """
     for family in FAMILIES:
         if isinstance(model, family.model):
-            return family.export_format(model, source)
+            return family
     raise TypeError(f"{type(model).__name__} is no model of snella_jax.models.")

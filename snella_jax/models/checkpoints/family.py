@@ -18,7 +18,10 @@ class Family:
       marks: regexes of names of tensors that every checkpoint of the family has, one
         for each format.
       load: makes a model of a checkpoint.
-      export_format: returns the format of a checkpoint with a model's numbers.
+      export_format: returns the format of a checkpoint with a model's numbers; None for
+        a family whose models are written by `folder`.
+      folder: returns the tensors and the other files of a folder that a model is
+        written as, given a checkpoint to take after, or None.
     """
 
     config: type
@@ -26,4 +29,5 @@ class Family:
     presets: Mapping[str, Any]
     marks: tuple[str, ...]
     load: Callable[..., Any]
-    export_format: Callable[..., ExportFormat]
+    export_format: Callable[..., ExportFormat] | None = None
+    folder: Callable[..., tuple[dict[str, Any], dict[str, bytes]]] | None = None

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from snella_jax.files.arrays import Stored, aligned, put
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints.read import Checkpoint
 
@@ -32,19 +33,19 @@ class TensorRule:
 
     pattern: str
     places: tuple[str, ...] = ()
-    make: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda tensor: (tensor,)
+    make: Callable[[Any], Sequence[Any]] = lambda tensor: (tensor,)
 
 
 def arrange(
     checkpoint: Checkpoint, rules: Sequence[TensorRule]
-) -> tuple[dict[str, np.ndarray], list[str]]:
+) -> tuple[dict[str, Any], list[str]]:
     """Puts every tensor at the places of the first rule that knows its name.
 
     Returns:
       Arrays by path in the model, and what is wrong, in words: tensors without a place,
       places with two tensors, tensors that cannot be brought into form.
     """
-    parts: dict[str, np.ndarray] = {}
+    parts: dict[str, Any] = {}
     problems: list[str] = []
     for name, tensor in checkpoint.tensors.items():
         try:
@@ -59,7 +60,7 @@ def arrange(
 
 def fill(
     path: Path,
-    parts: Mapping[str, np.ndarray],
+    parts: Mapping[str, Stored],
     model: nnx.Module,
     *,
     stacked: str = "(?!)",
@@ -67,9 +68,12 @@ def fill(
 ) -> None:
     """Gives every `nnx.Param` of a model its value, in place, in its own dtype.
 
+    The largest parameters come first, each made row by row where it stays: beyond the
+    model itself this takes the memory of one part.
+
     Args:
       path: path of the checkpoint, for errors.
-      parts: arrays by path.
+      parts: arrays by path, perhaps to be made.
       model: may be abstract (`nnx.eval_shape`).
       stacked: regex of the modules whose variables have a leading axis of layers:
         with `blocks`, `blocks/3/norm1/scale` is row 3 of `blocks/norm1/scale`.
@@ -95,14 +99,16 @@ def fill(
     if problems or found:
         lines = "\n  ".join([*problems, *sorted(found)])
         raise CheckpointError(path, f"it does not fit the model:\n  {lines}")
-    rows: dict[str, list[np.ndarray]] = {}
-    for name, (variable, row, _) in rooms.items():
-        if row is None:
-            _set(variables[variable], parts[name])
-        else:
-            rows.setdefault(variable, []).append(parts[name])
-    for variable, own in rows.items():
-        _set(variables[variable], np.stack(own))
+    rows: dict[str, list[str]] = {}
+    for name, (variable, _, _) in rooms.items():
+        rows.setdefault(variable, []).append(name)
+    for name in sorted(rows, key=lambda name: -variables[name].size):
+        variable, own = variables[name], rows[name]
+        whole = own == [name]
+        made = aligned(tuple(variable.shape), variable.dtype)
+        for row, part in enumerate(own):
+            put(parts[part], made if whole else made[row])
+        variable.set_value(jax.device_put(made, may_alias=True))
 
 
 def parameters_of(model: nnx.Module) -> dict[str, nnx.Param]:
@@ -129,8 +135,8 @@ def places(variables: Mapping[str, Any], stacked: str) -> dict[str, Place]:
 
 
 def _parts(
-    name: str, tensor: np.ndarray, rules: Sequence[TensorRule]
-) -> list[tuple[str, np.ndarray]]:
+    name: str, tensor: Stored, rules: Sequence[TensorRule]
+) -> list[tuple[str, Any]]:
     rule, paths = place_of(name, rules)
     if not paths:
         return []
@@ -151,7 +157,3 @@ def place_of(
         if match := re.fullmatch(rule.pattern, name):
             return rule, tuple(path.format(*match.groups()) for path in rule.places)
     raise ValueError("there is no place for it")
-
-
-def _set(variable: Any, value: np.ndarray) -> None:
-    variable.set_value(jnp.asarray(value, variable.dtype))

@@ -11,11 +11,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from snella_jax.files import onnx_file, torch_file
+from snella_jax.files import gguf_file, onnx_file, torch_file
+from snella_jax.files.arrays import Deferred, Stored
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import native
-from snella_jax.files.readers import read_json, read_safetensors
-from snella_jax.models.checkpoints import state_dicts
+from snella_jax.files.readers import map_safetensors, read_json
+from snella_jax.models.checkpoints import meta_folder, state_dicts
 
 # What PyTorch and its wrappers put into names, wherever the wrapped module is.
 WRAPPERS = r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -33,8 +34,9 @@ class Checkpoint:
 
     Attributes:
       path: file or folder that was read.
-      tensors: by name.
-      config: a folder's `config.json`, of transformers or timm; else empty.
+      tensors: by name; mapped from a file, or made when they are read.
+      config: a folder's `config.json`, of transformers or timm, or Meta's
+        `params.json`; the metadata of a GGUF file; else empty.
       preprocessor: its `preprocessor_config.json`; else empty.
       recorded: fields of our config that `models.export` wrote beside the tensors, for
         shapes do not say them.
@@ -42,7 +44,7 @@ class Checkpoint:
     """
 
     path: Path
-    tensors: Mapping[str, np.ndarray]
+    tensors: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
     preprocessor: Mapping[str, Any] = field(default_factory=dict)
     recorded: Mapping[str, Any] = field(default_factory=dict)
@@ -99,10 +101,13 @@ def _bare(name: str, prefix: str) -> str:
 
 
 def read(path: str | Path | Checkpoint, weights: str | None = None) -> Checkpoint:
-    """Reads `.npz`, `.safetensors`, `.onnx`, PyTorch's `.pth` and so on, or a folder.
+    """Reads `.npz`, `.safetensors`, `.onnx`, `.gguf`, PyTorch's `.pth`, or a folder.
 
-    A folder is one that Hugging Face's `save_pretrained` wrote: `config.json` and
-    `model.safetensors` or its shards. A `Checkpoint` comes back as it is.
+    A folder is one that Hugging Face's `save_pretrained` wrote, `config.json` and
+    `model.safetensors` or its shards, or Meta's, `params.json` and
+    `consolidated.00.pth`. A `Checkpoint` comes back as it is. Tensors of
+    `.safetensors`, PyTorch's files and GGUF stay in the file until they are used, so it
+    must not change meanwhile.
 
     Args:
       path: file or folder.
@@ -126,6 +131,8 @@ def read(path: str | Path | Checkpoint, weights: str | None = None) -> Checkpoin
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     if path.is_dir():
         return _read_folder(path, weights)
+    if path.suffix == ".gguf":
+        return _read_gguf(path)
     saved, metadata = _read_file(path)
     tensors = state_dicts.chosen(path, saved, weights)
     return Checkpoint(path, tensors, recorded=_recorded(path, metadata))
@@ -150,6 +157,9 @@ def _read_folder(folder: Path, weights: str | None) -> Checkpoint:
     choices = [f"{name}{end}" for name in WEIGHTS for end in ("", ".index.json")]
     first = next((folder / name for name in choices if (folder / name).exists()), None)
     if first is None:
+        if (found := meta_folder.read(folder)) is not None:
+            return Checkpoint(folder, *found)
+        choices.append("consolidated.00.pth")
         raise FileNotFoundError(f"{folder} has none of {', '.join(choices)}.")
     if first.suffix == ".json":
         read_shards = [_read_file(folder / name) for name in _shards(first)]
@@ -165,6 +175,15 @@ def _read_folder(folder: Path, weights: str | None) -> Checkpoint:
     )
     tensors = state_dicts.chosen(first, saved, weights)
     return Checkpoint(folder, tensors, config, preprocessor, _recorded(first, metadata))
+
+
+def _read_gguf(path: Path) -> Checkpoint:
+    file = gguf_file.open(path)
+    tensors: dict[str, Stored] = {
+        name: Deferred(tensor.shape, tensor.dtype, tensor.read)
+        for name, tensor in file.tensors.items()
+    }
+    return Checkpoint(path, tensors, file.metadata)
 
 
 def _shards(index: Path) -> list[str]:
@@ -185,12 +204,14 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
         case ".npz":
             return _read_npz(path), {}
         case ".safetensors":
-            return read_safetensors(path)
+            return map_safetensors(path)
         case ".pth" | ".pt" | ".tar" | ".bin" | ".ckpt":
             return torch_file.read(path), {}
         case ".onnx":
             return onnx_file.read(path), {}
-    known = ".npz, .safetensors, .onnx, .pth, .pt, .pth.tar, .bin, .ckpt or a folder"
+    known = (
+        ".npz, .safetensors, .onnx, .gguf, .pth, .pt, .pth.tar, .bin, .ckpt or a folder"
+    )
     raise CheckpointError(
         path, f"unknown kind of file {path.suffix!r}: expected {known}"
     )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from snella_jax.files.arrays import Stored
 from snella_jax.files.atomic import whole_file, whole_folder
 from snella_jax.files.hosts import to_host
 
@@ -35,7 +36,7 @@ def write_file(
 
 def write_folder(
     folder: Path,
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Stored],
     files: Mapping[str, bytes],
     metadata: Mapping[str, str],
     max_shard_bytes: int,
@@ -48,12 +49,12 @@ def write_folder(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there: expected a new folder.")
     metadata = {"format": "pt", **metadata}
-    shards = list(_shards(tensors, max_shard_bytes))
+    shards = list(_shards(tensors, max_shard_bytes))  # made one after the other
     with whole_folder(folder) as new:
         for name, content in files.items():
             (new / name).write_bytes(content)
         if len(shards) == 1:
-            save_file(shards[0], new / "model.safetensors", metadata)
+            save_file(_in_order(shards[0]), new / "model.safetensors", metadata)
             return
         index: dict[str, Any] = {
             "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
@@ -61,18 +62,16 @@ def write_folder(
         }
         for i, shard in enumerate(shards, 1):
             name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            save_file(shard, new / name, metadata)
+            save_file(_in_order(shard), new / name, metadata)
             index["weight_map"] |= dict.fromkeys(shard, name)
         text = json.dumps(index, indent=2)
         (new / "model.safetensors.index.json").write_text(text + "\n", "utf-8")
 
 
-def _shards(
-    tensors: Mapping[str, np.ndarray], most: int
-) -> Iterator[dict[str, np.ndarray]]:
+def _shards(tensors: Mapping[str, Stored], most: int) -> Iterator[dict[str, Stored]]:
     """Yields shards in order, each as full as it gets; a larger tensor has its own."""
-    shard: dict[str, np.ndarray] = {}
-    for name, tensor in _in_order(tensors).items():
+    shard: dict[str, Stored] = {}
+    for name, tensor in tensors.items():
         size = sum(other.nbytes for other in shard.values())
         if shard and size + tensor.nbytes > most:
             yield shard
@@ -81,6 +80,6 @@ def _shards(
     yield shard
 
 
-def _in_order(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _in_order(tensors: Mapping[str, Stored]) -> dict[str, np.ndarray]:
     """Returns the tensors in C order, which safetensors takes for granted."""
     return {name: to_host(tensor) for name, tensor in tensors.items()}

@@ -1,7 +1,8 @@
 """Dot-product attention in the implementation that suits the device.
 
-No choice keeps the `[B, H, T, T]` attention weights for the backward pass. `B` images,
-`T` tokens, `H` heads of `d` numbers.
+No choice keeps the `[B, H, T, T]` attention weights for the backward pass. `B` images
+or texts, `T` tokens, `H` heads of `d` numbers, and `K` heads of keys and values, each
+for `H / K` heads of queries that follow each other.
 
     >>> import jax
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 4, 8))
@@ -9,6 +10,7 @@ No choice keeps the `[B, H, T, T]` attention weights for the backward pass. `B` 
     (2, 5, 4, 8)
 """
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -21,13 +23,14 @@ Implementation = Literal["auto", "xla", "cudnn"]
 
 def attend(
     q: Float[Array, "B T H d"],
-    k: Float[Array, "B S H d"],
-    v: Float[Array, "B S H d"],
+    k: Float[Array, "B S K d"],
+    v: Float[Array, "B S K d"],
     implementation: Implementation = "auto",
     length: Int[Array, ""] | None = None,
     *,
     bias: Float[Array, "#B #H T S"] | None = None,
     mask: Bool[Array, "#B #H T S"] | None = None,
+    causal: bool = False,
 ) -> Float[Array, "B T H d"]:
     """Computes `softmax(q k^T / sqrt(d) + bias) v` for each head.
 
@@ -36,25 +39,32 @@ def attend(
         no `T x S` array at all), or "auto" for what `best` says of the first device.
       length: number of the `S` tokens that are seen, the first ones; None for all.
       bias: added to what the softmax is taken of, in XLA's implementation alone.
-      mask: tokens that are seen, in XLA's implementation alone; None for all.
+      mask: tokens that are seen; None for all.
+      causal: True if token `t` sees none of those after `t`.
 
     Raises:
       RuntimeError, NotImplementedError: "cudnn" where cuDNN cannot do it.
-      ValueError: an implementation of another name, or one without bias and mask.
+      ValueError: an implementation of another name, or one without the bias.
     """
     if implementation == "auto":
         implementation = best(jax.local_devices()[0], q.dtype, q.shape[-1])
     seen = None if length is None else jnp.full(len(q), length, jnp.int32)
     if implementation == "xla":
-        return _recomputed(q, k, v, seen, bias, mask)
-    if bias is not None or mask is not None:
-        raise ValueError(f'{implementation}: bias and mask need "xla".')
+        return _recomputed(q, k, v, seen, bias, mask, causal)
+    if bias is not None:
+        raise ValueError(f'{implementation}: a bias needs "xla".')
     if length is not None:  # cuDNN does not say what the others' gradient is
-        mask = (jnp.arange(k.shape[1]) < length)[:, None, None]
-        k, v = jnp.where(mask, k, 0), jnp.where(mask, v, 0)
+        known = (jnp.arange(k.shape[1]) < length)[:, None, None]
+        k, v = jnp.where(known, k, 0), jnp.where(known, v, 0)
     with jax.named_scope("attention"):  # as profilers show it
         return jax.nn.dot_product_attention(
-            q, k, v, key_value_seq_lengths=seen, implementation=implementation
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=causal,
+            key_value_seq_lengths=seen,
+            implementation=implementation,
         )
 
 
@@ -82,7 +92,7 @@ def best(device: Any, dtype: DTypeLike, head_dim: int) -> Literal["xla", "cudnn"
 
 # XLA keeps the attention weights unless they are made again: with GELU's three arrays
 # over a third of a ViT's step. Flash attention does so by itself.
-@jax.checkpoint
+@functools.partial(jax.checkpoint, static_argnums=6)
 @jax.named_scope("attention")
 def _recomputed(
     q: Array,
@@ -91,7 +101,15 @@ def _recomputed(
     seen: Array | None,
     bias: Array | None,
     mask: Array | None,
+    causal: bool,
 ) -> Array:
     return jax.nn.dot_product_attention(
-        q, k, v, bias, mask, key_value_seq_lengths=seen, implementation="xla"
+        q,
+        k,
+        v,
+        bias,
+        mask,
+        is_causal=causal,
+        key_value_seq_lengths=seen,
+        implementation="xla",
     )

@@ -1,6 +1,20 @@
-"""LLaMA: tokenizers of its files."""
+"""The LLaMA: the model, its presets, published weights for it, and tokenizers."""
 
+from snella_jax.models.llama.config import PRESETS, LlamaConfig
+from snella_jax.models.llama.model import Llama, create
+from snella_jax.models.llama.rotary import Llama3Scaling
 from snella_jax.models.llama.tokenizer import tokenizer
 from snella_jax.models.llama.vocabulary import Tokenizer
+from snella_jax.models.llama.weights import FAMILY, load
 
-__all__ = ["Tokenizer", "tokenizer"]
+__all__ = [
+    "FAMILY",
+    "PRESETS",
+    "Llama",
+    "Llama3Scaling",
+    "LlamaConfig",
+    "Tokenizer",
+    "create",
+    "load",
+    "tokenizer",
+]

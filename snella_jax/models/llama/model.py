@@ -1,0 +1,287 @@
+"""The LLaMA, a decoder of texts (Touvron et al., arXiv 2302.13971), in Flax NNX.
+
+LLaMA 1 to 3.2 and SmolLM2: pre-norm blocks with RMSNorm, grouped-query attention with
+rotary positions, a SwiGLU MLP, and no biases. Blocks are stacked and scanned as in the
+other models. Axes: `B` texts, `T` tokens, `D` width, `H` heads of queries and `K` of
+keys and values, `d` their width.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from snella_jax.models import llama
+    >>> sizes = {"width": 24, "depth": 2, "heads": 4, "kv_heads": 2, "head_dim": 6}
+    >>> model = llama.create(
+    ...     "smollm2_135m", vocab_size=50, mlp_dim=32, **sizes, rngs=nnx.Rngs(0))
+    >>> model(jnp.array([[5, 7, 9]])).shape
+    (1, 3, 50)
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from snella_jax.models.layers import basic, stack
+from snella_jax.models.layers.attention import attend
+from snella_jax.models.llama.config import PRESETS, LlamaConfig
+from snella_jax.models.llama.rotary import Rotation, inverse_frequencies, rotation
+from snella_jax.ops.recompute import rematerialised
+
+# Attention of queries to keys and values; generation also has those of its cache.
+Attend = Callable[[Array, Array, Array], Array]
+
+
+def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "Llama":
+    """Makes a randomly initialised preset, any field of its config overridden.
+
+    Raises:
+      ValueError: `name` is not a preset; the message has the nearest ones.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS)
+        guess = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(
+            f"No LLaMA is called {name!r}.{guess} snella_jax.models.llama.PRESETS has "
+            "all."
+        )
+    return Llama(dataclasses.replace(PRESETS[name], **overrides), rngs=rngs)
+
+
+class Llama(nnx.Module):
+    """Embedding, `depth` scanned blocks, a final norm and a head over all tokens.
+
+    Attributes:
+      head: only there if it has weights of its own (`config.tied` is False).
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.embed = nnx.Embed(
+            c.vocab_size,
+            c.width,
+            embedding_init=basic.SMALL,
+            dtype=c.dtype,
+            param_dtype=c.param_dtype,
+            rngs=rngs,
+        )
+        self.blocks = stack.build(
+            lambda rngs: Block(c, rngs=rngs), c.depth, c.stacked, rngs
+        )
+        self.norm = RMSNorm(c)
+        if not c.tied:
+            self.head = nnx.Linear(
+                c.width,
+                c.vocab_size,
+                use_bias=False,
+                kernel_init=basic.SMALL,
+                dtype=c.dtype,
+                param_dtype=c.param_dtype,
+                preferred_element_type=jnp.float32,
+                rngs=rngs,
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T vocab"]:
+        """Returns float32 logits of the token after each.
+
+        Args:
+          tokens: texts, padded on any side.
+          positions: place of each token in its text, from 0; None counts the real
+            tokens before it.
+          mask: True for real tokens; None if all are. No token sees those after it,
+            nor one that is not real but itself, so every number is finite.
+
+        Raises:
+          TypeError: `tokens` are no integers, or `mask` is not of bool.
+          ValueError: one of them has another shape.
+        """
+        return self.logits(self.hidden(tokens, positions, mask))
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns what the head sees of each token; arguments and errors as the call.
+
+        For `logits` of some tokens alone: those of all take `4 * vocab` bytes a token.
+        """
+        _check(tokens, positions, mask)
+        if positions is None:
+            positions = positions_of(tokens, mask)
+        seen = None
+        if mask is not None:
+            itself = jnp.eye(tokens.shape[1], dtype=bool)
+            seen = mask[:, None, None] | itself
+        implementation = self.config.attention
+
+        def look(q: Array, k: Array, v: Array) -> Array:
+            return attend(q, k, v, implementation, mask=seen, causal=True)
+
+        return self.norm(self._through(self.embed(tokens), self.turn(positions), look))
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
+        """Applies the head to chosen rows of `hidden`; returns float32.
+
+        >>> model = create("smollm2_135m", depth=1, vocab_size=20, rngs=nnx.Rngs(0))
+        >>> last = model.hidden(jnp.array([[5, 7, 9]]))[:, -1]
+        >>> model.logits(last).shape
+        (1, 20)
+        """
+        if not self.config.tied:
+            return self.head(hidden)
+        embedding = self.embed.embedding[...].astype(hidden.dtype)
+        return jnp.einsum(
+            "...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32
+        )
+
+    def turn(self, positions: Int[Array, "B T"]) -> Rotation:
+        """Returns the rotation of queries and keys at these positions."""
+        c = self.config
+        frequencies = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        return rotation(positions, frequencies)
+
+    def _through(self, x: Array, turn: Rotation, look: Attend) -> Array:
+        """Calls every block."""
+
+        def call(graphdef: nnx.GraphDef, scanned: bool) -> Callable[..., Array]:
+            def run(state: nnx.State, x: Array) -> Array:
+                return nnx.merge(graphdef, state)(x, turn, look)
+
+            if self.config.remat == "none":
+                return run
+            return rematerialised(run, prevent_cse=not scanned)
+
+        if isinstance(self.blocks, nnx.List):
+            for block in self.blocks:
+                graphdef, state = nnx.split(block)
+                x = call(graphdef, scanned=False)(state, x)
+            return x
+        graphdef, states = nnx.split(self.blocks)
+        one = call(graphdef, scanned=True)
+        return jax.lax.scan(lambda x, state: (one(state, x), None), x, states)[0]
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.norm1 = RMSNorm(config)
+        self.attn = Attention(config, rngs=rngs)
+        self.norm2 = RMSNorm(config)
+        self.mlp = SwiGLU(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], turn: Rotation, look: Attend
+    ) -> Float[Array, "B T D"]:
+        """Runs the block; `turn` and `look` as `Attention`."""
+        x = x + self.attn(self.norm1(x), turn, look)
+        return x + self.mlp(self.norm2(x))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al., arXiv 2305.13245), rotary positions."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.head_dim = config.head_dim
+        queries = config.heads * config.head_dim
+        keys = config.kv_heads * config.head_dim
+        self.q = _linear(config.width, queries, config, rngs)
+        self.k = _linear(config.width, keys, config, rngs)
+        self.v = _linear(config.width, keys, config, rngs)
+        self.o = _linear(queries, config.width, config, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], turn: Rotation, look: Attend
+    ) -> Float[Array, "B T D"]:
+        """Mixes tokens.
+
+        Args:
+          x: tokens.
+          turn: rotates queries and keys by their positions.
+          look: attends, given rotated queries `[B, T, H, d]`, rotated keys
+            `[B, T, K, d]` and values; may know of earlier ones.
+        """
+        q, k, v = (self._split(f(x)) for f in (self.q, self.k, self.v))
+        y = look(turn(q), turn(k), v)
+        return self.o(y.reshape(*x.shape[:2], -1))
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+
+class SwiGLU(nnx.Module):
+    """MLP whose hidden features are gated (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.gate = _linear(config.width, config.mlp_dim, config, rngs)
+        self.up = _linear(config.width, config.mlp_dim, config, rngs)
+        self.down = _linear(config.mlp_dim, config.width, config, rngs)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return self.down(_gated(self.gate(x), self.up(x)))
+
+
+# Made again in the backward pass: else three arrays as wide as the MLP are kept.
+@jax.checkpoint
+def _gated(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+class RMSNorm(nnx.Module):
+    """Norm by the root of the mean square (Zhang and Sennrich, arXiv 1910.07467).
+
+    In float32, cast back, and only then times the scale, as in Meta's code.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        self.epsilon = config.norm_eps
+        self.scale = nnx.Param(jnp.ones((config.width,), config.param_dtype))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wide = x.astype(jnp.float32)
+        mean = jnp.square(wide).mean(-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean + self.epsilon)
+        return basic.scaled(normed.astype(x.dtype), self.scale[...])
+
+
+def positions_of(
+    tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None
+) -> Int[Array, "B T"]:
+    """Counts the real tokens before each.
+
+    >>> mask = jnp.array([[False, False, True, True]])
+    >>> positions_of(jnp.zeros((1, 4), int), mask).tolist()
+    [[0, 0, 0, 1]]
+    """
+    if mask is None:
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
+
+
+def _linear(n: int, m: int, config: LlamaConfig, rngs: nnx.Rngs) -> nnx.Linear:
+    return basic.linear(n, m, config, rngs, use_bias=False, init=basic.SMALL)
+
+
+def _check(tokens: Array, positions: Array | None, mask: Array | None) -> None:
+    if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+        raise TypeError(f"tokens are {jnp.result_type(tokens)}: expected integers.")
+    if mask is not None and jnp.result_type(mask) != jnp.bool_:
+        raise TypeError(f"mask is {jnp.result_type(mask)}: expected bool.")
+    if jnp.ndim(tokens) != 2:
+        raise ValueError(f"tokens have shape {jnp.shape(tokens)}: expected [B, T].")
+    for name, value in (("positions", positions), ("mask", mask)):
+        if value is not None and jnp.shape(value) != jnp.shape(tokens):
+            raise ValueError(
+                f"{name} has shape {jnp.shape(value)}: expected that of the tokens, "
+                f"{jnp.shape(tokens)}."
+            )
