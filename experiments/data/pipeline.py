@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from experiments.data.buckets import Batches, Buckets, sizes
 from experiments.data.source import Source
 
 Arrays = dict[str, np.ndarray]
@@ -65,7 +66,7 @@ class Reading:
 
 def training(
     source: Source,
-    transform: Preparation,
+    transform: Preparation | Buckets,
     *,
     batch: int,
     epochs: int,
@@ -81,7 +82,8 @@ def training(
 
     Args:
       source: the examples.
-      transform: makes arrays of them.
+      transform: makes arrays of them; `Buckets` also choose which make a batch, and
+        their batches have several shapes.
       batch: examples in a batch, over all shards.
       epochs: number of epochs until the stream ends.
       seed: decides the order and everything that is drawn.
@@ -100,11 +102,16 @@ def training(
         raise ValueError(f"batch={batch}: expected 1 to {len(source)} examples.")
     if batch % shard.count:
         raise ValueError(f"batch={batch}: {shard.count} processes do not divide it.")
-    used = len(source) // batch * batch
-    examples = grain.MapDataset.source(_Indexed(source)).seed(seed).shuffle()
-    examples = examples.random_map(_Prepared(transform))
-    examples = examples.slice(slice(shard.index, used, shard.count))
-    batches = examples.batch(batch // shard.count, drop_remainder=True)
+    if isinstance(transform, Buckets):
+        groups = transform.epochs(sizes(source), batch, epochs, seed)
+        made = Batches(source, transform, groups, shard.index, shard.count, marks=False)
+        batches, epochs = grain.MapDataset.source(made).seed(seed), 1
+    else:
+        used = len(source) // batch * batch
+        examples = grain.MapDataset.source(_Indexed(source)).seed(seed).shuffle()
+        examples = examples.random_map(_Prepared(transform))
+        examples = examples.slice(slice(shard.index, used, shard.count))
+        batches = examples.batch(batch // shard.count, drop_remainder=True)
     if mix is not None:
         batches = batches.random_map(mix)
     return _read(batches.repeat(epochs), reading)
@@ -112,7 +119,7 @@ def training(
 
 def evaluation(
     source: Source,
-    transform: Preparation,
+    transform: Preparation | Buckets,
     *,
     batch: int,
     shard: Shard = Shard(),
@@ -120,9 +127,11 @@ def evaluation(
 ) -> grain.IterDataset:
     """Returns every example once, in order; the last batches are filled up.
 
+    `Buckets` have an order of their own, and fill up the last batches of each length.
+
     Returns:
       Batches of what `transform` makes, `index` and `valid`, which is False for what
-      fills up. All have one shape, and every shard has as many.
+      fills up. All have one shape, but those of `Buckets`, and every shard has as many.
 
     Raises:
       ValueError: the batch is no positive multiple of the shards.
@@ -131,6 +140,10 @@ def evaluation(
         raise ValueError(
             f"batch={batch}: expected a positive multiple of {shard.count} processes."
         )
+    if isinstance(transform, Buckets):
+        groups = transform.in_order(sizes(source), batch)
+        made = Batches(source, transform, groups, shard.index, shard.count, marks=True)
+        return _read(grain.MapDataset.source(made), reading)
     filled = -(-len(source) // batch) * batch
     examples = grain.MapDataset.range(shard.index, filled, shard.count)
     examples = examples.map(_Filled(source, transform))

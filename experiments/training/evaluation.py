@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from experiments.data import pipeline
+from experiments.data.buckets import Buckets
 from experiments.data.pipeline import Preparation
 from experiments.data.source import Source
 from experiments.training import sharding
@@ -51,7 +52,7 @@ class Evaluation:
 def evaluate(
     model: nnx.Module,
     source: Source,
-    transform: Preparation,
+    transform: Preparation | Buckets,
     mesh: Mesh,
     objective: Objective,
     show: int = 0,
@@ -117,7 +118,7 @@ def measured(
 
 
 def features(
-    model: Any, source: Source, transform: Preparation, mesh: Mesh
+    model: Any, source: Source, transform: Preparation | Buckets, mesh: Mesh
 ) -> tuple[Float[np.ndarray, "N D"], Int[np.ndarray, " N"]]:
     """Returns what a classifier's head sees of every example, float32, and labels."""
     graphdef, state = nnx.split(model)
@@ -137,11 +138,12 @@ def features(
 
 
 def batches(
-    source: Source, transform: Preparation, mesh: Mesh
+    source: Source, transform: Preparation | Buckets, mesh: Mesh
 ) -> Iterable[dict[str, Array]]:
-    """Returns every example once, in batches of one shape; fillers are not `valid`."""
+    """Returns every example once, as `pipeline.evaluation`; fillers are not `valid`."""
     parts = mesh.shape["data"]
-    batch = -(-min(BATCH, len(source)) // parts) * parts
+    most = transform.evaluated if isinstance(transform, Buckets) else BATCH
+    batch = -(-min(most, len(source)) // parts) * parts
     shard = pipeline.Shard.of_this_process()
     stream = pipeline.evaluation(source, transform, batch=batch, shard=shard)
     return pipeline.to_devices(stream, sharding.of_batches(mesh))

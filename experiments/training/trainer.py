@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 import snella_jax as snella
 from experiments.data import pipeline
+from experiments.data.buckets import Buckets
 from experiments.data.source import Source
 from experiments.files import MismatchError
 from experiments.training import evaluation, sharding
@@ -41,8 +42,8 @@ class Data:
 
     train: Source
     follow: Source | None
-    augment: pipeline.Preparation
-    transform: pipeline.Preparation
+    augment: pipeline.Preparation | Buckets
+    transform: pipeline.Preparation | Buckets
     mix: pipeline.Mixing | None = None
 
 
