@@ -126,7 +126,7 @@ def consistent(folder, change):
 
 
 def rest(config):
-    """What is said of one weight without an adapter."""
+    """Returns the entry of one weight without an adapter."""
     return config["rest_of_base"]["weights"]["norm/scale"]
 
 

@@ -23,7 +23,7 @@ def drawn(dtype, shape=(4, 6, 8)):
 
 
 def by_hand(array):
-    """What the sum is said to be, number by number, in Python's integers."""
+    """Computes the documented sum, number by number, in Python's integers."""
     size, found = array.dtype.itemsize, 0
     for place, number in enumerate(array.reshape(-1)):
         x = int.from_bytes(number.tobytes(), "little") + place * int(STEP)

@@ -94,7 +94,7 @@ def test_jit_equals_eager(kernel):
     ids=[name for name in KERNELS if name != "mix_k"] + ["mix_k with every gate"],
 )
 def test_gradients_are_those_of_the_naive_layer(kernel, variants, x64):
-    """Of `x`, `w0` (a dense layer's) and the factors, to float64's rounding."""
+    """They agree for `x`, `w0` (of a dense layer) and the factors in float64."""
     x, w0 = generic_inputs(dtype=jnp.float64)
     factors = generic_factors(kernel, dtype=jnp.float64)
 
@@ -280,7 +280,7 @@ def test_factors_that_do_not_fit():
 
 
 def bound_at_the_start(name):
-    """What `|delta|` cannot exceed, from the ranges the factors are drawn from.
+    """Upper bounds on `|delta|`, from the ranges the factors are drawn from.
 
     Every one of a row's r/P entries is at most 1/sqrt(n r/P), so a row of `a` has a
     norm of at most 1/sqrt(n), a row of `b` of 1/sqrt(m), and their distance is at most

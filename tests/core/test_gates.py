@@ -286,7 +286,7 @@ def test_threshold_has_no_gradient():
 
 @pytest.mark.parametrize("gate", ["product", "soft", "released", "hard"])
 def test_a_given_threshold_has_no_gradient(gate):
-    """As one that was searched for."""
+    """The gradient equals that with a threshold that was searched for."""
     delta = jnp.asarray(NORMAL, jnp.float32)
     with_given = jax.grad(lambda d: sparsify(d, 30, gate, threshold(d, 30)).sum())
     sort = jax.grad(

@@ -152,7 +152,7 @@ def test_errors():
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("path, name", [("fc1", "a"), ("head", "kernel")])
 def test_what_is_not_finite_is_skipped_for_all(path, name, value, bad):
-    """As if the step had not been: its scores, its count and the first of them."""
+    """The step leaves no trace in the scores, the count and the first of them."""
     thetas = [tree(seed) for seed in range(5)]
     grads = [tree(seed) for seed in range(10, 15)]
     grads[bad] = broken(grads[bad], value, path, name)

@@ -59,7 +59,7 @@ def placed(tree, specs, axes):
 
 
 def compilations(trainable, budgets, logits, x):
-    """Of three steps, with new budgets before the last."""
+    """Counts those of three steps, with new budgets before the last."""
     tx = optax.chain(snella.track_importance(), optax.trace(0.9), optax.scale(-0.1))
     opt_state = tx.init(trainable)
 
@@ -204,7 +204,7 @@ def test_factors_are_split_as_the_axes_that_they_stand_for(
 
 @pytest.mark.parametrize("device", [None, 2])
 def test_one_device(device):
-    """What is committed to one takes its adapter there; what is not stays free."""
+    """A weight committed to one takes its adapter there; other weights stay free."""
     model = Net(nnx.Rngs(0))
     if device is not None:
         nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[device]))

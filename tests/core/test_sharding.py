@@ -320,7 +320,7 @@ LAYERS = {
 @pytest.mark.parametrize("differentiate", ["outside", "inside"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_shard_map_with_a_bias(layer, differentiate):
-    """What is closed over does not vary over the mesh, and its gradients add up."""
+    """Closed-over arrays do not vary over the mesh, and their gradients add up."""
     loss, trainable, frozen = LAYERS[layer]()
     devices = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 

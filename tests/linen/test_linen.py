@@ -95,10 +95,10 @@ def variables(scan=False):
     """The same numbers, stacked or not, with every bias and norm drawn."""
     plain = jax.jit(LinenViT().init)(jax.random.key(0), IMAGES)["params"]
     flat = flatten_dict(plain, sep="/")
-    keys = jax.random.split(jax.random.key(1), len(flat))
+    rng = np.random.default_rng(1)
     flat = {
-        name: leaf + 0.1 * jax.random.normal(key, leaf.shape)
-        for key, (name, leaf) in zip(keys, flat.items(), strict=True)
+        name: jnp.asarray(leaf + np.float32(0.1 * rng.normal(size=leaf.shape)))
+        for name, leaf in flat.items()
     }
     if scan:
         flat = stacked(flat)

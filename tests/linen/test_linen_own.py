@@ -104,7 +104,7 @@ def test_weights_that_would_get_no_adapter_are_named():
 
 
 class Others(nn.Module):
-    """What meets the input and is no weight."""
+    """Parameters that meet the input and are no weights."""
 
     @nn.compact
     def __call__(self, x, ids):

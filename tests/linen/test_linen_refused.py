@@ -1,4 +1,4 @@
-"""What Linen modules do with their weights that is refused, or said."""
+"""Uses of weights in Linen modules that are refused, or logged."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""What a first stage finds, and how the weights that it found train."""
+"""The first stage: which weights it finds, and how these train."""
 
 import dataclasses
 
@@ -93,7 +93,7 @@ def test_spt_takes_the_largest_of_all():
 
 
 def test_spt_structures_matrices_with_enough_sensitive_weights():
-    """As many as parameters of a branch, divided by the ease; never half of each."""
+    """They have as many as a branch has parameters, divided by the ease, or more."""
     own = {path: np.zeros(v.shape) for path, v in scores("squares").items()}
     own["blocks/attn/query"][0, :4] = 1  # 32 of 64; a branch of rank 2 has 32
     own["blocks/attn/key"][1, :3] = 1  # 24

@@ -25,7 +25,7 @@ def test_is_the_formula():
 
 @pytest.mark.parametrize("length", [1, 3, 5])
 def test_only_the_first_tokens_are_seen(length):
-    """As if there were no others, in the gradient, too."""
+    """The others do not matter, not even in the gradient."""
     q, k, v = draw(jnp.float32)
 
     def seen(q, k, v):
@@ -72,7 +72,7 @@ def device(platform="gpu", version="PJRT C API\ncuda 12090", capability="9.0"):
     ],
 )
 def test_auto(where, dtype, head_dim, expected, monkeypatch):
-    """What `best` says is what `attend` asks JAX for."""
+    """`attend` asks JAX for the implementation that `best` returns."""
     assert best(where, dtype, head_dim) == expected
     asked = []
     monkeypatch.setattr(jax, "local_devices", lambda: [where])

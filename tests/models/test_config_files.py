@@ -1,4 +1,4 @@
-"""What the config files of a folder say is obeyed, or refused by name."""
+"""The config files of a folder are obeyed, or refused by name."""
 
 import json
 import shutil
@@ -258,7 +258,7 @@ def test_configs_of_transformers_that_are_not_obeyed_are_named(name, config, fol
     ],
 )
 def test_pixels_are_scaled_as_the_folder_says(name, images, folder):
-    """As its own program does, from integers."""
+    """The expected values start from integers, like the checkpoint's own program."""
     mean, std = np.array([0.5, 0.25, 0.125]), np.array([0.25, 0.5, 2.0])
     said = {"image_mean": mean.tolist(), "image_std": std.tolist()} | images
     model = folder(name, said)

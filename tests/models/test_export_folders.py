@@ -1,4 +1,4 @@
-"""What an export says beside the weights: grids, heads, constants, names of classes."""
+"""Exports hold more than weights: grids, heads, constants, names of classes."""
 
 import json
 import shutil
@@ -252,7 +252,7 @@ def test_a_new_head_has_no_names_of_another(named, tmp_path):
 
 
 def test_a_head_of_another_file_has_its_own_names(named, tmp_path):
-    """As wide, and of the same backbone."""
+    """The other file is as wide, and has the same backbone."""
     tensors = dict(read(named).tensors)
     tensors["classifier.weight"] = tensors["classifier.weight"] + 1
     other = shutil.copytree(named, tmp_path / "other")

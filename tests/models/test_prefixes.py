@@ -1,4 +1,4 @@
-"""What stands before the names in a checkpoint, and files with several sets of weights.
+"""Prefixes of the names in a checkpoint, and files with several sets of weights.
 
 Wrappers (`module.`), larger models (`backbone.`) and averages (`model_ema`) hold the
 weights of the same architecture.

@@ -342,7 +342,7 @@ def test_configs_are_equal_and_hash_by_value():
 
 
 def test_frozen_weights_in_another_dtype():
-    """What does not train is cast, what trains is not."""
+    """Frozen weights are cast, trainable ones are not."""
     model = net(frozen_dtype=jnp.bfloat16)
     _, trainable, _, frozen = snella.partition(model)
     assert {v.dtype for v in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}

@@ -162,7 +162,7 @@ def test_linen():
 
 
 def test_a_tree_under_optax():
-    """What the mask says is what moves, where there is no gradient."""
+    """Without a gradient, exactly the parameters in the mask move."""
     params = shaped({"w": (4, 6), "head": {"w": (6, 2), "b": (2,)}})
     params = jax.tree.map(lambda x: x + 1, params)
     config = snella.SnellaConfig(rank=4, targets="w", trainable="head")

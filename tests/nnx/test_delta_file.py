@@ -134,7 +134,7 @@ def test_arrays_may_lie_in_memory_as_they_like(tmp_path):
 @pytest.mark.parametrize("order", [">", "<"])
 @pytest.mark.parametrize("kind", ["f4", "f8", "f2", "i2"])
 def test_arrays_may_have_any_byte_order(kind, order, tmp_path):
-    """As HDF5, FITS and `.npy` files of other machines have them."""
+    """HDF5, FITS and `.npy` files of other machines have big-endian arrays."""
     rng, dtype = np.random.default_rng(0), f"{order}{kind}"
     before = {"w": rng.normal(size=(4, 6), scale=50).astype(dtype), "b": np.ones(3)}
     after = {"w": before["w"].T.copy().T, "b": np.ones(3), "head": np.ones(2, dtype)}

@@ -1,4 +1,4 @@
-"""What is said of an adapted model, against what merging it does."""
+"""Descriptions of an adapted model agree with what merging it does."""
 
 import dataclasses
 import io

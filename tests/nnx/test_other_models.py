@@ -1,4 +1,4 @@
-"""What other people's NNX models do, and what is refused with the way round named."""
+"""Other people's NNX models: what they do; refusals name the way round."""
 
 import types
 

@@ -118,7 +118,7 @@ def test_no_update_is_kept_for_the_backward_pass():
 
 
 class Mixed(nnx.Module):
-    """What a wide regex meets: a layer, and much that is no weight of one."""
+    """A layer, and much that a wide regex matches but is no weight of one."""
 
     def __init__(self, rngs):
         self.cls_token = nnx.Param(jnp.ones((1, 3, 6)))
