@@ -26,10 +26,9 @@ METHODS = (registry.LINEAR, *registry.METHODS, *workload.VARIANTS)
 
 @pytest.fixture
 def small(monkeypatch):
-    """The model of `SMALL` has two blocks, and images of four patches."""
-    config = models.PRESETS["vit_ti16"]
-    small = dataclasses.replace(config, depth=2, image_size=32)
-    monkeypatch.setitem(models.PRESETS, "vit_ti16", small)
+    """The model of `SMALL` has two blocks."""
+    config = dataclasses.replace(models.PRESETS["vit_ti16"], depth=2)
+    monkeypatch.setitem(models.PRESETS, "vit_ti16", config)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -116,7 +115,7 @@ def test_throughput_times_in_turns(small, tmp_path):
     assert rows[1]["of_lora"] == pytest.approx(np.median(paired))
 
 
-def test_profile_finds_every_part(tmp_path):
+def test_profile_finds_every_part(small, tmp_path):
     rows = profile.main([
         *SMALL, "--method", "lora", "snella", "--steps", "1", "--out", str(tmp_path),
     ])  # fmt: skip
