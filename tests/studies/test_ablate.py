@@ -22,7 +22,12 @@ from snella_jax.models.vit import ViT, ViTConfig
 SHORT = ["--run.epochs", "2", "--run.warmup_epochs", "0", "--search_epochs", "2"]
 GRID = ["--run.grid.lr_factors", "0.1", "--run.grid.lr_extensions", "0"]
 SMALL = [*SHORT, *GRID, "--run.task=pets", f"--run.model={pictures.CLASSIFIER}"]
-SMALL += ["--run.image_size=24", "--run.batch=4", "--run.mesh=data=1"]
+SMALL += [
+    "--run.targets=blocks/mlp/fc1",
+    "--run.image_size=24",
+    "--run.batch=4",
+    "--run.mesh=data=1",
+]
 
 
 def read(path):

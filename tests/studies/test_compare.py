@@ -13,12 +13,13 @@ from rich.console import Console
 from experiments import compare, plotting
 from experiments.config.images import ImageConfig
 from experiments.data import check
+from experiments.data.source import Arrays
 from experiments.methods.dora import Dora
 from experiments.methods.lora import Lora
 from experiments.reports import text as report_text
 from experiments.runs import images, run, search
 from experiments.studies import comparison, comparison_figure, table_store
-from experiments.tasks import catalogue
+from experiments.tasks import catalogue, digits
 from experiments.training import grid, sharding
 from experiments.training.classification import Classification
 
@@ -30,11 +31,26 @@ TABLE += ["--run.linear.strengths", "1"]
 OPTIONS = [*SMALL, *SHORT, *GRID, *TABLE, "--tasks", "digits"]
 
 
+@pytest.fixture
+def few_digits(monkeypatch):
+    """A tenth of the digits, in the place of all."""
+    task = digits.load()
+    few = {
+        part: Arrays(own.images[:80], own.labels[:80])
+        for part in ("train", "validation", "test")
+        for own in [getattr(task, part)]
+    }
+    task = dataclasses.replace(task, **few)
+    monkeypatch.setattr(digits, "load", lambda: task)
+
+
 def read(path):
     return json.loads(path.read_text("utf-8"))
 
 
-def test_a_comparison_goes_on_with_its_results_alone(tmp_path, monkeypatch, capsys):
+def test_a_comparison_goes_on_with_its_results_alone(
+    few_digits, tmp_path, monkeypatch, capsys
+):
     inner, runs, out = run._run, [], tmp_path / "first"
 
     def interrupt(setting):

@@ -209,14 +209,14 @@ def test_the_gradient_norm_is_that_of_the_factors():
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         images = np.stack([TRANSFORM(x, np.random.default_rng(0)) for x in PIXELS])
 
-        def loss(params, graphdef, rest):
+        def loss(params, images, graphdef, rest):
             logits = nnx.merge(graphdef, params, rest)(images)
             labels = jnp.arange(24) % 2
             each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return each.mean()
 
-        gradient = jax.jit(jax.grad(loss), static_argnums=1)
-        grads = nnx.to_flat_state(gradient(params, graphdef, rest))
+        gradient = jax.jit(jax.grad(loss), static_argnums=2)
+        grads = nnx.to_flat_state(gradient(params, images, graphdef, rest))
         own = [
             np.asarray(leaf[...])
             for path, leaf in grads
