@@ -14,7 +14,7 @@ from experiments.config import options
 from experiments.config.options import Option
 from experiments.config.presets import SUITES, Preset
 from experiments.config.run_config import RunConfig
-from experiments.names import unknown
+from experiments.names import guessed, unknown
 from experiments.tasks.catalogue import TASK_LIST
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
@@ -169,7 +169,7 @@ def from_values(
     if foreign := [name for name in words if name not in known]:
         raise SystemExit(
             f"{program}: {file} has fields that no option is called: "
-            f"{', '.join(foreign)}. `{program} --help` lists all."
+            f"{', '.join(guessed(foreign, known))}. `{program} --help` lists all."
         )
     flat = [word for own in words.values() for word in own]
     config = _overridden(program, usual, usual.names(), flat)
