@@ -57,22 +57,34 @@ class Buckets:
     def of(
         cls, sizes: Sequence[int], count: int, pad: int, multiple: int = 8
     ) -> "Buckets":
-        """Returns buckets that hold about equally many examples each.
+        """Returns the buckets that make the least padding.
 
         >>> Buckets.of([10, 11, 12, 40, 90], count=2, pad=0).lengths
         (16, 96)
 
         Args:
           sizes: numbers of tokens of the examples.
-          count: most buckets; there are fewer where some would be equal.
+          count: most buckets; there are fewer where more would save nothing.
           pad: id to fill up with.
           multiple: what lengths are rounded up to.
         """
-        quantiles = np.quantile(
-            sizes, np.linspace(0, 1, count + 1)[1:], method="higher"
-        )
-        lengths = {int(-(-size // multiple) * multiple) for size in quantiles}
-        return cls(tuple(sorted(lengths)), pad)
+        rounded = -(-np.asarray(sizes) // multiple) * multiple
+        lengths, counts = (x.tolist() for x in np.unique(rounded, return_counts=True))
+        total = np.cumsum(counts).tolist()
+        # Tokens, and lengths, of the best buckets for all examples up to each length.
+        best = [(n * size, (n,)) for n, size in zip(lengths, total, strict=True)]
+        for _ in range(count - 1):
+            best = [
+                min(
+                    [best[j]]
+                    + [
+                        (best[i][0] + n * (total[j] - total[i]), (*best[i][1], n))
+                        for i in range(j)
+                    ]
+                )
+                for j, n in enumerate(lengths)
+            ]
+        return cls(best[-1][1], pad)
 
     def bucket(self, sizes: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
         """Returns the number of the shortest bucket that each example fits in.
