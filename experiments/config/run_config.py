@@ -16,7 +16,14 @@ from experiments.training.grid import Grid
 from experiments.training.recipe import Recipe
 from experiments.training.session import Scope
 
-WHERE = ("data_dir", "mesh", "distributed", "wandb")  # a run may go on elsewhere
+WHERE = (
+    "data_dir",
+    "data",
+    "prose",
+    "mesh",
+    "distributed",
+    "wandb",
+)  # a run may go on elsewhere
 
 
 @dataclasses.dataclass(frozen=True)

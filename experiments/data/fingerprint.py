@@ -1,4 +1,4 @@
-"""Fingerprints of a run's inputs: its images, its labels, its base's weights.
+"""Fingerprints of a run's inputs: its examples and its base's weights.
 
 `inputs.json` in a run folder holds them: a resumed run must have the same inputs.
 Devices and versions may change (`environment.json`).
@@ -23,16 +23,20 @@ def of_image(image: UInt8[np.ndarray, "H W C"], label: int) -> bytes:
     return hashed.digest()
 
 
-def of_split(images: Sequence[bytes]) -> dict[str, Any]:
-    """Returns the fingerprint of a split, from those of its images.
+def of_split(examples: Sequence[bytes], unit: str = "images") -> dict[str, Any]:
+    """Returns the fingerprint of a split, from those of its examples.
+
+    Args:
+      examples: fingerprints of the examples, in order.
+      unit: name of them, in the plural.
 
     Returns:
-      `images`, their number; `sha256` of all of them in order; `in_any_order`, a
+      Their number, by `unit`; `sha256` of all of them in order; `in_any_order`, a
       SHA-256 that does not depend on the order.
     """
-    whole, sorted_ = (hashlib.sha256(b"".join(x)) for x in (images, sorted(images)))
+    whole, sorted_ = (hashlib.sha256(b"".join(x)) for x in (examples, sorted(examples)))
     return {
-        "images": len(images),
+        unit: len(examples),
         "sha256": whole.hexdigest(),
         "in_any_order": sorted_.hexdigest(),
     }
@@ -79,7 +83,7 @@ def differences(known: Inputs, now: Inputs) -> list[str]:
         for split, own in now["data"].items()
         if own != known["data"][split]
     ]
-    if known["classes"] != now["classes"]:
+    if known.get("classes") != now.get("classes"):
         found.append(
             f"the classes differ ({known['classes']} then, {now['classes']} now)"
         )
@@ -96,8 +100,9 @@ def differences(known: Inputs, now: Inputs) -> list[str]:
 
 
 def _how(known: dict[str, Any], now: dict[str, Any]) -> str:
-    if known["images"] != now["images"]:
-        return f"{known['images']} images then, {now['images']} now"
+    unit = next(name for name in now if name not in ("sha256", "in_any_order"))
+    if known[unit] != now[unit]:
+        return f"{known[unit]} {unit} then, {now[unit]} now"
     if known["in_any_order"] == now["in_any_order"]:
-        return "the same images in another order"
-    return "other images or labels"
+        return f"the same {unit} in another order"
+    return f"other {unit} or labels"

