@@ -26,8 +26,7 @@ from experiments.config import command_line
 from experiments.config.images import ImageConfig
 from experiments.methods.registry import LINEAR
 from experiments.pretrained import base_models
-from experiments.reports import finished
-from experiments.reports import table as report
+from experiments.reports import finished, table
 from experiments.runs import images, search, setup
 from experiments.runs.run import complete
 from experiments.studies import comparison_figure, table_store
@@ -52,15 +51,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths.check_out(config.out)
         if not config.table_only:
             _check_inputs(config)
-        table = Table(config)
-    store = table.store
+        cells = Table(config)
+    store = cells.store
     left = [] if config.table_only else list(itertools.product(config.tasks, rows))
     failed = [text for cell in left if (text := _tried(*cell, config, store, console))]
     with store.locked():
-        if made := table.made():
-            report.write(made, config.out, console)
+        if made := cells.made():
+            table.write(made, config.out, console)
             if memory:
-                _draw(table.points(made, memory), made, memory, config, console)
+                _draw(cells.points(made, memory), made, memory, config, console)
     if failed:
         raise SystemExit("\n".join(failed))
 

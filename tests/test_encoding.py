@@ -45,7 +45,7 @@ files.replace(Path("dash.md"), "\u2013\n")
 
 
 def is_text(call):
-    """Whether a call opens a text file without saying in which encoding."""
+    """Returns True if a call opens a text file without naming an encoding."""
     name = getattr(call.func, "attr", getattr(call.func, "id", ""))
     given = {word.arg for word in call.keywords}
     if "encoding" in given:

@@ -237,7 +237,7 @@ def test_names_of_boxed_parameters_are_kept():
 
 
 def test_a_weight_stacked_behind_its_inputs_is_a_layout_with_slices(tmp_path):
-    """As `nn.scan(variable_axes={"params": 1})` stacks it."""
+    """`nn.scan(variable_axes={"params": 1})` stacks it so."""
     weights = jax.random.normal(jax.random.key(3), (3, 6, 4))
     params = {"w": weights.swapaxes(0, 1)}
     layouts = {"w": snella.Layout((6,), (4,), (3,), order=(1, 0, 2))}

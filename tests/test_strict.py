@@ -186,7 +186,7 @@ def in_nnx(dtype):
         model = nnx.merge(graphdef, trainable, budgets, frozen)
         snella.save(model, folder)
         found = {
-            "merged": called(snella.merge(model), images),
+            "merged": snella.merge(model)(images),
             "loaded": called(snella.load(plain(Net, dtype), folder), images),
             "magnitude": snella.merged_magnitude(model),
         }
@@ -211,7 +211,7 @@ def in_linen(dtype):
         adapters.save(params, folder)
         again, loaded = linen.load(net, variables, folder, images)
         found = {
-            "merged": run(net.apply, {"params": adapters.merge(params)}, images),
+            "merged": net.apply({"params": adapters.merge(params)}, images),
             "loaded": run(again.apply, loaded, images),
         }
         weights = adapters.weights(params)

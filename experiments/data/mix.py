@@ -45,7 +45,7 @@ class Mix:
             weight = rng.beta(self.mixup, self.mixup)
             images = np.float32(weight) * images + np.float32(1 - weight) * images[::-1]
         elif kind == "cutmix":
-            rows, columns = _box(
+            rows, columns = cut_box(
                 images.shape[1:3], rng.beta(self.cutmix, self.cutmix), rng
             )
             images = images.copy()
@@ -58,7 +58,7 @@ class Mix:
         return batch | {"image": images, "label": labels.astype(np.float32)}
 
 
-def _box(
+def cut_box(
     size: tuple[int, ...], weight: float, rng: np.random.Generator
 ) -> tuple[slice, slice]:
     """Draws a box of `1 - weight` of the area around a pixel, cut at the borders."""

@@ -210,7 +210,7 @@ def test_a_tpu_needs_as_much_memory_for_snella_as_for_lora():
 
 
 def test_memory_draws_one_model_or_several(tmp_path):
-    """Of figures that are in the repository; SPT's first stage is part of its bar."""
+    """Draws the repository's figures; SPT's first stage is part of its bar."""
     results = RESULTS / "memory"
     for name in ("h100_vit_b16_batch64", "h100_swin_b_convnext_b_batch32"):
         rows = json.loads((results / name / "memory.json").read_text("utf-8"))

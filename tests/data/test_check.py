@@ -1,4 +1,4 @@
-"""What is said of a task, and what is refused, before anything trains on it."""
+"""A task is described, and may be refused, before anything trains on it."""
 
 import io
 from pathlib import Path
@@ -136,7 +136,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, monkeypatch, value):
 
 
 def test_features_that_are_not_finite(tmp_path, monkeypatch):
-    """Of weights that are: they name the weights, and no head is fitted to them."""
+    """The error names the weights, which are finite, and no head is fitted."""
     task = Task("tiny", 3, tiny.SOURCE, tiny.SOURCE, tiny.SOURCE)
     model = tiny.base()
     base_models.check_finite(model, "tiny")

@@ -30,7 +30,7 @@ def encoded(image, kind, **options):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_upright(kind, orientation):
-    """As Pillow's own function turns them, which is not used here."""
+    """Pillow's own function, which is not used here, turns them alike."""
     tags = Image.Exif()
     tags[0x0112] = orientation
     data = encoded(Image.fromarray(PIXELS), kind, exif=tags)
@@ -67,7 +67,7 @@ def test_malformed_tags_turn_nothing(tag):
 
 
 def test_transparency_is_dropped():
-    """What is stored below it shows, even where nothing would."""
+    """The colours stored below it show, even where nothing would."""
     clear = np.concatenate([PIXELS, np.zeros((4, 7, 1), np.uint8)], -1)
     data = encoded(Image.fromarray(clear), "PNG")
     np.testing.assert_array_equal(decoded(data), PIXELS)

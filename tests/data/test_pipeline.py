@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from experiments.data import pipeline, transforms
-from experiments.data.mix import Mix, _box
+from experiments.data.mix import Mix, cut_box
 from experiments.data.pipeline import Reading, Shard
 from experiments.data.source import Arrays
 from experiments.data.transforms import NORMALISATIONS, Transform
@@ -341,7 +341,7 @@ def test_a_box_has_its_area_unless_a_border_cuts_it():
     rng = RNG(0)
     for _ in range(200):
         weight = rng.random()
-        rows, columns = _box((100, 60), weight, rng)
+        rows, columns = cut_box((100, 60), weight, rng)
         area = (rows.stop - rows.start) * (columns.stop - columns.start)
         assert area <= (1 - weight) * 6000 + 1e-6
         inside = rows.start > 0 and rows.stop < 100 and columns.start > 0

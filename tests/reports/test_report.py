@@ -35,7 +35,7 @@ def made(*folders, **options):
 
 
 def test_table_xiii_has_the_means_that_the_paper_prints():
-    """Of the 19 tasks; the mean of the three groups is about two points higher."""
+    """It is over the 19 tasks; that of the three groups is about two points higher."""
     assert len(paper.TABLE_XIII) == 20
     for method, tasks in paper.TABLE_XIII.items():
         assert list(tasks) == list(paper.TASKS)
@@ -204,7 +204,7 @@ def write_error(folder, error, seed=0):
 
 
 def test_a_table_shows_the_metric_of_its_runs(tmp_path):
-    """As it is, not in percent, and without the paper's accuracies."""
+    """It is not in percent, and stands without the paper's accuracies."""
     write_error(tmp_path / "a", 12.5)
     write_error(tmp_path / "b", 13.5, seed=1)
     table = made(tmp_path)

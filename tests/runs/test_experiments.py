@@ -319,7 +319,10 @@ def run(out, *argv):
 
 def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
     short = pictures.short(
-        tmp_path, "--epochs=2", "--warmup-epochs=1", "--methods", "snella", each=16
+        tmp_path,
+        *("--epochs=2", "--warmup-epochs=1", "--methods", "snella"),
+        f"--targets={RunConfig.targets}",
+        each=16,
     )
     summary = vtab.main([*short, f"--out={tmp_path / 'a'}"])
     again = vtab.main([*short, f"--out={tmp_path / 'b'}"])
@@ -383,6 +386,7 @@ def test_ones_own_images_and_checkpoint(tmp_path):
         tmp_path / "run",
         *("--task", str(tmp_path / "colours.csv"), "--model", str(checkpoint)),
         *("--image-size", "24", "--batch", "8", "--epochs", "8", "--snella.rank", "4"),
+        pictures.TARGETS,
         *("--methods", "linear", "snella"),
     )
     assert summary["task"] == "colours"

@@ -39,7 +39,7 @@ def test_a_run_of_an_odd_name_works_from_its_data_to_its_report(
     shutil.copytree(pictures.CLASSIFIER, tmp_path / "m" / ODD)
     words = ["--config=quickstart", f"--task=t/{ODD}", f"--model=m/{ODD}"]
     words += ["--image_size=24", "--mesh=data=1", "--batch=4", "--warmup_epochs=0"]
-    words += ["--epochs=2", "--methods", "snella", "--snella.rank=2"]
+    words += [pictures.TARGETS, "--epochs=2", "--methods", "snella", "--snella.rank=2"]
     summary = vtab.main([*words, f"--out=o/{ODD}"])
     out = tmp_path / "o" / ODD
     for name in ("results.json", "summary.json"):

@@ -20,6 +20,7 @@ CONFIG = ImageConfig(
     task="pets",
     model="weights/pets",
     image_size=24,
+    targets="blocks/mlp/fc1",
     mesh="data=1",
     methods=("snella",),
     batch=4,

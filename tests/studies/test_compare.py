@@ -108,7 +108,7 @@ def test_a_comparison_goes_on_with_its_results_alone(
 
 
 def test_accuracy_is_drawn_against_memory(tmp_path):
-    """What has both; random weights have no point of their own."""
+    """A point needs both; random weights have none of their own."""
     table = comparison.Table(comparison.Comparison(out=tmp_path))
     seeds = {
         str(seed): {"test_accuracy": accuracy, "trainable": 5}
@@ -385,7 +385,7 @@ def test_the_density_of_a_mask_is_searched(tmp_path, monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """As much of it as a search looks at, besides trials."""
+    """The part of a run that a search looks at, besides trials."""
 
     config: ImageConfig
     out: Path

@@ -192,7 +192,7 @@ def test_rates_scale_what_a_regex_matches():
 
 
 def test_the_gradient_norm_is_that_of_the_factors():
-    """Of an epoch of one step, by hand, at the factors' start."""
+    """Checked by hand at the factors' start, in an epoch of one step."""
     base = ViT(TINY, rngs=nnx.Rngs(0))
     base.head.kernel[...] = jax.random.normal(jax.random.key(1), (8, 2))
     config = snella.SnellaConfig(targets=TARGETS, rank=4, target_density=1.0)

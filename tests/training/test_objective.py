@@ -158,7 +158,7 @@ def test_every_example_is_scored_once_on_any_mesh(devices):
 
 
 def test_sums_of_hosts_are_added_by_name(monkeypatch):
-    """Of two processes, one of which had no example."""
+    """Two processes are added up, one of which had no example."""
     mine = {"dice": 0.1 + 0.2, "pixels": 7}
     text = np.frombuffer(json.dumps({}).encode(), np.uint8)
 
@@ -188,7 +188,7 @@ class Bilinear(nnx.Module):
 
 
 def test_importance_sees_the_mean_gradient_of_an_update():
-    """Of three micro-batches, by hand: |theta * gradient| (Eq. 7) at the first step."""
+    """Three micro-batches give |theta * gradient| (Eq. 7) at the first step."""
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(1, 4, 2)), rng.normal(size=(1, 3, 2))
     x, y = rng.normal(size=(6, 4)), rng.normal(size=(6, 3))
