@@ -321,7 +321,7 @@ def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
     short = pictures.short(
         tmp_path,
         *("--epochs=2", "--warmup-epochs=1", "--methods", "snella"),
-        f"--targets={RunConfig.targets}",
+        f"--targets={ImageConfig.targets}",
         each=16,
     )
     summary = vtab.main([*short, f"--out={tmp_path / 'a'}"])
