@@ -341,8 +341,7 @@ def test_a_short_run_writes_its_folder_and_repeats_exactly(tmp_path):
     assert [row["epoch"] for row in lines] == [1, 2]
     weight = 1 / 3456  # budgets are whole weights
     assert [row["density"] for row in lines] == [1.0, pytest.approx(0.3, abs=weight)]
-    layers = {f"blocks/mlp/fc1[{block}]" for block in range(3)}
-    assert lines[1]["importance"].keys() == lines[1]["budget"].keys() == layers
+    assert len(lines[1]["importance"]) == len(lines[1]["budget"]) == 18
     assert json.loads((tmp_path / "a/summary.json").read_text("utf-8")) == summary
     assert summary["task"] == "pets"
     result = summary["methods"]["snella"]
