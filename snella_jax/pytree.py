@@ -80,10 +80,11 @@ def adapt(
     """
     check_binding(params, "pytree")
     matrices = _Matrices(params, layouts)
-    matrices.check_known(config.targets, config.trainable)
+    names = config.names()
+    matrices.check_known(*names)
     sites = {
         matrices.keys[path]: matrices.site(path, config.rule(path), config.must_move)
-        for path in chosen(matrices.keys, config.targets)
+        for path in chosen(matrices.keys, names.targets)
     }
     return place(params, sites, config, key)
 

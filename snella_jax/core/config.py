@@ -8,7 +8,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
@@ -66,6 +66,16 @@ class Rule:
             raise ValueError(f"split={self.split}: expected at least 1.")
 
 
+class Names(NamedTuple):
+    """Regexes of what is adapted, and of what trains besides."""
+
+    targets: str
+    trainable: str
+
+
+USUAL = Names(r"blocks/.*/(query|key|value|out|fc1|fc2)", r"head|cls_token")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnellaConfig(Rule):
     """Config of an adapted model: a `Rule` for all targets, and what is common to them.
@@ -79,9 +89,11 @@ class SnellaConfig(Rule):
         counts sparsity, `1 - density`.)
       allocation: "adaptive", the matrices compete and `reallocate` moves their budgets;
         or "fixed", every matrix keeps `target_density` from the start (SNELL).
-      targets: regex of the weights to adapt.
+      targets: regex of the weights to adapt; None for the model's own
+        `default_targets`, or the paper's names in vision models, see `names`.
       trainable: regex of what trains besides: variables, or modules with all they hold;
-        "" for nothing.
+        "" for nothing, None for the model's own `default_trainable`, or a head and a
+        class token.
       frozen_dtype: dtype in which the weights that do not train are kept, such as
         `jnp.bfloat16` (half the memory); None leaves them as they are.
       overrides: for a regex of targets, the fields of `Rule` that differ; the first
@@ -95,8 +107,8 @@ class SnellaConfig(Rule):
     initial_density: float = 1.0
     target_density: float = 0.3
     allocation: Literal["adaptive", "fixed"] = "adaptive"
-    targets: str = r"blocks/.*/(query|key|value|out|fc1|fc2)"
-    trainable: str = r"head|cls_token"
+    targets: str | None = None
+    trainable: str | None = None
     frozen_dtype: Any = None
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(
         default_factory=dict, hash=False
@@ -116,7 +128,7 @@ class SnellaConfig(Rule):
             raise ValueError(f"frozen_dtype={dtype}: expected a floating-point dtype.")
         for regex in (self.targets, self.trainable, *self.overrides):
             try:
-                re.compile(regex)
+                re.compile(regex or "")
             except re.error as error:
                 raise ValueError(
                     f"The regex {regex!r} does not compile: {error}."
@@ -177,6 +189,19 @@ class SnellaConfig(Rule):
         """Density before the first reallocation."""
         fixed = self.allocation == "fixed"
         return self.target_density if fixed else self.initial_density
+
+    def names(self, model: Any = None) -> Names:
+        """Returns `targets` and `trainable`, or the defaults for a model.
+
+        >>> SnellaConfig(trainable="").names()
+        Names(targets='blocks/.*/(query|key|value|out|fc1|fc2)', trainable='')
+        """
+        targets, trainable = self.targets, self.trainable
+        if targets is None:
+            targets = getattr(model, "default_targets", USUAL.targets)
+        if trainable is None:
+            trainable = getattr(model, "default_trainable", USUAL.trainable)
+        return Names(targets, trainable)
 
     def rule(self, path: str) -> Rule:
         """Returns the rule of the weight at `path`."""
