@@ -80,11 +80,10 @@ def adapt(
     """
     check_binding(params, "pytree")
     matrices = _Matrices(params, layouts)
-    names = config.names()
-    matrices.check_known(*names)
+    matrices.check_known(config.targets, config.trainable)
     sites = {
         matrices.keys[path]: matrices.site(path, config.rule(path), config.must_move)
-        for path in chosen(matrices.keys, names.targets)
+        for path in chosen(matrices.keys, config.targets)
     }
     return place(params, sites, config, key)
 

@@ -208,15 +208,15 @@ def place(
       TypeError: the key is none.
     """
     check_key(key)
-    names, regex = names_in(flat(params)), config.names().trainable
+    names = names_in(flat(params))
     leaves = _plain(params)
     arrays = by_name(leaves)
     check_overrides(config, map(layer_path, sites))
-    check_trainable(regex, map(name_of, sites))
-    trainable = {name for name in arrays if matches_or_holds(regex, name)}
-    if regex and not trainable:
+    check_trainable(config.trainable, map(name_of, sites))
+    trainable = {name for name in arrays if matches_or_holds(config.trainable, name)}
+    if config.trainable and not trainable:
         raise ValueError(
-            f"trainable={regex!r} matches nothing; pass trainable='' if "
+            f"trainable={config.trainable!r} matches nothing; pass trainable='' if "
             f"only the adapters train. There are: {listed(arrays)}"
         )
     if config.frozen_dtype is not None:
@@ -228,7 +228,7 @@ def place(
     for own, drawn in zip(sites, start(by_path, config, key).values(), strict=True):
         factors, *counts = beside(sites[own], leaves[own], drawn)
         _put(leaves, own, factors | dict(zip(COUNTS, counts, strict=True)))
-    return Adapters(dict(sites), regex, names), nested(leaves)
+    return Adapters(dict(sites), config.trainable, names), nested(leaves)
 
 
 def fill(

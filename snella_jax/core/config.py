@@ -89,11 +89,10 @@ class SnellaConfig(Rule):
         counts sparsity, `1 - density`.)
       allocation: "adaptive", the matrices compete and `reallocate` moves their budgets;
         or "fixed", every matrix keeps `target_density` from the start (SNELL).
-      targets: regex of the weights to adapt; None for the model's own
-        `default_targets`, or the paper's names in vision models, see `names`.
+      targets: regex of the weights to adapt. The default stands for the
+        `default_targets` of a model that has these, such as a LLaMA.
       trainable: regex of what trains besides: variables, or modules with all they hold;
-        "" for nothing, None for the model's own `default_trainable`, or a head and a
-        class token.
+        "" for nothing. The default stands for the `default_trainable` of a model.
       frozen_dtype: dtype in which the weights that do not train are kept, such as
         `jnp.bfloat16` (half the memory); None leaves them as they are.
       overrides: for a regex of targets, the fields of `Rule` that differ; the first
@@ -107,8 +106,8 @@ class SnellaConfig(Rule):
     initial_density: float = 1.0
     target_density: float = 0.3
     allocation: Literal["adaptive", "fixed"] = "adaptive"
-    targets: str | None = None
-    trainable: str | None = None
+    targets: str = USUAL.targets
+    trainable: str = USUAL.trainable
     frozen_dtype: Any = None
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(
         default_factory=dict, hash=False
@@ -128,7 +127,7 @@ class SnellaConfig(Rule):
             raise ValueError(f"frozen_dtype={dtype}: expected a floating-point dtype.")
         for regex in (self.targets, self.trainable, *self.overrides):
             try:
-                re.compile(regex or "")
+                re.compile(regex)
             except re.error as error:
                 raise ValueError(
                     f"The regex {regex!r} does not compile: {error}."
@@ -190,18 +189,21 @@ class SnellaConfig(Rule):
         fixed = self.allocation == "fixed"
         return self.target_density if fixed else self.initial_density
 
-    def names(self, model: Any = None) -> Names:
-        """Returns `targets` and `trainable`, or the defaults for a model.
+    def names(self, model: Any) -> Names:
+        """Returns `targets` and `trainable`; where they are the defaults, the model's.
 
-        >>> SnellaConfig(trainable="").names()
-        Names(targets='blocks/.*/(query|key|value|out|fc1|fc2)', trainable='')
+        >>> class Llama:
+        ...     default_targets, default_trainable = r".*/(q|k|v|up|down)", ""
+        >>> SnellaConfig().names(Llama()), SnellaConfig(targets="fc").names(Llama())[0]
+        (Names(targets='.*/(q|k|v|up|down)', trainable=''), 'fc')
         """
-        targets, trainable = self.targets, self.trainable
-        if targets is None:
-            targets = getattr(model, "default_targets", USUAL.targets)
-        if trainable is None:
-            trainable = getattr(model, "default_trainable", USUAL.trainable)
-        return Names(targets, trainable)
+        own = Names(self.targets, self.trainable)
+        return Names(
+            *(
+                getattr(model, f"default_{name}", value) if value == usual else value
+                for name, value, usual in zip(Names._fields, own, USUAL, strict=True)
+            )
+        )
 
     def rule(self, path: str) -> Rule:
         """Returns the rule of the weight at `path`."""

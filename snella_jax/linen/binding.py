@@ -105,7 +105,7 @@ def adapt(
     variables = jax.tree.map(native, variables)
     plain = nn.meta.unbox(variables)
     layers = layers_of(module, plain, inputs, kwargs, layouts)
-    chosen = layers.chosen(*config.names())
+    chosen = layers.chosen(config.targets, config.trainable)
     sites = {x.key: x.site(config.rule(x.path), config.must_move) for x in chosen}
     adapters, params = tree.place(variables["params"], sites, config, key)
     return _adapters(module, adapters, chosen), params
