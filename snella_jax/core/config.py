@@ -8,7 +8,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
@@ -66,6 +66,16 @@ class Rule:
             raise ValueError(f"split={self.split}: expected at least 1.")
 
 
+class Names(NamedTuple):
+    """Regexes of what is adapted, and of what trains besides."""
+
+    targets: str
+    trainable: str
+
+
+USUAL = Names(r"blocks/.*/(query|key|value|out|fc1|fc2)", r"head|cls_token")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnellaConfig(Rule):
     """Config of an adapted model: a `Rule` for all targets, and what is common to them.
@@ -79,9 +89,10 @@ class SnellaConfig(Rule):
         counts sparsity, `1 - density`.)
       allocation: "adaptive", the matrices compete and `reallocate` moves their budgets;
         or "fixed", every matrix keeps `target_density` from the start (SNELL).
-      targets: regex of the weights to adapt.
+      targets: regex of the weights to adapt. The default stands for the
+        `default_targets` of a model that has these, such as a LLaMA.
       trainable: regex of what trains besides: variables, or modules with all they hold;
-        "" for nothing.
+        "" for nothing. The default stands for the `default_trainable` of a model.
       frozen_dtype: dtype in which the weights that do not train are kept, such as
         `jnp.bfloat16` (half the memory); None leaves them as they are.
       overrides: for a regex of targets, the fields of `Rule` that differ; the first
@@ -95,8 +106,8 @@ class SnellaConfig(Rule):
     initial_density: float = 1.0
     target_density: float = 0.3
     allocation: Literal["adaptive", "fixed"] = "adaptive"
-    targets: str = r"blocks/.*/(query|key|value|out|fc1|fc2)"
-    trainable: str = r"head|cls_token"
+    targets: str = USUAL.targets
+    trainable: str = USUAL.trainable
     frozen_dtype: Any = None
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(
         default_factory=dict, hash=False
@@ -177,6 +188,22 @@ class SnellaConfig(Rule):
         """Density before the first reallocation."""
         fixed = self.allocation == "fixed"
         return self.target_density if fixed else self.initial_density
+
+    def names(self, model: Any) -> Names:
+        """Returns `targets` and `trainable`; where they are the defaults, the model's.
+
+        >>> class Llama:
+        ...     default_targets, default_trainable = r".*/(q|k|v|up|down)", ""
+        >>> SnellaConfig().names(Llama()), SnellaConfig(targets="fc").names(Llama())[0]
+        (Names(targets='.*/(q|k|v|up|down)', trainable=''), 'fc')
+        """
+        own = Names(self.targets, self.trainable)
+        return Names(
+            *(
+                getattr(model, f"default_{name}", value) if value == usual else value
+                for name, value, usual in zip(Names._fields, own, USUAL, strict=True)
+            )
+        )
 
     def rule(self, path: str) -> Rule:
         """Returns the rule of the weight at `path`."""

@@ -90,15 +90,16 @@ def adapt(
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs={rngs!r}: expected nnx.Rngs, such as nnx.Rngs(0).")
     model = nnx.clone(model)
-    targets = chosen_targets(model, config.targets, layouts)
+    names = config.names(model)
+    targets = chosen_targets(model, names.targets, layouts)
     check_overrides(config, targets)
-    check_trainable(config.trainable, (t.variable(path) for path, t in targets.items()))
+    check_trainable(names.trainable, (t.variable(path) for path, t in targets.items()))
     sites = {
         path: target.site(path, config.rule(path), config.must_move)
         for path, target in targets.items()
     }
     attach(model, targets, sites, start(sites, config, rngs.params()))
-    freeze(model, config.trainable, config.frozen_dtype)
+    freeze(model, names.trainable, config.frozen_dtype)
     return model
 
 

@@ -14,7 +14,7 @@ def export(
     model: nnx.Module,
     path: str | Path,
     *,
-    like: str | Path,
+    like: str | Path | None = None,
     unmoved_budgets: bool = False,
     **options: Any,
 ) -> None:

@@ -90,6 +90,57 @@ def test_an_unknown_implementation_is_refused():
         attend(*draw(jnp.float32), "flash")
 
 
+def grouped(q, k, v, mask=None):
+    """Causal attention of 4 heads to 2, head by head, in float64."""
+    q, k, v = map(np.float64, (q, k, v))
+    found = np.zeros(q.shape)
+    for b, h in np.ndindex(len(q), q.shape[2]):
+        own = h // (q.shape[2] // k.shape[2])
+        scores = q[b, :, h] @ k[b, :, own].T / np.sqrt(q.shape[-1])
+        scores[np.triu_indices(len(scores), 1)] = -np.inf
+        if mask is not None:
+            scores = np.where(mask[b, 0], scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        found[b, :, h] = weights / weights.sum(-1, keepdims=True) @ v[b, :, own]
+    return found
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_causal_attention_of_grouped_heads(masked):
+    q, k, v = draw(jnp.float32)
+    k, v = k[:, :, :2], v[:, :, :2]
+    mask = (np.arange(5) > 1) | np.eye(5, dtype=bool) if masked else None
+    mask = np.stack([mask, np.ones((5, 5), bool)])[:, None] if masked else None
+    got = attend(q, k, v, mask=mask, causal=True)
+    np.testing.assert_allclose(got, grouped(q, k, v, mask), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_cudnn_is_causal_and_masks(masked, batch):
+    """Grouped heads, left padding; values and gradients within bfloat16's rounding."""
+    q, k, v = draw(jnp.bfloat16, 65, 64)[:, :batch]
+    k, v = k[:, :, :2], v[:, :, :2]
+    seen = (jnp.arange(65) > 9) | jnp.eye(65, dtype=bool)
+    mask = jnp.broadcast_to(seen, (batch, 1, 65, 65)) if masked else None
+
+    def both(implementation):
+        def loss(q, k, v):
+            y = attend(q, k, v, implementation, mask=mask, causal=True)
+            return jnp.sin(y.astype(jnp.float32)).sum(), y
+
+        how = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+        (_, y), gradients = jax.jit(how)(q, k, v)
+        return y, *gradients
+
+    for got, expected in zip(both("cudnn"), both("xla"), strict=True):
+        atol = 2e-2 * float(abs(expected).max())
+        np.testing.assert_allclose(
+            np.float32(got), np.float32(expected), rtol=0, atol=atol
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("tokens", "length"), [(196, None), (197, None), (206, 199)])
 def test_cudnn_computes_what_xla_does(tokens, length):

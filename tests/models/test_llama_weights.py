@@ -108,17 +108,31 @@ def test_what_is_exported_is_read_again(name, tmp_path):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
 
 
+def adapted(base):
+    config = snella.SnellaConfig(rank=4, allocation="fixed")
+    return snella.adapt(base, config, rngs=nnx.Rngs(1))
+
+
 def test_an_adapted_model_is_exported_merged(tmp_path):
     base = models.load(DATA / "llama3")
-    config = snella.SnellaConfig(
-        rank=4, allocation="fixed", targets=r"blocks/.*/(q|k|v|up|down)", trainable=""
-    )
-    model = snella.adapt(base, config, rngs=nnx.Rngs(1))
-    merged = snella.merge(model)
-    models.export(merged, tmp_path / "out")
+    model = adapted(base)
+    snella.export(model, tmp_path / "out")
     again = models.load(tmp_path / "out")
-    same(again, merged)
-    assert np.any(again.blocks.attn.k.kernel[...] != base.blocks.attn.k.kernel[...])
+    same(again, snella.merge(model))
+    for name in ("q", "k", "v", "o"):
+        before, now = (getattr(x.blocks.attn, name).kernel for x in (base, again))
+        assert np.any(now[...] != before[...]) == (name != "o")
+
+
+def test_adapters_know_the_frequencies_of_their_base(tmp_path):
+    base = models.load(DATA / "llama3")
+    model = adapted(base)
+    snella.save(model, tmp_path / "adapter")
+    again = snella.load(models.load(DATA / "llama3"), tmp_path / "adapter")
+    np.testing.assert_array_equal(again(EXPECTED["tokens"]), model(EXPECTED["tokens"]))
+    other = llama.load(DATA / "llama3", rope_scaling=None)
+    with pytest.raises(ValueError, match="rope_scaling"):
+        snella.load(other, tmp_path / "adapter")
 
 
 def test_like_keeps_the_tokenizer_and_other_fields(tmp_path):

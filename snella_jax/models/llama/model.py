@@ -18,7 +18,7 @@ keys and values, `d` their width.
 import dataclasses
 import difflib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,13 @@ class Llama(nnx.Module):
     """Embedding, `depth` scanned blocks, a final norm and a head over all tokens.
 
     Attributes:
+      default_targets: regex of the layers that the commonsense benchmark adapts.
+      default_trainable: regex of what trains besides, nothing.
       head: only there if it has weights of its own (`config.tied` is False).
     """
+
+    default_targets: ClassVar[str] = r"blocks/.*/(q|k|v|up|down)"
+    default_trainable: ClassVar[str] = ""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         c = self.config = config

@@ -63,7 +63,9 @@ def load(
     config = configured(LlamaConfig, checkpoint, lambda: FIELDS[form](checkpoint), ())
     known = {field.name for field in dataclasses.fields(LlamaConfig)}
     if unknown := sorted(overrides.keys() - known):
-        raise ValueError(f"{', '.join(unknown)}: a LLaMA has no such option.")
+        raise ValueError(
+            f"{checkpoint.path} is a LLaMA, which has no {', '.join(unknown)}."
+        )
     of_file = _dtype(checkpoint, form)
     given = {"dtype": dtype, "param_dtype": param_dtype}
     given = {name: of_file if d is None else jnp.dtype(d) for name, d in given.items()}

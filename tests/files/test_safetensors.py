@@ -1,0 +1,39 @@
+"""Mapped `.safetensors` files hold what the library reads, of every dtype."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from snella_jax.files.errors import CheckpointError
+from snella_jax.files.readers import DTYPES, map_safetensors
+
+DRAW = np.random.default_rng(0)
+
+
+def test_every_dtype_is_that_of_the_library(tmp_path):
+    numbers = DRAW.integers(0, 2, (3, 5))
+    tensors = {kind: numbers.astype(dtype) for kind, dtype in DTYPES.items()}
+    tensors |= {"scalar": np.float32(3), "empty": np.zeros((0, 4), np.float32)}
+    tensors = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path, {"format": "pt"})
+    got, metadata = map_safetensors(path)
+    assert metadata == {"format": "pt"}
+    expected = load_file(path)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype == tensors[name].dtype
+        np.testing.assert_array_equal(got[name], tensor)
+        assert not got[name].flags.writeable
+
+
+def test_a_dtype_that_numpy_does_not_know(tmp_path):
+    entry = {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}
+    header = json.dumps({"scales": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: scales is of dtype F8"):
+        map_safetensors(path)

@@ -1,0 +1,97 @@
+"""What loading a LLaMA takes of memory, and that SNELLA counts beyond 32 bits."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import snella_jax as snella
+from snella_jax import models
+from snella_jax.core.factors import factors as factors_of
+from snella_jax.core.importance import ImportanceState
+from snella_jax.models import llama
+
+# Loads sys.argv[1] in the dtype sys.argv[2]; prints the peak of anonymous memory beyond
+# that after the imports, as a share of the weights.
+SCRIPT = """
+import sys, threading, time
+import jax
+from flax import nnx
+from snella_jax import models
+
+def anonymous():
+    lines = open("/proc/self/status", encoding="utf-8").readlines()
+    (line,) = [line for line in lines if line.startswith("RssAnon")]
+    return 1024 * int(line.split()[1])
+
+jax.numpy.zeros(1).block_until_ready()
+start, peaks, done = anonymous(), [0], []
+
+def sample():
+    while not done:
+        peaks.append(anonymous())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=sample)
+thread.start()
+model = models.load(sys.argv[1], param_dtype=sys.argv[2])
+leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+done.append(True)
+thread.join()
+print((max(peaks) - start) / sum(leaf.nbytes for leaf in leaves))
+"""
+SIZES = {"width": 1024, "depth": 6, "heads": 8, "kv_heads": 8, "mlp_dim": 4096}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("shard", [10**9, 5 * 10**7])
+def test_loading_takes_the_memory_of_the_weights(shard, tmp_path):
+    """Beside 230 MB of weights in bfloat16, 460 in float32: at most a quarter more."""
+    model = llama.create(
+        "llama2_7b",
+        **SIZES,
+        vocab_size=16000,
+        param_dtype=jnp.bfloat16,
+        rngs=nnx.Rngs(0),
+    )
+    models.export(model, tmp_path / "out", max_shard_bytes=shard)
+    for dtype in ("bfloat16", "float32"):
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "out"), dtype]
+        ratio = subprocess.check_output(command, encoding="utf-8")
+        assert 0.9 < float(ratio) <= 1.25
+
+
+def test_seven_billion_weights_are_counted_and_divided():
+    """Only shapes: 4.5e9 weights of q, k, v, up and down are beyond 2^32."""
+    config = snella.SnellaConfig(rank=8)
+
+    def adapted():
+        base = models.create("llama2_7b", rngs=nnx.Rngs(0))
+        return snella.adapt(base, config, rngs=nnx.Rngs(1))
+
+    model = nnx.eval_shape(adapted)
+    weights = 32 * (3 * 4096**2 + 2 * 4096 * 11008)
+    assert weights > 2**32 and snella.adapted_weights(model) == weights
+    shapes = nnx.split(model, nnx.Param, ...)[1]
+    trained = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(shapes)}
+    assert {path.rpartition("/adapter/")[0] for path in trained} == {
+        *(f"blocks/attn/{name}" for name in "qkv"),
+        *(f"blocks/mlp/{name}" for name in ("up", "down")),
+    }
+
+    _, _, budgets, _ = snella.partition(model)
+    budgets = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), budgets)
+    factors = factors_of(shapes)
+    state = ImportanceState(np.int32(7), factors, factors)
+    total = config.schedule(weights, steps=10)(1)
+    assert total > 2**32 * 0.7
+    scores = {path: np.arange(1.0, 33.0) for path in factors}
+    moved, report = snella.reallocate(budgets, state, total, scores=scores)
+    assert report.budgets.sum() == total and report.capacities.sum() == weights
+    leaves = jax.tree.leaves(moved)
+    assert all(leaf.dtype == np.int32 and (leaf >= 0).all() for leaf in leaves)
