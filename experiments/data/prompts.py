@@ -51,12 +51,12 @@ def plain(record: Record) -> str:
 
 
 def _adapters_taught(record: Record) -> str:
-    """Returns the text of `generate_prompt` in DoRA's finetune.py, but the output."""
+    """Returns the text that DoRA's fine-tuning makes, but the output."""
     return _alpaca(record, blank=INDENT, ends=("  ", " "))
 
 
 def _adapters_asked(record: Record) -> str:
-    """Returns the text of `generate_prompt` in DoRA's commonsense_evaluate.py."""
+    """Returns the text that DoRA's evaluation makes."""
     return _alpaca(record, blank="", ends=(" ", ""))
 
 

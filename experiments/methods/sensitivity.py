@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.data import pipeline
+from experiments.data.buckets import Buckets
 from experiments.data.source import Source
 from experiments.methods.first_stage import Staged
 from experiments.training import sharding
@@ -76,7 +77,7 @@ def scores(
     targets: str,
     rule: Rule,
     source: Source,
-    transform: pipeline.Preparation,
+    transform: pipeline.Preparation | Buckets,
     mesh: Mesh,
     batch: int,
     seed: int,

@@ -113,7 +113,7 @@ def test_plain_ends_without_white_space():
 
 
 def test_llm_adapters_to_the_space():
-    """The texts of DoRA's finetune.py and commonsense_evaluate.py."""
+    """The texts of DoRA's fine-tuning and of its evaluation."""
     s = " " * 16
     record = Record("Which?\n\nAnswer format: a/b", "", "the correct answer is a", "a")
     task = "Below is an instruction that describes a task"
