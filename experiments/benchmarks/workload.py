@@ -201,7 +201,8 @@ def _scoring(setting: Setting, method: Scored) -> Step:
     graphdef, kernels, rest = sensitivity.split(model, TARGETS)
     scores = jax.tree.map(jnp.zeros_like, kernels)
     run = sensitivity.scoring_step(graphdef, method.rule)
-    arguments = scores, kernels, rest, *_batch(setting)
+    images, labels = _batch(setting)
+    arguments = scores, kernels, rest, {"image": images, "label": labels}
     return Step(run, arguments, setting.stacked, donated=(0,))
 
 

@@ -16,14 +16,8 @@ from experiments.training.grid import Grid
 from experiments.training.recipe import Recipe
 from experiments.training.session import Scope
 
-WHERE = (
-    "data_dir",
-    "data",
-    "prose",
-    "mesh",
-    "distributed",
-    "wandb",
-)  # a run may go on elsewhere
+# A run may go on elsewhere.
+WHERE = ("data_dir", "data", "prose", "mesh", "distributed", "wandb")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -180,8 +180,8 @@ def load(path: Path, encoder: Encoder, reading: Reading) -> Questions:
     if unknown:
         known = [name for name, splits in sets.items() if "test" in splits]
         raise ValueError(
-            f"tests={reading.tests}: {path} has no test of {', '.join(unknown)}; it has "
-            f"{', '.join(known)}."
+            f"tests={reading.tests}: {path} has no test of {', '.join(unknown)}; it "
+            f"has {', '.join(known)}."
         )
     names = tuple(sets)
     asked = {
@@ -205,9 +205,8 @@ def load(path: Path, encoder: Encoder, reading: Reading) -> Questions:
         overlong=reading.overlong,
     )
     splits = {"train": train, "validation": validation, "test": test}
-    tests = tuple(
-        name for n, name in enumerate(names) if any(x.test == n for x in test)
-    )
+    tested = {own.test for own in test}
+    tests = tuple(name for number, name in enumerate(names) if number in tested)
     return Questions(
         name=path.stem,
         names=names,
@@ -228,8 +227,8 @@ def _sets(path: Path) -> dict[str, dict[str, list[Record]]]:
     count = round(SHARE * len(found))
     if not 1 <= count < len(found) - 1:
         raise ValueError(
-            f"{path} has {len(found)} records: expected three or more, a fifth of which "
-            "are held out as the test."
+            f"{path} has {len(found)} records: expected three or more, a fifth of "
+            "which are held out as the test."
         )
     order = np.random.default_rng(SEED).permutation(len(found))
     parts = {"test": order[:count], "train": order[count:]}

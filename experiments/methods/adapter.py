@@ -115,7 +115,10 @@ def bottlenecked(
         node for _, node in nnx.iter_graph(model) if isinstance(node, MLP)
     ]
     if not mlps:
-        raise ValueError("The model has no MLP of snella_jax.models.")
+        raise ValueError(
+            f"A {type(model).__name__} has no MLP of snella_jax.models.layers, beside "
+            "which bottlenecks stand. Leave the method out."
+        )
     for index, mlp in enumerate(mlps):
         join(mlp, where, rank, jax.random.fold_in(key, index))
     freeze(model, trainable)

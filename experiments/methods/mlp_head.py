@@ -28,7 +28,16 @@ class MlpHead(Method):
     """Peak learning rate."""
 
     def adapt(self, base: Any, scope: Scope) -> Any:
-        """Returns a copy of a model with such a head."""
+        """Returns a copy of a model with such a head.
+
+        Raises:
+          ValueError: the model is no classifier.
+        """
+        if not hasattr(base.config, "num_classes"):
+            raise ValueError(
+                f"{self.title} replaces the head of a classifier: a "
+                f"{type(base).__name__} has none. Leave the method out."
+            )
         model = nnx.clone(base)
         c = model.config
         width = model.head.in_features

@@ -39,9 +39,15 @@ class Bias(Method):
         """Returns a copy of a model whose biases train.
 
         Raises:
-          ValueError: `scope.trainable` does not compile.
+          ValueError: `scope.trainable` does not compile, or there are no biases.
         """
         model = nnx.clone(base)
+        state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        if not any(path[-1] == "bias" for path, _ in state):
+            raise ValueError(
+                f"{self.title} trains biases: a {type(base).__name__} has none. Leave "
+                "the method out."
+            )
         freeze(model, f"{scope.trainable}|.*/bias")
         return model
 

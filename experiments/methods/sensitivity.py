@@ -1,4 +1,4 @@
-"""The first stage of SPT and GPS: gradients of the base over the training images.
+"""The first stage of SPT and GPS: gradients of the base over the training examples.
 
 It takes the gradient of every targeted kernel at once, as full fine-tuning does, and
 adds up a number for each weight: `experiments.benchmarks.memory` counts that, too.
@@ -22,7 +22,9 @@ from experiments.data.buckets import Buckets
 from experiments.data.source import Source
 from experiments.methods.first_stage import Staged
 from experiments.training import sharding
+from experiments.training.classification import Classification
 from experiments.training.session import Places, Scope, Session
+from experiments.training.step import Loss
 from snella_jax.core.paths import join
 from snella_jax.nnx.targets import select
 
@@ -47,8 +49,9 @@ class Scored(Staged):
         """Returns what trains, by layer, of the scores."""
 
     def locate(self, session: Session) -> Places:
-        """Returns what a pass over the training images finds; raises as `scores`."""
-        recipe = session.recipe
+        """Returns what a pass over the training examples finds; raises as `scores`."""
+        recipe, objective = session.recipe, session.objective
+        classifies = isinstance(objective, Classification)
         with session.console.status("locating what to train"):
             found = scores(
                 session.base,
@@ -59,6 +62,7 @@ class Scored(Staged):
                 session.mesh,
                 recipe.batch // recipe.accumulate,
                 session.scope.seed,
+                None if classifies else objective.loss,
             )
         return self.choose(found)
 
@@ -81,30 +85,34 @@ def scores(
     mesh: Mesh,
     batch: int,
     seed: int,
+    loss: Loss | None = None,
 ) -> Scores:
-    """How much each targeted weight matters to a task, from one pass over its images.
+    """How much each targeted weight matters to a task, from one pass over its examples.
 
     Args:
-      base: a pre-trained classifier.
+      base: a pre-trained classifier, or any model that `loss` takes.
       targets: regex of layers.
       rule: "squares" (SPT): the sum over batches of the squared gradient of the cross
         entropy, behind a head that is drawn for it, as one of 0 passes no gradient on.
         "contrastive" (GPS): the magnitude of the summed gradient of `contrastive`.
-      source: the training images; what does not fill a batch is left out.
+      source: the training examples; what does not fill a batch is left out.
       transform: of them.
       mesh: the devices.
-      batch: images in a step.
+      batch: examples in a step.
       seed: of their order and of the head.
+      loss: an objective's, whose gradient both rules then take; None for the losses
+        above, of images with labels.
 
     Raises:
       FloatingPointError: a score is not finite.
       RuntimeError: all are 0.
     """
-    model = headed(base, jax.random.key(seed)) if rule == "squares" else base
+    drawn = rule == "squares" and loss is None
+    model = headed(base, jax.random.key(seed)) if drawn else base
     graphdef, kernels, rest = split(model, targets)
     kernels, rest = sharding.place((kernels, rest), mesh)
     summed = jax.tree.map(jnp.zeros_like, kernels)
-    step = jax.jit(scoring_step(graphdef, rule), donate_argnums=0)
+    step = jax.jit(scoring_step(graphdef, rule, loss), donate_argnums=0)
     stream = pipeline.training(
         source,
         transform,
@@ -113,8 +121,8 @@ def scores(
         seed=seed,
         shard=pipeline.Shard.of_this_process(),
     )
-    for images in pipeline.to_devices(stream, sharding.of_batches(mesh)):
-        summed = step(summed, kernels, rest, images["image"], images["label"])
+    for examples in pipeline.to_devices(stream, sharding.of_batches(mesh)):
+        summed = step(summed, kernels, rest, examples)
     summed = jax.jit(lambda tree: tree, out_shardings=sharding.whole(mesh))(summed)
     found = {
         join(path[:-1]): np.abs(np.asarray(value[...]))
@@ -130,18 +138,23 @@ def scores(
     return found
 
 
-def scoring_step(graphdef: nnx.GraphDef, rule: Rule) -> Callable:
-    """Adds a batch: of `summed, kernels, rest, images, labels`, gives `summed`."""
+def scoring_step(
+    graphdef: nnx.GraphDef, rule: Rule, loss: Loss | None = None
+) -> Callable:
+    """Adds a batch: of `summed, kernels, rest, batch`, gives `summed`."""
 
-    def loss_fn(kernels, rest, images, labels):
+    def loss_fn(kernels, rest, batch):
         model: Any = nnx.merge(graphdef, kernels, rest)
+        if loss is not None:
+            return loss(model, batch, jax.random.key(0))
+        images, labels = batch["image"], batch["label"]
         if rule == "contrastive":
             return contrastive(model.pooled(images), labels)
         logits = model(images).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def step(summed, kernels, rest, images, labels):
-        gradient = jax.grad(loss_fn)(kernels, rest, images, labels)
+    def step(summed, kernels, rest, batch):
+        gradient = jax.grad(loss_fn)(kernels, rest, batch)
         if rule == "squares":
             gradient = jax.tree.map(jnp.square, gradient)
         return jax.tree.map(jnp.add, summed, gradient)

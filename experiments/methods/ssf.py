@@ -35,11 +35,16 @@ class Ssf(Method):
         """Returns a copy of a model whose layers but the head's are modulated.
 
         Raises:
-          ValueError: `scope.trainable` matches nothing.
+          ValueError: `scope.trainable` matches nothing, or no layer has a bias.
         """
         model = nnx.clone(base)
-        key = scope.rngs().params()
-        for index, layer in enumerate(_layers(model)):
+        key, layers = scope.rngs().params(), _layers(model)
+        if not layers:
+            raise ValueError(
+                f"{self.title} merges its shifts into biases: a {type(base).__name__} "
+                "has none. Leave the method out."
+            )
+        for index, layer in enumerate(layers):
             layer.ssf = Modulation(layer.bias.shape, jax.random.fold_in(key, index))
             become(layer, mixed_class(Modulated, type(layer)))
         freeze(model, scope.trainable)

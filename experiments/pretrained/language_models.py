@@ -53,15 +53,23 @@ def path(name: str) -> Path:
     return found
 
 
-def load(name: str, **options: Any) -> llama.Llama:
-    """Loads a model; options are those of `llama.load`, None for its own.
+def load(
+    name: str, dtype: str | None, param_dtype: str | None, **changes: Any
+) -> llama.Llama:
+    """Loads a model.
+
+    Args:
+      name: as for `path`.
+      dtype: dtype of the computation; None for the file's, likewise `param_dtype`.
+      changes: fields of its config, such as `remat`.
 
     Raises:
       ModuleNotFoundError, FileNotFoundError, ValueError: as `path` and `llama.load`, or
         the weights are not finite.
     """
-    given = {k: jnp.dtype(v) if "dtype" in k else v for k, v in options.items() if v}
-    model = llama.load(path(name), **given)
+    given = {"dtype": dtype, "param_dtype": param_dtype}
+    dtypes: Any = {n: None if d is None else jnp.dtype(d) for n, d in given.items()}
+    model = llama.load(path(name), **dtypes, **changes)
     base_models.check_finite(model, name)
     return model
 

@@ -128,7 +128,7 @@ def draw(path: Path, made: dict[str, Any]) -> None:
         axes.bar(places + aside, values, width, label=plotting.label(row["method"]))
     for place, group in zip(places, groups, strict=True):
         value = 100 * constant["accuracies"][group]
-        label = MAJORITY if place == 0 else None
+        label = MAJORITY if place == 0 else "_"  # one line of the legend
         axes.hlines(value, place - 0.45, place + 0.45, "black", "--", label=label)
     axes.set_xticks(places, [plotting.label(group) for group in groups])
     axes.set(ylabel="test accuracy, %", title=plotting.label(made["model"]))

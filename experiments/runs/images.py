@@ -71,7 +71,7 @@ class ImageRun(Prepared):
         """Cross entropy and accuracy."""
         return Classification(self.task.names)
 
-    @property
+    @cached_property
     def data(self) -> Data:
         """Examples that the protocol trains on and follows."""
         task, config = self.task, self.config

@@ -166,10 +166,7 @@ def prepared(name: str, config: LanguageConfig, console: Console) -> LanguageRun
     setup.check_batch(config, task, mesh, LanguageRun.unit)
     with console.status("loading the model"):
         base = language_models.load(
-            config.model,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            remat=config.remat,
+            config.model, config.dtype, config.param_dtype, remat=config.remat
         )
     setup.check_methods(config, base)
     return LanguageRun(

@@ -78,7 +78,7 @@ class Prepared(abc.ABC):
     def objective(self) -> Objective:
         """Loss and metrics of the task."""
 
-    @property
+    @cached_property
     @abc.abstractmethod
     def data(self) -> Data:
         """Examples to train on and to follow; `transform` is that of all tests."""

@@ -34,7 +34,8 @@ def test_scores_are_the_gradients_of_the_training_images():
         found = {}
         for rule in ("squares", "contrastive"):
             step = sensitivity.scoring_step(graphdef, rule)
-            found[rule] = step(zeros, kernels, rest, images, labels)
+            batch = {"image": images, "label": labels}
+            found[rule] = step(zeros, kernels, rest, batch)
 
         def losses(shift):
             kernel = model.blocks.mlp.fc1.kernel
