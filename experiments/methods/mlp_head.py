@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from experiments.methods import decoder
 from experiments.methods.method import Method
 from experiments.training.session import Scope
 from snella_jax.nnx.surgery import freeze
@@ -28,7 +29,12 @@ class MlpHead(Method):
     """Peak learning rate."""
 
     def adapt(self, base: Any, scope: Scope) -> Any:
-        """Returns a copy of a model with such a head."""
+        """Returns a copy of a model with such a head.
+
+        Raises:
+          ValueError: the model is a decoder.
+        """
+        decoder.refuse(base, "MLP-3 trains a new head over classes")
         model = nnx.clone(base)
         c = model.config
         width = model.head.in_features

@@ -6,9 +6,9 @@ from snella_jax.models.vit import ViT
 
 
 def require(model: Any, method: str) -> None:
-    """Raises a `ValueError` for another model, whose tokens are a grid."""
+    """Raises a `ValueError` for another model."""
     if not isinstance(model, ViT):
         raise ValueError(
-            f"{method} puts tokens beside those of a plain ViT: a "
-            f"{type(model).__name__} has grids. Leave the method out."
+            f"{method} puts tokens beside those of an image in a plain ViT, which a "
+            f"{type(model).__name__} is not. Leave the method out."
         )

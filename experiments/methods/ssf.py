@@ -35,11 +35,17 @@ class Ssf(Method):
         """Returns a copy of a model whose layers but the head's are modulated.
 
         Raises:
-          ValueError: `scope.trainable` matches nothing.
+          ValueError: `scope.trainable` matches nothing, or no layer has a bias.
         """
         model = nnx.clone(base)
+        layers = _layers(model)
+        if not layers:
+            raise ValueError(
+                "SSF shifts outputs of layers with biases, which take the shifts up: a "
+                f"{type(model).__name__} has none. Leave the method out."
+            )
         key = scope.rngs().params()
-        for index, layer in enumerate(_layers(model)):
+        for index, layer in enumerate(layers):
             layer.ssf = Modulation(layer.bias.shape, jax.random.fold_in(key, index))
             become(layer, mixed_class(Modulated, type(layer)))
         freeze(model, scope.trainable)
