@@ -199,8 +199,9 @@ def _scoring(setting: Setting, method: Scored) -> Step:
     """Returns the step of scores so far, kernels, the rest of the base and a batch."""
     model = sensitivity.headed(_base(setting), jax.random.key(0))
     graphdef, kernels, rest = sensitivity.split(model, TARGETS)
-    scores = jax.tree.map(jnp.zeros_like, kernels)
-    run = sensitivity.scoring_step(graphdef, method.rule)
+    scores = sensitivity.zeros(kernels)
+    loss = sensitivity.loss_of(model, method.rule, Classification())
+    run = sensitivity.scoring_step(graphdef, method.rule, loss)
     images, labels = _batch(setting)
     arguments = scores, kernels, rest, {"image": images, "label": labels}
     return Step(run, arguments, setting.stacked, donated=(0,))

@@ -5,7 +5,8 @@ Adapter-r (Houlsby et al., arXiv 1902.00751, placed as by Pfeiffer et al., arXiv
 al., arXiv 2205.13535): `mlp(x) + 0.1 up(relu(down(x)))` of its input. `up` starts at 0,
 `down` as `kaiming_uniform(sqrt(5))`: uniform in +-1/sqrt(width). Both are part of the
 MLP's branch: a block that scales its branches (LayerScale: DINOv2, ConvNeXt) scales
-them, too, which the models of the two papers do not have.
+them, too, which the models of the two papers do not have. At a decoder's MLPs they are
+the series and the parallel adapters of Hu et al. (arXiv 2304.01933).
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from experiments.methods.method import Ranked
 from experiments.training.session import Scope
 from snella_jax.models.layers.basic import MLP
+from snella_jax.models.llama.model import SwiGLU
 from snella_jax.nnx.surgery import become, freeze, mixed_class
 from snella_jax.nnx.variables import Factor
 from snella_jax.ops.matmul import matmul
@@ -112,7 +114,7 @@ def bottlenecked(
     model = nnx.clone(model)
     key = rngs.params()
     mlps: list[Any] = [
-        node for _, node in nnx.iter_graph(model) if isinstance(node, MLP)
+        node for _, node in nnx.iter_graph(model) if isinstance(node, MLP | SwiGLU)
     ]
     if not mlps:
         raise ValueError(
@@ -127,7 +129,7 @@ def bottlenecked(
 
 def join(mlp: Any, where: Where, rank: int, key: PRNGKeyArray) -> None:
     """Gives an MLP, or a stack of them, a bottleneck, in place."""
-    *stack, width, _ = mlp.fc1.kernel.shape
+    *stack, width, _ = (mlp.gate if isinstance(mlp, SwiGLU) else mlp.fc1).kernel.shape
     mlp.bottleneck = Bottleneck(tuple(stack), width, rank, key)
     mixin = Sequential if where == "sequential" else Parallel
     become(mlp, mixed_class(mixin, type(mlp)))

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from experiments.methods import decoder
 from experiments.methods.method import Method
 from experiments.training.session import Scope
 from snella_jax.nnx.surgery import freeze
@@ -31,13 +32,9 @@ class MlpHead(Method):
         """Returns a copy of a model with such a head.
 
         Raises:
-          ValueError: the model is no classifier.
+          ValueError: the model is a decoder.
         """
-        if not hasattr(base.config, "num_classes"):
-            raise ValueError(
-                f"{self.title} replaces the head of a classifier: a "
-                f"{type(base).__name__} has none. Leave the method out."
-            )
+        decoder.refuse(base, "MLP-3 trains a new head over classes")
         model = nnx.clone(base)
         c = model.config
         width = model.head.in_features

@@ -5,16 +5,18 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
+from experiments.methods import decoder
 from experiments.methods.method import Method
 from experiments.training.session import Scope
 from snella_jax import models
 from snella_jax.models.swin.model import Pair
 from snella_jax.nnx.surgery import freeze
+from snella_jax.nnx.variables import variables_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Full(Method):
-    """Full fine-tuning: everything trains."""
+    """Full fine-tuning: everything trains, but a decoder's embedding and head."""
 
     title: ClassVar[str] = "Full"
 
@@ -22,8 +24,14 @@ class Full(Method):
     """Peak learning rate."""
 
     def adapt(self, base: Any, scope: Scope) -> Any:
-        """Returns a copy of a model."""
-        return nnx.clone(base)
+        """Returns a copy of a model.
+
+        Embedding and head of a decoder train where `scope.trainable` names them.
+        """
+        model = nnx.clone(base)
+        if decoder.is_one(model):
+            freeze(model, f"blocks|norm|{scope.trainable}")
+        return model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +50,10 @@ class Bias(Method):
           ValueError: `scope.trainable` does not compile, or there are no biases.
         """
         model = nnx.clone(base)
-        state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-        if not any(path[-1] == "bias" for path, _ in state):
+        if not any(p.endswith("/bias") for p, _ in variables_of(model, nnx.Param)):
             raise ValueError(
-                f"{self.title} trains biases: a {type(base).__name__} has none. Leave "
-                "the method out."
+                f"Bias trains biases: a {type(model).__name__} has none. Leave the "
+                "method out."
             )
         freeze(model, f"{scope.trainable}|.*/bias")
         return model
@@ -54,7 +61,7 @@ class Bias(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Partial(Method):
-    """The last block and the norm behind it train, besides the head."""
+    """The last block and the norm behind it train, besides a classifier's head."""
 
     title: ClassVar[str] = "Partial-1"
 
@@ -64,7 +71,8 @@ class Partial(Method):
     def adapt(self, base: Any, scope: Scope) -> Any:
         """Returns a copy of a model, as lists of blocks, whose last block trains."""
         model = models.unstack(base)
-        freeze(model, f"head|norm|{_last_block(model)}")
+        besides = scope.trainable if decoder.is_one(model) else "head"
+        freeze(model, f"{besides}|norm|{_last_block(model)}")
         return model
 
 

@@ -1,7 +1,8 @@
 """The first stage of SPT and GPS: gradients of the base over the training examples.
 
 It takes the gradient of every targeted kernel at once, as full fine-tuning does, and
-adds up a number for each weight: `experiments.benchmarks.memory` counts that, too.
+adds up a number for each weight: `experiments.benchmarks.memory` counts that, too. All
+images are looked at, but 1,000 texts at most, as many as VTAB-1k has images.
 """
 
 import abc
@@ -12,19 +13,19 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.data import pipeline
 from experiments.data.buckets import Buckets
-from experiments.data.source import Source
+from experiments.data.source import take
+from experiments.methods import decoder
 from experiments.methods.first_stage import Staged
 from experiments.training import sharding
-from experiments.training.classification import Classification
+from experiments.training.objective import Batch, Objective
 from experiments.training.session import Places, Scope, Session
-from experiments.training.step import Loss
+from experiments.training.trainer import Data
 from snella_jax.core.paths import join
 from snella_jax.nnx.targets import select
 
@@ -32,6 +33,8 @@ Rule = Literal["squares", "contrastive"]
 Scores = dict[str, np.ndarray]  # [*stack, n, m] by the targeted layer's path
 TEMPERATURE = 0.07
 DEVIATION = 0.02
+TEXTS = 1000
+Loss = Callable[[Any, Batch], Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +52,18 @@ class Scored(Staged):
         """Returns what trains, by layer, of the scores."""
 
     def locate(self, session: Session) -> Places:
-        """Returns what a pass over the training examples finds; raises as `scores`."""
-        recipe, objective = session.recipe, session.objective
-        classifies = isinstance(objective, Classification)
+        """Returns what a pass over training examples finds; raises as `scores`."""
+        recipe = session.recipe
         with session.console.status("locating what to train"):
             found = scores(
                 session.base,
                 session.scope.targets,
                 self.rule,
-                session.data.train,
-                session.data.transform,
+                session.data,
+                session.objective,
                 session.mesh,
                 recipe.batch // recipe.accumulate,
                 session.scope.seed,
-                None if classifies else objective.loss,
             )
         return self.choose(found)
 
@@ -80,42 +81,49 @@ def scores(
     base: Any,
     targets: str,
     rule: Rule,
-    source: Source,
-    transform: pipeline.Preparation | Buckets,
+    data: Data,
+    objective: Objective,
     mesh: Mesh,
     batch: int,
     seed: int,
-    loss: Loss | None = None,
 ) -> Scores:
-    """How much each targeted weight matters to a task, from one pass over its examples.
+    """Scores how much each targeted weight matters to a task, from one pass over it.
 
     Args:
-      base: a pre-trained classifier, or any model that `loss` takes.
+      base: a pre-trained classifier or decoder.
       targets: regex of layers.
-      rule: "squares" (SPT): the sum over batches of the squared gradient of the cross
-        entropy, behind a head that is drawn for it, as one of 0 passes no gradient on.
-        "contrastive" (GPS): the magnitude of the summed gradient of `contrastive`.
-      source: the training examples; what does not fill a batch is left out.
-      transform: of them.
+      rule: "squares" (SPT): the sum over batches of the squared gradient of the
+        objective's loss, of a classifier behind a head that is drawn for it, as one of
+        0 passes no gradient on. "contrastive" (GPS): the magnitude of the summed
+        gradient of `contrastive`, or of a decoder's loss, whose texts have no classes.
+      data: the training examples; what does not fill a batch is left out.
+      objective: what is learnt.
       mesh: the devices.
       batch: examples in a step.
       seed: of their order and of the head.
-      loss: an objective's, whose gradient both rules then take; None for the losses
-        above, of images with labels.
+
+    Returns:
+      Scores of at least float32.
 
     Raises:
       FloatingPointError: a score is not finite.
       RuntimeError: all are 0.
     """
-    drawn = rule == "squares" and loss is None
-    model = headed(base, jax.random.key(seed)) if drawn else base
+    source, model = data.train, base
+    if decoder.is_one(base):
+        order = np.random.default_rng(seed).permutation(len(source))
+        source = take(source, order[: max(batch, TEXTS)])
+    elif rule == "squares":
+        model = headed(base, jax.random.key(seed))
     graphdef, kernels, rest = split(model, targets)
     kernels, rest = sharding.place((kernels, rest), mesh)
-    summed = jax.tree.map(jnp.zeros_like, kernels)
-    step = jax.jit(scoring_step(graphdef, rule, loss), donate_argnums=0)
+    summed = zeros(kernels)
+    step = scoring_step(graphdef, rule, loss_of(model, rule, objective))
+    step = jax.jit(step, donate_argnums=0)
     stream = pipeline.training(
         source,
-        transform,
+        # Images as they are; buckets change no text, and are of these ones' lengths.
+        data.augment if isinstance(data.augment, Buckets) else data.transform,
         batch=batch,
         epochs=1,
         seed=seed,
@@ -138,26 +146,40 @@ def scores(
     return found
 
 
-def scoring_step(
-    graphdef: nnx.GraphDef, rule: Rule, loss: Loss | None = None
-) -> Callable:
-    """Adds a batch: of `summed, kernels, rest, batch`, gives `summed`."""
+def loss_of(model: Any, rule: Rule, objective: Objective) -> Loss:
+    """Returns what the gradient is taken of, see `scores`."""
+    if rule == "contrastive" and not decoder.is_one(model):
+        return lambda model, batch: contrastive(
+            model.pooled(batch["image"]), batch["label"]
+        )
+    return lambda model, batch: objective.loss(model, batch, None)
+
+
+def zeros(kernels: nnx.State) -> nnx.State:
+    """Returns sums of nothing yet, which 16 bits would be too few for."""
+
+    def of(kernel: Array) -> Array:
+        return jnp.zeros_like(kernel, jnp.promote_types(kernel.dtype, jnp.float32))
+
+    return jax.tree.map(of, kernels)
+
+
+def scoring_step(graphdef: nnx.GraphDef, rule: Rule, loss: Loss) -> Callable:
+    """Returns the function that adds a batch, to be jitted.
+
+    Of `summed` (`zeros` at first), `kernels`, `rest` and a batch it gives `summed`.
+    """
 
     def loss_fn(kernels, rest, batch):
-        model: Any = nnx.merge(graphdef, kernels, rest)
-        if loss is not None:
-            return loss(model, batch, jax.random.key(0))
-        images, labels = batch["image"], batch["label"]
-        if rule == "contrastive":
-            return contrastive(model.pooled(images), labels)
-        logits = model(images).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss(nnx.merge(graphdef, kernels, rest), batch)
+
+    def added(total, gradient):
+        gradient = gradient.astype(total.dtype)
+        return total + (jnp.square(gradient) if rule == "squares" else gradient)
 
     def step(summed, kernels, rest, batch):
         gradient = jax.grad(loss_fn)(kernels, rest, batch)
-        if rule == "squares":
-            gradient = jax.tree.map(jnp.square, gradient)
-        return jax.tree.map(jnp.add, summed, gradient)
+        return jax.tree.map(added, summed, gradient)
 
     return step
 

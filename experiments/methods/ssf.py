@@ -38,12 +38,13 @@ class Ssf(Method):
           ValueError: `scope.trainable` matches nothing, or no layer has a bias.
         """
         model = nnx.clone(base)
-        key, layers = scope.rngs().params(), _layers(model)
+        layers = _layers(model)
         if not layers:
             raise ValueError(
-                f"{self.title} merges its shifts into biases: a {type(base).__name__} "
-                "has none. Leave the method out."
+                "SSF shifts outputs of layers with biases, which take the shifts up: a "
+                f"{type(model).__name__} has none. Leave the method out."
             )
+        key = scope.rngs().params()
         for index, layer in enumerate(layers):
             layer.ssf = Modulation(layer.bias.shape, jax.random.fold_in(key, index))
             become(layer, mixed_class(Modulated, type(layer)))

@@ -54,7 +54,9 @@ class Answers:
         own = (Metric(accuracy_of(test), percent=True) for test in self.tests)
         return (LOSS, ACCURACY, *own)
 
-    def loss(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, ""]:
+    def loss(
+        self, model: Any, batch: Batch, key: PRNGKeyArray | None
+    ) -> Float[Array, ""]:
         """Returns the mean cross entropy of the learnt tokens, in float32."""
         hidden = model.hidden(batch["tokens"], mask=batch["mask"])
         entropy, counts = _entropy(model, hidden, batch["tokens"], batch["learnt"])

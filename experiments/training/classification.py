@@ -29,7 +29,9 @@ class Classification:
     metrics = (Metric("accuracy", percent=True),)
     score = None
 
-    def loss(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, ""]:
+    def loss(
+        self, model: Any, batch: Batch, key: PRNGKeyArray | None
+    ) -> Float[Array, ""]:
         """Returns the mean cross entropy, computed in float32."""
         logits, labels = model(batch["image"], key).astype(jnp.float32), batch["label"]
         entropy = (

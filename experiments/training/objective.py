@@ -58,13 +58,15 @@ class Objective(Protocol):
         """
         ...
 
-    def loss(self, model: Any, batch: Batch, key: PRNGKeyArray) -> Float[Array, ""]:
+    def loss(
+        self, model: Any, batch: Batch, key: PRNGKeyArray | None
+    ) -> Float[Array, ""]:
         """Returns the mean loss over a training batch's examples.
 
         Args:
           model: in training mode, its adapters seeded.
           batch: what the training data's `prepare` gives, stacked, and `index`.
-          key: for the model's noise and the loss's own.
+          key: for the model's noise and the loss's own; None for none of both.
         """
         ...
 

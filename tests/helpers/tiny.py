@@ -16,6 +16,8 @@ from experiments.methods.prompts import VptDeep
 from experiments.methods.sensitivity import Scored
 from experiments.methods.spt import SptAdapter, SptLora
 from experiments.training import sharding
+from experiments.training.classification import Classification
+from experiments.training.trainer import Data
 from snella_jax.models.vit import ViT, ViTConfig
 
 TINY = ViTConfig(
@@ -24,6 +26,7 @@ TINY = ViTConfig(
 TRANSFORM = Transform((8, 8), mean=(0.5,), std=(0.5,))
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), np.uint8)
 SOURCE = Arrays(PIXELS, np.arange(24) % 3)
+DATA = Data(SOURCE, None, TRANSFORM, TRANSFORM)
 # So few that some matrices are sensitive and some are not.
 LOCATED = {"share": 0.2, "ease": 2.0, "rank": 1}
 CONFIG = ImageConfig(
@@ -58,7 +61,7 @@ def leaves(model, kind=nnx.Variable):
 
 @functools.cache
 def scores(rule):
-    how = (SOURCE, TRANSFORM, sharding.make("data=1"), 8, 0)
+    how = (DATA, Classification(), sharding.make("data=1"), 8, 0)
     return sensitivity.scores(base(), CONFIG.targets, rule, *how)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from rich.console import Console
-from tiny import CONFIG, SOURCE, TINY, TRANSFORM, WEIGHTS, base, leaves, scores
+from tiny import CONFIG, DATA, SOURCE, TINY, TRANSFORM, WEIGHTS, base, leaves, scores
 
 import snella_jax as snella
 from experiments import files
@@ -17,6 +17,7 @@ from experiments.methods import gps, sensitivity, sparse, spt
 from experiments.methods.masked import MaskedSnella
 from experiments.runs import images, setup, train_method
 from experiments.training import sharding
+from experiments.training.classification import Classification
 from experiments.training.session import Scope
 from snella_jax.models.vit import ViT
 
@@ -30,11 +31,11 @@ def test_scores_are_the_gradients_of_the_training_images():
         model = ViT(wide, rngs=nnx.Rngs(0))
         model = sensitivity.headed(model, jax.random.key(1))
         graphdef, kernels, rest = sensitivity.split(model, CONFIG.targets)
-        zeros = jax.tree.map(jnp.zeros_like, kernels)
+        zeros, batch = sensitivity.zeros(kernels), {"image": images, "label": labels}
         found = {}
         for rule in ("squares", "contrastive"):
-            step = sensitivity.scoring_step(graphdef, rule)
-            batch = {"image": images, "label": labels}
+            loss = sensitivity.loss_of(model, rule, Classification())
+            step = sensitivity.scoring_step(graphdef, rule, loss)
             found[rule] = step(zeros, kernels, rest, batch)
 
         def losses(shift):
@@ -142,7 +143,7 @@ def test_targets_are_linear_layers(name):
 
 def test_scores_that_say_nothing_are_refused():
     """Batches of one image have no companions; a pixel may be anything."""
-    where = (SOURCE, TRANSFORM, sharding.make("data=1"))
+    where = (DATA, Classification(), sharding.make("data=1"))
     with pytest.raises(RuntimeError, match="several images of a class"):
         sensitivity.scores(base(), CONFIG.targets, "contrastive", *where, 1, 0)
     broken = base()

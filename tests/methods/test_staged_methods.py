@@ -234,6 +234,6 @@ def test_a_run_says_which_methods_need_a_vit(monkeypatch):
     task = Task("noise", 3, part, part, part)
     monkeypatch.setattr(images.catalogue, "load", lambda name, folder: task)
     monkeypatch.setattr(base_models, "load", lambda config, classes: base("swin"))
-    with pytest.raises(ValueError, match="a Swin has grids"):
+    with pytest.raises(ValueError, match="a Swin is not"):
         images.prepared("x", config(methods=("vqt",)), Console())
     images.prepared("x", config(methods=("snella", "partial1")), Console())
