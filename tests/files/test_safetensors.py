@@ -1,10 +1,10 @@
-"""Mapped `.safetensors` files hold what the library reads, of every dtype."""
+"""Mapped `.safetensors` files hold what the library wrote, of every dtype."""
 
 import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.readers import DTYPES, map_safetensors
@@ -12,7 +12,7 @@ from snella_jax.files.readers import DTYPES, map_safetensors
 DRAW = np.random.default_rng(0)
 
 
-def test_every_dtype_is_that_of_the_library(tmp_path):
+def test_every_dtype_is_what_was_written(tmp_path):
     numbers = DRAW.integers(0, 2, (3, 5))
     tensors = {kind: numbers.astype(dtype) for kind, dtype in DTYPES.items()}
     tensors |= {"scalar": np.float32(3), "empty": np.zeros((0, 4), np.float32)}
@@ -21,10 +21,9 @@ def test_every_dtype_is_that_of_the_library(tmp_path):
     save_file(tensors, path, {"format": "pt"})
     got, metadata = map_safetensors(path)
     assert metadata == {"format": "pt"}
-    expected = load_file(path)
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert got[name].dtype == tensor.dtype == tensors[name].dtype
+    assert got.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert got[name].dtype == tensor.dtype
         np.testing.assert_array_equal(got[name], tensor)
         assert not got[name].flags.writeable
 

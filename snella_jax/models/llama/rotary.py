@@ -27,7 +27,7 @@ class Llama3Scaling:
       high_factor: `high_freq_factor` there.
       original_context: `original_max_position_embeddings` there, in tokens.
 
-    Source: `llama3` in transformers' `modeling_rope_utils.py`.
+    Source: rope type `llama3` of transformers (`modeling_rope_utils`).
     """
 
     factor: float
