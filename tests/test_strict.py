@@ -57,6 +57,7 @@ TX = optax.chain(
 # Of single operations, which XLA compiles otherwise where indices have 64 bits.
 OUTPUTS = "['merged']", "['loaded']"
 
+pytestmark = pytest.mark.slow  # under each setting everything compiles anew
 each_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 
