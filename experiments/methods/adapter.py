@@ -129,7 +129,8 @@ def bottlenecked(
 
 def join(mlp: Any, where: Where, rank: int, key: PRNGKeyArray) -> None:
     """Gives an MLP, or a stack of them, a bottleneck, in place."""
-    *stack, width, _ = (mlp.gate if isinstance(mlp, SwiGLU) else mlp.fc1).kernel.shape
+    first = mlp.fc1 if hasattr(mlp, "fc1") else mlp.gate
+    *stack, width, _ = first.kernel.shape
     mlp.bottleneck = Bottleneck(tuple(stack), width, rank, key)
     mixin = Sequential if where == "sequential" else Parallel
     become(mlp, mixed_class(mixin, type(mlp)))
