@@ -133,9 +133,7 @@ class LanguageRun(Prepared):
 
     def report(self, results: Mapping[str, dict[str, Any]]) -> None:
         """Prints the accuracies, and writes them with a figure into the folder."""
-        made = answers_report.made(
-            results, self.task.tests, self.task.majority, self.config.model
-        )
+        made = answers_report.made(results, self.task, self.config.model)
         self.console.print(answers_report.printed(made))
         if files.is_primary():
             answers_report.write(made, self.out)
