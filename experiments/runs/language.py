@@ -158,7 +158,9 @@ def prepared(name: str, config: LanguageConfig, console: Console) -> LanguageRun
         task = questions.load(config.data, tokenizer, config.reading())
         choices = None
         if "text" in config.scores:
-            choices = Choices.of(task.test, task.names, tokenizer, config.test_batch)
+            choices = Choices.of(
+                task.test, task.names, tokenizer, tokenizer.pad, config.test_batch
+            )
     for note in task.notes:
         console.print(note, style="yellow", soft_wrap=True)
     setup.check_batch(config, task, mesh, LanguageRun.unit)
