@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from places import ROOT
 
+import snella_jax as snella
 from experiments import commonsense
+from experiments.config.language import LanguageConfig
 from experiments.methods import registry
+from experiments.methods.snella import Snella
 from experiments.training import metric_log
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.objective import Metric
@@ -23,7 +26,9 @@ from snella_jax.models import llama
 # Time passes after a round's row and its checkpoint, to be killed in.
 PROGRAM = """
 import sys, time
+import snella_jax as snella
 from experiments import commonsense
+from experiments.config.language import LanguageConfig
 from experiments.training import metric_log
 from experiments.training.checkpoints import Checkpoints
 
@@ -83,11 +88,11 @@ def test_a_run_ends_with_a_report_of_every_test(whole):
     text = (out / "report.md").read_text("utf-8")
     assert "| untuned |" in text and "20 records to train on, 4 to val" in text
     assert (out / "figures/accuracies.png").exists()
-    assert llama.load(_base(out)).config.vocab_size == 450
-
-
-def _base(out):
-    return json.loads((out / "config.json").read_text("utf-8"))["model"]
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    base = llama.load(config["model"])
+    adapted = snella.merge(snella.load(base, out / "adapters" / "snella"))
+    moved = Snella().moved(base, adapted, LanguageConfig().scope())
+    assert moved == tuned["weights_moved"] > 0
 
 
 def test_rounds_move_the_budget_and_few_are_evaluated(whole):
