@@ -1,13 +1,15 @@
 """Report of a run on questions: a table of accuracies, and a figure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Group
 from rich.table import Table
 
 from experiments import files, plotting
+from experiments.data.questions import Questions
 from experiments.methods import registry
 from experiments.plotting import plt
 from experiments.reports.text import MISSING, markdown_lines
@@ -15,32 +17,29 @@ from experiments.reports.text import MISSING, markdown_lines
 MAJORITY = "majority answer"
 SCORES = {"label": "accuracy", "text": "text", "text_norm": "text_norm"}
 TITLES = {
-    "label": "accuracy by labels",
-    "text": "accuracy by the likelihood of the choices' texts",
-    "text_norm": "the same over their numbers of characters",
+    "label": "Test accuracy by labels, %",
+    "text": "Test accuracy by the likelihood of the choices' texts, %",
+    "text_norm": "The same, the likelihood over the number of characters",
 }
 
 
 def made(
-    results: Mapping[str, dict[str, Any]],
-    tests: Sequence[str],
-    majority: Mapping[str, float],
-    model: str,
+    results: Mapping[str, dict[str, Any]], task: Questions, model: str
 ) -> dict[str, Any]:
-    """Returns what the table says.
+    """Returns what the tables say.
 
     Args:
       results: entries of `results.json`.
-      tests: names of the tests.
-      majority: share of the most frequent answer, by test.
+      task: the records.
       model: name of the model.
 
     Returns:
-      `model`; `tests`; `rows`, each with `score`, `method`, `accuracies` (by test, and
-      `mean`), `val_loss`, `perplexity`, `trainable` and `seconds_per_step`, None where
-      there is none; `unparsed`, by test, where texts were scored.
+      `model`; `tests`; `sizes`, of the splits; `notes`; `rows`, each with `score`,
+      `method`, `accuracies` (by test, and `mean`), `val_loss`, `perplexity`,
+      `trainable` and `seconds_per_step`, None where there is none; `unparsed`, by test,
+      where texts were scored.
     """
-    constant = {test: majority[test] for test in tests}
+    tests, constant = task.tests, task.majority
     rows = [_row("label", MAJORITY, constant, {})]
     for score, name in SCORES.items():
         for method, result in results.items():
@@ -51,6 +50,11 @@ def made(
     return {
         "model": Path(model).name,
         "tests": list(tests),
+        "sizes": {
+            split: len(getattr(task, split))
+            for split in ("train", "validation", "test")
+        },
+        "notes": list(task.notes),
         "rows": rows,
         "unparsed": unparsed,
     }
@@ -74,38 +78,42 @@ def _row(
     }
 
 
-def printed(made: dict[str, Any]) -> Table:
-    """Returns the table for the terminal."""
-    header, rows = _lines(made)
-    shown = Table(caption=caption(made), caption_justify="left")
-    for index, title in enumerate(header):
-        shown.add_column(title, justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+def printed(made: dict[str, Any]) -> Group:
+    """Returns the tables for the terminal, a column a method."""
+    shown = []
+    for title, header, rows in _tables(made):
+        table = Table(title=title)
+        for index, line in enumerate(zip(header, *rows, strict=True)):
+            if not index:
+                for place, name in enumerate(line):
+                    table.add_column(name, justify="right" if place else "left")
+            else:
+                table.add_row(*line)
+        shown.append(table)
+    return Group(*shown, caption(made))
 
 
 def caption(made: dict[str, Any]) -> str:
-    """Returns a line on the kinds of numbers."""
-    scores = dict.fromkeys(row["score"] for row in made["rows"])
-    text = f"{made['model']}, test accuracy in %. "
-    text += "; ".join(f"{score}: {TITLES[score]}" for score in scores) + ". "
-    text += (
-        f"{MAJORITY}: the most frequent answer of each test, for every question; mean: "
-        "of the tests."
+    """Returns a line on what was measured."""
+    sizes = made["sizes"]
+    text = (
+        f"{made['model']}: {sizes['train']} records to train on, {sizes['validation']} "
+        f"to validate, {sizes['test']} to test. {MAJORITY}: the most frequent answer "
+        "of each test, for every question. mean: of the tests."
     )
     lost = {test: count for test, count in made["unparsed"].items() if count}
     if lost:
         counts = ", ".join(f"{test} {count}" for test, count in lost.items())
         text += f" Questions without parsed texts: {counts}."
-    return text
+    return " ".join([text, *made["notes"]])
 
 
 def write(made: dict[str, Any], out: Path) -> None:
     """Writes `report.md`, `report.json` and `figures/accuracies.png` into a folder."""
-    header, rows = _lines(made)
-    lines = [*markdown_lines(header, rows), "", caption(made), ""]
-    files.replace(out / "report.md", "\n".join(lines))
+    lines = []
+    for title, header, rows in _tables(made):
+        lines += [f"{title}:", "", *markdown_lines(header, rows), ""]
+    files.replace(out / "report.md", "\n".join([*lines, caption(made), ""]))
     files.write(out / "report.json", made)
     draw(out / "figures" / "accuracies.png", made)
 
@@ -137,28 +145,29 @@ def draw(path: Path, made: dict[str, Any]) -> None:
     plotting.save(figure, path)
 
 
-def _lines(made: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    several = len({row["score"] for row in made["rows"]}) > 1
+def _tables(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Yields title, header and rows of the table of each score, a row a method."""
     prose = any(row["perplexity"] is not None for row in made["rows"])
-    header = ["", *made["tests"], "mean", "val loss", *["perplexity"] * prose]
-    header += ["trainable", "s/step"]
+    groups = (*made["tests"], "mean")
+    for score, title in TITLES.items():
+        rows = []
+        for row in made["rows"]:
+            if row["score"] != score:
+                continue
+            own = row["accuracies"]
+            cells = [_number(own[group], ".1f", 100) for group in groups]
+            if score == "label":
+                cells += [_number(row["val_loss"], ".4f")]
+                cells += [_number(row["perplexity"], ".2f")] * prose
+                cells += [_number(row["trainable"], ",d")]
+                cells += [_number(row["seconds_per_step"], ".2f")]
+            rows.append([row["method"], *cells])
+        header = ["", *groups]
+        if score == "label":
+            header += ["val loss", *["perplexity"] * prose, "trainable", "s/step"]
+        if rows:
+            yield title, header, rows
 
-    def number(value: float | None, form: str) -> str:
-        return MISSING if value is None else f"{value:{form}}"
 
-    rows = []
-    for row in made["rows"]:
-        name = row["method"] + f", {row['score']}" * several
-        own = row["accuracies"]
-        cells = [
-            number(None if own[t] is None else 100 * own[t], ".1f")
-            for t in (*made["tests"], "mean")
-        ]
-        cells += [number(row["val_loss"], ".4f")]
-        cells += [number(row["perplexity"], ".2f")] * prose
-        cells += [
-            number(row["trainable"], ",d"),
-            number(row["seconds_per_step"], ".2f"),
-        ]
-        rows.append([name, *cells])
-    return header, rows
+def _number(value: Any, form: str, factor: int = 1) -> str:
+    return MISSING if value is None else f"{factor * value:{form}}"

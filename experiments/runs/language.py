@@ -133,9 +133,7 @@ class LanguageRun(Prepared):
 
     def report(self, results: Mapping[str, dict[str, Any]]) -> None:
         """Prints the accuracies, and writes them with a figure into the folder."""
-        made = answers_report.made(
-            results, self.task.tests, self.task.majority, self.config.model
-        )
+        made = answers_report.made(results, self.task, self.config.model)
         self.console.print(answers_report.printed(made))
         if files.is_primary():
             answers_report.write(made, self.out)
@@ -160,7 +158,9 @@ def prepared(name: str, config: LanguageConfig, console: Console) -> LanguageRun
         task = questions.load(config.data, tokenizer, config.reading())
         choices = None
         if "text" in config.scores:
-            choices = Choices.of(task.test, task.names, tokenizer, config.test_batch)
+            choices = Choices.of(
+                task.test, task.names, tokenizer, tokenizer.pad, config.test_batch
+            )
     for note in task.notes:
         console.print(note, style="yellow", soft_wrap=True)
     setup.check_batch(config, task, mesh, LanguageRun.unit)

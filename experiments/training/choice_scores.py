@@ -16,9 +16,8 @@ from jax.sharding import Mesh
 from experiments.data import choices
 from experiments.data.questions import AnswerBuckets, Candidates
 from experiments.data.records import Record
-from experiments.data.tokens import Examples
+from experiments.data.tokens import Encoder, Examples
 from experiments.training import likelihood
-from snella_jax.models.llama import Tokenizer
 
 SCORES = ("text", "text_norm")
 
@@ -58,14 +57,20 @@ class Choices:
 
     @classmethod
     def of(
-        cls, source: Candidates, names: Sequence[str], tokenizer: Tokenizer, batch: int
+        cls,
+        source: Candidates,
+        names: Sequence[str],
+        encoder: Encoder,
+        pad: int,
+        batch: int,
     ) -> "Choices":
         """Tokenises the choices of questions; counts those that do not parse.
 
         Args:
           source: the questions.
           names: names of the sets of records.
-          tokenizer: the model's.
+          encoder: the model's tokenizer.
+          pad: id to fill rows with.
           batch: choices in a step of an evaluation.
 
         Raises:
@@ -80,10 +85,10 @@ class Choices:
                 continue
             tests[number] = names[asked.test]
             before = context(asked.record)
-            start = len(tokenizer.encode(before))
+            start = len(encoder.encode(before))
             labels = choices.labels(asked.record) or ()
             for label, text in zip(labels, texts, strict=True):
-                ids = tokenizer.encode(f"{before} {text}")
+                ids = encoder.encode(f"{before} {text}")
                 tokens.append(np.asarray(ids, np.int32))
                 starts.append(start)
                 right = label == asked.record.answer
@@ -91,7 +96,7 @@ class Choices:
         if not found:
             raise ValueError("scores=text: the choices of no question can be parsed.")
         examples = Examples(tokens, starts, list(range(len(tokens))))
-        buckets = AnswerBuckets.fitting(examples, 3, tokenizer.pad, batch)
+        buckets = AnswerBuckets.fitting(examples, 3, pad, batch)
         return cls(examples, buckets, found, tests, unparsed)
 
 
