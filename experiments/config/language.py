@@ -12,7 +12,7 @@ from experiments.data.questions import Reading
 from experiments.data.tokens import Learnt, Overlong
 from experiments.methods.dora import Dora
 from experiments.methods.lora import Lora
-from experiments.methods.registry import UNTUNED
+from experiments.methods.registry import LINEAR, UNTUNED
 from experiments.methods.snella import Snell, Snella
 from experiments.methods.untuned import Untuned
 from experiments.paths import Given
@@ -128,6 +128,11 @@ class LanguageConfig(RunConfig, TrainingOptions, ModelOptions, DataOptions):
 
     def check(self) -> None:
         """Raises a `ValueError` on values that would fail in the midst of a run."""
+        if LINEAR in self.methods:
+            raise ValueError(
+                "linear fits a classifier to features of images, and the answers of "
+                f"{self.model} are of its own head. Leave the method out."
+            )
         super().check()
         if self.data is None:
             raise ValueError("--data is missing: expected a file or folder of records.")

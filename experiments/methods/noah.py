@@ -141,8 +141,9 @@ class Noah(Staged):
         `scope.places` has a size for every block, for each of `KINDS`; 0 for none.
 
         Raises:
-          ValueError: `scope.trainable` matches nothing.
+          ValueError: `scope.trainable` matches nothing, or the model is no ViT.
         """
+        plain_vit.require(base, "NOAH")
         adapted, rngs = nnx.clone(base), scope.rngs()
         freeze(adapted, scope.trainable)
         adapted = unstack(adapted)

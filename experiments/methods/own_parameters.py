@@ -10,12 +10,23 @@ from experiments.methods.method import Method
 from experiments.training.session import Scope
 from snella_jax import models
 from snella_jax.models.swin.model import Pair
-from snella_jax.nnx.surgery import freeze
+from snella_jax.nnx.surgery import freeze, thaw
 from snella_jax.nnx.variables import variables_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Full(Method):
+class OwnParameters(Method):
+    """A method that adds nothing to a model."""
+
+    def merged(self, model: Any) -> Any:
+        """Returns a plain copy, nothing of which is frozen."""
+        model = nnx.clone(model)
+        thaw(model)
+        return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Full(OwnParameters):
     """Full fine-tuning: everything trains, but a decoder's embedding and head."""
 
     title: ClassVar[str] = "Full"
@@ -35,7 +46,7 @@ class Full(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bias(Method):
+class Bias(OwnParameters):
     """BitFit (Ben Zaken et al., arXiv 2106.10199): the biases train."""
 
     title: ClassVar[str] = "Bias"
@@ -60,7 +71,7 @@ class Bias(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Partial(Method):
+class Partial(OwnParameters):
     """The last block and the norm behind it train, besides a classifier's head."""
 
     title: ClassVar[str] = "Partial-1"
