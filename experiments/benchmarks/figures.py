@@ -31,17 +31,22 @@ def _memory_by_method(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
     totals = [row["total_bytes"] / 2**30 for row in rows]
     firsts = [row["locating_bytes"] / 2**30 for row in rows]
+    fit = [row.get("fits", True) for row in rows]
     steps = [
-        sum(row[f"{part}_bytes"] for part in ("argument", "temporary", "result"))
+        total
+        if not fits
+        else sum(row[f"{part}_bytes"] for part in ("argument", "temporary", "result"))
         / 2**30
-        for row in rows
+        for row, fits, total in zip(rows, fit, totals, strict=True)
     ]
     if any(firsts):
         axes.barh(names, firsts, color="tab:orange", height=0.7, label="first stage")
-    axes.barh(names, steps, color="tab:blue", height=0.7, label="training step")
+    bars = axes.barh(names, steps, color="tab:blue", height=0.7, label="training step")
+    for bar in (bar for bar, fits in zip(bars, fit, strict=True) if not fits):
+        bar.set(color="lightgrey", hatch="//")
     for index, total in enumerate(totals):
         axes.annotate(
-            f"{total:.2f}",
+            f"{total:.2f}" + " does not fit" * (not fit[index]),
             (total, index),
             xytext=(4, 0),
             textcoords="offset points",
@@ -51,11 +56,17 @@ def _memory_by_method(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     first = rows[0]
     axes.set(
         xlabel="peak memory (GiB)",
-        xlim=(0, 1.1 * max(totals)),
-        title=f"{first['model']}, {memory_setup(first)}",
+        xlim=(0, (1.1 if all(fit) else 1.3) * max(totals)),
+        title=f"{first['model']}, {memory_setup(first)}{_chips(first)}",
     )
     axes.legend(loc="lower right", fontsize=8)
     plotting.save(figure, path)
+
+
+def _chips(row: dict[str, Any]) -> str:
+    if "chips" not in row:
+        return ""
+    return f"\na chip of {row['chips']} ({row['mesh']}), rank {row['rank']}"
 
 
 def _memory_by_size(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -10,26 +10,40 @@ as in the paper's Figure 7(b, c) and Table XVI) into `--out`. Full fine-tuning k
 weights in float32, as it has to; LoRA's cast of a frozen weight is recomputed, so that
 no copy of it counts against LoRA. The total of SPT, GPS and NOAH is that of their first
 stage where it takes more (`locating_bytes`).
+
+    python -m experiments.benchmarks.memory --target tpu-v5e --model llama2_7b \
+        --rank 32 --chips 16 --mesh fsdp=4,tensor=4
+
+does so for a language model on a mesh of chips, see `layout`: bytes are those of one
+chip, and a second table has the collectives of a step. A step that does not fit the
+chip is a row that says so, with the bytes that it would take.
 """
 
 import dataclasses
+import math
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import tyro
+from jax.sharding import SingleDeviceSharding
 from rich.progress import track
 from rich.table import Table
 
 from experiments import terminal
-from experiments.benchmarks import figures, targets, workload
+from experiments.benchmarks import collectives, figures, layout, targets, workload
+from experiments.benchmarks.layout import Layout
 from experiments.paths import Given, check_out
 from experiments.reports import result_files
+from snella_jax.models import llama
 
 PROGRAM = "python -m experiments.benchmarks.memory"
 GIB = 2**30
 PARTS = ("total", "argument", "temporary", "locating")
+# What the TPU's compiler says of a program that is too large.
+TOO_LARGE = re.compile(r"RESOURCE_EXHAUSTED: .*\((\d+\.\d+)G\) exceeds available HBM")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +55,33 @@ class MemoryConfig(workload.Options):
     memory: its figures rank methods badly."""
     model: tuple[str, ...] = ("vit_b16",)
     """Presets of snella_jax.models."""
+    chips: int = 1
+    """Chips that a language model's step runs on."""
+    mesh: str | None = None
+    """Axes of the chips: data=N,fsdp=N,tensor=N. Default: all of them along fsdp."""
+    factors: layout.Factors = "split"
+    """whole: each chip has all factors. follow: they are split as their matrix is.
+    split: over all of fsdp and tensor."""
     out: Given = Path("runs/memory")
     """Folder to write memory.json and memory.png into."""
+
+    def where(self) -> SingleDeviceSharding | Layout:
+        """Returns the device of the step, or of a language model its layout.
+
+        Raises:
+          ValueError: several chips for another model, or as `layout.make`.
+          ModuleNotFoundError: as `targets.devices`.
+        """
+        texts = [name for name in self.model if name in llama.PRESETS]
+        if len(texts) == len(self.model):
+            chips = targets.devices(self.target, self.chips)
+            return layout.make(self.mesh, chips, self.batch, self.factors)
+        if texts or self.chips > 1 or self.mesh is not None:
+            raise ValueError(
+                "--chips and --mesh: expected language models alone in --model, not "
+                f"{', '.join(name for name in self.model if name not in texts)}."
+            )
+        return targets.sharding(self.target)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -53,28 +92,44 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         if not config.model:
             raise ValueError("--model names nothing: expected at least one.")
         settings = [each for name in config.model for each in config.settings(name)]
-        where = targets.sharding(config.target)
+        where = config.where()
     console = terminal.console()
     rows = [
         row(setting, config.target, where)
         for setting in track(settings, "compiling", console=console)
     ]
-    result_files.write(
-        config.out, "memory", rows, console, figures.memory, _table(rows)
-    )
+    table = _table(rows)
+    result_files.write(config.out, "memory", rows, console, figures.memory, table)
+    if isinstance(where, Layout):
+        console.print(_collectives(rows))
     return rows
 
 
 def row(
-    setting: workload.Setting, target: targets.Target, where: Any
+    setting: workload.Setting,
+    target: targets.Target,
+    where: SingleDeviceSharding | Layout,
 ) -> dict[str, Any]:
-    """Compiles one step for the device of `where`; returns its row of `memory.json`."""
-    one, first = workload.abstract(setting), workload.locating(setting)
+    """Compiles one step for the devices of `where`; returns its row of `memory.json`.
+
+    All bytes are those of one device.
+    """
+    on_mesh = where if isinstance(where, Layout) else None
+    one, first = workload.abstract(setting, on_mesh), workload.locating(setting)
     start = time.perf_counter()
     found = _allocated(one, where)
     seconds = time.perf_counter() - start
     found["locating_bytes"] = _allocated(first, where)["total_bytes"] if first else 0
     found["total_bytes"] = max(found["total_bytes"], found["locating_bytes"])
+    if on_mesh is not None:
+        capacity = targets.CAPACITY.get(target, math.inf)
+        found["fits"] = found.get("fits", True) and found["total_bytes"] <= capacity
+        found |= {
+            "chips": on_mesh.mesh.size,
+            "mesh": str(on_mesh),
+            "factors": on_mesh.factors,
+            "sequence": setting.sequence,
+        }
     return {
         "method": setting.method,
         "model": setting.model,
@@ -96,28 +151,48 @@ def row(
     }
 
 
-def _allocated(one: workload.Step, where: Any) -> dict[str, int]:
-    """Returns the bytes that a compiled step allocates, in all and by part."""
+def _allocated(
+    one: workload.Step, where: SingleDeviceSharding | Layout
+) -> dict[str, Any]:
+    """Returns the bytes that a compiled step allocates, in all and by part.
+
+    On a mesh also its collectives, or `fits`, False, where the compiler refuses.
+    """
+    given, made = where, where
+    if isinstance(where, Layout):
+        given = where.of_arguments(one.arguments)
+        made = *given[: len(one.donated)], where.whole
     compiler = jax.jit(
-        one.run, donate_argnums=one.donated, in_shardings=where, out_shardings=where
+        one.run, donate_argnums=one.donated, in_shardings=given, out_shardings=made
     )
-    parts: Any = compiler.lower(*one.arguments).compile().memory_analysis()
-    found = {
+    try:
+        program = compiler.lower(*one.arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not (needed := TOO_LARGE.search(str(error))):
+            raise
+        return {"total_bytes": round(float(needed[1]) * GIB), "fits": False}
+    parts: Any = program.memory_analysis()
+    found: dict[str, Any] = {
         "argument_bytes": parts.argument_size_in_bytes,
         "temporary_bytes": parts.temp_size_in_bytes,
         "result_bytes": parts.output_size_in_bytes - parts.alias_size_in_bytes,
     }
-    return {"total_bytes": sum(found.values())} | found
+    found = {"total_bytes": sum(found.values())} | found
+    if isinstance(where, Layout):
+        found["collectives"] = collectives.of(program.as_text())
+    return found
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    first = rows[0]
+    first, on_mesh = rows[0], "mesh" in rows[0]
+    chips = f", a chip of {first['chips']}" if on_mesh else ""
     table = Table(
         title=f"GiB in one step, batch {first['batch']}, {first['dtype']}, frozen "
-        f"{first['frozen_dtype']}: {first['device']}"
+        f"{first['frozen_dtype']}: {first['device']}{chips}"
     )
-    names = ("model", "method", "total", "arguments", "temporary", "locating", "/lora")
-    for name in (*names, "/full", "compile"):
+    names = ("model", "method", "total", "arguments", "temporary")
+    last = "fits" if on_mesh else "locating"
+    for name in (*names, last, "/lora", "/full", "compile"):
         left = name in names[:2]
         table.add_column(name, justify="left" if left else "right", no_wrap=left)
     totals = {(r["model"], r["method"]): r["total_bytes"] for r in rows}
@@ -128,9 +203,29 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             else ""
             for other in ("lora", "full")
         ]
-        parts = [f"{r[f'{k}_bytes'] / GIB:.2f}" for k in PARTS]
+        parts = [
+            f"{r[key] / GIB:.2f}" if (key := f"{part}_bytes") in r else ""
+            for part in PARTS
+        ]
+        if on_mesh:
+            parts[-1] = "yes" if r["fits"] else "NO"
         seconds = f"{r['compile_seconds']:.1f} s"
         table.add_row(r["model"], r["method"], *parts, *ratios, seconds)
+    return table
+
+
+def _collectives(rows: list[dict[str, Any]]) -> Table:
+    """Returns the collectives of every step that was compiled."""
+    first = rows[0]
+    table = Table(title=f"Collectives of one step on {first['mesh']}, of a chip")
+    for name in ("model", "method", "kind", "count", "under 1 KiB", "GiB"):
+        left = name in ("model", "method", "kind")
+        table.add_column(name, justify="left" if left else "right", no_wrap=left)
+    for r in rows:
+        for kind, own in r.get("collectives", {}).items():
+            numbers = f"{own['count']:,}", f"{own['small']:,}"
+            size = f"{own['bytes'] / GIB:.3f}"
+            table.add_row(r["model"], r["method"], kind, *numbers, size)
     return table
 
 

@@ -1,7 +1,7 @@
 """One training step of every method on a model, to measure its memory and time.
 
 The step is the trainer's own (`experiments.training.step`), with AdamW, on images of
-noise.
+noise, or on texts of which all tokens but the first are learnt.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from jaxtyping import Array
 
 import snella_jax as snella
 from experiments.benchmarks import stored_delta
+from experiments.benchmarks.layout import Layout
+from experiments.config import language
 from experiments.methods import registry, sensitivity
 from experiments.methods.first_stage import Staged
 from experiments.methods.masked import MaskedSnella
@@ -25,10 +27,11 @@ from experiments.methods.sensitivity import Scored
 from experiments.methods.snella import Snella
 from experiments.names import unknown
 from experiments.training import step
+from experiments.training.answers import Answers
 from experiments.training.classification import Classification
 from experiments.training.session import Scope
 from snella_jax import models
-from snella_jax.models import swin, vit
+from snella_jax.models import llama, swin, vit
 from snella_jax.models.layers import attention
 from snella_jax.nnx.surgery import freeze
 from snella_jax.nnx.variables import Frozen, variables_of
@@ -38,6 +41,7 @@ DENSITY = 0.3
 HEAD = "head|cls_token"
 TARGETS = r"blocks/.*/(query|key|value|out|fc1|fc2)"
 SCOPE = Scope(TARGETS, HEAD)
+TEXTS = Scope(language.TARGETS, "")
 
 VARIANTS = ("snella_parallel", "snella_stored")  # of snella, for comparison
 USUAL = (
@@ -50,7 +54,10 @@ USUAL = (
     "snella_parallel",
     "snella_stored",
 )
+USUAL_OF_TEXTS = ("full", "lora", "dora", "snella")
+OF_TEXTS = (*USUAL_OF_TEXTS, "klora", "mixk", "snell", "snella_released", *VARIANTS)
 Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "blocks"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +67,13 @@ class Setting:
     Attributes:
       method: name of the method that fine-tunes the model.
       model: preset of `snella_jax.models`.
-      batch: images in a step.
+      batch: images or texts in a step.
       rank: rank of factors, width of bottlenecks.
       dtype: dtype of the computation.
       frozen_dtype: dtype of the weights that do not train.
       stacked: True if the blocks are scanned, False if they are a list.
       remat: parts that are recomputed besides delta, see `vit.ViTConfig`.
+      sequence: tokens of a text; None for images.
     """
 
     method: str
@@ -75,7 +83,8 @@ class Setting:
     dtype: str = "bfloat16"
     frozen_dtype: str = "bfloat16"
     stacked: bool = True
-    remat: Literal["none", "blocks"] = "none"
+    remat: Remat = "none"
+    sequence: int | None = None
 
     @property
     def trained(self) -> Method | None:
@@ -101,9 +110,13 @@ class Setting:
     def attention(self) -> str | None:
         """Implementation of attention on the first device; None if there is none."""
         config = models.PRESETS[self.model]
-        if not isinstance(config, vit.ViTConfig):
-            return "xla" if isinstance(config, swin.SwinConfig) else None
-        head_dim = config.width // config.heads
+        match config:
+            case vit.ViTConfig():
+                head_dim = config.width // config.heads
+            case llama.LlamaConfig():
+                head_dim = config.head_dim
+            case _:
+                return "xla" if isinstance(config, swin.SwinConfig) else None
         return attention.best(jax.local_devices()[0], self.dtype, head_dim)
 
 
@@ -111,11 +124,14 @@ class Setting:
 class Options:
     """Options of a command that compares methods."""
 
-    method: tuple[str, ...] = USUAL
+    method: tuple[str, ...] | None = None
     """Methods to compare. snella_parallel: the update in a matmul of its own.
-    snella_stored: without the recompute."""
+    snella_stored: without the recompute. Default: full linear bias lora mixk snella
+    snella_parallel snella_stored; of a language model full lora dora snella."""
     batch: int = 8
-    """Images in a step."""
+    """Images or texts in a step, over all chips."""
+    sequence: int = 256
+    """Tokens of a text."""
     rank: int = 8
     """Rank of factors, width of bottlenecks."""
     dtype: Dtype = "bfloat16"
@@ -124,8 +140,9 @@ class Options:
     """Dtype of the weights that do not train."""
     stacked: bool = True
     """Scan the blocks, or run a list of them one after the other."""
-    remat: Literal["none", "blocks"] = "none"
-    """Parts that are recomputed besides delta."""
+    remat: Remat | None = None
+    """Parts that are recomputed besides delta. Default: none; of a language model
+    blocks."""
 
     def settings(self, model: str) -> list[Setting]:
         """Returns a checked setting of `model` for each method.
@@ -133,11 +150,17 @@ class Options:
         Raises:
           ValueError: an option is wrong; says what was expected.
         """
-        if not self.method:
+        texts = model in llama.PRESETS
+        usual = USUAL_OF_TEXTS if texts else USUAL
+        methods = usual if self.method is None else self.method
+        if not methods:
             raise ValueError("--method names nothing: expected at least one.")
         names = {field.name for field in dataclasses.fields(Options)} - {"method"}
         shared: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return [checked(Setting(each, model, **shared)) for each in self.method]
+        shared["remat"] = self.remat or ("blocks" if texts else "none")
+        if not texts:
+            shared["sequence"] = None
+        return [checked(Setting(each, model, **shared)) for each in methods]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,25 +170,32 @@ class Step:
     Attributes:
       run: the step's function of `arguments`; returns new values of those that are
         `donated`, and in training the loss.
-      arguments: in training trainable, opt_state, budgets, frozen, images, labels, key.
+      arguments: in training trainable, opt_state, budgets, frozen, batch, key.
       stacked: True if the method's blocks are scanned.
       donated: indices of the donated arguments.
+      where: shardings of the arguments on a mesh; None on one device.
     """
 
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
     stacked: bool
     donated: tuple[int, ...]
+    where: tuple[Any, ...] | None = None
 
 
-def build(setting: Setting) -> Step:
-    """Returns the step of a setting with its arrays."""
-    return _training(setting, _model(setting))
+def build(setting: Setting, layout: Layout | None = None) -> Step:
+    """Returns the step of a setting with its arrays.
+
+    Args:
+      setting: method and model.
+      layout: how a language model's step lies on several devices; None for on one.
+    """
+    return _training(setting, _model(setting), layout)
 
 
-def abstract(setting: Setting) -> Step:
+def abstract(setting: Setting, layout: Layout | None = None) -> Step:
     """Returns the step of a setting with shapes and dtypes for arguments."""
-    return _abstract(lambda: build(setting))
+    return _abstract(lambda: build(setting, layout))
 
 
 def _abstract(make: Callable[[], Step]) -> Step:
@@ -179,7 +209,9 @@ def _abstract(make: Callable[[], Step]) -> Step:
     return dataclasses.replace(found[0], arguments=shapes)
 
 
-def _training(setting: Setting, model: Any) -> Step:
+def _training(setting: Setting, model: Any, layout: Layout | None = None) -> Step:
+    if layout is not None:
+        layout.pin(model)
     graphdef, trainable, budgets, frozen = nnx.split(
         model, nnx.Param, snella.Budget, ...
     )
@@ -188,11 +220,11 @@ def _training(setting: Setting, model: Any) -> Step:
         budgets = jax.tree.map(lambda b: (b * DENSITY).astype(b.dtype), budgets)
     tx = optax.chain(*watch, optax.adamw(1e-3, mask=snella.decay_mask))
     state, key = tx.init(trainable), jax.random.key(0)
-    images, labels = _batch(setting)
-    batch = {"image": images, "label": labels}
-    arguments = (trainable, state, budgets, frozen, batch, key)
-    run = step.training_step(graphdef, tx, Classification().loss)
-    return Step(run, arguments, model.config.stacked, donated=(0, 1))
+    arguments = (trainable, state, budgets, frozen, _batch(setting), key)
+    loss = Answers(()).loss if setting.sequence else Classification().loss
+    where = None if layout is None else layout.of_arguments(arguments)
+    run = step.training_step(graphdef, tx, loss, where=where and where[0])
+    return Step(run, arguments, model.config.stacked, (0, 1), where)
 
 
 def _scoring(setting: Setting, method: Scored) -> Step:
@@ -202,20 +234,21 @@ def _scoring(setting: Setting, method: Scored) -> Step:
     scores = sensitivity.zeros(kernels)
     loss = sensitivity.loss_of(model, method.rule, Classification())
     run = sensitivity.scoring_step(graphdef, method.rule, loss)
-    images, labels = _batch(setting)
-    arguments = scores, kernels, rest, {"image": images, "label": labels}
+    arguments = scores, kernels, rest, _batch(setting)
     return Step(run, arguments, setting.stacked, donated=(0,))
 
 
 def checked(setting: Setting) -> Setting:
     """Returns the setting; raises a `ValueError` that says what is wrong with it."""
-    if setting.model not in models.IMAGE_PRESETS:
-        where = "snella_jax.models.IMAGE_PRESETS"
-        raise ValueError(unknown("model", setting.model, models.IMAGE_PRESETS, where))
+    if setting.model not in models.PRESETS:
+        where = "snella_jax.models.PRESETS"
+        raise ValueError(unknown("model", setting.model, models.PRESETS, where))
     methods = (registry.LINEAR, *registry.METHODS, *VARIANTS)
     if setting.method not in methods:
         where = "python -m experiments.vtab --help"
         raise ValueError(unknown("method", setting.method, methods, where))
+    if setting.model in llama.PRESETS:
+        _check_texts(setting)
     own = setting.trained
     plain = isinstance(models.PRESETS[setting.model], vit.ViTConfig)
     if own is not None and own.needs_vit and not plain:
@@ -232,11 +265,20 @@ def checked(setting: Setting) -> Setting:
     return setting
 
 
+def _check_texts(setting: Setting) -> None:
+    if setting.method not in OF_TEXTS:
+        raise ValueError(
+            f"method={setting.method}: expected one of {', '.join(OF_TEXTS)} for a "
+            f"{setting.model}."
+        )
+    if setting.sequence is None or setting.sequence < 2:
+        raise ValueError(f"sequence={setting.sequence}: expected at least 2 tokens.")
+
+
 def parameters(model: str) -> int:
-    """Returns the number of parameters of a preset with a head of `CLASSES`."""
-    shapes = nnx.eval_shape(
-        lambda: models.create(model, num_classes=CLASSES, rngs=nnx.Rngs(0))
-    )
+    """Returns the number of parameters, of a classifier with a head of `CLASSES`."""
+    own = {} if model in llama.PRESETS else {"num_classes": CLASSES}
+    shapes = nnx.eval_shape(lambda: models.create(model, rngs=nnx.Rngs(0), **own))
     return size(nnx.state(shapes, nnx.Param))
 
 
@@ -255,17 +297,26 @@ def locating(setting: Setting) -> Step | None:
     return None
 
 
-def _batch(setting: Setting) -> tuple[Array, Array]:
+def _batch(setting: Setting) -> dict[str, Array]:
     config = models.PRESETS[setting.model]
+    if isinstance(config, llama.LlamaConfig):
+        learnt = jnp.arange(setting.sequence, dtype=jnp.int32)
+        rows = jnp.tile(learnt, (setting.batch, 1))
+        return {
+            "tokens": rows % config.vocab_size,
+            "mask": jnp.ones(rows.shape, bool),
+            "learnt": rows,
+        }
     shape = (setting.batch, *config.image_hw, config.channels)
     labels = jnp.arange(setting.batch) % CLASSES
-    return jax.random.normal(jax.random.key(0), shape), labels
+    return {"image": jax.random.normal(jax.random.key(0), shape), "label": labels}
 
 
 def _base(setting: Setting) -> models.Model:
+    own = {} if setting.sequence else {"num_classes": CLASSES}
     return models.create(
         setting.model,
-        num_classes=CLASSES,
+        **own,
         dtype=jnp.dtype(setting.dtype),
         stacked=setting.stacked,
         remat=setting.remat,
@@ -275,7 +326,7 @@ def _base(setting: Setting) -> models.Model:
 
 def _model(setting: Setting) -> Any:
     model: Any = _base(setting)
-    own, scope = setting.trained, SCOPE
+    own, scope = setting.trained, TEXTS if setting.sequence else SCOPE
     if own is None:
         freeze(model, "head")
     else:

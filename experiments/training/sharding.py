@@ -4,6 +4,7 @@ The axis `data` splits every batch. The axis `model` splits every kernel by its 
 where it divides them; factors, optimizer state and all else are whole on each device.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,32 +24,43 @@ def make(text: str | None = None) -> Mesh:
         process without devices or images of its own.
     """
     devices = jax.devices()
-    sizes = dict.fromkeys(AXES, 1)
-    if text is None:
-        sizes["data"] = len(devices)
-    else:
-        for part in text.split(","):
-            name, _, size = part.partition("=")
-            if name not in sizes or not size.isdecimal() or int(size) < 1:
-                raise ValueError(
-                    f"mesh={text!r}: expected data=N, model=N or data=N,model=N."
-                )
-            sizes[name] = int(size)
-    count = int(np.prod(list(sizes.values())))
+    size = sizes(f"data={len(devices)}" if text is None else text, AXES)
+    count = int(np.prod(list(size.values())))
     if count > len(devices):
         raise ValueError(
             f"mesh={text!r} takes {count} devices: there are {len(devices)}."
         )
     processes = jax.process_count()
-    if processes > 1 and (count < len(devices) or sizes["data"] % processes):
+    if processes > 1 and (count < len(devices) or size["data"] % processes):
         raise ValueError(
             f"mesh={text!r}: {processes} processes with {len(devices)} devices need "
             f"all of these, and data to be a multiple of {processes}."
         )
     kinds = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=kinds, devices=devices[:count]
+        tuple(size.values()), AXES, axis_types=kinds, devices=devices[:count]
     )
+
+
+def sizes(text: str, axes: Sequence[str]) -> dict[str, int]:
+    """Returns the size of every axis; 1 of those that a text does not name.
+
+    >>> sizes("model=2", AXES)
+    {'data': 1, 'model': 2}
+
+    Raises:
+      ValueError: no such axis or no such number.
+    """
+    found = dict.fromkeys(axes, 1)
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in found or not size.isdecimal() or int(size) < 1:
+            each = [f"{axis}=N" for axis in axes]
+            raise ValueError(
+                f"mesh={text!r}: expected {', '.join(each)} or {','.join(each)}."
+            )
+        found[name] = int(size)
+    return found
 
 
 def describe(mesh: Mesh) -> str:
