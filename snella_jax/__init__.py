@@ -33,6 +33,7 @@ from snella_jax.nnx.adapt import (
 )
 from snella_jax.nnx.delta_file import apply_delta, save_delta, unmerge
 from snella_jax.nnx.export import export
+from snella_jax.nnx.generation import generate
 from snella_jax.nnx.inspection import Matrix, describe, parameters, sparsity
 from snella_jax.nnx.labels import labels, stop_gradients
 from snella_jax.nnx.multi_adapter import combine, per_example
@@ -65,6 +66,7 @@ __all__ = [
     "decay_mask",
     "describe",
     "export",
+    "generate",
     "importance",
     "kernels",
     "labels",

@@ -124,15 +124,22 @@ def unstack(model: M) -> M:
     Raises:
       ValueError: it has adapters, which belong to the stacks.
     """
+    require_plain(model)
     whole: Any = nnx.clone(model)
-    if any(hasattr(node, "adapter") for _, node in nnx.iter_graph(whole)):
-        raise ValueError("The model has adapters: expected one without, or merged.")
     if whole.config.stacked:
         staged = isinstance(whole.blocks, nnx.List)
         listed = nnx.List(map(_rows, whole.blocks)) if staged else _rows(whole.blocks)
         whole.blocks = listed
         whole.config = dataclasses.replace(whole.config, stacked=False)
     return whole
+
+
+def require_plain(model: nnx.Module) -> None:
+    """Raises a `ValueError` if a model has adapters."""
+    if any(hasattr(node, "adapter") for _, node in nnx.iter_graph(model)):
+        raise ValueError(
+            "The model has adapters: expected one without, or snella.merge(model)."
+        )
 
 
 def _rows(blocks: nnx.Module) -> nnx.List:

@@ -1,6 +1,7 @@
 """The LLaMA: the model, its presets, published weights for it, and tokenizers."""
 
 from snella_jax.models.llama.config import PRESETS, LlamaConfig
+from snella_jax.models.llama.generate import generate
 from snella_jax.models.llama.model import Llama, create
 from snella_jax.models.llama.rotary import Llama3Scaling
 from snella_jax.models.llama.tokenizer import tokenizer
@@ -15,6 +16,7 @@ __all__ = [
     "LlamaConfig",
     "Tokenizer",
     "create",
+    "generate",
     "load",
     "tokenizer",
 ]

@@ -31,8 +31,9 @@ from snella_jax.models.llama.config import PRESETS, LlamaConfig
 from snella_jax.models.llama.rotary import Rotation, inverse_frequencies, rotation
 from snella_jax.ops.recompute import rematerialised
 
-# Attention of queries to keys and values; generation also has those of its cache.
-Attend = Callable[[Array, Array, Array], Array]
+# Attends, given rotated queries `[B, T, H, d]`, rotated keys `[B, T, K, d]`, values and
+# what the block knows of earlier tokens; also returns what is to be kept.
+Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "Llama":
@@ -123,16 +124,7 @@ class Llama(nnx.Module):
         _check(tokens, positions, mask)
         if positions is None:
             positions = positions_of(tokens, mask)
-        seen = None
-        if mask is not None:
-            itself = jnp.eye(tokens.shape[1], dtype=bool)
-            seen = mask[:, None, None] | itself
-        implementation = self.config.attention
-
-        def look(q: Array, k: Array, v: Array) -> Array:
-            return attend(q, k, v, implementation, mask=seen, causal=True)
-
-        return self.norm(self._through(self.embed(tokens), self.turn(positions), look))
+        return self.through(tokens, positions, self.look(mask))[0]
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
         """Applies the head to chosen rows of `hidden`; returns float32.
@@ -155,25 +147,60 @@ class Llama(nnx.Module):
         frequencies = inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         return rotation(positions, frequencies)
 
-    def _through(self, x: Array, turn: Rotation, look: Attend) -> Array:
-        """Calls every block."""
+    def look(self, mask: Bool[Array, "B T"] | None) -> Attend:
+        """Returns the attention of whole texts, which knows and keeps nothing."""
+        seen = None
+        if mask is not None:
+            itself = jnp.eye(mask.shape[1], dtype=bool)
+            seen = mask[:, None, None] | itself
+        implementation = self.config.attention
 
-        def call(graphdef: nnx.GraphDef, scanned: bool) -> Callable[..., Array]:
-            def run(state: nnx.State, x: Array) -> Array:
-                return nnx.merge(graphdef, state)(x, turn, look)
+        def look(q: Array, k: Array, v: Array, earlier: Any) -> tuple[Array, None]:
+            return attend(q, k, v, implementation, mask=seen, causal=True), None
+
+        return look
+
+    def through(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        look: Attend,
+        earlier: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Calls every block, and the norm behind them.
+
+        Args:
+          tokens, positions: as in the call.
+          look: attention of a block.
+          earlier: tree of arrays `[depth, ...]`, a row for each block's attention.
+
+        Returns:
+          What the head sees of each token, and what attention kept, `[depth, ...]`.
+        """
+        x, turn = self.embed(tokens), self.turn(positions)
+
+        def call(graphdef: nnx.GraphDef, scanned: bool) -> Callable[..., Any]:
+            def run(state: nnx.State, x: Array, earlier: Any) -> tuple[Array, Any]:
+                return nnx.merge(graphdef, state)(x, turn, look, earlier)
 
             if self.config.remat == "none":
                 return run
             return rematerialised(run, prevent_cse=not scanned)
 
         if isinstance(self.blocks, nnx.List):
-            for block in self.blocks:
+            rows = []
+            for index, block in enumerate(self.blocks):
                 graphdef, state = nnx.split(block)
-                x = call(graphdef, scanned=False)(state, x)
-            return x
+                own = jax.tree.map(lambda leaf, i=index: leaf[i], earlier)
+                x, kept = call(graphdef, scanned=False)(state, x, own)
+                rows.append(kept)
+            return self.norm(x), jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
         graphdef, states = nnx.split(self.blocks)
         one = call(graphdef, scanned=True)
-        return jax.lax.scan(lambda x, state: (one(state, x), None), x, states)[0]
+        x, kept = jax.lax.scan(
+            lambda x, row: one(row[0], x, row[1]), x, (states, earlier)
+        )
+        return self.norm(x), kept
 
 
 class Block(nnx.Module):
@@ -186,11 +213,12 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(config, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], turn: Rotation, look: Attend
-    ) -> Float[Array, "B T D"]:
-        """Runs the block; `turn` and `look` as `Attention`."""
-        x = x + self.attn(self.norm1(x), turn, look)
-        return x + self.mlp(self.norm2(x))
+        self, x: Float[Array, "B T D"], turn: Rotation, look: Attend, earlier: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Runs the block; arguments and results as `Attention`."""
+        y, kept = self.attn(self.norm1(x), turn, look, earlier)
+        x = x + y
+        return x + self.mlp(self.norm2(x)), kept
 
 
 class Attention(nnx.Module):
@@ -206,19 +234,19 @@ class Attention(nnx.Module):
         self.o = _linear(queries, config.width, config, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], turn: Rotation, look: Attend
-    ) -> Float[Array, "B T D"]:
-        """Mixes tokens.
+        self, x: Float[Array, "B T D"], turn: Rotation, look: Attend, earlier: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Mixes tokens; also returns what `look` keeps of them.
 
         Args:
           x: tokens.
           turn: rotates queries and keys by their positions.
-          look: attends, given rotated queries `[B, T, H, d]`, rotated keys
-            `[B, T, K, d]` and values; may know of earlier ones.
+          look: attends to these and earlier tokens.
+          earlier: what it knows of the earlier ones in this block.
         """
         q, k, v = (self._split(f(x)) for f in (self.q, self.k, self.v))
-        y = look(turn(q), turn(k), v)
-        return self.o(y.reshape(*x.shape[:2], -1))
+        y, kept = look(turn(q), turn(k), v, earlier)
+        return self.o(y.reshape(*x.shape[:2], -1)), kept
 
     def _split(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
