@@ -257,8 +257,7 @@ def _chosen(program: str, usual: RunConfig, words: list[str]) -> list[str]:
 def _check_methods(program: str, usual: RunConfig, methods: Collection[str]) -> None:
     for name in methods:
         if name not in usual.names():
-            text = unknown("method", name, usual.names(), f"{program} --help")
-            raise SystemExit(f"{program}: {text}")
+            raise SystemExit(f"{program}: {usual.no_method(name, program)}")
 
 
 def _refused(

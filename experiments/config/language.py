@@ -109,6 +109,16 @@ class LanguageConfig(RunConfig, TrainingOptions, ModelOptions, DataOptions):
     untuned: Untuned = dataclasses.field(default_factory=Untuned)
     """Settings of the untuned model; there are none."""
 
+    @classmethod
+    def no_method(cls, name: str, program: str) -> str:
+        """Returns why there is no method of that name; `program` lists all."""
+        if name == LINEAR:
+            return (
+                "linear fits a classifier to features, and a LLaMA answers by its own "
+                "head. Leave the method out."
+            )
+        return super().no_method(name, program)
+
     def reading(self) -> Reading:
         """Returns how records become examples."""
         return Reading(
@@ -128,11 +138,6 @@ class LanguageConfig(RunConfig, TrainingOptions, ModelOptions, DataOptions):
 
     def check(self) -> None:
         """Raises a `ValueError` on values that would fail in the midst of a run."""
-        if LINEAR in self.methods:
-            raise ValueError(
-                "linear fits a classifier to features of images, and the answers of "
-                f"{self.model} are of its own head. Leave the method out."
-            )
         super().check()
         if self.data is None:
             raise ValueError("--data is missing: expected a file or folder of records.")

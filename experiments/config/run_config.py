@@ -115,6 +115,11 @@ class RunConfig(RunOptions, TrainingOptions, MethodOptions):
         """Returns all names that `--methods` takes, the stepless ones first."""
         return (*cls.stepless, *registry.METHODS)
 
+    @classmethod
+    def no_method(cls, name: str, program: str) -> str:
+        """Returns why there is no method of that name; `program` lists all."""
+        return unknown("method", name, cls.names(), f"{program} --help")
+
     def with_settings(self, **methods: Any) -> Self:
         """Returns a copy with the settings of some methods, each by its name."""
         own = {name: methods.pop(name) for name in self.stepless if name in methods}
@@ -157,8 +162,7 @@ class RunConfig(RunOptions, TrainingOptions, MethodOptions):
         """Raises a `ValueError` on values that would fail in the midst of a run."""
         for name in self.methods:
             if name not in self.names():
-                where = f"{self.program} --help"
-                raise ValueError(unknown("method", name, self.names(), where))
+                raise ValueError(self.no_method(name, self.program))
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(
                 f"methods={self.methods}: expected each once, at least one."

@@ -17,6 +17,7 @@ from flax import nnx
 from tiny import leaves
 
 import snella_jax as snella
+from experiments import commonsense
 from experiments.config.language import TARGETS, LanguageConfig
 from experiments.data.questions import AnswerBuckets
 from experiments.data.tokens import Examples
@@ -215,8 +216,11 @@ def test_other_methods_say_why_not(name):
 
 
 def test_a_linear_probe_is_refused_with_a_reason():
-    with pytest.raises(ValueError, match=r"linear fits a classifier .* smollm2"):
-        LanguageConfig(data="x", methods=("linear",)).check()
+    reason = "linear fits a classifier to features, and a LLaMA answers by its own"
+    with pytest.raises(ValueError, match=reason):
+        LanguageConfig(methods=("linear",)).check()
+    with pytest.raises(SystemExit, match=reason):
+        commonsense.main(["--config", "smollm2", "--methods", "linear"])
 
 
 @pytest.mark.parametrize("tied", [False, True])
