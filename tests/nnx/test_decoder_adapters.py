@@ -15,13 +15,7 @@ from snella_jax.nnx.selection import weights_of
 TINY = llama.LlamaConfig(
     vocab_size=32, width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp_dim=24
 )
-CONFIG = snella.SnellaConfig(
-    rank=4,
-    targets=r"blocks/.*/(q|k|v|up|down)",
-    trainable="",
-    allocation="fixed",
-    target_density=0.3,
-)
+CONFIG = snella.SnellaConfig(rank=4, allocation="fixed", target_density=0.3)
 TEXTS = np.random.default_rng(0).integers(0, 32, (3, 8))
 
 
@@ -36,6 +30,17 @@ def adapters():
     logits = {name: called(model, TEXTS) for name, model in found.items()}
     assert abs(logits["law"] - logits["prose"]).max() > 1e-3
     return base, found, logits
+
+
+def test_the_usual_targets_are_the_benchmark_s(adapters):
+    _, found, _ = adapters
+    paths = {weight.path for weight in weights_of(found["law"])}
+    assert paths == {
+        *(f"blocks/attn/{name}" for name in ("q", "k", "v")),
+        *(f"blocks/mlp/{name}" for name in ("up", "down")),
+    }
+    trained = nnx.to_flat_state(nnx.state(found["law"], nnx.Param))
+    assert all("adapter" in path for path, _ in trained)
 
 
 def test_a_file_gives_the_adapter_back_bit_for_bit(adapters, tmp_path):
