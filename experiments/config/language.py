@@ -19,7 +19,7 @@ from experiments.paths import Given
 from experiments.training import schedules
 from experiments.training.grid import Grid
 
-Score = Literal["label", "text"]
+Score = Literal["label", "text", "generated"]
 Dtype = Literal["float32", "bfloat16"]
 TARGETS = r"blocks/.*/(q|k|v|up|down)"  # of the paper's benchmark
 
@@ -50,7 +50,8 @@ class DataOptions:
     """Lengths that batches are padded to; each is compiled."""
     scores: tuple[Score, ...] = ("label",)
     """label: accuracy by the labels of `Answer format: a/b`, always there. text: also
-    by the likelihood of the choices' texts."""
+    by the likelihood of the choices' texts. generated: also by beam search and
+    keywords, as published; slow."""
     prose: Given | None = None
     """A text file: perplexity on it before and after each method."""
     prose_tokens: int = 4096

@@ -15,11 +15,17 @@ from experiments.plotting import plt
 from experiments.reports.text import MISSING, markdown_lines
 
 MAJORITY = "majority answer"
-SCORES = {"label": "accuracy", "text": "text", "text_norm": "text_norm"}
+SCORES = {  # names of their metrics
+    "label": "accuracy",
+    "text": "text",
+    "text_norm": "text_norm",
+    "generated": "generated",
+}
 TITLES = {
     "label": "Test accuracy by labels, %",
     "text": "Test accuracy by the likelihood of the choices' texts, %",
     "text_norm": "The same, the likelihood over the number of characters",
+    "generated": "Test accuracy by generated answers, %",
 }
 
 

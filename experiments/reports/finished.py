@@ -8,10 +8,12 @@ from typing import Any
 from experiments import files
 from experiments.config import run_config
 from experiments.config.images import ImageConfig
+from experiments.config.language import LanguageConfig
 from experiments.config.run_config import WHERE
 from experiments.methods import registry
 from experiments.reports.figures import ACCURACY
 from experiments.tasks import catalogue
+from experiments.training.answers import accuracy_of
 from experiments.training.objective import Metric
 
 # LoRA's factors in these did not decay while decay went by the number of their axes:
@@ -71,12 +73,14 @@ def _runs(where: Path) -> list[Run]:
     summary, config = (files.read(where / f"{n}.json") for n in ("summary", "config"))
     if config is None:
         raise ValueError(f"{where} has a summary.json without its config.json.")
+    asks = "template" in config  # a run on questions
     weights = Path(config["model"]).stem + ", random" * config.get(
         "random_weights", False
     )
-    protocol = config["protocol"] + ", searched" * config["search"]
+    protocol = config["template" if asks else "protocol"]
+    protocol += ", searched" * config["search"]
     metric = Metric(**summary["metrics"][0]) if "metrics" in summary else ACCURACY
-    usual = run_config.as_dict(ImageConfig())
+    usual = run_config.as_dict(LanguageConfig() if asks else ImageConfig())
     filled = usual | config  # which may be older than some fields
     runs = []
     for method, result in summary["methods"].items():
@@ -88,19 +92,38 @@ def _runs(where: Path) -> list[Run]:
             settings["decay of LoRA's factors"] = result.get("decayed") is not None
         if config["search"] or method == "linear":  # whose strengths go on, too
             settings["grid"] = config.get("grid")
-        runs.append(
-            Run(
-                folder=where,
-                task=_task(config["task"]),
-                method=label(method, own),
-                setup=f"{weights}, {protocol}",
-                seed=config["seed"],
-                settings=settings,
-                result=result,
-                metric=metric,
-            )
+        run = Run(
+            folder=where,
+            task=summary["name"] if asks else _task(config["task"]),
+            method=label(method, own),
+            setup=f"{weights}, {protocol}",
+            seed=config["seed"],
+            settings=settings,
+            result=result,
+            metric=metric,
         )
+        runs += _by_test(run) if asks else [run]
     return runs
+
+
+def _by_test(run: Run) -> list[Run]:
+    """Returns a run for each test of a run on questions, with its accuracy alone."""
+    prefix = f"test_{accuracy_of('')}"
+    found = {
+        name.removeprefix(prefix): value
+        for name, value in run.result.items()
+        if name.startswith(prefix) and value is not None
+    }
+    trainable = run.result["trainable"]
+    return [
+        dataclasses.replace(
+            run,
+            task=test,
+            metric=ACCURACY,
+            result={"trainable": trainable, "test_accuracy": value},
+        )
+        for test, value in found.items()
+    ]
 
 
 def _task(name: str) -> str:

@@ -18,7 +18,13 @@ from experiments.reports import answers_report
 from experiments.runs import setup
 from experiments.runs.result import Result, absent
 from experiments.runs.setup import Prepared
-from experiments.training import choice_scores, evaluation, likelihood, sharding
+from experiments.training import (
+    choice_scores,
+    evaluation,
+    generated,
+    likelihood,
+    sharding,
+)
 from experiments.training.answers import Answers
 from experiments.training.choice_scores import Choices
 from experiments.training.trainer import Data
@@ -120,8 +126,14 @@ class LanguageRun(Prepared):
         )
 
     def besides(self, model: Any) -> dict[str, Any]:
-        """Returns scores by the choices' texts, and the perplexity of prose."""
+        """Returns the scores that were asked for, and the perplexity of prose."""
         found: dict[str, Any] = {}
+        if "generated" in self.config.scores:
+            with self.console.status("generating answers"):
+                write = generated.writer(model, self.tokenizer, self.config.test_batch)
+                task, template = self.task, self.config.reading().template
+                own = task.test.asked, task.names, template, write
+                found |= generated.measured(*own)
         if self.choices is not None:
             with self.console.status("texts of the choices"):
                 found |= choice_scores.measured(model, self.choices, self.mesh)

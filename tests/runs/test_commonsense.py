@@ -14,7 +14,7 @@ import pytest
 from places import ROOT
 
 import snella_jax as snella
-from experiments import commonsense
+from experiments import commonsense, report
 from experiments.config.language import LanguageConfig
 from experiments.methods import registry
 from experiments.methods.snella import Snella
@@ -27,7 +27,7 @@ from snella_jax.models import llama
 PROGRAM = """
 import sys, time
 import snella_jax as snella
-from experiments import commonsense
+from experiments import commonsense, report
 from experiments.config.language import LanguageConfig
 from experiments.training import metric_log
 from experiments.training.checkpoints import Checkpoints
@@ -93,6 +93,16 @@ def test_a_run_ends_with_a_report_of_every_test(whole):
     adapted = snella.merge(snella.load(base, out / "adapters" / "snella"))
     moved = Snella().moved(base, adapted, LanguageConfig().scope())
     assert moved == tuned["weights_moved"] > 0
+
+
+def test_finished_runs_are_reported_by_test(whole):
+    out, summary = whole
+    made = report.main([str(out)])
+    assert set(made["tasks"]) == {"larger", "sums"} and made["metric"]["percent"]
+    for column, method in zip(made["columns"], METHODS, strict=True):
+        for test, cell in column["tasks"].items():
+            value = summary["methods"][method][f"test_accuracy_{test}"]
+            assert cell["seeds"] == {"0": value} and cell["mean"] == 100 * value
 
 
 def test_rounds_move_the_budget_and_few_are_evaluated(whole):

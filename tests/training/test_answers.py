@@ -14,7 +14,13 @@ from experiments.data import questions
 from experiments.data.prompts import TEMPLATES
 from experiments.data.questions import AnswerBuckets, Asked, Reading
 from experiments.data.records import Record
-from experiments.training import choice_scores, evaluation, likelihood, sharding
+from experiments.training import (
+    choice_scores,
+    evaluation,
+    generated,
+    likelihood,
+    sharding,
+)
 from experiments.training.answers import Answers
 from experiments.training.choice_scores import Choice, Choices
 from snella_jax.models import llama
@@ -137,6 +143,39 @@ def test_choices_of_several_tokens_and_lengths():
         **{"test_text_a": 0.0, "test_text_b": 0.0, "test_text": 0.0},
         **{"test_text_norm_a": 1.0, "test_text_norm_b": 0.0, "test_text_norm": 0.5},
     }
+
+
+def test_generated_answers_are_the_first_keyword(tmp_path):
+    task = read(tmp_path, Words())
+    prompts = []
+
+    def write(given):
+        prompts.extend(given)
+        # The right one for `sums`, in another case or not at all for `larger`.
+        texts = ["It is True.", "?", " false or true", "false", "true"]
+        names = [own.record.answer for own in task.test.asked[5:]]
+        return texts + [f" so {name}, not answer1 answer2" for name in names]
+
+    found = generated.measured(task.test.asked, task.names, PLAIN, write)
+    answers = [own.record.answer for own in task.test.asked[:5]]
+    hits = np.equal(answers[2:], ["false", "false", "true"])
+    assert found["test_generated_larger"] == pytest.approx(hits.sum() / 5)
+    assert 0 < hits.sum() < 3
+    assert found["test_generated_sums"] == 1.0
+    assert all(prompt.endswith("Response:") for prompt in prompts)
+
+
+def test_a_writer_writes_behind_each_prompt_by_itself(model, tmp_path):
+    """In batches of prompts of several lengths, in their order."""
+    encoder, prompts = Words(), ["a b c", "a b c d e f g", "h"]
+    encoder.pad = 0
+    ids = [encoder.encode(prompt) for prompt in prompts]
+    encoder.known |= {f" w{n}": n for n in range(30, 200)}
+    how = {"max_new_tokens": 32, "eos": (2,), "beams": 4}
+    alone = [llama.generate(model, jnp.asarray([own]), **how)[0] for own in ids]
+    expected = [encoder.decode(own) for own in alone]
+    assert generated.writer(model, encoder, batch=2)(prompts) == expected
+    assert len(set(expected)) == 3
 
 
 # Records and their splits
