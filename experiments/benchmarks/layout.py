@@ -7,6 +7,7 @@ arXiv 1909.08053): the outputs of those that open a block's hidden features alon
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -61,12 +62,17 @@ class Layout:
         """
         *state, batch, _ = arguments
         placed = [jax.tree_util.tree_map_with_path(self._of, tree) for tree in state]
-        return *placed, jax.tree.map(lambda _: self._at(TEXTS), batch), self.whole
+        return *placed, jax.tree.map(lambda _: self.texts, batch), self.whole
 
     @property
     def whole(self) -> NamedSharding:
         """Sharding of what every device has whole."""
         return self._at(PartitionSpec())
+
+    @property
+    def texts(self) -> NamedSharding:
+        """Sharding of what has a row for each text."""
+        return self._at(TEXTS)
 
     def pin(self, model: Llama) -> None:
         """Fixes what lies how inside the step, in place.
@@ -74,32 +80,38 @@ class Layout:
         Left to choose, XLA may split the features between blocks as the embedding's,
         and move activations to where the rows of split factors are.
         """
-        become(model.embed, mixed_class(Pinned, type(model.embed)))
-        model.embed.output = self._at(TEXTS)
         blocks = model.blocks if isinstance(model.blocks, nnx.List) else [model.blocks]
-        for block in blocks:
-            become(block, mixed_class(PinnedBlock, type(block)))
-            block.output = self._at(TEXTS)
-            block.used = self.whole if self.factors == "split" else None
+        for node in (model.embed, *blocks):
+            become(node, mixed_class(Pinned, type(node)))
+            vars(node)["layout"] = self
 
     def _at(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 
     def _of(self, key_path: tuple, leaf: Any) -> NamedSharding:
-        """Returns the sharding of a parameter, or of what an optimizer keeps of it."""
-        path = join(path_of(key_path)).split("/")  # the importance's names are joined
-        layer = next((name for name in reversed(path) if name in MATRICES), None)
+        # The importance's names are joined.
+        return self.of_state(join(path_of(key_path)), leaf.ndim)
+
+    def of_state(self, path: str, ndim: int) -> NamedSharding:
+        """Returns the sharding of a parameter, or of what an optimizer keeps of it.
+
+        Args:
+          path: ends in the names of its layer and its own.
+          ndim: number of its axes.
+        """
+        *modules, name = path.split("/")
+        layer = next((own for own in reversed(modules) if own in MATRICES), None)
         if layer is None:
             return self.whole
         inputs, outputs = MATRICES[layer]
         last: tuple[Any, ...] = ()
-        if path[-1] in ("kernel", "embedding"):
+        if name in ("kernel", "embedding"):
             last = inputs, outputs
-        elif path[-1] in FACTORS and self.factors != "whole":
-            rows = inputs if path[-1] == "a" else outputs
+        elif name in FACTORS and self.factors != "whole":
+            rows = inputs if name == "a" else outputs
             rows = rows if self.factors == "follow" else ("fsdp", "tensor")
-            last = (rows,) if path[-1] == "magnitude" else (rows, None)
-        return self._at(PartitionSpec(*(None,) * (leaf.ndim - len(last)), *last))
+            last = (rows,) if name == "magnitude" else (rows, None)
+        return self._at(PartitionSpec(*(None,) * (ndim - len(last)), *last))
 
 
 def make(
@@ -136,27 +148,34 @@ def make(
 
 
 class Pinned(nnx.Module):
-    """Mixed into a module: its output has a given sharding."""
+    """Mixed into the embedding or a block: its output is split by texts alone.
 
-    output: NamedSharding
-
-    def __call__(self, *args: Any) -> Array:
-        y: Array = super().__call__(*args)  # pyright: ignore[reportAttributeAccessIssue]
-        return jax.lax.with_sharding_constraint(y, self.output)
-
-
-class PinnedBlock(Pinned):
-    """Mixed into a block: its factors, too, have a given sharding where it uses them.
-
-    Attributes:
-      used: that of the factors; None for that in which they are kept.
+    Its factors, where they are split, are whole where it uses them.
     """
 
-    used: NamedSharding | None
+    layout: Layout
 
     def __call__(self, *args: Any) -> Array:
-        if self.used is not None:
-            for _, factor in variables_of(self, Factor):
-                here = jax.lax.with_sharding_constraint(factor[...], self.used)
-                factor.set_value(here)
-        return super().__call__(*args)
+        if self.layout.factors == "split":
+            for path, factor in variables_of(self, Factor):
+                kept = self.layout.of_state(path, factor.ndim)
+                factor.set_value(_gathered(factor[...], self.layout.whole, kept))
+        y: Array = super().__call__(*args)  # pyright: ignore[reportAttributeAccessIssue]
+        return jax.lax.with_sharding_constraint(y, self.layout.texts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: Array, used: NamedSharding, kept: NamedSharding) -> Array:
+    """Reshards an array, and its gradient to how the array is kept."""
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _gathered_forward(x, used, kept):
+    return _gathered(x, used, kept), None
+
+
+def _gathered_backward(used, kept, _, cotangent):
+    return (jax.lax.with_sharding_constraint(cotangent, kept),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)

@@ -179,7 +179,7 @@ def _allocated(
     }
     found = {"total_bytes": sum(found.values())} | found
     if isinstance(where, Layout):
-        found["collectives"] = collectives.of(program.as_text())
+        found["collectives"] = collectives.of(program.as_text() or "")
     return found
 
 
