@@ -112,7 +112,8 @@ def test_a_files_unknown_fields_are_all_named(tmp_path):
         command_line.parse("x", presets.VTAB, ["--config", str(path)])
     said = str(error.value)
     assert f"{path} has fields" in said and "epochs" not in said
-    assert "speed, no_search, lora.ranks. " in said
+    guesses = {"speed": "seed", "no_search": "search", "lora.ranks": "lora.rank"}
+    assert all(f"{n} (did you mean {near}?)" in said for n, near in guesses.items())
 
 
 def test_an_error_of_a_methods_option_names_the_method():
