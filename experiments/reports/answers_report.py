@@ -42,8 +42,9 @@ def made(
     Returns:
       `model`; `tests`; `sizes`, of the splits; `notes`; `rows`, each with `score`,
       `method`, `accuracies` (by test, and `mean`), `val_loss`, `perplexity`,
-      `trainable` and `seconds_per_step`, None where there is none; `unparsed`, by test,
-      where texts were scored.
+      `trainable`, `seconds_per_step` and `keywordless` (number of generated answers
+      without a keyword), None where there is none; `unparsed`, by test, where texts
+      were scored.
     """
     tests, constant = task.tests, task.majority
     rows = [_row("label", MAJORITY, constant, {})]
@@ -73,6 +74,7 @@ def _row(
     result: Mapping[str, Any],
 ) -> dict[str, Any]:
     known = [value for value in accuracies.values() if value is not None]
+    lost = result.get("keywordless")
     return {
         "score": score,
         "method": method,
@@ -81,6 +83,7 @@ def _row(
             name: result.get(name)
             for name in ("val_loss", "perplexity", "trainable", "seconds_per_step")
         },
+        "keywordless": None if lost is None else sum(lost.values()),
     }
 
 
@@ -167,10 +170,14 @@ def _tables(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[st
                 cells += [_number(row["perplexity"], ".2f")] * prose
                 cells += [_number(row["trainable"], ",d")]
                 cells += [_number(row["seconds_per_step"], ".2f")]
+            if score == "generated":
+                cells += [_number(row["keywordless"], "d")]
             rows.append([row["method"], *cells])
         header = ["", *groups]
         if score == "label":
             header += ["val loss", *["perplexity"] * prose, "trainable", "s/step"]
+        if score == "generated":
+            header += ["no keyword"]
         if rows:
             yield title, header, rows
 

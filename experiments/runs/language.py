@@ -129,11 +129,11 @@ class LanguageRun(Prepared):
         """Returns the scores that were asked for, and the perplexity of prose."""
         found: dict[str, Any] = {}
         if "generated" in self.config.scores:
-            with self.console.status("generating answers"):
-                write = generated.writer(model, self.tokenizer, self.config.test_batch)
-                task, template = self.task, self.config.reading().template
-                own = task.test.asked, task.names, template, write
-                found |= generated.measured(*own)
+            batch, task = self.config.test_batch, self.task
+            write = generated.writer(model, self.tokenizer, batch, self.console)
+            template = self.config.reading().template
+            own = task.test.asked, task.names, template, write
+            found |= generated.measured(*own)
         if self.choices is not None:
             with self.console.status("texts of the choices"):
                 found |= choice_scores.measured(model, self.choices, self.mesh)
@@ -181,6 +181,9 @@ def prepared(name: str, config: LanguageConfig, console: Console) -> LanguageRun
             config.model, config.dtype, config.param_dtype, remat=config.remat
         )
     setup.check_methods(config, base)
+    if "generated" in config.scores:
+        asked, template = task.test.asked, config.reading().template
+        generated.check(asked, template, tokenizer, base.config.context)
     return LanguageRun(
         config,
         task,

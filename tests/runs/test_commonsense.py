@@ -148,6 +148,17 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(words, whole, tmp_path):
             np.testing.assert_array_equal(one, other)
 
 
+def test_answers_are_generated_on_request(words, tmp_path):
+    """By a random model, which knows no keyword."""
+    own = ["--methods", "untuned", "--scores", "label", "generated", "--limit=2"]
+    out = tmp_path / "run"
+    result = commonsense.main([*words, *own, f"--out={out}"])["methods"]["untuned"]
+    assert result["test_generated"] == result["test_generated_sums"] == 0
+    assert result["keywordless"] == {"larger": 2, "sums": 2}
+    text = (out / "report.md").read_text("utf-8")
+    assert "no keyword |" in text and "| untuned | 0.0 | 0.0 | 0.0 | 4 |" in text
+
+
 def test_a_search_follows_validation_for_fewer_steps(words, tmp_path):
     own = ["--methods", "lora", "--search", "--search_steps=2", "--warmup_epochs=0"]
     own += ["--grid.lr_factors=3", f"--out={tmp_path / 'run'}"]

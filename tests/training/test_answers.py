@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from words import Words
 
+from experiments import terminal
 from experiments.data import questions
 from experiments.data.prompts import TEMPLATES
 from experiments.data.questions import AnswerBuckets, Asked, Reading
@@ -162,6 +163,7 @@ def test_generated_answers_are_the_first_keyword(tmp_path):
     assert found["test_generated_larger"] == pytest.approx(hits.sum() / 5)
     assert 0 < hits.sum() < 3
     assert found["test_generated_sums"] == 1.0
+    assert found["keywordless"] == {"larger": 2, "sums": 0}
     assert all(prompt.endswith("Response:") for prompt in prompts)
 
 
@@ -174,8 +176,49 @@ def test_a_writer_writes_behind_each_prompt_by_itself(model, tmp_path):
     how = {"max_new_tokens": 32, "eos": (2,), "beams": 4}
     alone = [llama.generate(model, jnp.asarray([own]), **how)[0] for own in ids]
     expected = [encoder.decode(own) for own in alone]
-    assert generated.writer(model, encoder, batch=2)(prompts) == expected
+    shown = terminal.console()
+    assert generated.writer(model, encoder, 2, shown)(prompts) == expected
     assert len(set(expected)) == 3
+
+
+@pytest.mark.parametrize(
+    ("labels", "text", "expected"),
+    [
+        ("answer1/answer2", " the correct answer is answer2", "answer2"),
+        ("answer1/answer2", "Answer1 answer5 answer1", "answer5"),  # one of its test's
+        ("answer1/answer2", "answer22", "answer2"),
+        ("answer1/answer2", "it\n\nResponse: answer1", None),
+        ("true/false", "answer1", None),
+        ("b/a", "a or b", "a"),
+        ("a/ab", "ab", "ab"),
+        ("answer1/answer6", "answer5 answer6", "answer6"),
+    ],
+)
+def test_keywords_are_those_of_the_published_tests_or_the_labels(
+    labels, text, expected
+):
+    first = labels.split("/")[0]
+    own = Record(f"Which?\n\nAnswer format: {labels}", "", first, first)
+    assert generated.answer_of(text, generated.keywords(own), "Response:") == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_is_behind_another_mark_is_not_looked_at(name):
+    own = record(["a", "b"], "a")
+    mark = {"plain": "Response:", "llm_adapters": "### Response:"}[name]
+    for text, hit in ((f"a {mark} b", 1.0), (f"it {mark} a", 0.0)):
+        found = generated.measured(
+            [own], ["mine"], TEMPLATES[name], lambda prompts, text=text: [text]
+        )
+        assert found["test_generated_mine"] == hit
+
+
+def test_a_question_without_room_for_its_answer_is_told_before():
+    own, encoder = record(["a", "b"], "a"), Letters()
+    longest = len(PLAIN.asked(own.record))
+    generated.check([own], PLAIN, encoder, longest + 32)
+    with pytest.raises(ValueError, match=f"has {longest} tokens, its answer 32: .*=40"):
+        generated.check([own], PLAIN, encoder, 40)
 
 
 # Records and their splits
