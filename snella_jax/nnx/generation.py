@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Int
 
 from snella_jax.models import llama
@@ -11,7 +12,7 @@ from snella_jax.nnx.selection import has_adapters
 
 def generate(
     model: llama.Llama,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     *,
     unmoved_budgets: bool = False,
     **options: Any,

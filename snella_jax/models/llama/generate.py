@@ -32,9 +32,9 @@ class Drawing(NamedTuple):
 
 def generate(
     model: Llama,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     *,
-    lengths: Int[Array, " B"] | None = None,
+    lengths: Int[Array | np.ndarray, " B"] | Sequence[int] | None = None,
     padding: str = "right",
     max_new_tokens: int,
     eos: Sequence[int] = (),
