@@ -261,8 +261,12 @@ def test_an_adapted_model_is_merged_before():
     np.testing.assert_array_equal(got, expected)
     plain = snella.generate(made(), padded("right"), **options)
     np.testing.assert_array_equal(plain, written(made()))
-    with pytest.raises(ValueError, match=r"has adapters: .*snella\.merge\(model\)"):
-        written(model)
+    rows = snella.SnellaConfig(rank=2, targets="embed/embedding", trainable="")
+    layouts = {"embed/embedding": snella.Layout((VOCABULARY,), (16,))}
+    other = snella.adapt(made(), rows, rngs=nnx.Rngs(1), layouts=layouts)
+    for adapted in (model, other):
+        with pytest.raises(ValueError, match=r"has adapters: .*snella\.merge\(model\)"):
+            written(adapted)
     with pytest.raises(TypeError, match="Linear writes nothing: expected a LLaMA"):
         snella.generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), PROMPTS, max_new_tokens=1)
 

@@ -136,7 +136,9 @@ def unstack(model: M) -> M:
 
 def require_plain(model: nnx.Module) -> None:
     """Raises a `ValueError` if a model has adapters."""
-    if any(hasattr(node, "adapter") for _, node in nnx.iter_graph(model)):
+    nodes = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module))
+    names = (name for node in nodes for name in vars(node))
+    if any(name == "adapter" or name.endswith("_adapter") for name in names):
         raise ValueError(
             "The model has adapters: expected one without, or snella.merge(model)."
         )
