@@ -28,7 +28,8 @@ class LlamaConfig:
       norm_eps: epsilon of the norms.
       rope_theta: base of the rotary frequencies.
       rope_scaling: how these are scaled; None for not at all.
-      context: longest text in tokens that the weights were trained for; not enforced.
+      context: longest text in tokens that the weights were trained for; `generate`
+        writes no longer ones, the call takes them.
       tied: True if the head's weights are those of the embedding.
       bos: token that texts begin with; None if not known.
       eos: tokens that end a text.

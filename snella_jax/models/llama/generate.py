@@ -7,7 +7,7 @@ are read once, then a loop reads a token at a time against the cache of earlier 
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from snella_jax.models.llama import beams as search
 from snella_jax.models.llama.cache import Cache, advanced, prefilled
 from snella_jax.models.llama.model import Llama
 
-SIDES = ("right", "left")
+Side = Literal["right", "left"]
 
 
 class Drawing(NamedTuple):
@@ -35,7 +35,7 @@ def generate(
     tokens: Int[Array | np.ndarray, "B T"],
     *,
     lengths: Int[Array | np.ndarray, " B"] | Sequence[int] | None = None,
-    padding: str = "right",
+    padding: Side = "right",
     max_new_tokens: int,
     eos: Sequence[int] = (),
     temperature: float = 0.0,
@@ -88,7 +88,8 @@ def generate(
     if longest > model.config.context:
         raise ValueError(
             f"The longest prompt with max_new_tokens={max_new_tokens} has {longest} "
-            f"tokens: expected at most the model's context={model.config.context}."
+            f"tokens: expected at most the model's context={model.config.context}, a "
+            "field of its config."
         )
     _check_drawing(temperature, key, beams)
     graphdef, state = nnx.split(model)
@@ -173,7 +174,7 @@ def _prompts(
     model: Llama, tokens: Any, lengths: Any, padding: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns the prompts, 0 for what pads them, and the mask of real tokens."""
-    if padding not in SIDES:
+    if padding not in get_args(Side):
         raise ValueError(f'padding={padding!r}: expected "right" or "left".')
     tokens = _integers("tokens", tokens)
     if tokens.ndim != 2 or not tokens.size:
