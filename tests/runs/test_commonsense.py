@@ -195,7 +195,7 @@ def test_other_methods_train_a_decoder(words, tmp_path):
         (["--scores", "text"], "expected label among them"),
         (["--limit=0"], "limit=0: expected at least 1"),
         (["--model=smollm3"], "did you mean smollm2_135m"),
-        (["--model=nothing/here"], "nothing/here: there is nothing"),
+        (["--model=nothing/here"], "is called 'nothing/here'.* or a GGUF file"),
         (["--overlong=cut"], "llm_adapters"),
     ],
 )
