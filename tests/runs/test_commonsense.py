@@ -161,7 +161,7 @@ def test_a_search_follows_validation_for_fewer_steps(words, tmp_path):
 @pytest.mark.parametrize("method", ["bias", "noah"])
 def test_what_a_decoder_has_no_place_for_is_refused(method, words, tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(SystemExit, match="a Llama has none. Leave the method out"):
+    with pytest.raises(SystemExit, match="Leave the method out"):
         commonsense.main([*words, "--methods", method, f"--out={out}"])
     assert not out.exists()
 
