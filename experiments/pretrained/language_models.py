@@ -36,11 +36,10 @@ def path(name: str) -> Path:
     if name not in PACKAGED:
         found = at_home(name)
         if not found.exists():
-            if found == Path(found.name) and not found.suffix:
-                raise ValueError(unknown("model or path", name, PACKAGED, HELP))
+            text = unknown("model or path", name, PACKAGED, HELP)
             raise FileNotFoundError(
-                f"--model {name}: there is nothing. Give a folder of Hugging Face's or "
-                f"Meta's, a GGUF file, or one of {', '.join(PACKAGED)}."
+                f"--model: {text} Weights with their tokenizer are a folder of Hugging "
+                "Face's or Meta's, or a GGUF file."
             )
         return found
     module, file, install = PACKAGED[name]

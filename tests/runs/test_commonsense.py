@@ -169,21 +169,10 @@ def test_a_search_follows_validation_for_fewer_steps(words, tmp_path):
     assert summary["methods"]["lora"]["settings"]["lr"] == best["lr"]
 
 
-@pytest.mark.parametrize(
-    ("method", "said"),
-    [
-        ("bias", "a Llama has none"),
-        ("ssf", "a Llama has none"),
-        ("mlp3", "the head of a classifier"),
-        ("vqt", "a Llama reads texts"),
-        ("noah", "a Llama reads texts"),
-        ("adapter", "A Llama has no MLP"),
-        ("mosa", "A Llama has no MLP"),
-    ],
-)
-def test_what_a_decoder_has_no_place_for_is_refused(method, said, words, tmp_path):
+@pytest.mark.parametrize("method", ["bias", "noah"])
+def test_what_a_decoder_has_no_place_for_is_refused(method, words, tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(SystemExit, match="Leave the method out"):
         commonsense.main([*words, "--methods", method, f"--out={out}"])
     assert not out.exists()
 
@@ -206,7 +195,7 @@ def test_other_methods_train_a_decoder(words, tmp_path):
         (["--scores", "text"], "expected label among them"),
         (["--limit=0"], "limit=0: expected at least 1"),
         (["--model=smollm3"], "did you mean smollm2_135m"),
-        (["--model=nothing/here"], "nothing/here: there is nothing"),
+        (["--model=nothing/here"], "is called 'nothing/here'.* or a GGUF file"),
         (["--overlong=cut"], "llm_adapters"),
     ],
 )
