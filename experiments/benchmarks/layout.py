@@ -155,12 +155,12 @@ class Pinned(nnx.Module):
 
     layout: Layout
 
-    def __call__(self, *args: Any) -> Array:
+    def __call__(self, *args: Any) -> Any:
         if self.layout.factors == "split":
             for path, factor in variables_of(self, Factor):
                 kept = self.layout.of_state(path, factor.ndim)
                 factor.set_value(_gathered(factor[...], self.layout.whole, kept))
-        y: Array = super().__call__(*args)  # pyright: ignore[reportAttributeAccessIssue]
+        y: Any = super().__call__(*args)  # pyright: ignore[reportAttributeAccessIssue]
         return jax.lax.with_sharding_constraint(y, self.layout.texts)
 
 
