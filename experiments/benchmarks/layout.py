@@ -150,7 +150,8 @@ def make(
 class Pinned(nnx.Module):
     """Mixed into the embedding or a block: its output is split by texts alone.
 
-    Its factors, where they are split, are whole where it uses them.
+    Factors of layout "split" are whole where it uses them. Their gradient is summed as
+    their matrix lies, or XLA moves that of the matrix instead (16 H100: 2.1 GiB more).
     """
 
     layout: Layout
@@ -168,7 +169,7 @@ class Pinned(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(x: Array, used: NamedSharding, of_gradient: NamedSharding) -> Array:
-    """Reshards an array, and its gradient otherwise."""
+    """Lays out an array in one way, and its gradient in another."""
     return jax.lax.with_sharding_constraint(x, used)
 
 
