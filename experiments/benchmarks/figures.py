@@ -43,7 +43,7 @@ def _memory_by_method(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         axes.barh(names, firsts, color="tab:orange", height=0.7, label="first stage")
     bars = axes.barh(names, steps, color="tab:blue", height=0.7, label="training step")
     for bar in (bar for bar, fits in zip(bars, fit, strict=True) if not fits):
-        bar.set(color="lightgrey", hatch="//")
+        bar.set(color="lightgrey")
     for index, total in enumerate(totals):
         axes.annotate(
             f"{total:.2f}" + " does not fit" * (not fit[index]),
@@ -64,9 +64,7 @@ def _memory_by_method(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _chips(row: dict[str, Any]) -> str:
-    if "chips" not in row:
-        return ""
-    return f"\na chip of {row['chips']} ({row['mesh']}), rank {row['rank']}"
+    return f"\na chip, {row['mesh']}, rank {row['rank']}" if "mesh" in row else ""
 
 
 def _memory_by_size(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -150,32 +150,35 @@ def make(
 class Pinned(nnx.Module):
     """Mixed into the embedding or a block: its output is split by texts alone.
 
-    Its factors, where they are split, are whole where it uses them.
+    Factors of layout "split" are whole where it uses them. Their gradient is summed as
+    their matrix lies, or XLA moves that of the matrix instead (16 H100: 2.1 GiB more).
     """
 
     layout: Layout
 
-    def __call__(self, *args: Any) -> Array:
+    def __call__(self, *args: Any) -> Any:
         if self.layout.factors == "split":
+            following = dataclasses.replace(self.layout, factors="follow")
             for path, factor in variables_of(self, Factor):
-                kept = self.layout.of_state(path, factor.ndim)
-                factor.set_value(_gathered(factor[...], self.layout.whole, kept))
-        y: Array = super().__call__(*args)  # pyright: ignore[reportAttributeAccessIssue]
+                of_gradient = following.of_state(path, factor.ndim)
+                here = _gathered(factor[...], self.layout.whole, of_gradient)
+                factor.set_value(here)
+        y: Any = super().__call__(*args)  # pyright: ignore[reportAttributeAccessIssue]
         return jax.lax.with_sharding_constraint(y, self.layout.texts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(x: Array, used: NamedSharding, kept: NamedSharding) -> Array:
-    """Reshards an array, and its gradient to how the array is kept."""
+def _gathered(x: Array, used: NamedSharding, of_gradient: NamedSharding) -> Array:
+    """Lays out an array in one way, and its gradient in another."""
     return jax.lax.with_sharding_constraint(x, used)
 
 
-def _gathered_forward(x, used, kept):
-    return _gathered(x, used, kept), None
+def _gathered_forward(x, used, of_gradient):
+    return _gathered(x, used, of_gradient), None
 
 
-def _gathered_backward(used, kept, _, cotangent):
-    return (jax.lax.with_sharding_constraint(cotangent, kept),)
+def _gathered_backward(_, of_gradient, residuals, cotangent):
+    return (jax.lax.with_sharding_constraint(cotangent, of_gradient),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)

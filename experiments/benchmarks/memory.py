@@ -12,7 +12,7 @@ no copy of it counts against LoRA. The total of SPT, GPS and NOAH is that of the
 stage where it takes more (`locating_bytes`).
 
     python -m experiments.benchmarks.memory --target tpu-v5e --model llama2_7b \
-        --rank 32 --chips 16 --mesh fsdp=4,tensor=4
+        --chips 16 --mesh fsdp=4,tensor=4
 
 does so for a language model on a mesh of chips, see `layout`: bytes are those of one
 chip, and a second table has the collectives of a step. A step that does not fit the
@@ -185,7 +185,7 @@ def _allocated(
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     first, on_mesh = rows[0], "mesh" in rows[0]
-    chips = f", a chip of {first['chips']}" if on_mesh else ""
+    chips = f", a chip, {first['mesh']}" if on_mesh else ""
     table = Table(
         title=f"GiB in one step, batch {first['batch']}, {first['dtype']}, frozen "
         f"{first['frozen_dtype']}: {first['device']}{chips}"
@@ -217,7 +217,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 def _collectives(rows: list[dict[str, Any]]) -> Table:
     """Returns the collectives of every step that was compiled."""
     first = rows[0]
-    table = Table(title=f"Collectives of one step on {first['mesh']}, of a chip")
+    table = Table(title=f"Collectives of one step, a chip, {first['mesh']}")
     for name in ("model", "method", "kind", "count", "under 1 KiB", "GiB"):
         left = name in ("model", "method", "kind")
         table.add_column(name, justify="left" if left else "right", no_wrap=left)

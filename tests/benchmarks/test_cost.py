@@ -227,3 +227,17 @@ def test_memory_draws_one_model_or_several(tmp_path):
         total = {(row["model"], row["method"]): row["total_bytes"] for row in rows}
         for model in ("swin_b", "convnext_b"):
             assert total[model, "snella"] <= 1.08 * total[model, "lora"]
+
+
+@pytest.mark.parametrize("chips", [4, 16])
+@pytest.mark.parametrize("name", ["h100", "v5e"])
+def test_a_chip_has_room_for_snella_where_it_has_for_lora(name, chips):
+    """The repository's results for Llama-2-7B."""
+    folder = RESULTS / f"memory/{name}_llama2_7b_chips{chips}"
+    rows = json.loads((folder / "memory.json").read_text("utf-8"))
+    of = {row["method"]: row for row in rows}
+    assert of["lora"]["fits"] and of["snella"]["fits"]
+    assert of["snella"]["total_bytes"] <= 1.05 * of["lora"]["total_bytes"]
+    searches = 31 * 5 * 32  # a bit of a threshold each
+    assert of["snella"]["collectives"]["all-reduce"]["small"] >= searches
+    assert of["lora"]["collectives"]["all-reduce"]["small"] < 10

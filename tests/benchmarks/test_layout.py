@@ -70,6 +70,23 @@ def test_a_step_on_a_mesh_is_that_of_one_device(method, factors):
         np.testing.assert_allclose(moments[0][name], leaf, atol=1e-4 * largest)
 
 
+@pytest.mark.parametrize("method", workload.OF_TEXTS)
+def test_every_method_of_texts_has_a_layout(method):
+    """Shapes alone: a step gives back what trains, laid out evenly, as it was."""
+    on = layout.make(MESH, jax.devices()[:4], 4)
+    one = workload.abstract(workload.checked(setting(method)), on)
+    new_trainable, new_state, loss = jax.eval_shape(one.run, *one.arguments)
+    shapes = [
+        jax.tree.map(lambda v: (v.shape, v.dtype), tree)
+        for tree in (one.arguments[:2], (new_trainable, new_state))
+    ]
+    assert shapes[0] == shapes[1] and loss.shape == ()
+    parts = jax.tree.map(
+        lambda v, at: at.shard_shape(v.shape), one.arguments, one.where
+    )
+    assert jax.tree.leaves(parts)
+
+
 def test_what_lies_where():
     """Kernels are in four parts, factors and what AdamW keeps of them by `factors`."""
     devices = jax.devices()[:4]
