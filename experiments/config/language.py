@@ -167,7 +167,7 @@ def _ranked(rank: int, **rates: float) -> dict:
 RATES = {"lora": 3e-4, "dora": 2e-4, "snell": 1e-3, "snella": 1e-3}
 SMOLLM2 = LanguageConfig(
     methods=("untuned", "lora", "dora", "snell", "snella"),
-    steps=300,
+    steps=400,
     round_steps=25,
     warmup_epochs=1,
     eval_every=6,
@@ -176,7 +176,7 @@ SMOLLM2 = LanguageConfig(
     settings=_ranked(8, **{name: 3 * rate for name, rate in RATES.items()}),
 )
 LANGUAGE: dict[str, Preset[LanguageConfig]] = {
-    "smollm2": Preset("SmolLM2-135M, hours on two cores", SMOLLM2),
+    "smollm2": Preset("SmolLM2-135M, two hours on two cores", SMOLLM2),
     "smollm2_small": Preset(
         "the same, minutes",
         dataclasses.replace(
