@@ -10,6 +10,7 @@ from rich.console import Console
 from experiments import terminal
 from experiments.config import command_line
 from experiments.config.presets import SUITES
+from experiments.config.run_config import RunConfig
 from experiments.runs import setup, suite
 from experiments.runs.run import run
 from experiments.runs.setup import Prepared
@@ -36,10 +37,6 @@ def main(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     console = terminal.console()
-    if {"--epochs", "--steps"} <= {word.split("=")[0] for word in words}:
-        raise SystemExit(
-            f"{program}: --epochs and --steps both give a run's length, expected one."
-        )
     resumed, words = command_line.interrupted(program, words)
     if resumed is not None and suite_name and (resumed / suite.FILE).exists():
         return suite.resume(resumed, console)
@@ -49,13 +46,25 @@ def main(
     elif suite_name and _names(words, suite_name):
         tasks = {name: presets[name] for name in SUITES[suite_name]}
         found = suite.configs(program, tasks, suite_name, words)
+        _check_length(program, words, next(iter(found.values())))
         setup.join_processes(next(iter(found.values())), console)
         return suite.start(program, suite_name, found, console)
     name, config = command_line.parse(program, presets, words, suite_name)
+    _check_length(program, words, config)
     setup.join_processes(config, console)
     with terminal.exit_on_error(program):
         prepared = prepare(name, config, console)
     return run(prepared, resume=resumed is not None)
+
+
+def _check_length(program: str, words: list[str], config: RunConfig) -> None:
+    """Exits where `--epochs` would be ignored."""
+    given = {word.split("=")[0] for word in words}
+    if "--epochs" in given and config.steps is not None:
+        raise SystemExit(
+            f"{program}: --epochs and --steps both give a run's length, expected one. "
+            "(--steps None: not that of the preset.)"
+        )
 
 
 def _names(words: list[str], suite_name: str) -> bool:

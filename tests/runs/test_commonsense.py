@@ -197,6 +197,7 @@ def test_other_methods_train_a_decoder(words, tmp_path):
         (["--model=smollm3"], "did you mean smollm2_135m"),
         (["--model=nothing/here"], "is called 'nothing/here'.* or a GGUF file"),
         (["--overlong=cut"], "llm_adapters"),
+        (["--epochs=3"], "--epochs and --steps both give a run's length"),
     ],
 )
 def test_wrong_options_are_named(options, said, words, tmp_path):
