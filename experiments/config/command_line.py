@@ -331,7 +331,7 @@ def _show(
         for name in methods if len(methods) <= SHOWN else ():
             own = [o.flag.rpartition(".")[2] for o in known
                    if o.panel == name and not o.hidden]  # fmt: skip
-            lines += [f"  --{prefix}{name}.{' .'.join(own)}"]
+            lines += [f"  --{prefix}{name}.{' .'.join(own)}"] * bool(own)
         rest = [o for o in known if o.panel not in methods]
         options.show(program, rest, "\n".join(lines), brief=True)
     raise SystemExit(0)

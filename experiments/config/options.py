@@ -178,7 +178,7 @@ def _named(option: Option, hint: str | None = None, metavar: str | None = None) 
 def _hint(option: Option) -> str:
     """Returns the default as the help shows it; nothing for what is off or unset."""
     default = option.default
-    if default is None or default is False or default == "":
+    if default is None or default is False or default in ("", ()):
         return ""
     many = " ".join(map(str, default)) if isinstance(default, tuple) else default
     return f"[{many}]"
@@ -191,9 +191,9 @@ def _metavar(option: Option) -> str | None:
         return None
     if get_origin(option.type) is tuple:
         return "..."
-    if get_origin(option.type) is Literal:
-        return "NAME"
     kind = kinds[0] if kinds else option.type
+    if Literal in (get_origin(option.type), get_origin(kind)):
+        return "NAME"
     return {int: "INT", float: "FLOAT", str: "STR"}.get(kind, "PATH")
 
 
