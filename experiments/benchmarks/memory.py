@@ -168,7 +168,8 @@ def _allocated(
     try:
         program = compiler.lower(*one.arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        if not (needed := TOO_LARGE.search(str(error))):
+        needed = TOO_LARGE.search(str(error))
+        if needed is None or not isinstance(where, Layout):
             raise
         return {"total_bytes": round(float(needed[1]) * GIB), "fits": False}
     parts: Any = program.memory_analysis()
