@@ -14,6 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A worker for each core is enough: more threads fight over them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Each may compile for a TPU: libtpu's lock is for those that run on one.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # Tests compile more than they compute: without LLVM's optimisations and MLIR's fusions
 # a training step compiles in a third of the time. Fused multiply-adds round a weight
 # that is recomputed otherwise, and at the threshold it changes sides in the backward
