@@ -81,6 +81,7 @@ def test_every_text_file_is_opened_as_utf_8():
     assert found == []
 
 
+@pytest.mark.slow  # a process that compiles by itself
 def test_a_run_is_the_same_where_the_locale_is_not_utf_8(tmp_path):
     """Its data, its model and the model's classes have names beyond ASCII."""
     name = "ü-猫"

@@ -205,6 +205,7 @@ def learn(out, *words):
     return overfit.main([*same, *words])
 
 
+@pytest.mark.slow  # 60 steps
 def test_few_images_are_learnt_by_heart(learner, tmp_path, capsys):
     length = "--images=16", "--steps=60", "--round_steps=20"
     found = learn(tmp_path / "all", *length, "--full.lr", "3e-3")

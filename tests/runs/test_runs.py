@@ -294,6 +294,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
     assert not (out / "results.json").exists()
 
 
+@pytest.mark.slow  # a process that compiles by itself
 def test_a_disk_that_is_full_leaves_what_is_done(short, tmp_path):
     """No file may grow beyond 10 kB, which a checkpoint is larger than."""
     out = tmp_path / "run"
