@@ -176,7 +176,7 @@ SMOLLM2 = LanguageConfig(
     settings=_ranked(8, **{name: 3 * rate for name, rate in RATES.items()}),
 )
 LANGUAGE: dict[str, Preset[LanguageConfig]] = {
-    "smollm2": Preset("SmolLM2-135M, two hours on two cores", SMOLLM2),
+    "smollm2": Preset("SmolLM2-135M, hours on two cores; not run", SMOLLM2),
     "smollm2_small": Preset(
         "the same, minutes",
         dataclasses.replace(

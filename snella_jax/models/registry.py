@@ -1,7 +1,5 @@
 """All families of models: presets by name, and weights of any family."""
 
-import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from snella_jax.files.errors import CheckpointError
 from snella_jax.models import convnext, llama, swin, vit
 from snella_jax.models.checkpoints.family import Family
 from snella_jax.models.checkpoints.read import read
+from snella_jax.models.layers import preset
 
 ImageModel = vit.ViT | swin.Swin | convnext.ConvNeXt
 Model = ImageModel | llama.Llama
@@ -31,13 +30,8 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Model:
     Raises:
       ValueError: `name` is not a preset; the message has the nearest ones.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS)
-        guess = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(
-            f"No model is called {name!r}.{guess} snella_jax.models.PRESETS has all."
-        )
-    return of(dataclasses.replace(PRESETS[name], **overrides), rngs)
+    where = "snella_jax.models.PRESETS"
+    return of(preset.named(name, PRESETS, "model", where, **overrides), rngs)
 
 
 def of(config: Any, rngs: nnx.Rngs) -> Model:

@@ -11,6 +11,7 @@ import asked
 import jax
 import numpy as np
 import pytest
+import slowed
 from places import ROOT
 
 import snella_jax as snella
@@ -23,24 +24,6 @@ from experiments.training.checkpoints import Checkpoints
 from experiments.training.objective import Metric
 from snella_jax.models import llama
 
-# Time passes after a round's row and its checkpoint, to be killed in.
-PROGRAM = """
-import sys, time
-import snella_jax as snella
-from experiments import commonsense, report
-from experiments.config.language import LanguageConfig
-from experiments.training import metric_log
-from experiments.training.checkpoints import Checkpoints
-
-def slow(function):
-    def slowed(*given, **named):
-        function(*given, **named)
-        time.sleep(0.25)
-    return slowed
-
-metric_log.log, Checkpoints.save = slow(metric_log.log), slow(Checkpoints.save)
-commonsense.main(sys.argv[1:])
-"""
 METHODS = "untuned", "lora", "snella"
 
 
@@ -127,7 +110,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(words, whole, tmp_path):
     out, path = tmp_path / "broken", tmp_path / "broken" / metric_log.NAME
     options = [*words, f"--out={out}", "--scores", "label", "text"]
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *options],
+        [sys.executable, "-c", slowed.program("commonsense"), *options],
         stdout=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pictures
 import pytest
+import slowed
 from flax import nnx
 from places import ROOT
 
@@ -32,27 +33,11 @@ from snella_jax.models.vit import ViT, ViTConfig
 
 CLASSES = Classification()
 (ACCURACY,) = CLASSES.metrics
-# Time passes between a round's row, its checkpoint and the next round, to be killed in.
-PROGRAM = """
-import sys, time
-from experiments import vtab
-from experiments.training import metric_log
-from experiments.training.checkpoints import Checkpoints
-
-def slow(function):
-    def slowed(*given, **named):
-        function(*given, **named)
-        time.sleep(0.25)
-    return slowed
-
-metric_log.log, Checkpoints.save = slow(metric_log.log), slow(Checkpoints.save)
-vtab.main(sys.argv[1:])
-"""
 
 
 def started(*options):
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *map(str, options)],
+        [sys.executable, "-c", slowed.program("vtab"), *map(str, options)],
         stdout=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )

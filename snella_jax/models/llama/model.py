@@ -15,8 +15,6 @@ keys and values, `d` their width.
     (1, 3, 50)
 """
 
-import dataclasses
-import difflib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -25,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from snella_jax.models.layers import basic, stack
+from snella_jax.models.layers import basic, preset, stack
 from snella_jax.models.layers.attention import attend
 from snella_jax.models.llama.config import PRESETS, LlamaConfig
 from snella_jax.models.llama.rotary import Rotation, inverse_frequencies, rotation
@@ -42,14 +40,9 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "Llama":
     Raises:
       ValueError: `name` is not a preset; the message has the nearest ones.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS)
-        guess = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(
-            f"No LLaMA is called {name!r}.{guess} snella_jax.models.llama.PRESETS has "
-            "all."
-        )
-    return Llama(dataclasses.replace(PRESETS[name], **overrides), rngs=rngs)
+    where = "snella_jax.models.llama.PRESETS"
+    config = preset.named(name, PRESETS, "LLaMA", where, **overrides)
+    return Llama(config, rngs=rngs)
 
 
 class Llama(nnx.Module):

@@ -12,8 +12,6 @@ tokens (class token first), `D` width, `H` heads, `d = D / H`.
     (2, 10)
 """
 
-import dataclasses
-import difflib
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -23,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from snella_jax.models.layers import basic, stack
+from snella_jax.models.layers import basic, preset, stack
 from snella_jax.models.layers.attention import Implementation, attend, attention_weights
 from snella_jax.models.layers.images import Classifier, check_batch
 from snella_jax.models.vit.config import PRESETS, ViTConfig
@@ -35,13 +33,8 @@ def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "ViT":
     Raises:
       ValueError: `name` is not a preset; the message has the nearest ones.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS)
-        guess = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(
-            f"No ViT is called {name!r}.{guess} snella_jax.models.vit.PRESETS has all."
-        )
-    return ViT(dataclasses.replace(PRESETS[name], **overrides), rngs=rngs)
+    where = "snella_jax.models.vit.PRESETS"
+    return ViT(preset.named(name, PRESETS, "ViT", where, **overrides), rngs=rngs)
 
 
 class ViT(Classifier):
