@@ -65,14 +65,14 @@ class _Found:
 
 
 def load(
-    path: Path, name: str = "", validation: float = VALIDATION
+    path: Path, validation: float = VALIDATION, name: str = ""
 ) -> SegmentationTask:
     """Loads the task in a folder of any of the layouts; opens no image.
 
     Args:
-      name: name of the task in tables; the folder's name by default.
       validation: share of the training images that is held out, where the layout has
         no validation split. The draw is the same for every seed of a run.
+      name: name of the task in tables; the folder's name by default.
 
     Raises:
       FileNotFoundError: folders or lists are missing.
@@ -101,6 +101,12 @@ def test_only(path: Path, name: str = "") -> SegmentationTask:
     folder, none = pairs.read(path), Pairs([])
     name = name or path.resolve().name
     return SegmentationTask(name, none, none, folder.whole(), notes=folder.notes)
+
+
+def as_test(path: Path, validation: float = VALIDATION) -> SegmentationTask:
+    """Returns every pair of a single folder as a test, and any other as `load` does."""
+    single = pairs.kinds(path) is not None and not (path / "train.txt").exists()
+    return test_only(path) if single else load(path, validation)
 
 
 def is_folder(path: Path) -> bool:
