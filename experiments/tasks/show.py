@@ -9,7 +9,7 @@ augmentation and normalisation (undone again for the eye).
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -138,7 +138,7 @@ def _batch(
 
 
 @contextlib.contextmanager
-def _sheet(path: Path, title: str, count: int) -> Iterator[Sequence[Axes]]:
+def _sheet(path: Path, title: str, count: int) -> Iterator[list[Axes]]:
     """Opens a figure with a panel for each of some images; writes it at the end."""
     columns = min(8, count)
     rows = -(-count // columns)
@@ -151,7 +151,7 @@ def _sheet(path: Path, title: str, count: int) -> Iterator[Sequence[Axes]]:
     )
     for axes in panels.flat:
         axes.axis("off")
-    yield panels.flat
+    yield list(panels.flat)
     figure.suptitle(plotting.label(title))
     plotting.save(figure, path, dpi=100)
 
