@@ -34,14 +34,14 @@ def split(
 
 
 def joined(
-    windows: Float[Array, "B W s t D"], size: tuple[int, int]
+    windows: Float[Array, "B W s t D"], height: int, width: int
 ) -> Float[Array, "B h w D"]:
-    """Puts windows together to a grid of this size: `split` backwards.
+    """Puts windows together to a grid of these sides: `split` backwards.
 
     >>> x = jnp.arange(24.0).reshape(1, 4, 6, 1)
-    >>> bool((joined(split(x, (2, 3)), (4, 6)) == x).all())
+    >>> bool((joined(split(x, (2, 3)), 4, 6) == x).all())
     True
     """
-    (batch, _, s, t, last), (height, width) = windows.shape, size
+    batch, _, s, t, last = windows.shape
     x = windows.reshape(batch, height // s, width // t, s, t, last)
     return x.swapaxes(2, 3).reshape(batch, height, width, last)

@@ -120,13 +120,10 @@ def resized_table(
     >>> resized_table(np.arange(3.0)[:, None], 6)[:, 0].tolist()
     [0.0, 0.25, 0.75, 1.25, 1.75, 2.0]
     """
-    old = len(table)
-    centres = np.clip((np.arange(length) + 0.5) * old / length - 0.5, 0, old - 1)
-    before = np.floor(centres).astype(int)
-    share = (centres - before)[:, None]
-    after = np.minimum(before + 1, old - 1)
-    numbers = np.asarray(table, np.float64)
-    return (1 - share) * numbers[before] + share * numbers[after]
+    old = np.arange(len(table))
+    centres = (np.arange(length) + 0.5) * len(table) / length - 0.5
+    columns = np.asarray(table, np.float64).T
+    return np.stack([np.interp(centres, old, column) for column in columns], -1)
 
 
 def _biases(q: Array, rows: Array, columns: Array) -> tuple[Array, Array]:

@@ -196,17 +196,18 @@ class Attention(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
-        batch, height, width, _ = x.shape
-        x = windows.padded(x, self.grid)
-        padded = x.shape[1:3]
-        x = windows.split(x, self.grid)
-        x = x.reshape(-1, *x.shape[2:])  # [B * windows, *grid, D]
-        heads = *x.shape[:3], self.heads, -1
-        q, k, v = (f(x).reshape(heads) for f in (self.q, self.k, self.v))
-        tables = (t[...].astype(q.dtype) for t in (self.rel_pos_h, self.rel_pos_w))
-        y = relative.attend(q, k, v, *tables, self.implementation)
-        y = self.proj(y.reshape(x.shape)).reshape(batch, -1, *x.shape[1:])
-        return windows.joined(y, padded)[:, :height, :width]
+        padded = windows.padded(x, self.grid)
+        split = windows.split(padded, self.grid)
+        own = split.reshape(-1, *split.shape[2:])  # [B * windows, *grid, D]
+        heads = *own.shape[:3], self.heads, -1
+        q, k, v = (f(own).reshape(heads) for f in (self.q, self.k, self.v))
+        rows, columns = (
+            table[...].astype(q.dtype) for table in (self.rel_pos_h, self.rel_pos_w)
+        )
+        y = relative.attend(q, k, v, rows, columns, self.implementation)
+        y = self.proj(y.reshape(own.shape)).reshape(split.shape)
+        y = windows.joined(y, *padded.shape[1:3])
+        return y[:, : x.shape[1], : x.shape[2]]
 
 
 class Neck(nnx.Module):
@@ -254,7 +255,7 @@ def _rows(leaf: Array, rows: slice, shape: tuple[int, int]) -> Array:
     return leaf[rows].reshape(*shape, *leaf.shape[1:])
 
 
-def groups(config: ViTEncoderConfig) -> list[tuple[dict[Kind, int], int]]:
+def groups(config: ViTEncoderConfig) -> list[tuple[dict[str, int], int]]:
     """Returns how many blocks of each kind follow each other, and how often they do.
 
     A group ends with its only whole block, or at the end.

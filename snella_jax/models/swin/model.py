@@ -209,7 +209,7 @@ class WindowAttention(nnx.Module):
         y = self.out(y.reshape(tokens.shape)).reshape(
             batch, -1, side, side, x.shape[-1]
         )
-        y = windows.joined(y, x.shape[1:3])
+        y = windows.joined(y, *x.shape[1:3])
         return jnp.roll(y, (shift, shift), (1, 2))[:, :height, :width]
 
     def _split(self, x: Array) -> Array:
