@@ -23,6 +23,12 @@ def test_is_the_formula():
     np.testing.assert_allclose(attend(q, k, v), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_scale_is_a_factor_of_the_queries():
+    q, k, v = draw(jnp.float32)
+    expected = attend(q * 0.7 * np.sqrt(8), k, v)
+    np.testing.assert_allclose(attend(q, k, v, scale=0.7), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("length", [1, 3, 5])
 def test_only_the_first_tokens_are_seen(length):
     """The others do not matter, not even in the gradient."""
@@ -64,7 +70,10 @@ def device(platform="gpu", version="PJRT C API\ncuda 12090", capability="9.0"):
         (device(capability="12.0"), "bfloat16", 80, "cudnn"),
         (device(), "float32", 64, "xla"),
         (device(), "bfloat16", 60, "xla"),
-        (device(), "bfloat16", 136, "xla"),
+        (device(), "bfloat16", 256, "cudnn"),
+        (device(), "bfloat16", 264, "xla"),
+        (device(capability="8.9"), "bfloat16", 136, "xla"),
+        (device(capability="10.0"), "bfloat16", 136, "xla"),
         (device(capability="7.5"), "bfloat16", 64, "xla"),  # T4
         (device(version="rocm 6", capability="gfx90a"), "bfloat16", 64, "xla"),
         (device("tpu", "tpu"), "bfloat16", 64, "xla"),

@@ -31,8 +31,9 @@ def attend(
     bias: Float[Array, "#B #H T S"] | None = None,
     mask: Bool[Array, "#B #H T S"] | None = None,
     causal: bool = False,
+    scale: float | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Computes `softmax(q k^T / sqrt(d) + bias) v` for each head.
+    """Computes `softmax(scale * q k^T + bias) v` for each head.
 
     Args:
       implementation: "xla", "cudnn" (flash attention on NVIDIA GPUs, 16-bit numbers,
@@ -41,6 +42,7 @@ def attend(
       bias: added to what the softmax is taken of, in XLA's implementation alone.
       mask: tokens that are seen; None for all.
       causal: True if token `t` sees none of those after `t`.
+      scale: factor of `q k^T`; None for `1 / sqrt(d)`.
 
     Raises:
       RuntimeError, NotImplementedError: "cudnn" where cuDNN cannot do it.
@@ -50,7 +52,7 @@ def attend(
         implementation = best(jax.local_devices()[0], q.dtype, q.shape[-1])
     seen = None if length is None else jnp.full(len(q), length, jnp.int32)
     if implementation == "xla":
-        return _recomputed(q, k, v, seen, bias, mask, causal)
+        return _recomputed(q, k, v, seen, bias, mask, causal, scale)
     if bias is not None:
         raise ValueError(f'{implementation}: a bias needs "xla".')
     if length is not None:  # cuDNN does not say what the others' gradient is
@@ -62,6 +64,7 @@ def attend(
             k,
             v,
             mask=mask,
+            scale=scale,
             is_causal=causal,
             key_value_seq_lengths=seen,
             implementation=implementation,
@@ -80,19 +83,20 @@ def best(device: Any, dtype: DTypeLike, head_dim: int) -> Literal["xla", "cudnn"
     """Returns what suits a device: cuDNN's flash attention, else XLA's implementation.
 
     cuDNN wants an NVIDIA GPU of compute capability 8.0 or later (A100, L4, H100; not T4
-    or V100), float16 or bfloat16, and a `head_dim` of at most 128 that 8 divides.
+    or V100), float16 or bfloat16, and a `head_dim` that 8 divides, of at most 128, or
+    256 on Hopper (9.0).
     """
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return "xla"
-    recent = float(device.compute_capability) >= 8
+    capability = float(device.compute_capability)
     half = jnp.dtype(dtype) in (jnp.dtype("float16"), jnp.dtype("bfloat16"))
-    fits = head_dim <= 128 and head_dim % 8 == 0
-    return "cudnn" if recent and half and fits else "xla"
+    fits = head_dim <= (256 if capability == 9 else 128) and head_dim % 8 == 0
+    return "cudnn" if capability >= 8 and half and fits else "xla"
 
 
 # XLA keeps the attention weights unless they are made again: with GELU's three arrays
 # over a third of a ViT's step. Flash attention does so by itself.
-@functools.partial(jax.checkpoint, static_argnums=6)
+@functools.partial(jax.checkpoint, static_argnums=(6, 7))
 @jax.named_scope("attention")
 def _recomputed(
     q: Array,
@@ -102,6 +106,7 @@ def _recomputed(
     bias: Array | None,
     mask: Array | None,
     causal: bool,
+    scale: float | None,
 ) -> Array:
     return jax.nn.dot_product_attention(
         q,
@@ -109,6 +114,7 @@ def _recomputed(
         v,
         bias,
         mask,
+        scale=scale,
         is_causal=causal,
         key_value_seq_lengths=seen,
         implementation="xla",

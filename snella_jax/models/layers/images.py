@@ -83,24 +83,29 @@ class Classifier(nnx.Module):
 
 
 def check_fields(config: Any) -> None:
-    """Raises a `ValueError` for a field that every config has and that cannot be."""
-    if config.channels < 1:
-        raise ValueError(f"channels={config.channels}: expected at least 1.")
+    """Raises a `ValueError` for a classifier's field that cannot be."""
+    check_input(config)
     if config.num_classes < 0:
         raise ValueError(f"num_classes={config.num_classes}: expected at least 0.")
+    for name in ("pixel_mean", "pixel_std"):
+        numbers = getattr(config, name)
+        if len(numbers) not in (1, config.channels):
+            raise ValueError(f"{name}={numbers}: expected {config.channels} numbers.")
+    if not 0 <= config.drop_path < 1:
+        raise ValueError(f"drop_path={config.drop_path}: expected 0 <= rate < 1.")
+
+
+def check_input(config: Any) -> None:
+    """Raises a `ValueError` for channels, sizes in pixels or `remat` that cannot be."""
+    if config.channels < 1:
+        raise ValueError(f"channels={config.channels}: expected at least 1.")
     if min(*config.image_hw, *config.patch_hw) < 1:
         raise ValueError(
             f"image_size={config.image_size}, patch_size={config.patch_size}: expected "
             "positive numbers of pixels."
         )
-    for name in ("pixel_mean", "pixel_std"):
-        numbers = getattr(config, name)
-        if len(numbers) not in (1, config.channels):
-            raise ValueError(f"{name}={numbers}: expected {config.channels} numbers.")
     if config.remat not in ("none", "blocks"):
         raise ValueError(f'remat={config.remat!r}: expected "none" or "blocks".')
-    if not 0 <= config.drop_path < 1:
-        raise ValueError(f"drop_path={config.drop_path}: expected 0 <= rate < 1.")
 
 
 def check_batch(images: Array, config: Any) -> None:

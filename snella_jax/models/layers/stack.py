@@ -88,14 +88,14 @@ def through(blocks: Any, x: Array, drops: Drop | None, remat: str) -> Array:
 
 
 def call(graphdef: nnx.GraphDef, remat: str, *, scanned: bool) -> Callable[..., Array]:
-    """Makes a block a function of its state, its input and its drop.
+    """Makes a block a function of its state and its arguments: its input, and its drop.
 
     With `remat="blocks"` only its input is kept for the backward pass (and the few
     numbers that layers mark with `ops.recompute.kept`).
     """
 
-    def run(state: nnx.State, x: Array, drop: Drop | None) -> Array:
-        return nnx.merge(graphdef, state)(x, drop)
+    def run(state: nnx.State, *arguments: Any) -> Array:
+        return nnx.merge(graphdef, state)(*arguments)
 
     if remat == "none":
         return run
@@ -119,7 +119,7 @@ def unstack(model: M) -> M:
     ((12, 192, 768), (192, 768))
 
     Args:
-      model: model of `snella_jax.models`.
+      model: model of `snella_jax.models`; a `Sam`'s blocks are its encoder's.
 
     Raises:
       ValueError: it has adapters, which belong to the stacks.
@@ -127,10 +127,11 @@ def unstack(model: M) -> M:
     require_plain(model)
     whole: Any = nnx.clone(model)
     if whole.config.stacked:
-        staged = isinstance(whole.blocks, nnx.List)
-        listed = nnx.List(map(_rows, whole.blocks)) if staged else _rows(whole.blocks)
-        whole.blocks = listed
-        whole.config = dataclasses.replace(whole.config, stacked=False)
+        owner = getattr(whole, "encoder", whole)
+        owner.blocks = _listed(owner.blocks)
+        owner.config = dataclasses.replace(owner.config, stacked=False)
+        if owner is not whole:
+            whole.config = dataclasses.replace(whole.config, encoder=owner.config)
     return whole
 
 
@@ -142,6 +143,17 @@ def require_plain(model: nnx.Module) -> None:
         raise ValueError(
             "The model has adapters: expected one without, or snella.merge(model)."
         )
+
+
+def _listed(blocks: Any) -> nnx.List | nnx.Dict:
+    """Returns a list for the stack, for each stack of a list, or of a dictionary."""
+    match blocks:
+        case nnx.List():
+            return nnx.List(map(_rows, blocks))
+        case nnx.Dict():
+            return nnx.Dict({kind: _rows(own) for kind, own in blocks.items()})
+        case _:
+            return _rows(blocks)
 
 
 def _rows(blocks: nnx.Module) -> nnx.List:

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from snella_jax.models.layers import basic, stack
+from snella_jax.models.layers import basic, stack, windows
 from snella_jax.models.layers.attention import attend
 from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD, ImageSizes
 from snella_jax.models.layers.stages import Staged, check_stages
@@ -113,7 +113,7 @@ class Swin(Staged):
         self, images: Float[Array, "B height width C"]
     ) -> Float[Array, "B h w D"]:
         """Embeds the patches of images, padded where patches do not divide them."""
-        return self.patch_embed(_padded(images, self.config.patch_hw))
+        return self.patch_embed(windows.padded(images, self.config.patch_hw))
 
 
 class Merging(nnx.Module):
@@ -127,7 +127,7 @@ class Merging(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h/2 w/2 2*D"]:
-        x = _padded(x, (2, 2))
+        x = windows.padded(x, (2, 2))
         neighbours = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
         return self.reduction(self.norm(jnp.concatenate(neighbours, -1)))
 
@@ -193,13 +193,12 @@ class WindowAttention(nnx.Module):
         batch, height, width, _ = x.shape
         side = min(self.window, height, width)
         shift = side // 2 if self.shifted and min(height, width) > self.window else 0
-        x = jnp.roll(_padded(x, (side, side)), (-shift, -shift), (1, 2))
+        x = jnp.roll(windows.padded(x, (side, side)), (-shift, -shift), (1, 2))
         rows, columns = x.shape[1] // side, x.shape[2] // side
-        split = (batch, rows, side, columns, side, -1)
-        windows = x.reshape(split).swapaxes(2, 3)
-        windows = windows.reshape(batch, rows * columns, side * side, -1)
+        tokens = windows.split(x, (side, side))
+        tokens = tokens.reshape(batch, -1, side * side, x.shape[-1])
 
-        q, k, v = (self._split(f(windows)) for f in (self.query, self.key, self.value))
+        q, k, v = (self._split(f(tokens)) for f in (self.query, self.key, self.value))
         bias = self.bias_table[...][offsets(side, self.window)].transpose(2, 0, 1)
         mask = _together(rows, columns, side, shift)[:, None, None] if shift else None
 
@@ -207,22 +206,14 @@ class WindowAttention(nnx.Module):
             return attend(q, k, v, "xla", bias=bias[None], mask=mask)
 
         y = jax.vmap(one, (1, 1, 1, 0), 1)(q, k, v, mask)  # over the windows
-        y = self.out(y.reshape(windows.shape))
-
-        whole = (batch, rows, columns, side, side, -1)
-        y = y.reshape(whole).swapaxes(2, 3).reshape(x.shape)
+        y = self.out(y.reshape(tokens.shape)).reshape(
+            batch, -1, side, side, x.shape[-1]
+        )
+        y = windows.joined(y, *x.shape[1:3])
         return jnp.roll(y, (shift, shift), (1, 2))[:, :height, :width]
 
     def _split(self, x: Array) -> Array:
         return x.reshape(*x.shape[:3], self.heads, -1)  # [B, windows, T, H, d]
-
-
-def _padded(x: Array, size: tuple[int, int]) -> Array:
-    """Puts zeros behind height and width, up to multiples of these."""
-    ends = [
-        (0, -length % part) for length, part in zip(x.shape[1:3], size, strict=True)
-    ]
-    return jnp.pad(x, ((0, 0), *ends, (0, 0)))
 
 
 def offsets(side: int, window: int) -> Int[np.ndarray, "T T"]:

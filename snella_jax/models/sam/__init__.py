@@ -1,0 +1,1 @@
+"""Segment Anything (Kirillov et al., arXiv 2304.02643)."""
