@@ -10,6 +10,10 @@ XAVIER = nnx.initializers.xavier_uniform()  # the ViT's
 SMALL = nnx.initializers.truncated_normal(0.02)  # Swin's and ConvNeXt's linear layers'
 
 
+class Constant(nnx.Variable):
+    """Numbers of a published checkpoint that never train: not an `nnx.Param`."""
+
+
 def linear(
     n: int,
     m: int,
