@@ -83,7 +83,7 @@ class MaskDecoder(nnx.Module):
         return logits, iou[:, chosen.start : chosen.stop]
 
     def _both(self, tokens: Array, image: Array, places: Array) -> Both:
-        """Runs the layers; `tokens` are added to queries and keys as their positions."""
+        """Runs the layers; `tokens`, as they were, stand for the tokens' positions."""
         seen = tokens
         for layer in self.layers:
             seen, image = layer(seen, image, tokens, places)
