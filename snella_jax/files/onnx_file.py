@@ -77,7 +77,7 @@ def _initialisers(graph: Any) -> list[tuple[str, Any]]:
         if name in folded
     }
     counts = Counter(node for node, _ in users.values())
-    names = {
+    names: dict[Any, str] = {
         name: node if counts[node] == 1 else f"{node}.{operand}"
         for name, (node, operand) in users.items()
     }

@@ -13,16 +13,16 @@ models' batch norms are folded into the convolutions before them. Axes: `B` imag
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from snella_jax.models.layers import basic, stack
+from snella_jax.models.layers import basic, stack, windows
 from snella_jax.models.layers.attention import Implementation, attend
-from snella_jax.models.layers.images import ImageSizes, check_batch
+from snella_jax.models.layers.images import ImageSizes, check_batch, check_input
 from snella_jax.models.sam.neck import Neck
 
 STRIDES = (2, 2, 1)  # of the merging behind each stage but the last
@@ -65,9 +65,11 @@ class TinyViTConfig(ImageSizes):
     attention: Implementation = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    patch_size: ClassVar[int] = 16  # pixels of a token of the output
+    # Pixels of a token of the output: as many as the convolutions stride.
+    patch_size: int | tuple[int, int] = dataclasses.field(default=16, init=False)
 
     def __post_init__(self):
+        check_input(self)
         for name, count in (("widths", 4), ("depths", 4), ("heads", 3), ("windows", 3)):
             numbers = getattr(self, name)
             if len(numbers) != count or min(numbers) < 1:
@@ -76,20 +78,16 @@ class TinyViTConfig(ImageSizes):
                 )
         if any(w % h for w, h in zip(self.widths[1:], self.heads, strict=True)):
             raise ValueError(f"heads={self.heads} do not divide {self.widths[1:]}.")
-        if min(self.out_channels, self.channels, *self.hidden) < 1:
+        if min(self.out_channels, *self.hidden) < 1:
             raise ValueError(
-                f"out_channels={self.out_channels}, channels={self.channels}, "
-                f"mlp_ratio={self.mlp_ratio}, expansion={self.expansion}: expected "
-                "positive numbers."
+                f"out_channels={self.out_channels}, mlp_ratio={self.mlp_ratio}, "
+                f"expansion={self.expansion}: expected positive numbers."
             )
-        sides = self.image_hw
-        if min(sides) < 1 or any(side % self.patch_size for side in sides):
+        if any(s % p for s, p in zip(self.image_hw, self.patch_hw, strict=True)):
             raise ValueError(
                 f"image_size={self.image_size}: expected multiples of "
                 f"{self.patch_size}."
             )
-        if self.remat not in ("none", "blocks"):
-            raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
         if self.attention not in ("auto", "xla"):
             raise ValueError(
                 f"attention={self.attention!r}: a TinyViT's attention has biases, for "
@@ -99,8 +97,8 @@ class TinyViTConfig(ImageSizes):
     @property
     def grid(self) -> tuple[int, int]:
         """Height and width of the output."""
-        height, width = self.image_hw
-        return height // self.patch_size, width // self.patch_size
+        (height, width), (ph, pw) = self.image_hw, self.patch_hw
+        return height // ph, width // pw
 
     @property
     def hidden(self) -> tuple[int, ...]:
@@ -130,7 +128,7 @@ class TinyViT(nnx.Module):
             for stage, depth in enumerate(c.depths)
         )
         self.down = nnx.List(
-            Merging(*c.widths[stage : stage + 2], stride, c, rngs=rngs)
+            Merging(c.widths[stage], c.widths[stage + 1], stride, c, rngs=rngs)
             for stage, stride in enumerate(STRIDES)
         )
         self.neck = Neck(c.widths[-1], c, rngs=rngs)
@@ -172,12 +170,9 @@ class MBConv(nnx.Module):
         self.conv2 = _conv(hidden, hidden, 3, c, rngs, groups=hidden)
         self.conv3 = _conv(hidden, width, 1, c, rngs)
 
-    def __call__(
-        self, x: Float[Array, "B h w D"], drop: stack.Drop | None = None
-    ) -> Float[Array, "B h w D"]:
-        """Runs the block; `drop` is None, or a key and the rate of stochastic depth."""
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
         y = basic.gelu(self.conv2(basic.gelu(self.conv1(x))))
-        return basic.gelu(x + stack.dropped(self.conv3(y), drop, 0))
+        return basic.gelu(x + self.conv3(y))
 
 
 class Merging(nnx.Module):
@@ -207,27 +202,22 @@ class Block(nnx.Module):
         self.norm2 = basic.norm(width, c.norm_eps, c, rngs)
         self.mlp = basic.MLP(width, hidden, c, rngs=rngs, init=basic.SMALL)
 
-    def __call__(
-        self, x: Float[Array, "B h w D"], drop: stack.Drop | None = None
-    ) -> Float[Array, "B h w D"]:
-        """Runs the block; `drop` is None, or a key and the rate of stochastic depth."""
-        x = x + stack.dropped(self.attended(x), drop, 0)
-        x = self.local_conv(x)
-        return x + stack.dropped(self.mlp(self.norm2(x)), drop, 1)
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        x = self.local_conv(x + self.attended(x))
+        return x + self.mlp(self.norm2(x))
 
     def attended(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
         """Attends within windows, of a grid padded with zeros in front of the norm.
 
         So the tokens of the padding are the norm's bias, and others attend to them.
         """
-        batch, height, width, features = x.shape
-        side = self.window
-        ends = ((0, 0), (0, -height % side), (0, -width % side), (0, 0))
-        x = self.norm1(jnp.pad(x, ends))
-        rows, columns = x.shape[1] // side, x.shape[2] // side
-        split = x.reshape(batch, rows, side, columns, side, features).swapaxes(2, 3)
-        y = self.attn(split.reshape(-1, side * side, features))
-        y = y.reshape(split.shape).swapaxes(2, 3).reshape(x.shape)
+        _, height, width, features = x.shape
+        size = self.window, self.window
+        x = self.norm1(windows.padded(x, size))
+        _, rows, columns, _ = x.shape
+        parts = windows.split(x, size)
+        y = self.attn(parts.reshape(-1, self.window**2, features))
+        y = windows.joined(y.reshape(parts.shape), (rows, columns))
         return y[:, :height, :width]
 
 
