@@ -69,19 +69,17 @@ def read(path: Path, *, constants: bool = False) -> dict[str, np.ndarray]:
 
 def _initialisers(graph: Any) -> list[tuple[str, Any]]:
     """Lists the initialisers, the folded ones named after the node that uses them."""
-    folded = {t.name for t in graph.initializer if t.name.startswith(FOLDED)}
+    names = {tensor.name: tensor.name for tensor in graph.initializer}
     users = {
         name: (_dotted(node.name), operand)
         for node in graph.node
         for operand, name in enumerate(node.input)
-        if name in folded
+        if name in names and name.startswith(FOLDED)
     }
     counts = Counter(node for node, _ in users.values())
-    names: dict[Any, str] = {
-        name: node if counts[node] == 1 else f"{node}.{operand}"
-        for name, (node, operand) in users.items()
-    }
-    return [(names.get(t.name, t.name), t) for t in graph.initializer]
+    for name, (node, operand) in users.items():
+        names[name] = node if counts[node] == 1 else f"{node}.{operand}"
+    return [(names[tensor.name], tensor) for tensor in graph.initializer]
 
 
 def _constants(graph: Any) -> list[tuple[str, Any]]:

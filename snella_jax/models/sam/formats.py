@@ -122,7 +122,9 @@ def _encoder() -> Iterable[Row]:
     block += "blocks.{0}."
     for i in (1, 2):
         yield from _norm(f"{ours}norm{i}", f"{layer}layer_norm{i}", f"{block}norm{i}")
-        yield from _layer(f"{ours}mlp/fc{i}", f"{layer}mlp.lin{i}", f"{block}mlp.lin{i}")
+        yield from _layer(
+            f"{ours}mlp/fc{i}", f"{layer}mlp.lin{i}", f"{block}mlp.lin{i}"
+        )
     for ending, part in (("weight", "kernel"), ("bias", "bias")):
         places = tuple(f"{ours}attn/{name}/{part}" for name in "qkv")
         fused = f"attn.qkv.{ending}"
