@@ -2,7 +2,7 @@
 
 | format | examples |
 |---|---|
-| Meta's `.pth` | `sam_vit_b_01ec64.pth`, `sam_vit_l_0b3195.pth`, `sam_vit_h_4b8939.pth` |
+| Meta's `.pth` | `sam_vit_b_01ec64.pth`, `sam_vit_l_0b3195.pth` |
 | Hugging Face folder | `SamModel`, such as `facebook/sam-vit-base` |
 
 Both have the same tensors by other names. The trap is an MLP's `layers.0`: the first
@@ -17,8 +17,11 @@ from typing import Literal
 import numpy as np
 
 from snella_jax.models.checkpoints.mapping import TensorRule
+from snella_jax.models.sam.config import SamConfig
 
 Form = Literal["hugging_face", "meta"]
+MATRIX = "prompts/position_matrix"
+TIED = "prompt_encoder.shared_embedding.positional_embedding"  # a copy in some folders
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def _encoder() -> Iterable[Row]:
 def _prompts() -> Iterable[Row]:
     theirs, ours = "prompt_encoder.", "prompts/"
     yield Row(
-        ("prompts/position_matrix",),
+        (MATRIX,),
         "shared_image_embedding.positional_embedding",
         f"{theirs}pe_layer.positional_encoding_gaussian_matrix",
     )
@@ -196,7 +199,6 @@ ENCODER = [*_encoder()]
 REST = [*_prompts(), *_decoder()]  # the same for every image encoder
 # What every format has a tensor of: the decoder's first norm.
 MARKS = (r"mask_decoder\.transformer\.layers\.0\.(?:layer_)?norm1\.weight",)
-TIED = "prompt_encoder.shared_embedding.positional_embedding"  # a copy in some folders
 
 
 def rules(form: Form, rows: Iterable[Row] = (*ENCODER, *REST)) -> list[TensorRule]:
@@ -221,6 +223,12 @@ def hugging_face(parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             name = row.hugging_face.format(*match.groups())
             tensors[name] = row.move.back(*own)
     return tensors
+
+
+def stacked(config: SamConfig) -> str:
+    """Returns the regex of the modules whose variables have a leading axis."""
+    kinds = r"encoder/blocks/(?:windowed|whole|\d+)|" if config.stacked else ""
+    return f"{kinds}prompts/points"
 
 
 def _numbered(name: str) -> str:
