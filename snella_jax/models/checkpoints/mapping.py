@@ -67,7 +67,7 @@ def fill(
     stacked: str = "(?!)",
     problems: Sequence[str] = (),
 ) -> None:
-    """Gives every `nnx.Param` and `Constant` of a model its value, in place, in its own dtype.
+    """Gives all that is `stored` of a model its value, in place, in its own dtype.
 
     The largest parameters come first, each made row by row where it stays: beyond the
     model itself this takes the memory of one part.

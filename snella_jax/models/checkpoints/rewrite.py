@@ -24,7 +24,7 @@ from snella_jax.models.checkpoints.read import Checkpoint
 
 
 def parts_of(model: nnx.Module, stacked: str) -> dict[str, np.ndarray]:
-    """Returns every parameter and constant by path, rows of stacked ones apart: what `fill` takes.
+    """Returns what is `stored` by path, rows of stacks apart: what `fill` takes.
 
     Args:
       model: plain.

@@ -145,11 +145,14 @@ class Attention(nnx.Module):
         v: Float[Array, "B P C"],
     ) -> Float[Array, "B S C"]:
         q, k, v = (
-            layer(x).reshape(*x.shape[:2], self.heads, -1)
+            self._split(layer(x))
             for layer, x in ((self.q, q), (self.k, k), (self.v, v))
         )
         y = attend(q, k, v, "xla")  # one side is a handful of tokens
-        return self.out(y.reshape(*y.shape[:2], -1))
+        return self.out(y.reshape(len(y), y.shape[1], -1))
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(len(x), x.shape[1], self.heads, -1)
 
 
 class Head(nnx.Module):

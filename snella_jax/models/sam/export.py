@@ -33,10 +33,9 @@ def folder(
         images or patches are no squares.
       CheckpointError: `like` is no such folder, or of a model of other sizes.
     """
-    config = model.config
+    config, encoder = model.config, _vit(model.config)
     said = config_json(config)
-    parts = parts_of(model, formats.stacked(config))
-    places = config.encoder.places
+    parts, places = parts_of(model, formats.stacked(config)), encoder.places
     flat = {_by_number(path, places): part for path, part in parts.items()}
     files = {"preprocessor_config.json": _json(preprocessor_json(config))}
     if like is not None:
@@ -54,12 +53,7 @@ def folder(
 
 def config_json(config: SamConfig) -> dict[str, Any]:
     """Returns a config as transformers reads it; errors as in `folder`."""
-    encoder = config.encoder
-    if not isinstance(encoder, ViTEncoderConfig):
-        raise ValueError(
-            "transformers has no SAM with a TinyViT: only one with a ViT is written as "
-            "a SamModel."
-        )
+    encoder = _vit(config)
     for name, pair in (
         ("image_size", encoder.image_hw),
         ("patch_size", encoder.patch_hw),
@@ -115,6 +109,16 @@ def config_json(config: SamConfig) -> dict[str, Any]:
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+
+
+def _vit(config: SamConfig) -> ViTEncoderConfig:
+    """Returns the encoder's config; raises a `ValueError` for a TinyViT's."""
+    if isinstance(config.encoder, ViTEncoderConfig):
+        return config.encoder
+    raise ValueError(
+        "transformers has no SAM with a TinyViT: expected one with a ViT, which is "
+        "written as a SamModel."
+    )
 
 
 def preprocessor_json(config: SamConfig) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def _vit(parts: Mapping[str, Any]) -> ViTEncoderConfig:
         heads=features // head_dim,
         global_blocks=tuple(whole),
         mlp_dim=parts["encoder/blocks/0/mlp/fc1/kernel"].shape[1],
-        **({"window": (windows.pop()[0] + 1) // 2} if windows else {}),
+        window=(windows.pop()[0] + 1) // 2 if windows else 14,
         out_channels=parts["encoder/neck/conv1/kernel"].shape[3],
         patch_size=(patch_h, patch_w),
         image_size=(patch_h * height, patch_w * width),

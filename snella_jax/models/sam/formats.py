@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from snella_jax.files.arrays import Stored
 from snella_jax.models.checkpoints.mapping import TensorRule
 from snella_jax.models.sam.config import SamConfig
 
@@ -69,21 +70,28 @@ class Row:
         return TensorRule(_numbered(getattr(self, form)), self.places, self.move.there)
 
 
-def _layer(
-    path: str, hugging_face: str, meta: str, move: Move = LINEAR, *, bias: bool = True
-) -> list[Row]:
-    """Returns the rows of a layer with a kernel, and perhaps a bias."""
-    names = hugging_face, meta
-    rows = [Row((f"{path}/kernel",), *(f"{name}.weight" for name in names), move)]
-    if bias:
-        rows.append(Row((f"{path}/bias",), *(f"{name}.bias" for name in names)))
-    return rows
+Names = tuple[str, str]  # in transformers, in Meta's files
 
 
-def _norm(path: str, hugging_face: str, meta: str) -> list[Row]:
+def _layer(path: str, names: Names, move: Move = LINEAR) -> list[Row]:
+    """Returns the rows of a layer's kernel and bias."""
+    first, second = names
     return [
-        Row((f"{path}/{ours}",), f"{hugging_face}.{theirs}", f"{meta}.{theirs}")
-        for ours, theirs in (("scale", "weight"), ("bias", "bias"))
+        _kernel(path, names, move),
+        Row((f"{path}/bias",), f"{first}.bias", f"{second}.bias"),
+    ]
+
+
+def _kernel(path: str, names: Names, move: Move) -> Row:
+    first, second = names
+    return Row((f"{path}/kernel",), f"{first}.weight", f"{second}.weight", move)
+
+
+def _norm(path: str, names: Names) -> list[Row]:
+    first, second = names
+    return [
+        Row((f"{path}/scale",), f"{first}.weight", f"{second}.weight"),
+        Row((f"{path}/bias",), f"{first}.bias", f"{second}.bias"),
     ]
 
 
@@ -93,60 +101,53 @@ def _same(path: str, name: str, move: Move = SAME) -> Row:
 
 
 def _attention(path: str, name: str) -> list[Row]:
-    return [
-        row
-        for ours in ("q", "k", "v", "out")
-        for row in _layer(f"{path}/{ours}", *(f"{name}.{ours}_proj",) * 2)
-    ]
+    rows = []
+    for ours in ("q", "k", "v", "out"):
+        theirs = f"{name}.{ours}_proj"
+        rows += _layer(f"{path}/{ours}", (theirs, theirs))
+    return rows
 
 
 def _head(path: str, name: str) -> list[Row]:
-    """Returns the rows of an MLP of three layers, of which only the second is alike."""
-    numbered = enumerate(("proj_in", "layers.0", "proj_out"))
-    return [
-        row
-        for index, theirs in numbered
-        for row in _layer(
-            f"{path}/fc{index + 1}", f"{name}.{theirs}", f"{name}.layers.{index}"
-        )
-    ]
+    """Returns the rows of an MLP of three layers, with other names for all of them."""
+    rows = []
+    for index, theirs in enumerate(("proj_in", "layers.0", "proj_out")):
+        names = f"{name}.{theirs}", f"{name}.layers.{index}"
+        rows += _layer(f"{path}/fc{index + 1}", names)
+    return rows
 
 
 def _encoder() -> Iterable[Row]:
-    theirs, metas = "vision_encoder.", "image_encoder."
-    yield Row(("encoder/pos_embed",), f"{theirs}pos_embed", f"{metas}pos_embed")
-    yield from _layer(
-        "encoder/patch_embed",
-        f"{theirs}patch_embed.projection",
-        f"{metas}patch_embed.proj",
-        CONVOLUTION,
-    )
-    ours, layer, block = "encoder/blocks/{0}/", theirs + "layers.{0}.", metas
-    block += "blocks.{0}."
+    first, second = "vision_encoder.", "image_encoder."
+    yield Row(("encoder/pos_embed",), f"{first}pos_embed", f"{second}pos_embed")
+    names = f"{first}patch_embed.projection", f"{second}patch_embed.proj"
+    yield from _layer("encoder/patch_embed", names, CONVOLUTION)
+    neck = "encoder/neck/"
     for i in (1, 2):
-        yield from _norm(f"{ours}norm{i}", f"{layer}layer_norm{i}", f"{block}norm{i}")
-        yield from _layer(
-            f"{ours}mlp/fc{i}", f"{layer}mlp.lin{i}", f"{block}mlp.lin{i}"
-        )
-    for ending, part in (("weight", "kernel"), ("bias", "bias")):
-        places = tuple(f"{ours}attn/{name}/{part}" for name in "qkv")
-        fused = f"attn.qkv.{ending}"
-        yield Row(places, f"{layer}{fused}", f"{block}{fused}", QKV)
-    yield from _layer(f"{ours}attn/proj", f"{layer}attn.proj", f"{block}attn.proj")
-    for axis in ("rel_pos_h", "rel_pos_w"):
-        name = f"attn.{axis}"
-        yield Row((f"{ours}attn/{axis}",), f"{layer}{name}", f"{block}{name}")
-    ours, neck, metas = "encoder/neck/", f"{theirs}neck.", f"{metas}neck."
+        names = f"{first}neck.conv{i}", f"{second}neck.{2 * i - 2}"
+        yield _kernel(f"{neck}conv{i}", names, CONVOLUTION)
+        names = f"{first}neck.layer_norm{i}", f"{second}neck.{2 * i - 1}"
+        yield from _norm(f"{neck}norm{i}", names)
+    first, second = f"{first}layers.{{0}}.", f"{second}blocks.{{0}}."
+    block = "encoder/blocks/{0}/"
     for i in (1, 2):
-        names = f"{ours}conv{i}", f"{neck}conv{i}", f"{metas}{2 * i - 2}"
-        yield from _layer(*names, CONVOLUTION, bias=False)
-        yield from _norm(
-            f"{ours}norm{i}", f"{neck}layer_norm{i}", f"{metas}{2 * i - 1}"
-        )
+        names = f"{first}layer_norm{i}", f"{second}norm{i}"
+        yield from _norm(f"{block}norm{i}", names)
+        names = f"{first}mlp.lin{i}", f"{second}mlp.lin{i}"
+        yield from _layer(f"{block}mlp/fc{i}", names)
+    names = f"{first}attn.proj", f"{second}attn.proj"
+    yield from _layer(f"{block}attn/proj", names)
+    for kind, ours in (("weight", "kernel"), ("bias", "bias")):
+        places = tuple(f"{block}attn/{name}/{ours}" for name in "qkv")
+        fused = f"attn.qkv.{kind}"
+        yield Row(places, f"{first}{fused}", f"{second}{fused}", QKV)
+    for table in ("attn.rel_pos_h", "attn.rel_pos_w"):
+        path = block + table.replace(".", "/")
+        yield Row((path,), f"{first}{table}", f"{second}{table}")
 
 
 def _prompts() -> Iterable[Row]:
-    theirs, ours = "prompt_encoder.", "prompts/"
+    ours, theirs = "prompts/", "prompt_encoder."
     yield Row(
         (MATRIX,),
         "shared_image_embedding.positional_embedding",
@@ -154,45 +155,46 @@ def _prompts() -> Iterable[Row]:
     )
     yield Row(
         ("prompts/points/{0}/embedding",),
-        theirs + "point_embed.{0}.weight",
-        theirs + "point_embeddings.{0}.weight",
+        "prompt_encoder.point_embed.{0}.weight",
+        "prompt_encoder.point_embeddings.{0}.weight",
         VECTOR,
     )
     yield _same(f"{ours}not_a_point", f"{theirs}not_a_point_embed.weight", VECTOR)
     yield _same(f"{ours}no_mask_embed", f"{theirs}no_mask_embed.weight", VECTOR)
-    mask, metas = f"{theirs}mask_embed.", f"{theirs}mask_downscaling."
+    first, second = f"{theirs}mask_embed.", f"{theirs}mask_downscaling."
     for i in (1, 2, 3):
-        names = f"{ours}mask/conv{i}", f"{mask}conv{i}", f"{metas}{3 * i - 3}"
-        yield from _layer(*names, CONVOLUTION)
+        names = f"{first}conv{i}", f"{second}{3 * i - 3}"
+        yield from _layer(f"{ours}mask/conv{i}", names, CONVOLUTION)
     for i in (1, 2):
-        names = f"{ours}mask/norm{i}", f"{mask}layer_norm{i}", f"{metas}{3 * i - 2}"
-        yield from _norm(*names)
+        names = f"{first}layer_norm{i}", f"{second}{3 * i - 2}"
+        yield from _norm(f"{ours}mask/norm{i}", names)
 
 
 def _decoder() -> Iterable[Row]:
-    theirs, ours = "mask_decoder.", "decoder/"
+    ours, theirs = "decoder/", "mask_decoder."
     for name in ("iou_token", "mask_tokens"):
         yield _same(f"{ours}{name}", f"{theirs}{name}.weight")
-    path, name = ours + "layers/{0}/", theirs + "transformer.layers.{0}."
-    yield from _attention(f"{path}self_attn", f"{name}self_attn")
-    yield from _attention(f"{path}to_image", f"{name}cross_attn_token_to_image")
-    yield from _attention(f"{path}to_tokens", f"{name}cross_attn_image_to_token")
-    for i in (1, 2):
-        yield from _layer(f"{path}mlp/fc{i}", *(f"{name}mlp.lin{i}",) * 2)
-    for i in (1, 2, 3, 4):
-        yield from _norm(f"{path}norm{i}", f"{name}layer_norm{i}", f"{name}norm{i}")
-    final = f"{theirs}transformer."
-    yield from _attention(f"{ours}final_attn", f"{final}final_attn_token_to_image")
-    names = f"{final}layer_norm_final_attn", f"{final}norm_final_attn"
-    yield from _norm(f"{ours}final_norm", *names)
-    upscaling = f"{theirs}output_upscaling."
-    for i in (1, 2):
-        names = f"{theirs}upscale_conv{i}", f"{upscaling}{3 * i - 3}"
-        yield from _layer(f"{ours}upscale{i}", *names, UPSCALING)
-    names = f"{theirs}upscale_layer_norm", f"{upscaling}1"
-    yield from _norm(f"{ours}upscale_norm", *names)
-    yield from _head(ours + "hyper/{0}", theirs + "output_hypernetworks_mlps.{0}")
     yield from _head(f"{ours}iou", f"{theirs}iou_prediction_head")
+    yield from _head("decoder/hyper/{0}", "mask_decoder.output_hypernetworks_mlps.{0}")
+    for i in (1, 2):
+        names = f"{theirs}upscale_conv{i}", f"{theirs}output_upscaling.{3 * i - 3}"
+        yield from _layer(f"{ours}upscale{i}", names, UPSCALING)
+    names = f"{theirs}upscale_layer_norm", f"{theirs}output_upscaling.1"
+    yield from _norm(f"{ours}upscale_norm", names)
+    theirs += "transformer."
+    yield from _attention(f"{ours}final_attn", f"{theirs}final_attn_token_to_image")
+    names = f"{theirs}layer_norm_final_attn", f"{theirs}norm_final_attn"
+    yield from _norm(f"{ours}final_norm", names)
+    ours, theirs = ours + "layers/{0}/", theirs + "layers.{0}."
+    yield from _attention(f"{ours}self_attn", f"{theirs}self_attn")
+    yield from _attention(f"{ours}to_image", f"{theirs}cross_attn_token_to_image")
+    yield from _attention(f"{ours}to_tokens", f"{theirs}cross_attn_image_to_token")
+    for i in (1, 2):
+        name = f"{theirs}mlp.lin{i}"
+        yield from _layer(f"{ours}mlp/fc{i}", (name, name))
+    for i in (1, 2, 3, 4):
+        names = f"{theirs}layer_norm{i}", f"{theirs}norm{i}"
+        yield from _norm(f"{ours}norm{i}", names)
 
 
 ENCODER = [*_encoder()]
@@ -206,7 +208,7 @@ def rules(form: Form, rows: Iterable[Row] = (*ENCODER, *REST)) -> list[TensorRul
     return [row.rule(form) for row in rows]
 
 
-def hugging_face(parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def hugging_face(parts: Mapping[str, np.ndarray]) -> dict[str, Stored]:
     """Returns a model's tensors by their names in a `SamModel`.
 
     >>> [*hugging_face({"encoder/blocks/3/norm1/scale": np.ones(2)})]
@@ -215,7 +217,7 @@ def hugging_face(parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     Args:
       parts: arrays by the paths that the rules give them.
     """
-    tensors = {}
+    tensors: dict[str, Stored] = {}
     for row in (*ENCODER, *REST):
         first = re.compile(_numbered(row.places[0]))
         for match in filter(None, map(first.fullmatch, parts)):

@@ -16,10 +16,10 @@ encoder and the mask decoder make masks of it. Axes: `B` images, `N` points, `M`
 
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Num
 
 from snella_jax.models.layers import images as pixels
@@ -57,8 +57,10 @@ class Sam(nnx.Module):
 
     def __init__(self, config: SamConfig, *, rngs: nnx.Rngs):
         self.config = config
-        tiny = isinstance(config.encoder, TinyViTConfig)
-        self.encoder = (TinyViT if tiny else ViTEncoder)(config.encoder, rngs=rngs)
+        if isinstance(config.encoder, TinyViTConfig):
+            self.encoder = TinyViT(config.encoder, rngs=rngs)
+        else:
+            self.encoder = ViTEncoder(config.encoder, rngs=rngs)
         self.prompts = PromptEncoder(config, rngs=rngs)
         self.decoder = MaskDecoder(config, rngs=rngs)
 
@@ -147,14 +149,17 @@ def _check(
     if (points is None) != (labels is None):
         has, lacks = ("labels", "points") if points is None else ("points", "labels")
         raise ValueError(f"{has} without {lacks}: expected both or neither.")
+    count: Any = (
+        jnp.shape(points)[1] if points is not None and jnp.ndim(points) == 3 else "N"
+    )
     fine = tuple(4 * size for size in config.grid)
-    expected = {"boxes": (boxes, "B, 4", (batch, 4))}
-    expected["mask"] = mask, "B, H/4, W/4", (batch, *fine)
-    if points is not None:
-        count = jnp.shape(points)[1] if jnp.ndim(points) == 3 else "N"
-        expected["points"] = points, "B, N, 2", (batch, count, 2)
-        expected["labels"] = labels, "B, N", (batch, count)
-    for name, (value, axes, shape) in expected.items():
+    expected = [
+        ("points", points, "B, N, 2", (batch, count, 2)),
+        ("labels", labels, "B, N", (batch, count)),
+        ("boxes", boxes, "B, 4", (batch, 4)),
+        ("mask", mask, "B, H/4, W/4", (batch, *fine)),
+    ]
+    for name, value, axes, shape in expected:
         if value is not None and jnp.shape(value) != shape:
             raise ValueError(
                 f"{name}: expected [{axes}], here [{', '.join(map(str, shape))}], "
@@ -164,7 +169,7 @@ def _check(
         return
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise TypeError(f"labels are {jnp.result_type(labels)}: expected integers.")
-    if not isinstance(labels, jax.core.Tracer):
+    if not isinstance(labels, Tracer):
         known = np.isin(np.asarray(labels), (-1, 0, 1))
         if not known.all():
             other = np.unique(np.asarray(labels)[~known]).tolist()

@@ -138,9 +138,8 @@ def _resized(
             before, after = (2 * _sides(c, block)[axis] - 1 for c in (old, new))
             if before != after and len(part) == before:
                 resized[name] = relative.resized_table(np.asarray(part), after)
-    positions = parts.get("encoder/pos_embed")
-    fits = positions is not None and positions.shape == (1, *old.grid, old.width)
-    if fits and old.grid != new.grid:
+    positions = parts.get("encoder/pos_embed", np.empty(0))
+    if positions.shape == (1, *old.grid, old.width) and old.grid != new.grid:
         grid = position_grid.resize(np.asarray(positions[0]), new.grid)
         resized["encoder/pos_embed"] = grid[None]
     return resized
