@@ -36,9 +36,11 @@ def of(model: nnx.Module) -> dict[str, dict[str, Any]]:
 
 
 def _fields(config: Any) -> dict[str, Any]:
+    said = dataclasses.asdict(config)
+    said |= said.pop("encoder", {})  # of a SAM, whose fields have other names
     found = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
+        for name, value in said.items()
         if name not in NOT_COMPARED
     }
     for name in found.keys() & {"pixel_mean", "pixel_std"}:

@@ -6,17 +6,17 @@ from typing import Any
 from flax import nnx
 
 from snella_jax.files.errors import CheckpointError
-from snella_jax.models import convnext, llama, swin, vit
+from snella_jax.models import convnext, llama, sam, swin, vit
 from snella_jax.models.checkpoints.family import Family
 from snella_jax.models.checkpoints.read import read
 from snella_jax.models.layers import preset
 
 ImageModel = vit.ViT | swin.Swin | convnext.ConvNeXt
-Model = ImageModel | llama.Llama
-# A Swin has the patches of a ViT, too, so it comes first.
-FAMILIES = (swin.FAMILY, convnext.FAMILY, vit.FAMILY, llama.FAMILY)
+Model = ImageModel | sam.Sam | llama.Llama
+# A SAM and a Swin have the patches of a ViT, too, so they come first.
+FAMILIES = (sam.FAMILY, swin.FAMILY, convnext.FAMILY, vit.FAMILY, llama.FAMILY)
 IMAGE_PRESETS = {**vit.PRESETS, **swin.PRESETS, **convnext.PRESETS}
-PRESETS = {**IMAGE_PRESETS, **llama.PRESETS}
+PRESETS = {**IMAGE_PRESETS, **sam.PRESETS, **llama.PRESETS}
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Model:
@@ -43,12 +43,13 @@ def of(config: Any, rngs: nnx.Rngs) -> Model:
 
 
 def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Model:
-    """Loads a model with published weights: a ViT, a Swin, a ConvNeXt or a LLaMA.
+    """Loads a model with published weights: a ViT, Swin, ConvNeXt, SAM or LLaMA.
 
     Args:
       path: a file, a Hugging Face folder, or Meta's of a LLaMA.
       weights: as in `vit.load`.
-      options: others of `vit.load`, `swin.load`, `convnext.load` and `llama.load`.
+      options: others of `vit.load`, `swin.load`, `convnext.load`, `sam.load` and
+        `llama.load`.
 
     Raises:
       FileNotFoundError, CheckpointError, ModuleNotFoundError, ValueError, TypeError: as
@@ -61,9 +62,9 @@ def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Mod
     some = ", ".join(sorted(checkpoint.tensors)[:5])
     raise CheckpointError(
         checkpoint.path,
-        f"no ViT, Swin, ConvNeXt or LLaMA of a known format: expected the names of the "
-        f"original, of timm (ViT), of Hugging Face or of GGUF (LLaMA), found {some} "
-        f"({len(checkpoint.tensors)} in all)",
+        "no ViT, Swin, ConvNeXt, SAM or LLaMA of a known format: expected the names "
+        "of the original, of timm (ViT), of Hugging Face, of MobileSAM or of GGUF "
+        f"(LLaMA), found {some} ({len(checkpoint.tensors)} in all)",
     )
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 from snella_jax.files.arrays import Stored, aligned, put
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints.read import Checkpoint
+from snella_jax.models.layers.basic import Constant
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def fill(
     stacked: str = "(?!)",
     problems: Sequence[str] = (),
 ) -> None:
-    """Gives every `nnx.Param` of a model its value, in place, in its own dtype.
+    """Gives all that is `stored` of a model its value, in place, in its own dtype.
 
     The largest parameters come first, each made row by row where it stays: beyond the
     model itself this takes the memory of one part.
@@ -83,7 +84,7 @@ def fill(
       CheckpointError: lists `problems`, every part without a place, place without a
         part, and part that does not fit; then the model is as it was.
     """
-    variables = parameters_of(model)
+    variables = stored(model)
     rooms = places(variables, stacked)
     found = [
         f"{name} {list(part.shape)}: this model has no such parameter"
@@ -111,10 +112,13 @@ def fill(
         variable.set_value(jax.device_put(made, may_alias=True))
 
 
-def parameters_of(model: nnx.Module) -> dict[str, nnx.Param]:
-    """Returns every parameter of a model by "/"-joined path, each once."""
-    nodes = nnx.iter_graph(model)
-    return {"/".join(map(str, p)): x for p, x in nodes if isinstance(x, nnx.Param)}
+def stored(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """Returns what checkpoints have of a model by "/"-joined path, each once.
+
+    The parameters, and constants that no training changes.
+    """
+    kinds, nodes = (nnx.Param, Constant), nnx.iter_graph(model)
+    return {"/".join(map(str, p)): x for p, x in nodes if isinstance(x, kinds)}
 
 
 Place = tuple[str, int | None, tuple[int, ...]]  # variable, row of it, shape

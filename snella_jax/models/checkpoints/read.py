@@ -26,6 +26,7 @@ RECORDED = "snella_jax"  # key of a .safetensors' metadata, see `Checkpoint.reco
 
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder, whole or in shards
+PARTS = ("encoder.onnx", "sam.onnx")  # of a SAM that was exported
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,9 @@ def read(path: str | Path | Checkpoint, weights: str | None = None) -> Checkpoin
     """Reads `.npz`, `.safetensors`, `.onnx`, `.gguf`, PyTorch's `.pth`, or a folder.
 
     A folder is one that Hugging Face's `save_pretrained` wrote, `config.json` and
-    `model.safetensors` or its shards, or Meta's, `params.json` and
-    `consolidated.00.pth`. A `Checkpoint` comes back as it is. Tensors of
+    `model.safetensors` or its shards, Meta's, `params.json` and `consolidated.00.pth`,
+    or one with `encoder.onnx` and `sam.onnx`, whose tensors' names then begin with
+    `encoder.` and `sam.`. A `Checkpoint` comes back as it is. Tensors of
     `.safetensors`, PyTorch's files and GGUF stay in the file until they are used, so it
     must not change meanwhile.
 
@@ -159,7 +161,9 @@ def _read_folder(folder: Path, weights: str | None) -> Checkpoint:
     if first is None:
         if (found := meta_folder.read(folder)) is not None:
             return Checkpoint(folder, *found)
-        choices.append("consolidated.00.pth")
+        if (folder / PARTS[0]).exists() or (folder / PARTS[1]).exists():
+            return Checkpoint(folder, _read_parts(folder))
+        choices += ["consolidated.00.pth", *PARTS]
         raise FileNotFoundError(f"{folder} has none of {', '.join(choices)}.")
     if first.suffix == ".json":
         read_shards = [_read_file(folder / name) for name in _shards(first)]
@@ -175,6 +179,21 @@ def _read_folder(folder: Path, weights: str | None) -> Checkpoint:
     )
     tensors = state_dicts.chosen(first, saved, weights)
     return Checkpoint(folder, tensors, config, preprocessor, _recorded(first, metadata))
+
+
+def _read_parts(folder: Path) -> dict[str, np.ndarray]:
+    """Reads the two ONNX files of a SAM; the file's name stands before a tensor's."""
+    files = [folder / name for name in PARTS]
+    for file, other in (files, files[::-1]):
+        if not file.exists():
+            raise CheckpointError(
+                folder, f"there is no {file.name} beside {other.name}"
+            )
+    return {
+        f"{file.stem}.{name}": tensor
+        for file in files
+        for name, tensor in onnx_file.read(file, constants=True).items()
+    }
 
 
 def _read_gguf(path: Path) -> Checkpoint:

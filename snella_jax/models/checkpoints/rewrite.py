@@ -16,21 +16,21 @@ from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import to_host
 from snella_jax.models.checkpoints.mapping import (
     TensorRule,
-    parameters_of,
     place_of,
     places,
+    stored,
 )
 from snella_jax.models.checkpoints.read import Checkpoint
 
 
 def parts_of(model: nnx.Module, stacked: str) -> dict[str, np.ndarray]:
-    """Returns every parameter by path, rows of stacked ones apart: what `fill` takes.
+    """Returns what is `stored` by path, rows of stacks apart: what `fill` takes.
 
     Args:
       model: plain.
       stacked: regex as in `fill`.
     """
-    variables = parameters_of(model)
+    variables = stored(model)
     arrays = {path: to_host(variable[...]) for path, variable in variables.items()}
     return {
         name: arrays[path] if row is None else arrays[path][row]

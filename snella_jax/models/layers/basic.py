@@ -10,6 +10,10 @@ XAVIER = nnx.initializers.xavier_uniform()  # the ViT's
 SMALL = nnx.initializers.truncated_normal(0.02)  # Swin's and ConvNeXt's linear layers'
 
 
+class Constant(nnx.Variable):
+    """Numbers of a published checkpoint that never train: not an `nnx.Param`."""
+
+
 def linear(
     n: int,
     m: int,
@@ -98,10 +102,11 @@ class MLP(nnx.Module):
         self.fc2 = linear(hidden, width, config, rngs, init=init)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.fc2(_gelu(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 # Made again in the backward pass: else three arrays as wide as the MLP are kept.
 @jax.checkpoint
-def _gelu(x: Array) -> Array:
+def gelu(x: Array) -> Array:
+    """Computes the exact GELU."""
     return jax.nn.gelu(x, approximate=False)

@@ -24,4 +24,19 @@ def named(
         near = difflib.get_close_matches(name, presets)
         guess = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"No {kind} is called {name!r}.{guess} {where} has all.")
-    return dataclasses.replace(presets[name], **fields)
+    return replaced(presets[name], **fields)
+
+
+def replaced(config: Any, **fields: Any) -> Any:
+    """Returns a config with other values of some fields, its own or its encoder's.
+
+    Args:
+      config: a dataclass; one in its field `encoder` takes the fields that it does not
+        have itself.
+    """
+    own = {field.name for field in dataclasses.fields(config)}
+    inner = {name: fields.pop(name) for name in fields.keys() - own}
+    if inner and "encoder" in own and "encoder" not in fields:
+        fields["encoder"] = dataclasses.replace(config.encoder, **inner)
+        inner = {}
+    return dataclasses.replace(config, **fields, **inner)

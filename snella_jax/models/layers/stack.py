@@ -70,19 +70,20 @@ def through(blocks: Any, x: Array, drops: Drop | None, remat: str) -> Array:
     Args:
       blocks: blocks that `build` made.
       x: input of the first.
-      drops: with a row for each block, or None.
+      drops: with a row for each block; None for blocks that get none.
       remat: "none" or "blocks", see `call`.
     """
+    own = () if drops is None else (drops,)
     if isinstance(blocks, nnx.List):
         for index, block in enumerate(blocks):
             graphdef, state = nnx.split(block)
-            own = jax.tree.map(lambda leaf, i=index: leaf[i], drops)
-            x = call(graphdef, remat, scanned=False)(state, x, own)
+            row = jax.tree.map(lambda leaf, i=index: leaf[i], own)
+            x = call(graphdef, remat, scanned=False)(state, x, *row)
         return x
     graphdef, state = nnx.split(blocks)
     one = call(graphdef, remat, scanned=True)
     x, _ = jax.lax.scan(
-        lambda x, row: (one(row[0], x, row[1]), None), x, (state, drops)
+        lambda x, row: (one(row[0], x, *row[1:]), None), x, (state, *own)
     )
     return x
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from snella_jax.models.checkpoints.json_fields import count, flag, number, only
 from snella_jax.models.checkpoints.read import Checkpoint
 from snella_jax.models.llama.rotary import Llama3Scaling, inverse_frequencies
 
@@ -52,23 +53,21 @@ def of_hugging_face(checkpoint: Checkpoint) -> dict[str, Any]:
             "there is no config.json, which says how many heads there are: expected "
             "the whole folder"
         )
-    for name, values in ONLY.items():
-        if said.get(name, values[0]) not in values:
-            raise ValueError(f"{name}={said[name]!r}: expected {values[0]!r}")
-    heads, width = _count(said, "num_attention_heads"), _count(said, "hidden_size")
+    only(said, ONLY)
+    heads, width = count(said, "num_attention_heads"), count(said, "hidden_size")
     eos = said.get("eos_token_id")
     return {
-        "vocab_size": _count(said, "vocab_size"),
+        "vocab_size": count(said, "vocab_size"),
         "width": width,
-        "depth": _count(said, "num_hidden_layers"),
+        "depth": count(said, "num_hidden_layers"),
         "heads": heads,
-        "kv_heads": _count(said, "num_key_value_heads", heads),
-        "head_dim": _count(said, "head_dim", _divided(width, heads)),
-        "mlp_dim": _count(said, "intermediate_size"),
-        "norm_eps": _number(said, "rms_norm_eps", 1e-6),
+        "kv_heads": count(said, "num_key_value_heads", heads),
+        "head_dim": count(said, "head_dim", _divided(width, heads)),
+        "mlp_dim": count(said, "intermediate_size"),
+        "norm_eps": number(said, "rms_norm_eps", 1e-6),
         **_rope(said),
-        "context": _count(said, "max_position_embeddings", 2048),
-        "tied": _flag(said, "tie_word_embeddings"),
+        "context": count(said, "max_position_embeddings", 2048),
+        "tied": flag(said, "tie_word_embeddings"),
         "bos": _token(said.get("bos_token_id"), "bos_token_id"),
         "eos": tuple(
             _token(token, "eos_token_id")
@@ -83,21 +82,21 @@ def of_meta(checkpoint: Checkpoint) -> dict[str, Any]:
     said = {name: value for name, value in checkpoint.config.items() if value != -1}
     if unknown := sorted(said.keys() - PARAMS):
         raise ValueError(f"params.json has {', '.join(unknown)}, not known here")
-    width, depth, heads = (_count(said, f) for f in ("dim", "n_layers", "n_heads"))
-    multiple = _count(said, "multiple_of")
-    hidden = int(_number(said, "ffn_dim_multiplier", 1.0) * int(8 * width / 3))
-    theta = _number(said, "rope_theta", 10_000.0)
-    vocabulary = _count(said, "vocab_size", _rows(checkpoint, "tok_embeddings.weight"))
+    width, depth, heads = (count(said, f) for f in ("dim", "n_layers", "n_heads"))
+    multiple = count(said, "multiple_of")
+    hidden = int(number(said, "ffn_dim_multiplier", 1.0) * int(8 * width / 3))
+    theta = number(said, "rope_theta", 10_000.0)
+    vocabulary = count(said, "vocab_size", _rows(checkpoint, "tok_embeddings.weight"))
     scaling = None
-    if _flag(said, "use_scaled_rope"):
+    if flag(said, "use_scaled_rope"):
         factor = said.get("rope_scaling_factor", FACTORS.get((width, depth)))
         if factor is None:
             raise ValueError(
                 "params.json has use_scaled_rope, and no rope_scaling_factor: add it "
                 "there, 8 for LLaMA 3.1, 32 for 3.2"
             )
-        scaling = Llama3Scaling(_number({"factor": factor}, "factor"))
-    eps = _number(said, "norm_eps")
+        scaling = Llama3Scaling(number({"factor": factor}, "factor"))
+    eps = number(said, "norm_eps")
     old = 2048 if eps < 5e-6 else 4096  # LLaMA 1, LLaMA 2
     bos, eos = ENDS.get(vocabulary, (None, ()))
     return {
@@ -105,7 +104,7 @@ def of_meta(checkpoint: Checkpoint) -> dict[str, Any]:
         "width": width,
         "depth": depth,
         "heads": heads,
-        "kv_heads": _count(said, "n_kv_heads", heads),
+        "kv_heads": count(said, "n_kv_heads", heads),
         "head_dim": _divided(width, heads),
         "mlp_dim": multiple * -(-hidden // multiple),
         "norm_eps": eps,
@@ -130,26 +129,26 @@ def of_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
         raise ValueError(f"llama.expert_count={experts}: expected none")
     if (scaling := said.get("rope.scaling.type", "none")) != "none":
         raise ValueError(f"llama.rope.scaling.type={scaling!r}: expected 'none'")
-    heads = _count(said, "attention.head_count")
-    width = _count(said, "embedding_length")
-    head_dim = _count(said, "attention.key_length", _divided(width, heads))
+    heads = count(said, "attention.head_count")
+    width = count(said, "embedding_length")
+    head_dim = count(said, "attention.key_length", _divided(width, heads))
     for name in ("attention.value_length", "rope.dimension_count"):
-        if (other := _count(said, name, head_dim)) != head_dim:
+        if (other := count(said, name, head_dim)) != head_dim:
             raise ValueError(f"llama.{name}={other}: expected {head_dim}")
-    theta = _decimal(_number(said, "rope.freq_base", 10_000.0))
+    theta = _decimal(number(said, "rope.freq_base", 10_000.0))
     eos = said.get("tokenizer.ggml.eos_token_id")
     return {
         "vocab_size": _rows(checkpoint, "token_embd.weight"),
         "width": width,
-        "depth": _count(said, "block_count"),
+        "depth": count(said, "block_count"),
         "heads": heads,
-        "kv_heads": _count(said, "attention.head_count_kv", heads),
+        "kv_heads": count(said, "attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "mlp_dim": _count(said, "feed_forward_length"),
-        "norm_eps": _decimal(_number(said, "attention.layer_norm_rms_epsilon")),
+        "mlp_dim": count(said, "feed_forward_length"),
+        "norm_eps": _decimal(number(said, "attention.layer_norm_rms_epsilon")),
         "rope_theta": theta,
         "rope_scaling": _scaling_of(checkpoint, head_dim, theta),
-        "context": _count(said, "context_length"),
+        "context": count(said, "context_length"),
         "tied": "output.weight" not in checkpoint.tensors,
         "bos": _token(said.get("tokenizer.ggml.bos_token_id"), "bos_token_id"),
         "eos": () if eos is None else (_token(eos, "eos_token_id"),),
@@ -191,7 +190,7 @@ def _rope(said: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("rope_scaling and rope_parameters differ")
     given = (new or {}) if "rope_theta" in (new or {}) else said
     return {
-        "rope_theta": _number(given, "rope_theta", 10_000.0),
+        "rope_theta": number(given, "rope_theta", 10_000.0),
         "rope_scaling": found[0] if found else None,
     }
 
@@ -200,53 +199,24 @@ def _scaling(said: Mapping[str, Any]) -> Llama3Scaling | None:
     kind = said.get("rope_type", said.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"rope_type={kind!r}: expected 'default' or 'llama3'")
-    for name, values in ONLY.items():
-        if said.get(name, values[0]) not in values:
-            raise ValueError(f"{name}={said[name]!r}: expected {values[0]!r}")
+    only(said, ONLY)
     if kind == "default":
         return None
     return Llama3Scaling(
-        _number(said, "factor"),
-        _number(said, "low_freq_factor"),
-        _number(said, "high_freq_factor"),
-        _count(said, "original_max_position_embeddings"),
+        number(said, "factor"),
+        number(said, "low_freq_factor"),
+        number(said, "high_freq_factor"),
+        count(said, "original_max_position_embeddings"),
     )
 
 
-def _count(said: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = said.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise ValueError(f"there is no {name}")
-    if type(value) is not int or not 0 < value < 2**31:
-        raise ValueError(f"{name}={value!r}: expected a positive integer")
-    return value
-
-
-def _number(said: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    value = said.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise ValueError(f"there is no {name}")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"{name}={value!r}: expected a positive number")
-    return float(value)
-
-
-def _decimal(number: float) -> float:
+def _decimal(value: float) -> float:
     """Returns the shortest decimal number that has this value in float32.
 
     >>> _decimal(float(np.float32(1e-5)))
     1e-05
     """
-    return float(str(np.float32(number)))
-
-
-def _flag(said: Mapping[str, Any], name: str) -> bool:
-    value = said.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: expected true or false")
-    return bool(value)
+    return float(str(np.float32(value)))
 
 
 def _token(value: Any, name: str) -> int | None:

@@ -27,11 +27,11 @@ from snella_jax.models.layers import basic, stack, windows
 from snella_jax.models.layers.attention import Implementation
 from snella_jax.models.layers.images import ImageSizes, check_batch, check_input
 from snella_jax.models.sam import relative
+from snella_jax.models.sam.neck import Neck
 
 Kind = Literal["windowed", "whole"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order of a group
 SMALL = nnx.initializers.truncated_normal(0.02)
-NECK_EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class ViTEncoder(nnx.Module):
             return stack.build(make, counts[kind], c.stacked, rngs)
 
         self.blocks = nnx.Dict({kind: build(kind) for kind in counts})
-        self.neck = Neck(c, rngs=rngs)
+        self.neck = Neck(c.width, c, rngs=rngs)
 
     def __call__(
         self, images: Float[Array, "B height width C"]
@@ -210,20 +210,6 @@ class Attention(nnx.Module):
         return y[:, : x.shape[1], : x.shape[2]]
 
 
-class Neck(nnx.Module):
-    """Two convolutions, each before a norm, to the width of prompts and decoder."""
-
-    def __init__(self, config: ViTEncoderConfig, *, rngs: nnx.Rngs):
-        out = config.out_channels
-        self.conv1 = _convolution(config.width, out, 1, config, rngs)
-        self.norm1 = basic.norm(out, NECK_EPS, config, rngs)
-        self.conv2 = _convolution(out, out, 3, config, rngs)
-        self.norm2 = basic.norm(out, NECK_EPS, config, rngs)
-
-    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w out"]:
-        return self.norm2(self.conv2(self.norm1(self.conv1(x))))
-
-
 def _scan(blocks: nnx.Dict, x: Array, config: ViTEncoderConfig) -> Array:
     """Scans groups of blocks, and inside a group the blocks of each kind."""
     split = {kind: nnx.split(own) for kind, own in blocks.items()}
@@ -277,17 +263,3 @@ def _unroll(blocks: nnx.Dict, x: Array, config: ViTEncoderConfig) -> Array:
         graphdef, state = nnx.split(blocks[kind][row])
         x = stack.call(graphdef, config.remat, scanned=False)(state, x)
     return x
-
-
-def _convolution(
-    n: int, m: int, side: int, config: ViTEncoderConfig, rngs: nnx.Rngs
-) -> nnx.Conv:
-    return nnx.Conv(
-        n,
-        m,
-        kernel_size=(side, side),
-        use_bias=False,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        rngs=rngs,
-    )

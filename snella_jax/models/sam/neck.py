@@ -1,0 +1,32 @@
+"""The neck of SAM's image encoders."""
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from snella_jax.models.layers import basic
+
+EPS = 1e-6  # of both norms
+
+
+class Neck(nnx.Module):
+    """Convolutions of 1 x 1 and 3 x 3 to the output's width, a norm behind each."""
+
+    def __init__(self, width: int, config: Any, *, rngs: nnx.Rngs):
+        """Draws the weights.
+
+        Args:
+          width: width of the encoder's last block.
+          config: has `out_channels`, `dtype` and `param_dtype`.
+          rngs: its `params` stream draws.
+        """
+        c, out = config, config.out_channels
+        dtypes = {"dtype": c.dtype, "param_dtype": c.param_dtype}
+        self.conv1 = nnx.Conv(width, out, (1, 1), use_bias=False, **dtypes, rngs=rngs)
+        self.norm1 = basic.norm(out, EPS, c, rngs)
+        self.conv2 = nnx.Conv(out, out, (3, 3), use_bias=False, **dtypes, rngs=rngs)
+        self.norm2 = basic.norm(out, EPS, c, rngs)
+
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w out"]:
+        return self.norm2(self.conv2(self.norm1(self.conv1(x))))
