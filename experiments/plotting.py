@@ -1,9 +1,13 @@
-"""Matplotlib without a display: `plt`, labels and PNG files."""
+"""Matplotlib without a display: `plt`, labels, masks on images and PNG files."""
 
 import warnings
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from jaxtyping import Bool, UInt8
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -11,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.paths import printable
 
-__all__ = ["label", "plt", "save"]
+__all__ = ["label", "overlay", "plt", "save"]
 
 
 def label(name: str) -> str:
@@ -21,6 +25,27 @@ def label(name: str) -> str:
     \$5 to \$9
     """
     return printable(name).replace("$", r"\$")
+
+
+def overlay(
+    axes: Axes,
+    image: UInt8[np.ndarray, "H W 3"],
+    mask: Bool[np.ndarray, "H W"],
+    truth: Bool[np.ndarray, "H W"] | None = None,
+) -> None:
+    """Draws an image, a mask as a translucent layer on it, and the contour of another.
+
+    Args:
+      mask: the layer, blue.
+      truth: the mask whose contour is drawn, yellow; None for none.
+    """
+    axes.imshow(image)
+    layer = np.zeros((*mask.shape, 4))
+    layer[...] = (*to_rgb("tab:blue"), 0)
+    layer[mask, 3] = 0.5
+    axes.imshow(layer)
+    if truth is not None and 0 < truth.mean() < 1:
+        axes.contour(truth, levels=[0.5], colors="yellow", linewidths=1)
 
 
 def save(figure: Figure, path: Path, dpi: int = 130) -> None:

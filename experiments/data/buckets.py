@@ -40,7 +40,7 @@ class Buckets:
       lengths: lengths that batches may have, rising; no example is longer than the
         last.
       pad: id to fill up with.
-      evaluated: examples of a batch that is evaluated.
+      evaluated: most examples of a batch that is evaluated.
     """
 
     lengths: tuple[int, ...]

@@ -48,22 +48,22 @@ def read(folder: Path) -> Found:
             if (root / name).is_dir():
                 images = _images(root / name, left_out)
                 parts[part] += [(path, label) for path in images]
-        kinds = _listed(left_out)
-        notes += [f"{root}: left out {kinds}"] * bool(kinds)
+        said = kinds(left_out)
+        notes += [f"{root}: left out {said}"] * bool(said)
         if not parts[part]:
             raise ValueError(
                 f"{root} has no images ({', '.join(SUFFIXES)}) in folders of classes"
-                + f"; left out {kinds}." * bool(kinds)
+                + f"; left out {said}." * bool(said)
             )
     return Found(parts["train"], parts["val"], parts["test"], names, tuple(notes))
 
 
-def _listed(left_out: Counter[str]) -> str:
+def kinds(left_out: Counter[str]) -> str:
     """Returns the counts of what was left out, largest first, as text."""
     shown = (+left_out).most_common(SHOWN)
-    kinds = [f"{count} {kind}" for kind, count in shown]
+    named = [f"{count} {kind}" for kind, count in shown]
     rest = left_out.total() - sum(count for _, count in shown)
-    return ", ".join([*kinds, *[f"{rest} others"] * bool(rest)])
+    return ", ".join([*named, *[f"{rest} others"] * bool(rest)])
 
 
 def _root(folder: Path, part: str) -> Path | None:
@@ -113,14 +113,14 @@ def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
         folders[:] = sorted(name for name in folders if not _hidden(name))
         folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))
         for path in (Path(place, name) for name in files):
-            if kind := _no_image(path):
+            if kind := no_image(path):
                 left_out[kind] += 1
             else:
                 found.append(path)
     return sorted(found)
 
 
-def _no_image(path: Path) -> str:
+def no_image(path: Path) -> str:
     """Returns why a file is left out; "" for an image, even as a broken link."""
     if _hidden(path.name):
         return HIDDEN

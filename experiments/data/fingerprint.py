@@ -23,6 +23,13 @@ def of_image(image: UInt8[np.ndarray, "H W C"], label: int) -> bytes:
     return hashed.digest()
 
 
+def of_pair(image: UInt8[np.ndarray, "H W C"], mask: UInt8[np.ndarray, "H W"]) -> bytes:
+    """Returns the SHA-256 of an image and its mask."""
+    hashed = hashlib.sha256(of_image(image, 0))
+    hashed.update(np.ascontiguousarray(mask).data)
+    return hashed.digest()
+
+
 def of_split(examples: Sequence[bytes], unit: str = "images") -> dict[str, Any]:
     """Returns the fingerprint of a split, from those of its examples.
 

@@ -25,6 +25,11 @@ Mixing = Callable[[Arrays, np.random.Generator], Arrays]
 class Preparation(Protocol):
     """Maker of an example's arrays, such as `transforms.Transform` for images."""
 
+    @property
+    def evaluated(self) -> int:
+        """Most examples of a batch that is evaluated."""
+        ...
+
     def prepare(self, example: Any, rng: np.random.Generator) -> Arrays:
         """Returns arrays of one shape for all examples; `rng` where they are random."""
         ...

@@ -42,11 +42,11 @@ class CorruptImageError(ValueError):
         super().__init__(f"image {index} ({name}) cannot be decoded: {reason}")
 
     def __reduce__(self):  # worker processes send it home
-        return _with_message, (str(self),)
+        return _with_message, (type(self), str(self))
 
 
-def _with_message(message: str) -> CorruptImageError:
-    error = CorruptImageError.__new__(CorruptImageError)
+def _with_message(kind: type[CorruptImageError], message: str) -> CorruptImageError:
+    error = kind.__new__(kind)
     ValueError.__init__(error, message)
     return error
 

@@ -40,6 +40,7 @@ class Transform:
       mean, std: mean and standard deviation of each channel, for pixels in [0, 1]; one
         or three, as many as the result has channels.
       resample: "bicubic" or "bilinear".
+      evaluated: most examples of a batch that is evaluated.
     """
 
     size: tuple[int, int]
@@ -47,6 +48,7 @@ class Transform:
     mean: tuple[float, ...] = NORMALISATIONS["imagenet"][0]
     std: tuple[float, ...] = NORMALISATIONS["imagenet"][1]
     resample: Literal["bilinear", "bicubic"] = "bicubic"
+    evaluated: int = 256
 
     def __post_init__(self):
         if min(self.size) < 1:

@@ -3,24 +3,30 @@
     python -m experiments.tasks.show --task digits
 
 `--task` is a name from `--list`, or the path of a folder or CSV file. Checks every
-image, and writes a PNG of some training images with their labels, after augmentation
-and normalisation (undone again for the eye).
+image, and writes a PNG of some training images with their labels or their masks, after
+augmentation and normalisation (undone again for the eye).
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
+from rich.console import Console
 
 from experiments import plotting, terminal
-from experiments.data import check, pipeline
-from experiments.data.task import Task
+from experiments.data import check, pair_check, pipeline
+from experiments.data.mask_transforms import MaskTransform
+from experiments.data.source import Source
+from experiments.data.task import Splits
 from experiments.data.transforms import NORMALISATIONS, Transform
 from experiments.paths import Given, shortened
 from experiments.plotting import plt
-from experiments.tasks import catalogue
+from experiments.tasks import catalogue, segmentation_catalogue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,8 @@ class ShowConfig:
     """Height and width of an image in pixels."""
     crop: Literal["resize", "centre", "random"] = "resize"
     """VTAB resizes; FGVC crops at random (training) or the centre (evaluation)."""
+    fit: Literal["squash", "pad"] = "squash"
+    """The same of images with masks, which are mirrored at random."""
     normalise: Literal["imagenet", "inception", "none"] = "imagenet"
     """Mean and standard deviation of the pixels."""
     images: int = 32
@@ -57,39 +65,81 @@ def main(argv: list[str] | None = None) -> Path | None:
     config = tyro.cli(ShowConfig, prog=program, args=argv, description=__doc__)
     if config.list:
         console.print(catalogue.listing())
+        console.print(segmentation_catalogue.listing())
         return None
     with terminal.exit_on_error(program):
         if not config.task:
             raise ValueError("--task is missing; --list prints what there is.")
         if config.images < 1:
             raise ValueError(f"images={config.images}: expected at least 1.")
-        task = catalogue.load(config.task, config.data_dir)
-        if config.check:
-            task = check.checked(task, console, config.skip_corrupt)
-        else:
-            check.tell(task, console)
-        mean, std = NORMALISATIONS[config.normalise]
-        transform = Transform((config.size, config.size), config.crop, mean, std)
         path = (
             config.out
             or Path("runs/show") / f"{shortened(Path(config.task).stem, 240)}.png"
         )
-        sheet(path, task, transform, config.images, config.seed)
-    sizes = [len(s) for s in (task.train, task.validation, task.test)]
-    console.print(
-        f"{task.name}: {task.classes} classes; {sizes[0]} to train, {sizes[1]} to "
-        f"validate, {sizes[2]} to test"
-    )
+        masks = segmentation_catalogue.knows(config.task)
+        said = (show_masks if masks else show_classes)(path, config, console)
+    console.print(said)
     console.print(f"The sheet is {path}", soft_wrap=True)
     return path
 
 
-def sheet(path: Path, task: Task, transform: Transform, images: int, seed: int) -> None:
-    """Writes the first batch of a training stream as a picture."""
-    count = min(images, len(task.train))
-    stream = pipeline.training(task.train, transform, batch=count, epochs=1, seed=seed)
-    batch = next(iter(stream))
+def show_classes(path: Path, config: ShowConfig, console: Console) -> str:
+    """Draws images with their labels; returns a line about the task."""
+    task = catalogue.load(config.task, config.data_dir)
+    if config.check:
+        task = check.checked(task, console, config.skip_corrupt)
+    else:
+        check.tell(task, console)
+    mean, std = NORMALISATIONS[config.normalise]
+    transform = Transform((config.size, config.size), config.crop, mean, std)
+    batch = _batch(task.train, transform, config)
     pixels = transform.unnormalised(batch["image"])
+    title = f"{task.name}, training images ({transform.crop})"
+    with _sheet(path, title, len(pixels)) as panels:
+        for axes, image, label in zip(panels, pixels, batch["label"], strict=False):
+            axes.imshow(np.squeeze(image), cmap="gray", vmin=0, vmax=255)
+            title = task.names[label] if task.names else str(label)
+            axes.set_title(plotting.label(title), fontsize=8)
+    return f"{task.name}: {task.classes} classes; {_sizes(task)}"
+
+
+def show_masks(path: Path, config: ShowConfig, console: Console) -> str:
+    """Draws images with their masks; returns a line about the task."""
+    task = segmentation_catalogue.load(config.task, config.data_dir)
+    if config.check:
+        task = pair_check.checked(task, console, config.skip_corrupt)
+    else:
+        check.tell(task, console)
+    mean, std = NORMALISATIONS[config.normalise]
+    transform = MaskTransform(config.size, config.fit, flip=True, mean=mean, std=std)
+    kind, source = ("training", task.train) if len(task.train) else ("test", task.test)
+    batch = _batch(source, transform, config)
+    pixels = transform.unnormalised(batch["image"])
+    title = f"{task.name}, {kind} images ({transform.fit})"
+    with _sheet(path, title, len(pixels)) as panels:
+        for axes, image, mask in zip(panels, pixels, batch["mask"], strict=False):
+            plotting.overlay(axes, image, mask > 0)
+    return f"{task.name}: images with masks; {_sizes(task)}"
+
+
+def _sizes(task: Splits) -> str:
+    sizes = [len(source) for source in (task.train, task.validation, task.test)]
+    return f"{sizes[0]} to train, {sizes[1]} to validate, {sizes[2]} to test"
+
+
+def _batch(
+    source: Source, transform: Transform | MaskTransform, config: ShowConfig
+) -> dict[str, np.ndarray]:
+    """Returns the first batch of a training stream."""
+    count, seed = min(config.images, len(source)), config.seed
+    return next(
+        iter(pipeline.training(source, transform, batch=count, epochs=1, seed=seed))
+    )
+
+
+@contextlib.contextmanager
+def _sheet(path: Path, title: str, count: int) -> Iterator[Sequence[Axes]]:
+    """Opens a figure with a panel for each of some images; writes it at the end."""
     columns = min(8, count)
     rows = -(-count // columns)
     figure, panels = plt.subplots(
@@ -101,11 +151,7 @@ def sheet(path: Path, task: Task, transform: Transform, images: int, seed: int) 
     )
     for axes in panels.flat:
         axes.axis("off")
-    for axes, image, label in zip(panels.flat, pixels, batch["label"], strict=False):
-        axes.imshow(np.squeeze(image), cmap="gray", vmin=0, vmax=255)
-        title = task.names[label] if task.names else str(label)
-        axes.set_title(plotting.label(title), fontsize=8)
-    title = f"{task.name}, training images ({transform.crop})"
+    yield panels.flat
     figure.suptitle(plotting.label(title))
     plotting.save(figure, path, dpi=100)
 

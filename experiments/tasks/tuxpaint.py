@@ -45,13 +45,17 @@ class Stamps:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
-        path = self.paths[index]
-        with decoding(path.read_bytes(), path, index) as image:
-            picture = image.convert("RGBA")
+        picture = self.cut_out(index)
         white = Image.new("RGBA", picture.size, "white")
         pixels = np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
         mask = np.asarray(picture.getchannel("A"))
         return {"image": pixels, "label": int(self.labels[index]), "mask": mask}
+
+    def cut_out(self, index: int) -> Image.Image:
+        """Returns a picture with its transparency, RGBA."""
+        path = self.paths[index]
+        with decoding(path.read_bytes(), path, index) as image:
+            return image.convert("RGBA")
 
 
 def load(folder: Path = DEBIAN, split_seed: int = 0) -> Task:

@@ -20,7 +20,6 @@ from experiments.data.source import Source
 from experiments.training import sharding
 from experiments.training.objective import Batch, Objective, Score
 
-BATCH = 256
 Measure = Callable[[Any, Batch], tuple[dict[str, Array], Any]]
 
 
@@ -142,8 +141,7 @@ def batches(
 ) -> Iterable[dict[str, Array]]:
     """Returns every example once, as `pipeline.evaluation`; fillers are not `valid`."""
     parts = mesh.shape["data"]
-    most = transform.evaluated if isinstance(transform, Buckets) else BATCH
-    batch = -(-min(most, len(source)) // parts) * parts
+    batch = -(-min(transform.evaluated, len(source)) // parts) * parts
     shard = pipeline.Shard.of_this_process()
     stream = pipeline.evaluation(source, transform, batch=batch, shard=shard)
     return pipeline.to_devices(stream, sharding.of_batches(mesh))

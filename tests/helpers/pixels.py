@@ -36,6 +36,8 @@ class Pictures:
 class Nearest:
     """Arrays of the model's size, by nearest neighbours."""
 
+    evaluated = 256
+
     def prepare(self, example, rng):
         return {n: resized(example[n], (SIDE, SIDE)) for n in ("image", "target")}
 

@@ -1,0 +1,124 @@
+"""A check of every image and mask of a segmentation task."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from experiments.data import fingerprint, look
+from experiments.data.check import SPLITS, tell
+from experiments.data.look import Look, first, say
+from experiments.data.segmentation_task import SegmentationTask
+from experiments.data.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What is kept of a pair that was decoded.
+
+    Attributes:
+      name: name of the pair.
+      image: fingerprint of the image alone.
+      pair: fingerprint of image and mask.
+      empty: True if the mask has no foreground.
+    """
+
+    name: str
+    image: bytes
+    pair: bytes
+    empty: bool
+
+
+def checked(
+    task: SegmentationTask,
+    console: Console,
+    skip_corrupt: bool = False,
+    to_train: bool = False,
+) -> SegmentationTask:
+    """Decodes every image and every mask of a task and its extra tests.
+
+    Empty masks are counted, and so are images that are in the training split and in
+    another one, under whatever names.
+
+    Args:
+      console: where progress, the task's notes and what was counted are shown.
+      skip_corrupt: leave out pairs that cannot be decoded, or whose sizes do not fit,
+        and print how many.
+      to_train: refuse a task without training images.
+
+    Returns:
+      The task with its fingerprint, without the skipped pairs.
+
+    Raises:
+      OSError: files are missing or cannot be read; names the first ones.
+      ValueError: images cannot be decoded, sizes do not fit, a split has no pairs, or
+        no mask of it has any foreground; names the first ones.
+    """
+    tell(task, console)
+    if to_train and not len(task.train):
+        raise ValueError(
+            f"{task.name} has no training images: it is a test of models that were "
+            "trained on another set."
+        )
+    splits: dict[str, Source] = {name: getattr(task, name) for name in SPLITS}
+    if not len(task.train):  # a test alone
+        splits = {"test": task.test}
+    sources = {**splits, **task.extra_tests}
+    looks = look.looks(task.name, sources, _seen, console)
+    kept = {}
+    for name, own in looks.items():
+        where = f"{task.name}, {name}"
+        kept[name] = look.kept(where, sources[name], own, console, skip_corrupt)
+        _tell_empty(where, own.seen, console)
+    _tell_repeated(task.name, looks, console)
+    fingerprints = {
+        name: fingerprint.of_split([seen.pair for seen in own.seen])
+        for name, own in looks.items()
+    }
+    return dataclasses.replace(
+        task,
+        **{name: kept[name] for name in splits},
+        extra_tests={name: kept[name] for name in task.extra_tests},
+        fingerprint=fingerprints,
+    )
+
+
+def _seen(index: int, example: Any) -> Seen:
+    image, mask = example["image"], example["mask"]
+    look.check_pixels(index, image)
+    return Seen(
+        example["name"],
+        fingerprint.of_image(image, 0),
+        fingerprint.of_pair(image, mask),
+        not mask.any(),
+    )
+
+
+def _tell_empty(where: str, seen: Sequence[Seen], console: Console) -> None:
+    empty = [own.name for own in seen if own.empty]
+    if len(empty) == len(seen):
+        raise ValueError(
+            f"{where}: none of {len(seen)} masks has any foreground, pixels above 127; "
+            "masks of 0 and 1 have to be stored as 0 and 255."
+        )
+    if empty:
+        say(console, f"{where}: {len(empty)} of {len(seen)} masks are empty "
+                     f"({first(empty)})")  # fmt: skip
+
+
+def _tell_repeated(task: str, looks: dict[str, Look[Seen]], console: Console) -> None:
+    """Prints how many images of other splits are training images, too."""
+    if "train" not in looks:
+        return
+    trained = {own.image: own.name for own in looks["train"].seen}
+    for split, own in looks.items():
+        same = [seen for seen in own.seen if seen.image in trained]
+        if split != "train" and same:
+            shown = [
+                seen.name if seen.name == trained[seen.image]
+                else f"{seen.name} is {trained[seen.image]}"
+                for seen in same
+            ]  # fmt: skip
+            said = f"{len(same)} images are in the training split, too ({first(shown)})"
+            say(console, f"{task}, {split}: {said}")
