@@ -19,7 +19,8 @@ from experiments.data.segmentation_task import SegmentationTask
 from experiments.data.source import Joined, Source
 from experiments.methods.registry import BOX, DECODER
 from experiments.pretrained import sam_models
-from experiments.reports import masks_report, predicted
+from experiments.reports import masks_figures, masks_report, predicted
+from experiments.reports.masks_report import TEST
 from experiments.runs import setup
 from experiments.runs.result import Result
 from experiments.runs.setup import Prepared
@@ -36,9 +37,6 @@ from experiments.training.session import Session
 from experiments.training.trainer import Data
 from experiments.training.true_boxes import TrueBoxes
 from snella_jax.models.sam import Sam
-
-TEST = "test"  # name of the test split among the sets that are tested
-
 
 @dataclasses.dataclass(frozen=True)
 class PolypRun(Prepared):
@@ -175,11 +173,15 @@ class PolypRun(Prepared):
 
     def _measured(self, method: str, model: Any, name: str) -> dict[str, float]:
         source, objective = self.tests[name], self.objective_of(method)
-        kept = predicted.Keeper(source, objective)
+        masks = {}
+
+        def keep(index: int, output: Any) -> None:
+            masks[index] = objective.found(source[index], output)
+
         where = source, self.transform, self.mesh, objective
-        metrics = evaluation.evaluate(model, *where, look=kept).metrics
+        metrics = evaluation.evaluate(model, *where, look=keep).metrics
         if files.is_primary():
-            predicted.write(self.out, method, name, kept.found)
+            predicted.write(self.out, method, name, masks)
         return metrics
 
     def report(self, results: Mapping[str, dict[str, Any]]) -> None:
@@ -187,12 +189,18 @@ class PolypRun(Prepared):
 
         Embeddings are no longer needed then.
         """
-        made = masks_report.made(results, self.task, self.config.model)
+        titled = {n: (self._title(n), own) for n, own in self.tests.items()}
+        sizes = {n: (title, len(own)) for n, (title, own) in titled.items()}
+        how = self.objective.metrics, sizes, self.task.notes, self.config.model
+        made = masks_report.made(results, *how)
         self.console.print(masks_report.printed(made))
         if files.is_primary():
             masks_report.write(made, self.out)
-            masks_report.draw(made, self.out, self.tests, self.console)
+            masks_figures.draw(self.out, titled, list(results))
             shutil.rmtree(self.embeddings, ignore_errors=True)
+
+    def _title(self, name: str) -> str:
+        return self.task.name if name == TEST else name
 
 
 def prepared(name: str, config: PolypConfig, console: Console) -> PolypRun:
