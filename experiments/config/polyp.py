@@ -9,12 +9,12 @@ from experiments.config import run_config
 from experiments.config.presets import Preset
 from experiments.config.run_config import MethodOptions, RunOptions
 from experiments.config.split_config import Protocol, SplitConfig
+from experiments.data.segmentation_task import VALIDATION
 from experiments.methods.method import Method
 from experiments.methods.registry import BOX, DECODER, LINEAR, OF_SAM, UNTUNED
 from experiments.methods.snella import ReleasedSnella
 from experiments.methods.untuned import TrueBox, Untuned
 from experiments.tasks.catalogue import DATA_DIR
-from experiments.training import schedules
 from experiments.training.grid import Grid
 from snella_jax.models.sam import Sam
 
@@ -26,11 +26,13 @@ class DataOptions:
     """Images and masks."""
 
     task: str = "kvasir"
-    """kvasir, cvc_clinicdb, tuxpaint_masks, or a folder with images/ and masks/."""
+    """Name (`python -m experiments.tasks.show --list`), or folder of images and masks."""
     data_dir: Path = DATA_DIR
     """Folder of the named sets."""
     tests: tuple[str, ...] = ()
     """Further sets or folders: all of their images are tested, none is trained on."""
+    validation: float = VALIDATION
+    """Share of the training images held out, where the set has no such split."""
     limit: int | None = None
     """Most images of a split or set; the same for every method and seed."""
     fit: Literal["squash", "pad"] = "squash"
@@ -134,6 +136,8 @@ class PolypConfig(SplitConfig, TrainingOptions, ModelOptions, DataOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1.")
+        if not 0 < self.validation < 1:
+            raise ValueError(f"validation={self.validation}: expected between 0 and 1.")
         if len({self.task, *self.tests}) <= len(self.tests):
             raise ValueError(
                 f"tests={self.tests}: expected each once, and not task={self.task}."

@@ -18,7 +18,8 @@ from experiments.training.rounds import Rounds
 from experiments.training.session import Scope
 from snella_jax.nnx.targets import select
 
-STACKS = r"((?:encoder/)?blocks(?:/\d+)?)/(.*)"  # paths of what may be stacked
+# Paths of what may be stacked, with that of the stack.
+STACKS = r"((?:encoder/)?blocks(?:/(?:\d+|windowed|whole))?)/(.*)"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ from experiments.training.trainer import Data
 from experiments.training.true_boxes import TrueBoxes
 from snella_jax.models.sam import Sam
 
+
 @dataclasses.dataclass(frozen=True)
 class PolypRun(Prepared):
     """A run on images with masks: `Prepared` for a SAM.
@@ -234,15 +235,11 @@ def prepared(name: str, config: PolypConfig, console: Console) -> PolypRun:
 
 def _task(config: PolypConfig) -> SegmentationTask:
     """Returns the task with its further tests, and as few images as the config says."""
-    task = segmentation_catalogue.load(config.task, config.data_dir)
-    tests = dict(task.extra_tests)
-    for name in config.tests:
-        other = segmentation_catalogue.load_test(name, config.data_dir)
-        tests[Path(name).name] = other.test
-        task = dataclasses.replace(task, notes=(*task.notes, *other.notes))
+    where = config.data_dir, config.validation, config.tests
+    task = segmentation_catalogue.load(config.task, *where)
     changes: dict[str, Any] = {
         split: setup.sampled(getattr(task, split), config.limit)
         for split in ("train", "validation", "test")
     }
-    tests = {n: setup.sampled(own, config.limit) for n, own in tests.items()}
+    tests = {n: setup.sampled(own, config.limit) for n, own in task.extra_tests.items()}
     return dataclasses.replace(task, **changes, extra_tests=tests)

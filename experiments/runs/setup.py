@@ -32,7 +32,6 @@ from experiments.training.session import Followed, Session
 from experiments.training.trainer import Data
 from snella_jax.nnx.targets import select
 
-
 SHOWN = 6  # predictions in a picture
 
 
