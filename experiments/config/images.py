@@ -3,16 +3,15 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from experiments.config import run_config
-from experiments.config.run_config import MethodOptions, RunConfig, RunOptions
+from experiments.config.run_config import MethodOptions, RunOptions
+from experiments.config.split_config import Protocol, SplitConfig
 from experiments.data.mix import Mix
 from experiments.methods.linear_probe import Linear
 from experiments.methods.registry import LINEAR
 from experiments.tasks.catalogue import DATA_DIR
-
-Protocol = Literal["choose", "final", "released"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ class TrainingOptions(run_config.TrainingOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageConfig(RunConfig, TrainingOptions, ModelOptions, DataOptions):
+class ImageConfig(SplitConfig, TrainingOptions, ModelOptions, DataOptions):
     """One run: a task, a pre-trained model, and the methods that fine-tune it.
 
     >>> known = {"model": "vit_l16", "lora": {"rank": 4}, "dora": {"rank": 4}}
@@ -93,19 +92,10 @@ class ImageConfig(RunConfig, TrainingOptions, ModelOptions, DataOptions):
     linear: Linear = dataclasses.field(default_factory=Linear)
     """Settings of the linear probe."""
 
-    @property
-    def trains_on_all(self) -> bool:
-        """True if what is tested is trained on training and validation images."""
-        return self.search or self.protocol != "choose"
-
     def mix(self, classes: int) -> Mix | None:
         """Returns how training batches are mixed; None where they are not."""
         mix = Mix(classes, self.mixup, self.cutmix, self.label_smoothing)
         return mix if self.mixup or self.cutmix or self.label_smoothing else None
-
-    def trial(self) -> Self:
-        """Returns the config of a trial of the search, which follows validation."""
-        return dataclasses.replace(super().trial(), protocol="choose")
 
     def check(self) -> None:
         """Raises a `ValueError` on values that would fail in the midst of a run."""
@@ -113,12 +103,3 @@ class ImageConfig(RunConfig, TrainingOptions, ModelOptions, DataOptions):
         if self.test_images is not None and self.test_images < 1:
             raise ValueError(f"test_images={self.test_images}: expected at least 1.")
         self.mix(1)
-
-    def check_search(self) -> None:
-        """Raises a `ValueError` on a search that would fail in its midst."""
-        if self.protocol == "released":
-            raise ValueError(
-                "search with protocol=released would follow the test split: expected "
-                "protocol=final."
-            )
-        super().check_search()

@@ -14,7 +14,7 @@ from experiments.paths import Given
 from experiments.training import schedules
 from experiments.training.grid import Grid
 from experiments.training.recipe import Recipe
-from experiments.training.session import Scope
+from experiments.training.session import Followed, Scope
 
 # A run may go on elsewhere.
 WHERE = ("data_dir", "data", "prose", "mesh", "distributed", "wandb")
@@ -50,7 +50,7 @@ class TrainingOptions:
     round_steps: int | None = None
     """Updates between evaluations, checkpoints, budgets. Usual: an epoch."""
     schedule: schedules.Name = "cosine"
-    """cosine, linear, constant or cosine_epoch (by rounds)."""
+    """cosine, linear, constant; by rounds cosine_epoch and annealed_epoch (to 1e-7)."""
     eval_every: int = 1
     """Rounds between evaluations; the last ten are all evaluated."""
     batch: int = 32
@@ -93,11 +93,13 @@ class RunConfig(RunOptions, TrainingOptions, MethodOptions):
       panels: classes of its fields by the panel of the help that shows them.
       stepless: names of methods that are not trained by steps. Each is a field, with
         the method's settings.
+      by_steps: methods that are, with their usual settings.
     """
 
     program: ClassVar[str]
     panels: ClassVar[Mapping[str, type]]
     stepless: ClassVar[tuple[str, ...]] = ()
+    by_steps: ClassVar[Mapping[str, Method]] = registry.METHODS
 
     settings: Mapping[str, Method] = dataclasses.field(default_factory=dict)
     """Settings of the methods that are trained by steps, by name; of those that are
@@ -107,13 +109,13 @@ class RunConfig(RunOptions, TrainingOptions, MethodOptions):
 
     def __post_init__(self):
         """Fills the settings up."""
-        filled = {**registry.METHODS, **self.settings}
+        filled = {**self.by_steps, **self.settings}
         object.__setattr__(self, "settings", filled)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Returns all names that `--methods` takes, the stepless ones first."""
-        return (*cls.stepless, *registry.METHODS)
+        return (*cls.stepless, *cls.by_steps)
 
     @classmethod
     def no_method(cls, name: str, program: str) -> str:
@@ -129,6 +131,11 @@ class RunConfig(RunOptions, TrainingOptions, MethodOptions):
     def trains_on_all(self) -> bool:
         """True if what is tested is trained on training and validation examples."""
         return False
+
+    @property
+    def followed(self) -> Followed | None:
+        """The split that is evaluated during training."""
+        return "validation"
 
     @property
     def adapted(self) -> tuple[str, ...]:

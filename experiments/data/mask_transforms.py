@@ -1,7 +1,7 @@
 """Transform of an image and its mask to a model's size, and of its output back."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -50,21 +50,39 @@ class MaskTransform:
           `image`, float32 `[size, size, 3]`; `mask`, float32 `[size, size]` of 0 and 1;
           `inside`, bool `[size, size]`, False for padding.
         """
+        flipped = self.flips(rng)
+        image = self.image(example, flipped)
+        return {"image": image, **self.masks(example, flipped)}
+
+    def flips(self, rng: np.random.Generator) -> bool:
+        """Draws whether a pair is mirrored."""
+        return self.flip and rng.random() < 0.5
+
+    def image(
+        self, example: Pair, flipped: bool
+    ) -> Float[np.ndarray, "size size channels"]:
+        """Returns a pair's image, mirrored if it is to be."""
         height, width = self.fitted(*example["mask"].shape)
-        image = self._image((height, width))(example["image"], rng)
+        unused = np.random.default_rng(0)  # nothing else of it is random
+        image = self._image((height, width))(example["image"], unused)
+        return self._filled(image, flipped, np.float32)
+
+    def masks(self, example: Pair, flipped: bool) -> dict[str, np.ndarray]:
+        """Returns `mask` and `inside` of a pair, mirrored if they are to be."""
+        height, width = self.fitted(*example["mask"].shape)
         picture = Image.fromarray(example["mask"])
         mask = np.asarray(picture.resize((width, height), Image.Resampling.NEAREST))
-        if self.flip and rng.random() < 0.5:
-            image, mask = image[:, ::-1], mask[:, ::-1]
-        shape = (self.size, self.size)
-        arrays = {
-            "image": np.zeros((*shape, 3), np.float32),
-            "mask": np.zeros(shape, np.float32),
-            "inside": np.zeros(shape, bool),
+        return {
+            "mask": self._filled(mask, flipped, np.float32),
+            "inside": self._filled(np.ones_like(mask), flipped, bool),
         }
-        for name, array in (("image", image), ("mask", mask), ("inside", True)):
-            arrays[name][:height, :width] = array
-        return arrays
+
+    def _filled(self, array: np.ndarray, flipped: bool, dtype: Any) -> np.ndarray:
+        """Returns an array at its size, with zeros where it does not reach."""
+        height, width, *rest = array.shape
+        whole = np.zeros((self.size, self.size, *rest), dtype)
+        whole[:height, :width] = array[:, ::-1] if flipped else array
+        return whole
 
     def restored(
         self, output: Float[np.ndarray, "size size"], size: tuple[int, int]

@@ -85,7 +85,7 @@ def load(
     _check_disjoint(path, found)
     train, held_out = found.train, found.validation
     if not len(held_out):
-        held_out, train = _held_out(path, train, validation)
+        held_out, train = hold_out(path, train, validation)
     return SegmentationTask(
         name or path.resolve().name,
         train,
@@ -130,7 +130,7 @@ def _read(path: Path) -> _Found:
     if (path / "train.txt").exists():
         return _lists(folder)
     whole, note = folder.whole(), f"{path}: a fifth of the pairs, seeded, are the test"
-    test, train = _held_out(path, whole, TEST)
+    test, train = hold_out(path, whole, TEST)
     return _Found(train, Pairs([]), test, (*folder.notes, note))
 
 
@@ -190,7 +190,7 @@ def _check_disjoint(path: Path, found: _Found) -> None:
     listed.checked(path, listed.Found(train, validation, test))
 
 
-def _held_out(path: Path, source: Pairs, share: float) -> tuple[Pairs, Pairs]:
+def hold_out(path: Path, source: Pairs, share: float) -> tuple[Pairs, Pairs]:
     """Returns a seeded share of some pairs, at least one, and the others."""
     count = max(1, int(share * len(source)))
     if count >= len(source):

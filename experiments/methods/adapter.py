@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from experiments.methods import kinds
 from experiments.methods.method import Ranked
 from experiments.training.session import Scope
 from snella_jax.models.layers.basic import MLP
@@ -114,7 +115,9 @@ def bottlenecked(
     model = nnx.clone(model)
     key = rngs.params()
     mlps: list[Any] = [
-        node for _, node in nnx.iter_graph(model) if isinstance(node, MLP | SwiGLU)
+        node
+        for _, node in nnx.iter_graph(kinds.body(model))
+        if isinstance(node, MLP | SwiGLU)
     ]
     if not mlps:
         raise ValueError(

@@ -4,9 +4,9 @@ For every output of a targeted kernel the weights of `per_neuron` inputs train, 
 whose summed gradient of a supervised contrastive loss is the largest. Simplified: only
 targeted kernels are selected from, by one view of each image; the biases stay, which
 in the authors' code train, but for those of norms; and only the selected weights have
-an optimizer's state, where that code masks the gradients of all. Ours: a decoder's loss
-is that of its training, as its texts have no classes to contrast. Merged, it costs
-nothing at inference; locating costs the gradient of every targeted kernel once.
+an optimizer's state, where that code masks the gradients of all. Ours: without
+classes to contrast, in a decoder or a SAM, the loss is that of training. Merged, it
+costs nothing at inference; locating costs the gradient of every targeted kernel once.
 """
 
 import dataclasses

@@ -18,6 +18,9 @@ from experiments.training.rounds import Rounds
 from experiments.training.session import Scope
 from snella_jax.nnx.targets import select
 
+# Paths of what may be stacked, with that of the stack.
+STACKS = r"((?:encoder/)?blocks(?:/(?:\d+|windowed|whole))?)/(.*)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Method(abc.ABC):
@@ -146,9 +149,7 @@ def by_block(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {}
     for path, own in values.items():
-        stacked = (
-            re.fullmatch(r"(blocks(?:/\d+)?)/(.*)", path) if own.ndim > 2 else None
-        )
+        stacked = re.fullmatch(STACKS, path) if own.ndim > 2 else None
         if stacked is None:
             found[path] = own
         else:

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from experiments.methods import decoder
+from experiments.methods import kinds
 from experiments.methods.method import Method
 from experiments.training.session import Scope
 from snella_jax.nnx.surgery import freeze
@@ -32,9 +32,9 @@ class MlpHead(Method):
         """Returns a copy of a model with such a head.
 
         Raises:
-          ValueError: the model is a decoder.
+          ValueError: the model has no classes.
         """
-        decoder.refuse(base, "MLP-3 trains a new head over classes")
+        kinds.require_classes(base, "MLP-3 trains a new head over classes")
         model = nnx.clone(base)
         c = model.config
         width = model.head.in_features

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from experiments.methods import adapter, decoder
+from experiments.methods import adapter, kinds
 from experiments.methods.method import Ranked
 from experiments.training.session import Scope
 from snella_jax.nnx.surgery import become, mixed_class
@@ -44,9 +44,9 @@ class Mosa(Ranked):
         """Returns a copy of a model with a divided bottleneck beside every MLP.
 
         Raises:
-          ValueError: as `adapter.bottlenecked`, or the model is a decoder.
+          ValueError: as `adapter.bottlenecked`, or the model has no classes.
         """
-        decoder.refuse(base, "MoSA draws its parts with the key of a call")
+        kinds.require_classes(base, "MoSA draws its parts with the key of a call")
         rngs, parts = scope.rngs(), self.parts
         how = "parallel", scope.trainable, self.rank, rngs
         model = adapter.bottlenecked(base, *how)

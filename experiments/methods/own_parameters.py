@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
-from experiments.methods import decoder
+from experiments.methods import kinds
 from experiments.methods.method import Method
 from experiments.training.session import Scope
 from snella_jax import models
@@ -27,7 +27,8 @@ class OwnParameters(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Full(OwnParameters):
-    """Full fine-tuning: everything trains, but a decoder's embedding and head."""
+    """Full fine-tuning: everything trains, but a decoder's embedding and head, and a
+    SAM's embeddings of prompts."""
 
     title: ClassVar[str] = "Full"
 
@@ -37,11 +38,14 @@ class Full(OwnParameters):
     def adapt(self, base: Any, scope: Scope) -> Any:
         """Returns a copy of a model.
 
-        Embedding and head of a decoder train where `scope.trainable` names them.
+        Embedding and head of a decoder train where `scope.trainable` names them, and so
+        does a SAM's part besides the encoder.
         """
         model = nnx.clone(base)
-        if decoder.is_one(model):
+        if kinds.is_decoder(model):
             freeze(model, f"blocks|norm|{scope.trainable}")
+        elif kinds.is_sam(model):
+            freeze(model, f"encoder|{scope.trainable}")
         return model
 
 
@@ -66,7 +70,8 @@ class Bias(OwnParameters):
                 f"Bias trains biases: a {type(model).__name__} has none. Leave the "
                 "method out."
             )
-        freeze(model, f"{scope.trainable}|.*/bias")
+        where = "encoder/" if kinds.is_sam(model) else ""
+        freeze(model, f"{scope.trainable}|{where}.*/bias")
         return model
 
 
@@ -80,9 +85,18 @@ class Partial(OwnParameters):
     """Peak learning rate."""
 
     def adapt(self, base: Any, scope: Scope) -> Any:
-        """Returns a copy of a model, as lists of blocks, whose last block trains."""
+        """Returns a copy of a model, as lists of blocks, whose last block trains.
+
+        Raises:
+          ValueError: the model is a SAM.
+        """
+        if kinds.is_sam(base):
+            raise ValueError(
+                "Partial-1 trains the block before a head or a vocabulary, and behind "
+                "the last one of a Sam is its neck. Leave the method out."
+            )
         model = models.unstack(base)
-        besides = scope.trainable if decoder.is_one(model) else "head"
+        besides = scope.trainable if kinds.is_decoder(model) else "head"
         freeze(model, f"{besides}|norm|{_last_block(model)}")
         return model
 

@@ -5,6 +5,7 @@ from experiments.methods.dora import Dora
 from experiments.methods.gps import Gps
 from experiments.methods.linear_probe import Linear
 from experiments.methods.lora import Lora
+from experiments.methods.mask_decoder import MaskDecoder
 from experiments.methods.masked import MaskedSnella
 from experiments.methods.method import Method
 from experiments.methods.mlp_head import MlpHead
@@ -15,12 +16,14 @@ from experiments.methods.prompts import VptDeep, VptShallow
 from experiments.methods.snella import Klora, MixK, ReleasedSnella, Snell, Snella
 from experiments.methods.spt import SptAdapter, SptLora
 from experiments.methods.ssf import Ssf
-from experiments.methods.untuned import Untuned
+from experiments.methods.untuned import TrueBox, Untuned
 from experiments.methods.vqt import Vqt
 
 LINEAR = "linear"  # the method that is fitted on features, not trained by steps
 UNTUNED = "untuned"  # the model as it is
-STEPLESS = {LINEAR: Linear, UNTUNED: Untuned}  # each of a kind of run
+BOX = "box"  # a SAM as it is, with the true box
+DECODER = "decoder"  # the method that trains a SAM's decoder alone
+STEPLESS = {LINEAR: Linear, UNTUNED: Untuned, BOX: TrueBox}  # of some kinds of runs
 METHODS: dict[str, Method] = {  # that are trained by steps, with their usual settings
     "full": Full(),
     "partial1": Partial(),
@@ -46,8 +49,9 @@ METHODS: dict[str, Method] = {  # that are trained by steps, with their usual se
     "snella_masked": MaskedSnella(),
     "snella_released": ReleasedSnella(),
 }
+OF_SAM: dict[str, Method] = {DECODER: MaskDecoder(), **METHODS}
 
 
 def title(name: str) -> str:
     """Returns how tables call a method, without its rank."""
-    return (STEPLESS[name] if name in STEPLESS else METHODS[name]).title
+    return (STEPLESS[name] if name in STEPLESS else OF_SAM[name]).title

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from experiments.data import pipeline
 from experiments.data.buckets import Buckets
 from experiments.data.source import take
-from experiments.methods import decoder
+from experiments.methods import kinds
 from experiments.methods.first_stage import Staged
 from experiments.training import sharding
 from experiments.training.objective import Batch, Objective
@@ -90,12 +90,12 @@ def scores(
     """Scores how much each targeted weight matters to a task, from one pass over it.
 
     Args:
-      base: a pre-trained classifier or decoder.
+      base: a pre-trained classifier, decoder or SAM.
       targets: regex of layers.
       rule: "squares" (SPT): the sum over batches of the squared gradient of the
         objective's loss, of a classifier behind a head that is drawn for it, as one of
         0 passes no gradient on. "contrastive" (GPS): the magnitude of the summed
-        gradient of `contrastive`, or of a decoder's loss, whose texts have no classes.
+        gradient of `contrastive`, or of the objective's loss where nothing has classes.
       data: the training examples; what does not fill a batch is left out.
       objective: what is learnt.
       mesh: the devices.
@@ -110,10 +110,10 @@ def scores(
       RuntimeError: all are 0.
     """
     source, model = data.train, base
-    if decoder.is_one(base):
+    if kinds.is_decoder(base):
         order = np.random.default_rng(seed).permutation(len(source))
         source = take(source, order[: max(batch, TEXTS)])
-    elif rule == "squares":
+    elif rule == "squares" and kinds.has_classes(base):
         model = headed(base, jax.random.key(seed))
     graphdef, kernels, rest = split(model, targets)
     kernels, rest = sharding.place((kernels, rest), mesh)
@@ -148,7 +148,7 @@ def scores(
 
 def loss_of(model: Any, rule: Rule, objective: Objective) -> Loss:
     """Returns what the gradient is taken of, see `scores`."""
-    if rule == "contrastive" and not decoder.is_one(model):
+    if rule == "contrastive" and kinds.has_classes(model):
         return lambda model, batch: contrastive(
             model.pooled(batch["image"]), batch["label"]
         )

@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from experiments.methods import kinds
 from experiments.methods.method import Method
 from experiments.training.session import Scope
 from snella_jax.core.paths import join
@@ -95,6 +96,6 @@ def _layers(model: nnx.Module) -> list[Any]:
     """Returns what is modulated, in the order of the graph."""
     return [
         node
-        for path, node in nnx.iter_graph(model)
+        for path, node in nnx.iter_graph(kinds.body(model))
         if isinstance(node, LAYERS) and node.bias is not None and join(path) != "head"
     ]

@@ -14,3 +14,10 @@ class Untuned:
     def check(self, name: str) -> None:
         """Raises nothing: there are no settings."""
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrueBox(Untuned):
+    """Nothing trains, and the truth gives the prompt: the box around the true mask."""
+
+    title: ClassVar[str] = "untuned, true box"

@@ -6,13 +6,17 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group
-from rich.table import Table
 
 from experiments import files, plotting
 from experiments.data.questions import Questions
 from experiments.methods import registry
 from experiments.plotting import plt
-from experiments.reports.text import MISSING, markdown_lines
+from experiments.reports.text import (
+    Titled,
+    markdown_tables,
+    number,
+    printed_tables,
+)
 
 MAJORITY = "majority answer"
 SCORES = {  # names of their metrics
@@ -89,17 +93,11 @@ def _row(
 
 def printed(made: dict[str, Any]) -> Group:
     """Returns the tables for the terminal, a column a method."""
-    shown = []
-    for title, header, rows in _tables(made):
-        table = Table(title=title)
-        for index, line in enumerate(zip(header, *rows, strict=True)):
-            if not index:
-                for place, name in enumerate(line):
-                    table.add_column(name, justify="right" if place else "left")
-            else:
-                table.add_row(*line)
-        shown.append(table)
-    return Group(*shown, caption(made))
+    turned = []
+    for title, *lines in _tables(made):
+        header, *rows = map(list, zip(*[lines[0], *lines[1]], strict=True))
+        turned.append((title, header, rows))
+    return printed_tables(turned, caption(made))
 
 
 def caption(made: dict[str, Any]) -> str:
@@ -119,10 +117,7 @@ def caption(made: dict[str, Any]) -> str:
 
 def write(made: dict[str, Any], out: Path) -> None:
     """Writes `report.md`, `report.json` and `figures/accuracies.png` into a folder."""
-    lines = []
-    for title, header, rows in _tables(made):
-        lines += [f"{title}:", "", *markdown_lines(header, rows), ""]
-    files.replace(out / "report.md", "\n".join([*lines, caption(made), ""]))
+    files.replace(out / "report.md", markdown_tables(_tables(made), caption(made)))
     files.write(out / "report.json", made)
     draw(out / "figures" / "accuracies.png", made)
 
@@ -154,7 +149,7 @@ def draw(path: Path, made: dict[str, Any]) -> None:
     plotting.save(figure, path)
 
 
-def _tables(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+def _tables(made: dict[str, Any]) -> Iterator[Titled]:
     """Yields title, header and rows of the table of each score, a row a method."""
     prose = any(row["perplexity"] is not None for row in made["rows"])
     groups = (*made["tests"], "mean")
@@ -164,14 +159,14 @@ def _tables(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[st
             if row["score"] != score:
                 continue
             own = row["accuracies"]
-            cells = [_number(own[group], ".1f", 100) for group in groups]
+            cells = [number(own[group], ".1f", 100) for group in groups]
             if score == "label":
-                cells += [_number(row["val_loss"], ".4f")]
-                cells += [_number(row["perplexity"], ".2f")] * prose
-                cells += [_number(row["trainable"], ",d")]
-                cells += [_number(row["seconds_per_step"], ".2f")]
+                cells += [number(row["val_loss"], ".4f")]
+                cells += [number(row["perplexity"], ".2f")] * prose
+                cells += [number(row["trainable"], ",d")]
+                cells += [number(row["seconds_per_step"], ".2f")]
             if score == "generated":
-                cells += [_number(row["keywordless"], "d")]
+                cells += [number(row["keywordless"], "d")]
             rows.append([row["method"], *cells])
         header = ["", *groups]
         if score == "label":
@@ -180,7 +175,3 @@ def _tables(made: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[st
             header += ["no keyword"]
         if rows:
             yield title, header, rows
-
-
-def _number(value: Any, form: str, factor: int = 1) -> str:
-    return MISSING if value is None else f"{factor * value:{form}}"

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from rich.console import Group
 from rich.table import Table
 
 from experiments.paths import printable
 
 MISSING = "–"  # noqa: RUF001
+Titled = tuple[str, list[str], list[list[str]]]  # title, header and rows of a table
 
 
 def caption(made: dict[str, Any]) -> str:
@@ -65,6 +67,36 @@ def markdown_lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
     return [
         f"| {' | '.join(map(_markdown_cell, row))} |" for row in (header, ruler, *rows)
     ]
+
+
+def printed_tables(tables: Iterable[Titled], caption: str) -> Group:
+    """Returns tables for the terminal, each under its title, and a caption below."""
+    shown = []
+    for title, header, rows in tables:
+        table = Table(title=title)
+        for place, name in enumerate(header):
+            table.add_column(name, justify="right" if place else "left")
+        for row in rows:
+            table.add_row(*row)
+        shown.append(table)
+    return Group(*shown, caption)
+
+
+def markdown_tables(tables: Iterable[Titled], caption: str) -> str:
+    """Returns Markdown tables, each under its title, and a caption below."""
+    lines = []
+    for title, header, rows in tables:
+        lines += [f"{title}:", "", *markdown_lines(header, rows), ""]
+    return "\n".join([*lines, caption, ""])
+
+
+def number(value: Any, form: str, factor: int = 1) -> str:
+    """Returns a number times a factor as text, or a dash for None.
+
+    >>> number(0.975, ".1f", 100), number(None, "d") == MISSING
+    ('97.5', True)
+    """
+    return MISSING if value is None else f"{factor * value:{form}}"
 
 
 def _markdown_cell(text: str) -> str:

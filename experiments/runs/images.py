@@ -9,7 +9,7 @@ from rich.console import Console
 
 from experiments import files
 from experiments.config.images import ImageConfig
-from experiments.data import check, fingerprint, source
+from experiments.data import check, fingerprint
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
 from experiments.methods import linear_probe
@@ -21,7 +21,6 @@ from experiments.runs.setup import Prepared
 from experiments.tasks import catalogue
 from experiments.training import metric_log, sharding
 from experiments.training.classification import Classification
-from experiments.training.session import Followed
 from experiments.training.trainer import Data
 from snella_jax.models import ImageModel
 
@@ -58,13 +57,6 @@ class ImageRun(Prepared):
     def model(self) -> str:
         """Name or path of the base as the config gives it."""
         return self.config.model
-
-    @property
-    def followed(self) -> Followed | None:
-        """The split that is evaluated during training."""
-        if not self.config.trains_on_all:
-            return "validation"
-        return "test" if self.config.protocol == "released" else None
 
     @property
     def objective(self) -> Classification:
@@ -135,7 +127,9 @@ def prepared(name: str, config: ImageConfig, console: Console) -> ImageRun:
     """
     out = setup.folder(name, config)
     mesh = sharding.make(config.mesh)
-    task = _sampled(catalogue.load(config.task, config.data_dir), config.test_images)
+    task = catalogue.load(config.task, config.data_dir)
+    tested = setup.sampled(task.test, config.test_images)
+    task = dataclasses.replace(task, test=tested)
     check_classes(task)
     if said := base_models.taken(config):
         console.print(said, style="yellow", markup=False, soft_wrap=True)
@@ -145,14 +139,6 @@ def prepared(name: str, config: ImageConfig, console: Console) -> ImageRun:
     task = check.checked(task, console, config.skip_corrupt, to_train=True)
     setup.check_batch(config, task, mesh, ImageRun.unit)
     return ImageRun(config, task, base, mesh, console, out)
-
-
-def _sampled(task: Task, count: int | None) -> Task:
-    """Returns the task with at most that many of its test images."""
-    if count is None or count >= len(task.test):
-        return task
-    sample, _ = source.split(task.test, 0, count)
-    return dataclasses.replace(task, test=sample)
 
 
 def check_classes(task: Task) -> None:

@@ -16,15 +16,9 @@ from experiments.data.tokens import Examples
 from experiments.pretrained import language_models
 from experiments.reports import answers_report
 from experiments.runs import setup
-from experiments.runs.result import Result, absent
+from experiments.runs.result import Result
 from experiments.runs.setup import Prepared
-from experiments.training import (
-    choice_scores,
-    evaluation,
-    generated,
-    likelihood,
-    sharding,
-)
+from experiments.training import choice_scores, generated, likelihood, sharding
 from experiments.training.answers import Answers
 from experiments.training.choice_scores import Choices
 from experiments.training.trainer import Data
@@ -111,21 +105,10 @@ class LanguageRun(Prepared):
         return Data(task.train, task.validation, train, tested)
 
     def stepless(self, method: str) -> Result:
-        """Measures the untuned model on validation and on the tests."""
-        found = absent(self.objective)
-        splits = {"val": self.task.validation, "test": self.task.test}
-        for kind, source in splits.items():
-            where = source, self.data.transform, self.mesh, self.objective
-            metrics = evaluation.evaluate(self.base, *where).metrics
-            found |= {f"{kind}_{name}": value for name, value in metrics.items()}
-        return Result(
-            metrics=found | self.besides(self.base),
-            trainable=0,
-            seconds_per_step=None,
-            weights_moved=0,
-        )
+        """Measures the untuned model."""
+        return self.as_it_is(method)
 
-    def besides(self, model: Any) -> dict[str, Any]:
+    def besides(self, method: str, model: Any) -> dict[str, Any]:
         """Returns the scores that were asked for, and the perplexity of prose."""
         found: dict[str, Any] = {}
         if "generated" in self.config.scores:

@@ -24,8 +24,6 @@ from experiments.training.objective import followed
 from experiments.training.recipe import Recipe
 from snella_jax.nnx.selection import has_adapters
 
-SHOWN = 6  # predictions in a picture
-
 
 class RunFailed(SystemExit):
     """A method could not be trained; what the run finished is in its folder."""
@@ -176,7 +174,8 @@ def _by_steps(method: str, prepared: Prepared) -> Result:
         snella.save(fitted.model, place, base=prepared.model)
     merged, best = own.merged(fitted.model), fitted.best_row
     return Result(
-        metrics=_metrics(method, prepared, fitted, merged) | prepared.besides(merged),
+        metrics=_metrics(method, prepared, fitted, merged)
+        | prepared.besides(method, merged),
         trainable=optax.tree.size(nnx.state(fitted.model, nnx.Param)),
         decayed=_decayed(prepared.config.recipe(method), fitted.model),
         seconds_per_step=metric_log.median(fitted.rows, "seconds_per_step"),
@@ -195,27 +194,25 @@ def _metrics(
     last, best = fitted.last_row, fitted.best_row
     names = [metric.name for metric in objective.metrics]
 
-    def tested(model: Any, show: int = 0) -> evaluation.Evaluation:
+    def tested(model: Any) -> Mapping[str, float]:
         where = prepared.task.test, prepared.data.transform, prepared.mesh
-        return evaluation.evaluate(model, *where, objective, show)
+        return evaluation.evaluate(model, *where, objective).metrics
 
     found = absent(objective)
 
     def note(kind: str, values: Mapping[str, float | None]) -> None:
         found.update({f"{kind}_{name}": values.get(name) for name in names})
 
-    final = tested(merged, show=SHOWN)
-    note("test", final.metrics)
+    final = prepared.tested(method, merged)
+    note("test", final)
     note("val", {name: last.get(f"val_{name}") for name in names})
-    if files.is_primary():
-        prepared.draw(method, final.shown)
     if fitted.ema_model is not None:
-        note("ema_test", tested(own.merged(fitted.ema_model)).metrics)
+        note("ema_test", tested(own.merged(fitted.ema_model)))
     if best is not None:
         of_best = {name: best.get(f"test_{name}") for name in names}
         if None in of_best.values():  # validation was followed
             same = best["epoch"] == last["epoch"]
-            of_best = (final if same else tested(own.merged(fitted.best_model))).metrics
+            of_best = final if same else tested(own.merged(fitted.best_model))
         note("best_test", of_best)
         note("best_val", {name: best.get(f"val_{name}") for name in names})
     return found

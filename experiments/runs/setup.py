@@ -21,14 +21,18 @@ from rich.console import Console
 from experiments import files, paths
 from experiments.config.run_config import RunConfig
 from experiments.data import fingerprint
+from experiments.data.source import Source, split
 from experiments.data.task import Splits
 from experiments.methods.first_stage import Staged
 from experiments.reports import run_table
-from experiments.runs.result import Result
+from experiments.runs.result import Result, absent
+from experiments.training import evaluation
 from experiments.training.objective import Objective
 from experiments.training.session import Followed, Session
 from experiments.training.trainer import Data
 from snella_jax.nnx.targets import select
+
+SHOWN = 6  # predictions in a picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,10 @@ class Prepared(abc.ABC):
     def objective(self) -> Objective:
         """Loss and metrics of the task."""
 
+    def objective_of(self, method: str) -> Objective:
+        """Returns the objective that a method is measured by; usually the task's."""
+        return self.objective
+
     @cached_property
     @abc.abstractmethod
     def data(self) -> Data:
@@ -86,7 +94,7 @@ class Prepared(abc.ABC):
     @property
     def followed(self) -> Followed | None:
         """The split that is evaluated during training."""
-        return "validation"
+        return self.config.followed
 
     def session(self, method: str) -> Session:
         """Returns what a method receives of the run."""
@@ -108,7 +116,33 @@ class Prepared(abc.ABC):
         """Returns the result of one of the config's `stepless` methods."""
         raise NotImplementedError(f"{method} is trained by steps.")
 
-    def besides(self, model: Any) -> dict[str, Any]:
+    def as_it_is(self, method: str) -> Result:
+        """Measures the base as it is, on validation and on the tests."""
+        objective = self.objective_of(method)
+        found: dict[str, Any] = absent(objective)
+        where = self.task.validation, self.data.transform, self.mesh, objective
+        splits = {
+            "val": evaluation.evaluate(self.base, *where).metrics,
+            "test": self.tested(method, self.base),
+        }
+        for kind, metrics in splits.items():
+            found |= {f"{kind}_{name}": value for name, value in metrics.items()}
+        return Result(
+            metrics=found | self.besides(method, self.base),
+            trainable=0,
+            seconds_per_step=None,
+            weights_moved=0,
+        )
+
+    def tested(self, method: str, model: Any) -> dict[str, float]:
+        """Returns the metrics of a method's merged model on the test split."""
+        where = self.task.test, self.data.transform, self.mesh, self.objective
+        found = evaluation.evaluate(model, *where, show=SHOWN)
+        if files.is_primary():
+            self.draw(method, found.shown)
+        return found.metrics
+
+    def besides(self, method: str, model: Any) -> dict[str, Any]:
         """Returns what else is measured of a method's merged model; usually nothing."""
         return {}
 
@@ -149,6 +183,14 @@ def folder(name: str, config: RunConfig) -> Path:
     out = config.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
     paths.check_out(out)
     return out
+
+
+def sampled(source: Source, count: int | None) -> Source:
+    """Returns at most that many examples of a source, the same for every seed."""
+    if count is None or count >= len(source):
+        return source
+    sample, _ = split(source, 0, count)
+    return sample
 
 
 def check_methods(config: RunConfig, base: Any) -> None:

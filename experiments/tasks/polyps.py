@@ -9,14 +9,15 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.data import fingerprint, segmentation_task
+from experiments.data import fingerprint, pairs, segmentation_task
 from experiments.data.segmentation_task import SegmentationTask
 
 TERMS = "research and education only"
-KVASIR, CVC, PRANET = (
+KVASIR, CVC, PRANET, SESSILE = (
     ("kvasir_seg", "Kvasir-SEG"),
     ("cvc_clinicdb", "CVC-ClinicDB"),
     ("pranet",),
+    ("sessile-main-Kvasir-SEG",),
 )
 KVASIR_SITE = "https://datasets.simula.no/kvasir-seg/"
 CVC_SITE = "https://polyp.grand-challenge.org/CVCClinicDB/"
@@ -72,6 +73,30 @@ def cvc_clinicdb(data_dir: Path) -> SegmentationTask:
     """
     folder = _folder(data_dir, CVC, f"unpack {CVC_SITE} there")
     return segmentation_task.test_only(folder, "CVC-ClinicDB")
+
+
+def kvasir_released(data_dir: Path, validation: float) -> SegmentationTask:
+    """Loads what GPS's released code trains and tests on: its tests are trained on.
+
+    It trains on all 1000 images of Kvasir-SEG, and tests on the 196 of its images that
+    its authors release once more as those with small, flat polyps.
+
+    Args:
+      data_dir: has the folders `kvasir_seg` and `sessile-main-Kvasir-SEG`, both with
+        `images/` and `masks/`.
+      validation: share of the training images that is held out.
+
+    Raises:
+      FileNotFoundError: images are missing; says where they are.
+      ValueError: an image has no mask, or a mask no image.
+    """
+    what = f"unpack {KVASIR_SITE} there"
+    folder = _folder(data_dir, KVASIR, what)
+    tests = pairs.read(_folder(data_dir, SESSILE, what))
+    whole = pairs.read(folder).whole()
+    held_out, train = segmentation_task.hold_out(folder, whole, validation)
+    name = "Kvasir-SEG, tests trained on"
+    return SegmentationTask(name, train, held_out, tests.whole())
 
 
 def pranet(data_dir: Path, validation: float) -> SegmentationTask:

@@ -35,6 +35,12 @@ class Entry:
 
 ENTRIES = {
     "kvasir": Entry("880 / 120", polyps.TERMS, polyps.KVASIR_SITE, polyps.kvasir),
+    "kvasir_released": Entry(
+        "1000 / 196 of them",
+        polyps.TERMS,
+        polyps.KVASIR_SITE,
+        polyps.kvasir_released,
+    ),
     "cvc_clinicdb": Entry(
         "0 / 612",
         polyps.TERMS,

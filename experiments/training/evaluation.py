@@ -55,6 +55,7 @@ def evaluate(
     mesh: Mesh,
     objective: Objective,
     show: int = 0,
+    look: Callable[[int, Any], None] | None = None,
 ) -> Evaluation:
     """Evaluates a model on a source.
 
@@ -66,6 +67,7 @@ def evaluate(
       objective: what is measured.
       show: number of outputs to keep; of several processes each keeps those of the
         first batch that it has.
+      look: called with the index and the output of every example that this process has.
     """
     graphdef, state = nnx.split(model)
     states = (sharding.place(state, mesh),)
@@ -74,6 +76,9 @@ def evaluate(
     def keep(batch: Batch, outputs: Any) -> None:
         if not shown:
             shown.extend(_examples(batch, outputs, show))
+        if look is not None:
+            for index, output in _examples(batch, outputs):
+                look(index, output)
 
     found = measured(
         measurer(graphdef, objective, mesh),
@@ -81,7 +86,7 @@ def evaluate(
         source,
         batches(source, transform, mesh),
         objective,
-        keep if show else None,
+        keep if show or look else None,
     )
     return Evaluation(found, shown)
 

@@ -7,8 +7,9 @@ import optax
 
 from experiments.training.rounds import Rounds
 
-Name = Literal["cosine", "linear", "constant", "cosine_epoch"]
+Name = Literal["cosine", "linear", "constant", "cosine_epoch", "annealed_epoch"]
 END = 0.01  # of the peak, at which a cosine ends
+ANNEALED = 1e-7  # the rate at which `annealed_epoch` ends, whatever the peak
 START = 0.001  # of the peak, at which the warm-up of `cosine_epoch` starts
 
 
@@ -36,13 +37,25 @@ def cosine_epoch(peak: float, rounds: Rounds) -> optax.Schedule:
     The warm-up rises from a thousandth of the peak. The cosine counts from the start of
     the run, not from the end of the warm-up, and ends at 1% of the peak.
     """
+    return _by_round(peak, END, rounds)
+
+
+def annealed_epoch(peak: float, rounds: Rounds) -> optax.Schedule:
+    """Falls as `cosine_epoch` does, but to 1e-7: `CosineAnnealingLR` of SAM-Adapter.
+
+    Epoch e of E, from 0, has 1e-7 + (peak - 1e-7)(1 + cos(pi e / E)) / 2.
+    """
+    return _by_round(peak, min(1.0, ANNEALED / peak), rounds)
+
+
+def _by_round(peak: float, share: float, rounds: Rounds) -> optax.Schedule:
     warmup, main = rounds.warmup / rounds.size, rounds.main / rounds.size
 
     def rate(update):
         t = jnp.asarray(update) // rounds.size
         rise = peak * (START + (1 - START) * t / max(warmup, 1))
         wave = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(t / main, 1)))
-        return jnp.where(t < warmup, rise, peak * (END + (1 - END) * wave))
+        return jnp.where(t < warmup, rise, peak * (share + (1 - share) * wave))
 
     return rate
 
@@ -59,5 +72,6 @@ SCHEDULES = {
     "linear": linear,
     "constant": constant,
     "cosine_epoch": cosine_epoch,
+    "annealed_epoch": annealed_epoch,
 }
 assert tuple(SCHEDULES) == get_args(Name)

@@ -133,9 +133,12 @@ class Segmentation:
         plotting.overlay(axes, example["image"], found, truth)
         axes.set_title(f"Dice {dice_and_iou(found, truth)[0]:.3f}", fontsize=8)
 
+    def masks(self, model: Any, batch: Batch) -> Float[Array, "B M h w"]:
+        """Returns the model's logits of masks, without a prompt."""
+        return model(batch["image"])[0]
+
     def _logits(self, model: Any, batch: Batch) -> Float[Array, "B size size"]:
-        masks, _ = model(batch["image"])
-        logits = masks[:, 0].astype(jnp.float32)
+        logits = self.masks(model, batch)[:, 0].astype(jnp.float32)
         return jax.image.resize(logits, batch["mask"].shape, "bilinear")
 
 

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 
 from experiments.config.images import ImageConfig
-from experiments.runs import images
+from experiments.runs import setup
 from experiments.tasks import catalogue
 
 
 def test_a_test_split_can_be_sampled_the_same_way_each_time():
     task = catalogue.load("digits")
-    samples = [images._sampled(task, 50).test for _ in range(2)]
+    samples = [setup.sampled(task.test, 50) for _ in range(2)]
     assert len(samples[0]) == 50
     np.testing.assert_array_equal(samples[0].labels, samples[1].labels)
-    assert images._sampled(task, 10_000).test is task.test
-    assert images._sampled(task, None) is task
+    assert setup.sampled(task.test, 10_000) is task.test
+    assert setup.sampled(task.test, None) is task.test
     with pytest.raises(ValueError, match="test_images=0"):
         ImageConfig(test_images=0).check()

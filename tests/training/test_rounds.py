@@ -12,16 +12,14 @@ E, W = 40, 8  # updates until the end, and of the warm-up
 COSINE = PEAK * (0.01 + 0.99 * (1 + np.cos(np.pi * np.arange(E - W) / (E - W))) / 2)
 ROUND = np.arange(E + 6) // 4  # of each update
 RISE, FALL = PEAK * np.arange(W) / W, PEAK * np.arange(E - W, 0, -1) / (E - W)
+WAVE = (1 + np.cos(np.pi * np.minimum(ROUND, 10) / 10)) / 2
+STEPPED = PEAK / 1000 + ROUND / 2 * (PEAK - PEAK / 1000)
 EXPECTED = {
     "cosine": [*RISE, *COSINE, *[PEAK / 100] * 6],
     "linear": [*RISE, *FALL, *[0] * 6],
     "constant": [*RISE, *[PEAK] * (E - W + 6)],
-    "cosine_epoch": np.where(
-        ROUND < 2,
-        PEAK / 1000 + ROUND / 2 * (PEAK - PEAK / 1000),
-        PEAK / 100
-        + 0.99 * PEAK * (1 + np.cos(np.pi * np.minimum(ROUND, 10) / 10)) / 2,
-    ),
+    "cosine_epoch": np.where(ROUND < 2, STEPPED, PEAK / 100 + 0.99 * PEAK * WAVE),
+    "annealed_epoch": np.where(ROUND < 2, STEPPED, 1e-7 + (PEAK - 1e-7) * WAVE),
 }  # fmt: skip
 
 

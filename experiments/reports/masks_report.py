@@ -1,0 +1,108 @@
+"""Report of a run on masks: a table of both kinds of measures for every set."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+
+from experiments import files
+from experiments.methods import registry
+from experiments.reports.text import (
+    Titled,
+    markdown_tables,
+    number,
+    printed_tables,
+)
+from experiments.training.objective import Metric
+
+TEST = "test"  # the test split, among the sets that are tested
+TITLES = {  # of the metrics
+    "dice": "Dice",
+    "iou": "IoU",
+    "recall_pooled": "recall_pooled",
+    "dice_of_recall": "dice_of_recall",
+}
+CAPTION = (
+    "Dice, IoU: the mean over images, each at its own size. recall_pooled, "
+    "dice_of_recall: what the released script prints as mIoU and mDice; false alarms "
+    "cost nothing there, and they are not comparable with Dice and IoU."
+)
+
+
+def made(
+    results: Mapping[str, dict[str, Any]],
+    metrics: Sequence[Metric],
+    sets: Mapping[str, tuple[str, int]],
+    notes: Sequence[str],
+    model: str,
+) -> dict[str, Any]:
+    """Returns what the tables say.
+
+    Args:
+      results: entries of `results.json`.
+      metrics: those of the objective.
+      sets: title and number of images of every set, the test split first.
+      notes: remarks on the data.
+      model: name of the model.
+
+    Returns:
+      `model`; `sets`, title and size of each by name; `notes`; `rows`, each with `set`,
+      `method` (its title), the metrics, and `val_dice`, `density`, `trainable` and
+      `seconds_per_step`, None where there is none.
+    """
+    rows = []
+    for name in sets:
+        suffix = "" if name == TEST else f"_{name}"
+        for method, result in results.items():
+            found = {m.name: result.get(f"test_{m.name}{suffix}") for m in metrics}
+            own = ("val_dice", "density", "trainable", "seconds_per_step")
+            rows.append(
+                {
+                    "set": name,
+                    "method": registry.title(method),
+                    **found,
+                    **{key: result.get(key) for key in own},
+                }
+            )
+    return {
+        "model": Path(model).name,
+        "sets": {n: {"title": t, "images": count} for n, (t, count) in sets.items()},
+        "notes": list(notes),
+        "rows": rows,
+    }
+
+
+def printed(made: dict[str, Any]) -> Group:
+    """Returns the tables for the terminal."""
+    return printed_tables(_tables(made), caption(made))
+
+
+def caption(made: dict[str, Any]) -> str:
+    """Returns a line on what was measured."""
+    return " ".join([f"{made['model']}. {CAPTION}", *made["notes"]])
+
+
+def write(made: dict[str, Any], out: Path) -> None:
+    """Writes `report.md` and `report.json` into a folder."""
+    files.replace(out / "report.md", markdown_tables(_tables(made), caption(made)))
+    files.write(out / "report.json", made)
+
+
+def _tables(made: dict[str, Any]) -> Iterator[Titled]:
+    """Yields title, header and rows of the table of each set."""
+    for name, own in made["sets"].items():
+        ends = ["val Dice", "density", "trainable", "s/step"] if name == TEST else []
+        header = ["", *(f"{title}, %" for title in TITLES.values()), *ends]
+        rows = []
+        for row in (row for row in made["rows"] if row["set"] == name):
+            cells = [number(row[metric], ".2f", 100) for metric in TITLES]
+            if ends:
+                cells += [
+                    number(row["val_dice"], ".2f", 100),
+                    number(row["density"], ".2f"),
+                    number(row["trainable"], ",d"),
+                    number(row["seconds_per_step"], ".3f"),
+                ]
+            rows.append([row["method"], *cells])
+        yield f"{own['title']}, {own['images']} images", header, rows
