@@ -2,11 +2,11 @@
 
 Two kinds of number stand side by side. `dice` and `iou` are what the literature on
 polyps calls mDice and mIoU: each image is measured at its own size, and the images are
-averaged. `recall_pooled` and `dice_of_recall` are what the evaluation script of GPS
-(github.com/FightingFighting/GPS, `SAM/test.py`), whose protocol SNELLA's Table V
-follows, prints as mIoU and mDice. They are not comparable with the first two: the
-script leaves all pixels out that are background in truth, so that false alarms cost
-nothing and a prediction of foreground everywhere gets 1.0 for both.
+averaged. `recall_pooled` and `dice_of_recall` are what GPS's evaluation of SAM
+(github.com/FightingFighting/GPS), whose protocol SNELLA's Table V follows, prints as
+mIoU and mDice. They are not comparable with the first two: it leaves out all pixels
+that are background in truth, so that false alarms cost nothing and a prediction of
+foreground everywhere gets 1.0 for both.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from experiments.data.mask_transforms import MaskTransform
 from experiments.data.pairs import Pair
 from experiments.training.objective import Batch, Metric, Sums
 
-POOLINGS = ("batch", "image")
+POOLINGS = ("image", "batch")
 RELEASED = 128  # of 255: the released script's threshold of probabilities
 
 
@@ -37,13 +37,13 @@ class Segmentation:
 
     Attributes:
       transform: makes the arrays of what is evaluated, and undoes its resizing.
-      pooling: "batch" takes the sums of the loss over all pixels of a batch; "image"
-        takes them by image and averages the images, as GPS's `_iou_loss` does. In
-        batches of one the two are the same.
+      pooling: "image" takes the sums of the loss by image and averages the images, as
+        GPS's `_iou_loss` does; "batch" takes them over all pixels of a batch. In
+        batches of one, as in GPS's recipe, the two are the same.
     """
 
     transform: MaskTransform
-    pooling: Literal["batch", "image"] = "batch"
+    pooling: Literal["image", "batch"] = "image"
 
     metrics = tuple(
         Metric(name, percent=True)
@@ -113,7 +113,7 @@ class Segmentation:
         """Returns the means of Dice and IoU, and the released measure.
 
         With r, the share of all foreground pixels that were found (1 if there are
-        none), the script prints r as mIoU and 2 r / (1 + r) as mDice: without
+        none), GPS prints r as mIoU and 2 r / (1 + r) as mDice: without
         background in truth, nothing that was found is wrong.
         """
         images, foreground = sums["images"], sums["foreground"]

@@ -198,7 +198,7 @@ def test_extreme_logits_have_finite_losses_and_gradients(
 
 
 def test_a_pooling_that_is_none():
-    with pytest.raises(ValueError, match="pooling='pixel': expected batch or image"):
+    with pytest.raises(ValueError, match="pooling='pixel': expected image or batch"):
         Segmentation(FOUR, "pixel")
 
 
