@@ -217,7 +217,7 @@ class Block(nnx.Module):
         _, rows, columns, _ = x.shape
         parts = windows.split(x, size)
         y = self.attn(parts.reshape(-1, self.window**2, features))
-        y = windows.joined(y.reshape(parts.shape), (rows, columns))
+        y = windows.joined(y.reshape(parts.shape), rows, columns)
         return y[:, :height, :width]
 
 
