@@ -38,8 +38,8 @@ def export(
 ) -> None:
     """Writes a model in the format of the file or folder that it was loaded from.
 
-    A LLaMA becomes a folder of Hugging Face's with a new `config.json`, whatever it was
-    loaded from.
+    A LLaMA or a SAM becomes a folder of Hugging Face's with a new `config.json`,
+    whatever it was loaded from.
 
     What no shape says, such as the position grid and the number of heads, goes into
     `config.json`, and into the metadata of `.safetensors`, where `load` finds it. A
@@ -52,7 +52,8 @@ def export(
       path: to be made: a file `.npz` or `.safetensors`, or, where `like` is a folder of
         Hugging Face's `save_pretrained`, a folder that `from_pretrained` loads.
       like: gives names, config, and tensors that a model here does not have; for a
-        LLaMA, where it may be None, other fields of the config and the tokenizer.
+        LLaMA or a SAM, where it may be None, other fields of the config, the tokenizer
+        and the other JSON files.
       weights: set of weights of `like`, as in `load`.
       class_names: one for each class, for a folder's config. None keeps those that
         `like` has, if the model still has its head; a new one gets `LABEL_0` and so on.
@@ -63,14 +64,15 @@ def export(
       CheckpointError: `like` does not fit the model, or is an ONNX file.
       ValueError: a `path` that this format cannot be, a head that it does not have,
         `class_names` that cannot be, no `like` where one is needed, an `.npz` of a ViT
-        whose grid is no square, or a Swin whose last grid is smaller than its window.
+        whose grid is no square, a Swin whose last grid is smaller than its window, or a
+        SAM that transformers does not have (with a TinyViT).
       FileExistsError: there is something at `path`.
       TypeError: no model of `snella_jax.models`.
     """
     path, family = Path(path), family_of(model)
     source = None if like is None else read(like, weights)
     if family.folder is not None:
-        _check_folder(path, class_names)
+        _check_folder(path, type(model).__name__, class_names)
         tensors, files = family.folder(model, source)
         once(lambda: write_folder(path, tensors, files, {}, max_shard_bytes))
         return
@@ -98,12 +100,12 @@ def export(
         once(lambda: write_folder(path, tensors, files, said, max_shard_bytes))
 
 
-def _check_folder(path: Path, class_names: Sequence[str] | None) -> None:
+def _check_folder(path: Path, kind: str, class_names: Sequence[str] | None) -> None:
     """Raises a `ValueError` for what is no folder, or has class names."""
     if path.suffix.lower() in FILES:
-        raise ValueError(f"{path}: a LLaMA is written as a folder.")
+        raise ValueError(f"{path}: a {kind} is written as a folder.")
     if class_names is not None:
-        raise ValueError("class_names: a LLaMA has no classes.")
+        raise ValueError(f"class_names: a {kind} has no classes.")
 
 
 def _check_grid(model: Model, path: Path, own: ExportFormat) -> None:

@@ -149,8 +149,8 @@ def test_like_keeps_the_tokenizer_and_other_fields(tmp_path):
 @pytest.mark.parametrize(
     ("path", "options", "error", "message"),
     [
-        ("out.safetensors", {}, ValueError, "a LLaMA is written as a folder"),
-        ("out", {"class_names": ["a"]}, ValueError, "a LLaMA has no classes"),
+        ("out.safetensors", {}, ValueError, "a Llama is written as a folder"),
+        ("out", {"class_names": ["a"]}, ValueError, "a Llama has no classes"),
         ("out", {"like": DATA / "meta"}, CheckpointError, "leave like= out"),
         ("out", {"like": DATA / "tied.gguf"}, CheckpointError, "leave like= out"),
         ("out", {"like": DATA / "llama3"}, CheckpointError, "num_key_value_heads=1"),

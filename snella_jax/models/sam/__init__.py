@@ -2,6 +2,7 @@
 
 from snella_jax.models.sam.config import PRESETS, SamConfig
 from snella_jax.models.sam.model import Sam, create
+from snella_jax.models.sam.segment import segment
 from snella_jax.models.sam.tiny_vit import TinyViTConfig
 from snella_jax.models.sam.vit_encoder import ViTEncoderConfig
 from snella_jax.models.sam.weights import FAMILY, load
@@ -15,4 +16,5 @@ __all__ = [
     "ViTEncoderConfig",
     "create",
     "load",
+    "segment",
 ]

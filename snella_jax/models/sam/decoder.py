@@ -5,6 +5,7 @@ places of the image embedding, `h` x `w`, and `C` its width.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -159,14 +160,14 @@ class Head(nnx.Module):
     """MLP of linear layers `fc1`, `fc2`, ... with a ReLU between."""
 
     def __init__(self, widths: Sequence[int], config: SamConfig, *, rngs: nnx.Rngs):
-        self.depth = len(widths) - 1
-        for index in range(self.depth):
-            layer = basic.linear(*widths[index : index + 2], config, rngs)
-            setattr(self, f"fc{index + 1}", layer)
+        layers = (basic.linear(n, m, config, rngs) for n, m in pairwise(widths))
+        self.names = [f"fc{index}" for index in range(1, len(widths))]
+        for name, layer in zip(self.names, layers, strict=True):
+            setattr(self, name, layer)
 
     def __call__(self, x: Float[Array, "*B n"]) -> Float[Array, "*B m"]:
-        for index in range(self.depth):
-            x = getattr(self, f"fc{index + 1}")(jax.nn.relu(x) if index else x)
+        for name in self.names:
+            x = getattr(self, name)(x if name == "fc1" else jax.nn.relu(x))
         return x
 
 
