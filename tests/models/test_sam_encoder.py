@@ -16,7 +16,7 @@ from test_attention import device
 from tiny import leaves
 
 from snella_jax import models
-from snella_jax.models.checkpoints.mapping import parameters_of
+from snella_jax.models.checkpoints.mapping import stored
 from snella_jax.models.layers import attention
 from snella_jax.models.sam import relative
 from snella_jax.models.sam.vit_encoder import ViTEncoder, ViTEncoderConfig
@@ -297,7 +297,7 @@ def test_is_that_of_transformers(whole):
 def fill(encoder, tensors):
     """Gives an encoder, whose blocks are lists, the tensors of a `SamVisionModel`."""
     places = {f"{k}/{row}": i for i, (k, row) in enumerate(encoder.config.places)}
-    for path, variable in parameters_of(encoder).items():
+    for path, variable in stored(encoder).items():
         name = re.sub(r"blocks/(\w+/\d+)", lambda m: f"layers/{places[m[1]]}", path)
         name = name.replace("norm", "layer_norm").replace("mlp/fc", "mlp/lin")
         name = name.replace("patch_embed", "patch_embed/projection")

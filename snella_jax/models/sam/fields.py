@@ -164,10 +164,14 @@ def _vit(parts: Mapping[str, Any]) -> ViTEncoderConfig:
         mlp_dim=parts["encoder/blocks/0/mlp/fc1/kernel"].shape[1],
         window=(windows.pop()[0] + 1) // 2 if windows else 14,
         out_channels=parts["encoder/neck/conv1/kernel"].shape[3],
-        patch_size=(patch_h, patch_w),
-        image_size=(patch_h * height, patch_w * width),
+        patch_size=_side(patch_h, patch_w),
+        image_size=_side(patch_h * height, patch_w * width),
         channels=channels,
     )
+
+
+def _side(height: int, width: int) -> int | tuple[int, int]:
+    return height if height == width else (height, width)
 
 
 def _blocks(parts: Mapping[str, Any], path: str) -> int:
