@@ -283,7 +283,7 @@ def _conv(
         m,
         kernel_size=(side, side),
         strides=(stride, stride),
-        padding=[(side // 2, side // 2)] * 2,
+        padding=((side // 2, side // 2),) * 2,
         feature_group_count=groups,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
