@@ -191,8 +191,8 @@ class PolypRun(Prepared):
         kind = re.search(r"/blocks/(windowed|whole)/", name)
         if found is None or kind is None:
             return found
-        places: Any = getattr(self.base.encoder.config, "places")
-        return (places.index((kind[1], found[-1])),)
+        config: Any = self.base.encoder.config
+        return (config.places.index((kind[1], found[-1])),)
 
     def report(self, results: Mapping[str, dict[str, Any]]) -> None:
         """Prints the measures of all sets, and writes them with the figures.

@@ -25,7 +25,10 @@ from snella_jax.models import sam, unstack
 
 SCOPE = PolypConfig().scope()
 OWN = r"decoder/.*|prompts/no_mask_embed"
-BLOCKS = {"tiny_vit": r"encoder/blocks/[123]", "vit": r"encoder/blocks/(windowed|whole)"}
+BLOCKS = {
+    "tiny_vit": r"encoder/blocks/[123]",
+    "vit": r"encoder/blocks/(windowed|whole)",
+}
 EACH = {name: rf"{blocks}/\d" for name, blocks in BLOCKS.items()}
 ATTENDED = "{}/(attn/(q|k|v|proj)|mlp/(fc1|fc2))"
 BOTTLENECKS = "{}/mlp/bottleneck/(down|up)/(kernel|bias)"
