@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import slowed
 import tiny_sams
+from compiled import called
 from flax import nnx
 from places import ROOT
 
@@ -120,13 +121,16 @@ def test_masks_that_are_kept_have_the_dice_of_the_results(whole, words):
     c = model.config
     transform = MaskTransform(tiny_sams.SIDE, mean=c.pixel_mean, std=c.pixel_std)
     kept = predicted.read(out, "box", "test")
+    images, boxes = [], []
     for index in range(len(source)):
         arrays = transform.prepare(source[index], np.random.default_rng(0))
         rows, columns = np.nonzero(arrays["mask"])
-        box = [columns.min(), rows.min(), columns.max(), rows.max()]
-        logits, _ = model(arrays["image"][None], boxes=np.float32([box]))
-        logits = jax.image.resize(logits[0, 0], (tiny_sams.SIDE,) * 2, "bilinear")
-        output = np.asarray(jax.nn.sigmoid(logits))
+        images.append(arrays["image"])
+        boxes.append([columns.min(), rows.min(), columns.max(), rows.max()])
+    logits, _ = called(model, np.stack(images), None, None, np.float32(boxes))
+    sides = (len(source), tiny_sams.SIDE, tiny_sams.SIDE)
+    outputs = jax.nn.sigmoid(jax.image.resize(logits[:, 0], sides, "bilinear"))
+    for index, output in enumerate(np.asarray(outputs)):
         found = transform.restored(output, source[index]["mask"].shape) > 0.5
         assert (found != kept[index]).mean() < 0.01  # by rounding
 
