@@ -26,7 +26,7 @@ class DataOptions:
     """Images and masks."""
 
     task: str = "kvasir"
-    """Name (`python -m experiments.tasks.show --list`), or folder of images and masks."""
+    """Name (`python -m experiments.tasks.show --list`), or folder with masks."""
     data_dir: Path = DATA_DIR
     """Folder of the named sets."""
     tests: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Figures of a run."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from experiments.plotting import plt
 from experiments.training.objective import Metric, Objective
 
 ACCURACY = Metric("accuracy", percent=True)
+Block = Callable[[str], tuple[int, ...] | None]
 
 
 def allocation(path: Path, rows: Sequence[dict[str, Any]], unit: str = "epoch") -> None:
@@ -97,7 +98,13 @@ def curves(
     plotting.save(figure, path)
 
 
-def sparsity(path: Path, row: dict[str, Any], task: str, unit: str = "epoch") -> None:
+def sparsity(
+    path: Path,
+    row: dict[str, Any],
+    task: str,
+    unit: str = "epoch",
+    block: Block | None = None,
+) -> None:
     """Draws final sparsity by depth with its linear fit, as the paper's Figure 10.
 
     A bar is a block, a dot one of its matrices: the share that may not move.
@@ -108,9 +115,10 @@ def sparsity(path: Path, row: dict[str, Any], task: str, unit: str = "epoch") ->
         reallocation.
       task: its name.
       unit: name of a round.
+      block: of a matrix's name; None for `block_of`.
     """
     budget, capacity = row["budget"], row["capacity"]
-    found = {name: block_of(name) for name in budget}
+    found = {name: (block or block_of)(name) for name in budget}
     every = sorted({block for block in found.values() if block is not None})
     depth = {n: every.index(block) for n, block in found.items() if block is not None}
     named, blocks = list(depth), range(len(every))

@@ -1,7 +1,7 @@
 """Finished runs, read from their folders."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ from experiments import files
 from experiments.config import run_config
 from experiments.config.images import ImageConfig
 from experiments.config.language import LanguageConfig
-from experiments.config.run_config import WHERE
+from experiments.config.polyp import PolypConfig
+from experiments.config.run_config import WHERE, RunConfig
 from experiments.methods import registry
 from experiments.reports.figures import ACCURACY
 from experiments.tasks import catalogue
@@ -73,14 +74,15 @@ def _runs(where: Path) -> list[Run]:
     summary, config = (files.read(where / f"{n}.json") for n in ("summary", "config"))
     if config is None:
         raise ValueError(f"{where} has a summary.json without its config.json.")
-    asks = "template" in config  # a run on questions
+    kind = _kind(config)
     weights = Path(config["model"]).stem + ", random" * config.get(
         "random_weights", False
     )
+    asks = kind is LanguageConfig
     protocol = config["template" if asks else "protocol"]
     protocol += ", searched" * config["search"]
     metric = Metric(**summary["metrics"][0]) if "metrics" in summary else ACCURACY
-    usual = run_config.as_dict(LanguageConfig() if asks else ImageConfig())
+    usual = run_config.as_dict(kind())
     filled = usual | config  # which may be older than some fields
     runs = []
     for method, result in summary["methods"].items():
@@ -102,8 +104,28 @@ def _runs(where: Path) -> list[Run]:
             result=result,
             metric=metric,
         )
-        runs += _by_test(run) if asks else [run]
+        by_test = {LanguageConfig: _by_test, PolypConfig: _by_set}
+        runs += by_test[kind](run) if kind in by_test else [run]
     return runs
+
+
+def _kind(config: Mapping[str, Any]) -> type[RunConfig]:
+    """Returns the class of a run's config, by what only that one has."""
+    if "template" in config:
+        return LanguageConfig
+    return PolypConfig if "pooling" in config else ImageConfig
+
+
+def _by_set(run: Run) -> list[Run]:
+    """Returns a run on masks, and one for each of its further sets."""
+    name, trainable = run.metric.name, run.result["trainable"]
+    others = [
+        dataclasses.replace(
+            run, task=own, result={"trainable": trainable, f"test_{name}": found[name]}
+        )
+        for own, found in run.result["tests"].items()
+    ]
+    return [run, *others]
 
 
 def _by_test(run: Run) -> list[Run]:

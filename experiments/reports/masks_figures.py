@@ -26,7 +26,8 @@ def draw(
     """Draws the figures of a run folder, of what it holds of the methods' predictions.
 
     `figures/sheet.png` is of the first set, `figures/sheet_SET.png` of another, and
-    `figures/dice.png` of all of them. Methods whose predictions are lost are left out.
+    `figures/dice.png` of all of them. Methods whose predictions are lost are left out
+    (of several processes each has only some of them).
 
     Args:
       out: the run folder.
@@ -39,7 +40,7 @@ def draw(
         found = {}
         for method in methods:  # of which one alone is in memory
             masks = predicted.read(out, method, name)
-            if masks is not None:
+            if masks is not None and len(masks) == len(truths):
                 pairs = ((masks[index], truth) for index, truth in enumerate(truths))
                 found[method] = np.array([dice_and_iou(*pair)[0] for pair in pairs])
         if not found:

@@ -53,9 +53,9 @@ def made(
     """
     rows = []
     for name in sets:
-        suffix = "" if name == TEST else f"_{name}"
         for method, result in results.items():
-            found = {m.name: result.get(f"test_{m.name}{suffix}") for m in metrics}
+            found = {m.name: result[f"test_{m.name}"] for m in metrics}
+            found = found if name == TEST else result["tests"][name]
             own = ("val_dice", "density", "trainable", "seconds_per_step")
             rows.append(
                 {

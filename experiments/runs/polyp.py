@@ -1,6 +1,7 @@
 """Runs that segment images with a SAM."""
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -164,13 +165,12 @@ class PolypRun(Prepared):
         return self._measured(method, model, TEST)
 
     def besides(self, method: str, model: Any) -> dict[str, Any]:
-        """Returns the metrics on further sets, such as `test_dice_cvc_clinicdb`."""
+        """Returns `tests`, the metrics on further sets by the sets' names."""
         found = {}
         for name in self.task.extra_tests:
             with self.console.status(f"testing on {name}"):
-                metrics = self._measured(method, model, name)
-            found |= {f"test_{metric}_{name}": v for metric, v in metrics.items()}
-        return found
+                found[name] = self._measured(method, model, name)
+        return {"tests": found}
 
     def _measured(self, method: str, model: Any, name: str) -> dict[str, float]:
         source, objective = self.tests[name], self.objective_of(method)
@@ -184,6 +184,15 @@ class PolypRun(Prepared):
         if files.is_primary():
             predicted.write(self.out, method, name, masks)
         return metrics
+
+    def block_of(self, name: str) -> tuple[int, ...] | None:
+        """Returns the block of a matrix; a ViT's blocks of both kinds take turns."""
+        found = super().block_of(name)
+        kind = re.search(r"/blocks/(windowed|whole)/", name)
+        if found is None or kind is None:
+            return found
+        config: Any = self.base.encoder.config
+        return (config.places.index((kind[1], found[-1])),)
 
     def report(self, results: Mapping[str, dict[str, Any]]) -> None:
         """Prints the measures of all sets, and writes them with the figures.

@@ -245,7 +245,8 @@ def _draw(prepared: Prepared) -> None:
     if moves:
         figures.allocation(pictures / "allocation.png", moves, unit)
         name = prepared.task.name
-        figures.sparsity(pictures / "sparsity.png", moves[-1], name, unit)
+        how = name, unit, prepared.block_of
+        figures.sparsity(pictures / "sparsity.png", moves[-1], *how)
 
 
 def _decayed(recipe: Recipe, model: nnx.Module) -> int:

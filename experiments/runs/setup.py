@@ -24,7 +24,7 @@ from experiments.data import fingerprint
 from experiments.data.source import Source, split
 from experiments.data.task import Splits
 from experiments.methods.first_stage import Staged
-from experiments.reports import run_table
+from experiments.reports import figures, run_table
 from experiments.runs.result import Result, absent
 from experiments.training import evaluation
 from experiments.training.objective import Objective
@@ -149,6 +149,10 @@ class Prepared(abc.ABC):
     def draw(self, method: str, outputs: list[tuple[int, Any]]) -> None:
         """Draws a method's outputs for the first test examples; usually nothing."""
         return None
+
+    def block_of(self, name: str) -> tuple[int, ...] | None:
+        """Returns the block of a matrix, by which figures order it."""
+        return figures.block_of(name)
 
     def report(self, results: Mapping[str, dict[str, Any]]) -> None:
         """Prints the table that a run ends with, of the entries of `results.json`."""

