@@ -1,7 +1,8 @@
 """One training step of every method on a model, to measure its memory and time.
 
 The step is the trainer's own (`experiments.training.step`), with AdamW, on images of
-noise, or on texts of which all tokens but the first are learnt.
+noise, with a mask of one half if it is a SAM, or on texts of which all tokens but the
+first are learnt.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import snella_jax as snella
 from experiments.benchmarks import stored_delta
 from experiments.benchmarks.layout import Layout
 from experiments.config import language
+from experiments.data.mask_transforms import MaskTransform
 from experiments.methods import registry, sensitivity
 from experiments.methods.first_stage import Staged
 from experiments.methods.masked import MaskedSnella
@@ -29,9 +31,11 @@ from experiments.names import unknown
 from experiments.training import step
 from experiments.training.answers import Answers
 from experiments.training.classification import Classification
+from experiments.training.objective import Objective
+from experiments.training.segmentation import Segmentation
 from experiments.training.session import Scope
 from snella_jax import models
-from snella_jax.models import llama, swin, vit
+from snella_jax.models import convnext, llama, sam, vit
 from snella_jax.models.layers import attention
 from snella_jax.nnx.surgery import freeze
 from snella_jax.nnx.variables import Frozen, variables_of
@@ -41,6 +45,7 @@ DENSITY = 0.3
 HEAD = "head|cls_token"
 TARGETS = r"blocks/.*/(query|key|value|out|fc1|fc2)"
 SCOPE = Scope(TARGETS, HEAD)
+MASKS = Scope(sam.Sam.default_targets, sam.Sam.default_trainable)
 TEXTS = Scope(language.TARGETS, "")
 
 VARIANTS = ("snella_parallel", "snella_stored")  # of snella, for comparison
@@ -54,8 +59,11 @@ USUAL = (
     "snella_parallel",
     "snella_stored",
 )
+KERNELIZED = ("klora", "mixk", "snell", "snella_released", *VARIANTS)
 USUAL_OF_TEXTS = ("full", "lora", "dora", "snella")
-OF_TEXTS = (*USUAL_OF_TEXTS, "klora", "mixk", "snell", "snella_released", *VARIANTS)
+OF_TEXTS = (*USUAL_OF_TEXTS, *KERNELIZED)
+USUAL_OF_MASKS = ("full", "lora", "ssf", "snella")
+OF_MASKS = (*USUAL_OF_MASKS, "bias", "dora", *KERNELIZED)
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "blocks"]
 
@@ -108,16 +116,23 @@ class Setting:
 
     @property
     def attention(self) -> str | None:
-        """Implementation of attention on the first device; None if there is none."""
+        """Implementation of attention on the first device; None if there is none.
+
+        Both, with a comma, if a SAM's windows have another than its whole grid.
+        """
         config = models.PRESETS[self.model]
         match config:
             case vit.ViTConfig():
-                head_dim = config.width // config.heads
+                widths = [config.width // config.heads]
             case llama.LlamaConfig():
-                head_dim = config.head_dim
+                widths = [config.head_dim]
+            case sam.SamConfig(encoder=sam.ViTEncoderConfig() as encoder):
+                widths = encoder.attention_widths
             case _:
-                return "xla" if isinstance(config, swin.SwinConfig) else None
-        return attention.best(jax.local_devices()[0], self.dtype, head_dim)
+                return None if isinstance(config, convnext.ConvNeXtConfig) else "xla"
+        device = jax.local_devices()[0]
+        found = [attention.best(device, self.dtype, width) for width in widths]
+        return ", ".join(dict.fromkeys(found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +142,8 @@ class Options:
     method: tuple[str, ...] | None = None
     """Methods to compare. snella_parallel: the update in a matmul of its own.
     snella_stored: without the recompute. Default: full linear bias lora mixk snella
-    snella_parallel snella_stored; of a language model full lora dora snella."""
+    snella_parallel snella_stored; of a language model full lora dora snella; of a SAM
+    full lora ssf snella."""
     batch: int = 8
     """Images or texts in a step, over all chips."""
     sequence: int = 256
@@ -151,7 +167,8 @@ class Options:
           ValueError: an option is wrong; says what was expected.
         """
         texts = model in llama.PRESETS
-        usual = USUAL_OF_TEXTS if texts else USUAL
+        usual = USUAL_OF_MASKS if model in sam.PRESETS else USUAL
+        usual = USUAL_OF_TEXTS if texts else usual
         methods = usual if self.method is None else self.method
         if not methods:
             raise ValueError("--method names nothing: expected at least one.")
@@ -221,7 +238,7 @@ def _training(setting: Setting, model: Any, layout: Layout | None = None) -> Ste
     tx = optax.chain(*watch, optax.adamw(1e-3, mask=snella.decay_mask))
     state, key = tx.init(trainable), jax.random.key(0)
     arguments = (trainable, state, budgets, frozen, _batch(setting), key)
-    loss = Answers(()).loss if setting.sequence else Classification().loss
+    loss = _objective(setting).loss
     where = None if layout is None else layout.of_arguments(arguments)
     run = step.training_step(graphdef, tx, loss, where=where and where[0])
     return Step(run, arguments, model.config.stacked, (0, 1), where)
@@ -247,8 +264,14 @@ def checked(setting: Setting) -> Setting:
     if setting.method not in methods:
         where = "python -m experiments.vtab --help"
         raise ValueError(unknown("method", setting.method, methods, where))
-    if setting.model in llama.PRESETS:
-        _check_texts(setting)
+    for presets, methods in ((llama.PRESETS, OF_TEXTS), (sam.PRESETS, OF_MASKS)):
+        if setting.model in presets and setting.method not in methods:
+            raise ValueError(
+                f"method={setting.method}: expected one of {', '.join(methods)} for a "
+                f"{setting.model}."
+            )
+    if setting.model in llama.PRESETS and (setting.sequence or 0) < 2:
+        raise ValueError(f"sequence={setting.sequence}: expected at least 2 tokens.")
     own = setting.trained
     plain = isinstance(models.PRESETS[setting.model], vit.ViTConfig)
     if own is not None and own.needs_vit and not plain:
@@ -265,21 +288,16 @@ def checked(setting: Setting) -> Setting:
     return setting
 
 
-def _check_texts(setting: Setting) -> None:
-    if setting.method not in OF_TEXTS:
-        raise ValueError(
-            f"method={setting.method}: expected one of {', '.join(OF_TEXTS)} for a "
-            f"{setting.model}."
-        )
-    if setting.sequence is None or setting.sequence < 2:
-        raise ValueError(f"sequence={setting.sequence}: expected at least 2 tokens.")
-
-
 def parameters(model: str) -> int:
     """Returns the number of parameters, of a classifier with a head of `CLASSES`."""
-    own = {} if model in llama.PRESETS else {"num_classes": CLASSES}
-    shapes = nnx.eval_shape(lambda: models.create(model, rngs=nnx.Rngs(0), **own))
+    shapes = nnx.eval_shape(
+        lambda: models.create(model, rngs=nnx.Rngs(0), **_head(model))
+    )
     return size(nnx.state(shapes, nnx.Param))
+
+
+def _head(model: str) -> dict[str, int]:
+    return {"num_classes": CLASSES} if model in models.IMAGE_PRESETS else {}
 
 
 def size(tree: Any) -> int:
@@ -307,16 +325,35 @@ def _batch(setting: Setting) -> dict[str, Array]:
             "mask": jnp.ones(rows.shape, bool),
             "learnt": rows,
         }
-    shape = (setting.batch, *config.image_hw, config.channels)
-    labels = jnp.arange(setting.batch) % CLASSES
-    return {"image": jax.random.normal(jax.random.key(0), shape), "label": labels}
+    shape = setting.batch, *config.image_hw
+    image = jax.random.normal(jax.random.key(0), (*shape, config.channels))
+    if isinstance(config, sam.SamConfig):
+        mask = jnp.zeros(shape).at[:, : shape[1] // 2].set(1)
+        return {"image": image, "mask": mask, "inside": jnp.ones(shape, bool)}
+    return {"image": image, "label": jnp.arange(setting.batch) % CLASSES}
+
+
+def _objective(setting: Setting) -> Objective:
+    config = models.PRESETS[setting.model]
+    match config:
+        case llama.LlamaConfig():
+            return Answers(())
+        case sam.SamConfig():
+            return Segmentation(MaskTransform(config.image_hw[0]))
+        case _:
+            return Classification()
+
+
+def _scope(setting: Setting) -> Scope:
+    if setting.model in sam.PRESETS:
+        return MASKS
+    return TEXTS if setting.model in llama.PRESETS else SCOPE
 
 
 def _base(setting: Setting) -> models.Model:
-    own = {} if setting.sequence else {"num_classes": CLASSES}
     return models.create(
         setting.model,
-        **own,
+        **_head(setting.model),
         dtype=jnp.dtype(setting.dtype),
         stacked=setting.stacked,
         remat=setting.remat,
@@ -326,7 +363,7 @@ def _base(setting: Setting) -> models.Model:
 
 def _model(setting: Setting) -> Any:
     model: Any = _base(setting)
-    own, scope = setting.trained, TEXTS if setting.sequence else SCOPE
+    own, scope = setting.trained, _scope(setting)
     if own is None:
         freeze(model, "head")
     else:

@@ -102,6 +102,19 @@ class ViTEncoderConfig(ImageSizes):
         return height // ph, width // pw
 
     @property
+    def attention_widths(self) -> tuple[int, int]:
+        """Channels of a head in fused attention, in windows and over the whole grid.
+
+        >>> ViTEncoderConfig(768, 12, 12, global_blocks=(2, 5, 8, 11)).attention_widths
+        (96, 192)
+        """
+        head_dim, window = self.width // self.heads, (self.window, self.window)
+        windowed, whole = (
+            relative.extended_width(head_dim, grid) for grid in (window, self.grid)
+        )
+        return windowed, whole
+
+    @property
     def places(self) -> tuple[tuple[Kind, int], ...]:
         """Kind of each block, and its row among those of its kind.
 
