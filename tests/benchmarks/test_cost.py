@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from gpus import device
 from places import RESULTS
 
 from experiments.benchmarks import (
@@ -19,6 +21,7 @@ from experiments.benchmarks import (
 )
 from experiments.methods import registry
 from snella_jax import models
+from snella_jax.models import sam
 
 SMALL = ("--model", "vit_ti16", "--batch", "2", "--dtype", "float32")
 METHODS = (registry.LINEAR, *registry.METHODS, *workload.VARIANTS)
@@ -83,6 +86,54 @@ def test_every_method_trains_what_it_says(method):
         for tree in ((trainable, state), (new_trainable, new_state))
     ]
     assert shapes[0] == shapes[1] and loss.shape == ()
+
+
+@pytest.fixture
+def small_sam(monkeypatch):
+    """The encoder has three blocks of width 16."""
+    encoder = sam.ViTEncoderConfig(
+        16, 3, 2, (1,), 32, window=3, out_channels=32, image_size=64
+    )
+    config = sam.SamConfig(encoder, decoder_mlp_dim=16, iou_hidden=8)
+    monkeypatch.setitem(models.PRESETS, "sam_vit_b", config)
+    return config
+
+
+@pytest.mark.parametrize("method", workload.USUAL_OF_MASKS)
+def test_a_sam_learns_masks(method, small_sam):
+    """With a method's part of the encoder the decoder and no_mask_embed train."""
+    one = workload.abstract(workload.Setting(method, "sam_vit_b", batch=2))
+    trainable, *_, batch, _ = one.arguments
+    assert batch["image"].shape == (2, 64, 64, 3)
+    assert batch["mask"].shape == batch["inside"].shape == (2, 64, 64)
+    parts = nnx.eval_shape(lambda: sam.Sam(small_sam, rngs=nnx.Rngs(0)))
+    encoder, decoder = (
+        workload.size(nnx.state(part, nnx.Param))
+        for part in (parts.encoder, parts.decoder)
+    )
+    low_rank = 3 * 8 * (4 * (16 + 16) + 2 * (16 + 32))
+    outputs = 16 + 3 * (5 * 16 + 32 + 2 * 16) + 2 * 32  # also of norms
+    added = {"full": encoder, "lora": low_rank, "ssf": 2 * outputs,
+             "snella": low_rank + 3 * 6 * 4}[method]  # fmt: skip
+    assert workload.size(trainable) == decoder + 32 + added
+    *_, loss = jax.eval_shape(one.run, *one.arguments)
+    assert loss.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "capability", "expected"),
+    [
+        ("sam_vit_b", "9.0", "cudnn"),
+        ("sam_vit_b", "8.0", "cudnn, xla"),  # the whole grid takes 192 channels
+        ("sam_tinyvit", "9.0", "xla"),
+        ("vit_b16", "8.0", "cudnn"),
+        ("swin_b", "9.0", "xla"),
+        ("convnext_b", "9.0", None),
+    ],
+)
+def test_a_row_names_the_attention(model, capability, expected, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [device(capability=capability)])
+    assert workload.Setting("lora", model).attention == expected
 
 
 def test_memory_writes_rows_and_a_figure(small, tmp_path, capsys):
@@ -182,6 +233,10 @@ ENTRY %main (p: f32[2]) -> f32[2] {
         (("--method", "lorra"), "no method is called 'lorra'; did you mean lora"),
         (("--rank", "3"), "rank=3"),
         (("--rank", "3", "--method", "snella_masked"), "rank=3"),
+        (
+            ("--model", "sam_vit_b", "--method", "gps"),
+            "method=gps: expected one of full",
+        ),
     ],
 )
 def test_bad_settings_are_refused_before_anything_runs(program, argv, message):

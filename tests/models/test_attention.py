@@ -1,11 +1,10 @@
 """Attention against the formula, what "auto" chooses, and cuDNN on a GPU."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpus import device
 
 from snella_jax.models.layers.attention import attend, best
 
@@ -53,13 +52,6 @@ def test_keeps_no_attention_weights():
     assert max(leaf.size for leaf in jax.tree.leaves(kept)) == arrays[0].size
     plain = jax.eval_shape(lambda: jax.vjp(jax.nn.dot_product_attention, *arrays)[1])
     assert max(leaf.size for leaf in jax.tree.leaves(plain)) == 2 * 4 * 65 * 65
-
-
-def device(platform="gpu", version="PJRT C API\ncuda 12090", capability="9.0"):
-    client = SimpleNamespace(platform_version=version)
-    return SimpleNamespace(
-        platform=platform, client=client, compute_capability=capability
-    )
 
 
 @pytest.mark.parametrize(

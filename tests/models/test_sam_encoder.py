@@ -11,8 +11,8 @@ import pytest
 import sam_oracle
 from compiled import called
 from flax import nnx
+from gpus import device
 from jax.extend.core import jaxprs_in_params
-from test_attention import device
 from tiny import leaves
 
 from snella_jax import models
