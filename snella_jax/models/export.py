@@ -39,7 +39,8 @@ def export(
     """Writes a model in the format of the file or folder that it was loaded from.
 
     A LLaMA or a SAM becomes a folder of Hugging Face's with a new `config.json`,
-    whatever it was loaded from.
+    whatever it was loaded from; a SAM with a TinyViT, which transformers does not have,
+    a file with the names of `mobile_sam.pt`.
 
     What no shape says, such as the position grid and the number of heads, goes into
     `config.json`, and into the metadata of `.safetensors`, where `load` finds it. A
@@ -71,6 +72,11 @@ def export(
     """
     path, family = Path(path), family_of(model)
     source = None if like is None else read(like, weights)
+    if family.file is not None and path.suffix in (".npz", ".safetensors"):
+        _check_no_classes(type(model).__name__, class_names)
+        tensors = family.file(model, source)
+        once(lambda: write_file(path, tensors, {}))
+        return
     if family.folder is not None:
         _check_folder(path, type(model).__name__, class_names)
         tensors, files = family.folder(model, source)
@@ -104,6 +110,11 @@ def _check_folder(path: Path, kind: str, class_names: Sequence[str] | None) -> N
     """Raises a `ValueError` for what is no folder, or has class names."""
     if path.suffix.lower() in FILES:
         raise ValueError(f"{path}: a {kind} is written as a folder.")
+    _check_no_classes(kind, class_names)
+
+
+def _check_no_classes(kind: str, class_names: Sequence[str] | None) -> None:
+    """Raises a `ValueError` for names of classes that a model does not have."""
     if class_names is not None:
         raise ValueError(f"class_names: a {kind} has no classes.")
 

@@ -6,6 +6,7 @@
 import dataclasses
 import importlib.util
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import pytest
 from compiled import called
 from flax import nnx
 from places import ASSETS
+from safetensors.numpy import load_file
 
 import snella_jax as snella
 from snella_jax import models
@@ -232,6 +234,56 @@ def test_bfloat16():
 def test_configs_that_cannot_be(fields, message):
     with pytest.raises(ValueError, match=message):
         TinyViTConfig(**fields)
+
+
+# Export
+
+
+def test_the_export_has_mobile_sams_names_and_the_same_numbers(tmp_path):
+    """Its batch norms add a bias and do nothing else, in float32 too."""
+    model = sam.load(FILE)
+    models.export(model, tmp_path / "tuned.safetensors")
+    written, original = load_file(tmp_path / "tuned.safetensors"), state()
+    heads = {"image_encoder.head.weight", "image_encoder.head.bias"}
+    assert written.keys() == original.keys()
+    assert {n: t.shape for n, t in written.items() if n not in heads} == {
+        n: t.shape for n, t in original.items() if n not in heads
+    }
+    for name, tensor in written.items():
+        if not re.search(r"\.(bn|c)\.|head", name):
+            np.testing.assert_array_equal(tensor, original[name])
+        if name.endswith("running_var"):
+            assert np.all(np.sqrt(tensor + np.float32(1e-5)) == 1)
+    again = models.load(tmp_path / "tuned.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+    with pytest.raises(
+        ValueError, match="no SAM with a TinyViT, only with a ViT: expected"
+    ):
+        models.export(model, tmp_path / "folder")
+    with pytest.raises(ValueError, match=r"like=.*: MobileSAM's names need no"):
+        models.export(model, tmp_path / "b.safetensors", like=FILE)
+
+
+@pytest.mark.reference
+def test_pytorch_reads_the_export(tmp_path):
+    import torch
+    from mobile_sam_torch import Encoder
+
+    model = sam.load(FILE)
+    models.export(model, tmp_path / "tuned.safetensors")
+    c, prefix = model.config.encoder, "image_encoder."
+    theirs = Encoder(c.widths, c.depths, c.heads, c.windows, c.out_channels)
+    theirs.head = torch.nn.Linear(c.widths[-1], 1000)
+    tensors = {
+        name.removeprefix(prefix): torch.from_numpy(tensor)
+        for name, tensor in load_file(tmp_path / "tuned.safetensors").items()
+        if name.startswith(prefix)
+    }
+    theirs.load_state_dict(tensors)
+    with torch.no_grad():
+        images = torch.from_numpy(EXPECTED["images"]).permute(0, 3, 1, 2)
+        got = theirs.eval()(images).permute(0, 2, 3, 1)
+    close(got.numpy(), EXPECTED["embedding"])
 
 
 # Files that are no such model

@@ -22,6 +22,8 @@ class Family:
         a family whose models are written by `folder`.
       folder: returns the tensors and the other files of a folder that a model is
         written as, given a checkpoint to take after, or None.
+      file: returns the tensors of a `.npz` or `.safetensors` that a model is written
+        as, given a checkpoint or None; None for a family of which `folder` writes all.
     """
 
     config: type
@@ -31,3 +33,4 @@ class Family:
     load: Callable[..., Any]
     export_format: Callable[..., ExportFormat] | None = None
     folder: Callable[..., tuple[dict[str, Any], dict[str, bytes]]] | None = None
+    file: Callable[..., dict[str, Any]] | None = None

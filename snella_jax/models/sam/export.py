@@ -116,8 +116,8 @@ def _vit(config: SamConfig) -> ViTEncoderConfig:
     if isinstance(config.encoder, ViTEncoderConfig):
         return config.encoder
     raise ValueError(
-        "transformers has no SAM with a TinyViT: expected one with a ViT, which is "
-        "written as a SamModel."
+        "transformers has no SAM with a TinyViT, only with a ViT: expected a path that "
+        "ends in .safetensors, for a file with MobileSAM's names."
     )
 
 

@@ -217,12 +217,23 @@ def hugging_face(parts: Mapping[str, np.ndarray]) -> dict[str, Stored]:
     Args:
       parts: arrays by the paths that the rules give them.
     """
+    return _named(parts, (*ENCODER, *REST), "hugging_face")
+
+
+def meta_rest(parts: Mapping[str, np.ndarray]) -> dict[str, Stored]:
+    """Returns the tensors of prompt encoder and decoder by Meta's names."""
+    return _named(parts, REST, "meta")
+
+
+def _named(
+    parts: Mapping[str, np.ndarray], rows: Iterable[Row], form: Form
+) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
-    for row in (*ENCODER, *REST):
+    for row in rows:
         first = re.compile(_numbered(row.places[0]))
         for match in filter(None, map(first.fullmatch, parts)):
             own = [parts[path.format(*match.groups())] for path in row.places]
-            name = row.hugging_face.format(*match.groups())
+            name = getattr(row, form).format(*match.groups())
             tensors[name] = row.move.back(*own)
     return tensors
 

@@ -17,7 +17,14 @@ from snella_jax.models.checkpoints.family import Family
 from snella_jax.models.checkpoints.mapping import TensorRule, arrange, fill
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.layers import preset
-from snella_jax.models.sam import fields, formats, mobile_sam, onnx_format, relative
+from snella_jax.models.sam import (
+    fields,
+    formats,
+    mobile_export,
+    mobile_sam,
+    onnx_format,
+    relative,
+)
 from snella_jax.models.sam.config import PRESETS, SamConfig
 from snella_jax.models.sam.export import folder
 from snella_jax.models.sam.model import Sam
@@ -175,4 +182,12 @@ def _in_kind(path: str, config: ViTEncoderConfig) -> str:
     return f"encoder/blocks/{kind}/{row}/{match[2]}"
 
 
-FAMILY = Family(SamConfig, Sam, PRESETS, formats.MARKS, load, folder=folder)
+FAMILY = Family(
+    SamConfig,
+    Sam,
+    PRESETS,
+    formats.MARKS,
+    load,
+    folder=folder,
+    file=mobile_export.tensors,
+)
