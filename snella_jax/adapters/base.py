@@ -251,7 +251,7 @@ def _configs(
             own, value = known.weights.get(name), found.weights.get(name)
             if name in trained or (own and value is not None and own.is_of(value)):
                 differ.append("grid")  # the same weights for other places
-            else:
+            elif own or value is not None:  # else no weight follows from the grid
                 log.warning("%s is that of another grid: it was not compared", name)
                 resized |= {_join(one, found.positions), name}
         problems += [

@@ -161,7 +161,7 @@ def _by_number(path: str, places: tuple[tuple[str, int], ...]) -> str:
 def _check_sizes(like: Checkpoint, said: dict[str, Any]) -> None:
     """Raises a `CheckpointError` if `like` is no folder of a model of these sizes.
 
-    Its images may have another size, and its norms another epsilon.
+    Images and windows may have other sizes, and norms another epsilon.
     """
     if not like.path.is_dir() or like.config.get("model_type") != "sam":
         raise CheckpointError(
@@ -172,8 +172,8 @@ def _check_sizes(like: Checkpoint, said: dict[str, Any]) -> None:
         if not isinstance(theirs, dict):
             raise CheckpointError(like.path, f"{name}={theirs!r}: expected an object")
         for field, own in said[name].items():
-            free = field in ("image_size", "layer_norm_eps", "mlp_dim", "window_size")
-            if not free and theirs.get(field, own) != own:
+            free = field in ("image_size", "layer_norm_eps", "window_size")
+            if not free and theirs.get(field) not in (None, own):
                 raise CheckpointError(
                     like.path,
                     f"it has {field}={theirs[field]!r}, and the model {own!r}",
