@@ -195,9 +195,9 @@ def test_the_presets_are_the_published_models():
 
 
 def test_fields_of_both_configs_are_overridden():
-    config = sam.create(
-        "sam_tinyvit", image_size=64, decoder_depth=1, rngs=nnx.Rngs(0)
-    ).config
+    sizes = {"image_size": 64, "decoder_depth": 1}
+    model = nnx.eval_shape(lambda: sam.create("sam_tinyvit", **sizes, rngs=nnx.Rngs(0)))
+    config = model.config
     assert (config.image_hw, config.grid, config.decoder_depth) == ((64, 64), (4, 4), 1)
     with pytest.raises(ValueError, match="No SAM is called 'sam_vit_x'"):
         sam.create("sam_vit_x", rngs=nnx.Rngs(0))

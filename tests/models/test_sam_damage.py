@@ -27,6 +27,7 @@ CONFIGS = [
     (V, "global_attn_indexes", [0]),
     (V, "global_attn_indexes", "1"),
     (V, "layer_norm_eps", -1e-6),
+    (V, "layer_norm_eps", float("inf")),
     (V, "hidden_act", "relu"),
     (V, "qkv_bias", False),
     (V, "use_rel_pos", False),

@@ -1,5 +1,6 @@
 """Checked values of the fields of config files in JSON; null counts as absent."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,8 @@ def count(said: Mapping[str, Any], name: str, default: int | None = None) -> int
 def number(said: Mapping[str, Any], name: str, default: float | None = None) -> float:
     """Returns a positive number; default and errors as in `count`."""
     value = _given(said, name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not 0 < value < math.inf:
         raise ValueError(f"{name}={value!r}: expected a positive number")
     return float(value)
 
