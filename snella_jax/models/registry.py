@@ -46,7 +46,8 @@ def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Mod
     """Loads a model with published weights: a ViT, Swin, ConvNeXt, SAM or LLaMA.
 
     Args:
-      path: a file, a Hugging Face folder, or Meta's of a LLaMA.
+      path: a file, a Hugging Face folder, Meta's of a LLaMA, or a SAM's with
+        `encoder.onnx` and `sam.onnx`.
       weights: as in `vit.load`.
       options: others of `vit.load`, `swin.load`, `convnext.load`, `sam.load` and
         `llama.load`.
