@@ -49,9 +49,9 @@ METHODS: dict[str, Method] = {  # that are trained by steps, with their usual se
     "snella_masked": MaskedSnella(),
     "snella_released": ReleasedSnella(),
 }
-OF_SAM: dict[str, Method] = {DECODER: MaskDecoder(), **METHODS}
+OF_SAM: dict[str, Method] = {DECODER: MaskDecoder(), **METHODS}  # of runs on masks
 
 
 def title(name: str) -> str:
     """Returns how tables call a method, without its rank."""
-    return (STEPLESS[name] if name in STEPLESS else OF_SAM[name]).title
+    return {**STEPLESS, **OF_SAM, **METHODS}[name].title
