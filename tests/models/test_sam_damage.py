@@ -19,7 +19,7 @@ SIZES = [(V, "hidden_size"), (V, "num_hidden_layers"), (V, "num_attention_heads"
 SIZES += [(V, "image_size"), (V, "mlp_dim"), (V, "window_size"), (D, "mlp_dim")]
 SIZES += [(D, "num_hidden_layers"), (D, "num_multimask_outputs")]
 CONFIGS = [
-    *((*field, value) for field in SIZES for value in (0, 7, "4", 2.0)),
+    *((*field, value) for field in SIZES for value in (0, 7, "4")),
     (V, "output_channels", 8),
     (V, "patch_size", 8),
     (V, "num_channels", 1),

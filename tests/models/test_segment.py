@@ -31,11 +31,11 @@ def pillow(pixels, size):
     )
 
 
-@pytest.mark.parametrize("size", [(20, 33), (70, 100), (50, 81), (8, 200)])
+@pytest.mark.parametrize("size", [(20, 33), (70, 113)])
 def test_pixels_are_those_of_pillow(size):
-    """Within 1 of 255, where Pillow's weights are rounded."""
+    """Within 1 of 255 in few places, where Pillow's weights are rounded."""
     off = np.abs(resized(PHOTOGRAPH, size).astype(int) - pillow(PHOTOGRAPH, size))
-    assert off.max() <= 1 and (off > 0).mean() < 0.1
+    assert off.max() <= 1 and (off > 0).mean() < 0.02
 
 
 def bilinear(grid, size):

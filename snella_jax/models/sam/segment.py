@@ -75,10 +75,11 @@ def segment(
 def resized(
     pixels: UInt8[np.ndarray, "height width C"], size: Size
 ) -> UInt8[np.ndarray, "h w C"]:
-    """Resizes 8-bit pixels as Pillow does: along each axis, rounded each time.
+    """Resizes 8-bit pixels as Pillow does: rows, then columns, rounded each time.
 
     A triangle of the width of a new pixel weighs the old ones where the image shrinks;
-    numbers differ from Pillow's by 1 in few places, as it rounds its weights.
+    numbers differ from Pillow's by 1 in few places, as it rounds its weights (and in
+    more where Pillow 13 takes columns first: shapes that change a lot).
     """
     height, width = size
     for shape in ((pixels.shape[0], width), (height, width)):
