@@ -1,32 +1,20 @@
-"""Tiny random SAMs with either encoder, and folders of pairs to train them on."""
+"""Tiny random SAMs with either encoder, and a folder of pairs to train them on."""
 
 import masks
-from flax import nnx
 from places import ROOT
 
-from snella_jax.models import export, sam
+from snella_jax.models import sam
 
-TINY_VIT = ROOT / "tests/assets/mobile_sam/mobile_sam.pt"
-SIDE = 32  # pixels
-VIT = {"width": 16, "depth": 3, "heads": 2, "mlp_dim": 24, "window": 1}
-VIT |= {"global_blocks": (1,), "out_channels": 16, "image_size": SIDE}
-VIT |= {"decoder_mlp_dim": 24, "iou_hidden": 12}
-
-
-def tiny_vit(**options):
-    """A SAM with a TinyViT, in 32 x 32 pixels."""
-    return sam.load(TINY_VIT, image_size=SIDE, **options)
+FILES = {
+    "tiny_vit": ROOT / "tests/assets/mobile_sam/mobile_sam.pt",
+    "vit": ROOT / "tests/assets/sam/transformers",
+}
+SIDE = 32  # pixels of their images
 
 
-def vit():
-    """A SAM with a ViT, in 32 x 32 pixels."""
-    return sam.create("sam_vit_b", **VIT, rngs=nnx.Rngs(0))
-
-
-def vit_folder(path):
-    """Writes the SAM with a ViT as a folder of Hugging Face."""
-    export(vit(), path)
-    return path
+def load(encoder):
+    """A SAM with this encoder, for images of 32 x 32."""
+    return sam.load(FILES[encoder], image_size=SIDE)
 
 
 def task(path):

@@ -73,7 +73,7 @@ WITH_A_VIT = "ssf", "snella"
 
 @functools.cache
 def base(encoder):
-    return tiny_sams.tiny_vit() if encoder == "tiny_vit" else tiny_sams.vit()
+    return tiny_sams.load(encoder)
 
 
 def adapted(name, model):

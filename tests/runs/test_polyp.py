@@ -34,21 +34,21 @@ from experiments.training.objective import Metric
 from experiments.training.segmentation import dice_and_iou
 from snella_jax.models import sam
 
-TRAINED = "decoder", "lora", "snella"
+TRAINED = "decoder", "snella"
 NAMES = "dice", "iou", "recall_pooled", "dice_of_recall"
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """A short run's options, on three epochs of four updates."""
+    """A short run's options: of a SAM with a ViT, three epochs of four updates."""
     folder = tmp_path_factory.mktemp("polyps")
     other = masks.draw(folder / "other", "xyzw", seed=1)
     return [
         *("--config=minisam_kvasir", f"--task={tiny_sams.task(folder / 'task')}"),
-        *(f"--model={tiny_sams.TINY_VIT}", f"--image_size={tiny_sams.SIDE}"),
+        *(f"--model={tiny_sams.FILES['vit']}", f"--image_size={tiny_sams.SIDE}"),
         *("--tests", str(other), "--mesh=data=1", "--batch=2", "--test_batch=4"),
-        *("--epochs=3", "--eval_every=2", "--lora.lr=3e-3", "--snella.lr=3e-3"),
-        *("--decoder.lr=3e-3", "--methods", "box", *TRAINED),
+        *("--epochs=3", "--eval_every=2", "--snella.lr=3e-3", "--decoder.lr=3e-3"),
+        *("--methods", "box", *TRAINED),
     ]
 
 
@@ -86,7 +86,7 @@ def test_a_run_ends_with_both_measures_of_every_set(whole, words):
 
 def test_losses_fall_and_little_trains(whole):
     out, summary = whole
-    base = tiny_sams.tiny_vit()
+    base = tiny_sams.load("vit")
     own = nnx.state((base.decoder, base.prompts.no_mask_embed), nnx.Param)
     decoder = sum(leaf.size for leaf in jax.tree.leaves(own))
     for method in TRAINED:
@@ -98,7 +98,7 @@ def test_losses_fall_and_little_trains(whole):
         # IoU's head gets no gradient, and does not decay.
         assert result["decayed"] < result["trainable"]
     config = json.loads((out / "config.json").read_text("utf-8"))
-    assert config["model"] == str(tiny_sams.TINY_VIT)
+    assert config["model"] == str(tiny_sams.FILES["vit"])
     adapted = snella.load(base, out / "adapters" / "snella")
     before, after = base.decoder.iou.fc1.kernel, adapted.decoder.iou.fc1.kernel
     np.testing.assert_array_equal(before, after)
@@ -117,7 +117,7 @@ def test_masks_that_are_kept_have_the_dice_of_the_results(whole, words):
         pairs = [(kept[i], source[i]["mask"] > 0) for i in range(len(source))]
         dice = np.mean([dice_and_iou(*pair)[0] for pair in pairs])
         assert dice == pytest.approx(result["test_dice"]), method
-    model = tiny_sams.tiny_vit()
+    model = tiny_sams.load("vit")
     c = model.config
     transform = MaskTransform(tiny_sams.SIDE, mean=c.pixel_mean, std=c.pixel_std)
     kept = predicted.read(out, "box", "test")
@@ -147,7 +147,7 @@ def test_runs_are_reported_by_set_over_seeds(whole, tmp_path):
     assert made["metric"] == {"name": "dice", "percent": True}
     titles = {column["method"]: column for column in made["columns"]}
     for method, result in summary["methods"].items():
-        title = registry.title(method) + "-8" * (method in ("lora", "snella"))
+        title = registry.title(method) + "-8" * (method == "snella")
         own = titles[title]["tasks"]
         assert own["task"]["mean"] == pytest.approx(100 * result["test_dice"])
         expected = result["tests"]["other"]["dice"]
@@ -160,7 +160,7 @@ def test_figures_of_a_resumed_run_have_what_was_finished(whole, tmp_path):
     shutil.copytree(whole[0], out)
     (out / "summary.json").unlink()
     shutil.rmtree(out / "figures")
-    shutil.rmtree(out / "predictions" / "lora")
+    shutil.rmtree(out / "predictions" / "decoder")
     assert polyp.main(["--resume", str(out)]) == whole[1]
     for name in ("sheet", "dice"):
         assert (out / f"figures/{name}.png").exists()
@@ -175,13 +175,12 @@ def last(out, method):
     return jax.tree.leaves((found["state"], found["position"]))
 
 
-@pytest.mark.slow  # a process, and two runs with a ViT
+@pytest.mark.slow  # a process, and two runs
 def test_a_run_that_was_killed_ends_as_one_that_was_not(words, tmp_path):
-    """SIGKILL in the midst of SNELLA, after the decoder alone; of a SAM with a ViT."""
-    model = tiny_sams.vit_folder(tmp_path / "model")
-    methods = "box", "decoder", "snella"
-    words = [word for word in words if not word.startswith("--lora")]
-    words += [f"--model={model}", "--epochs=12", "--methods", *methods]
+    """SIGKILL in the midst of SNELLA; of a SAM with a TinyViT."""
+    methods = "box", "decoder", "lora", "snella"
+    words = [*words, f"--model={tiny_sams.FILES['tiny_vit']}", "--epochs=12"]
+    words += ["--methods", *methods]
     summary = polyp.main([*words, f"--out={tmp_path / 'whole'}"])
     out, path = tmp_path / "broken", tmp_path / "broken" / metric_log.NAME
     process = subprocess.Popen(
@@ -212,7 +211,7 @@ def test_a_search_takes_fewer_epochs_and_its_run_all_images(words, tmp_path):
     """Trials share the embeddings with the run."""
     own = ["--methods", "decoder", "--search", "--search_epochs=1", "--epochs=2"]
     out = tmp_path / "run"
-    words = [w for w in words if w.split(".")[0] not in ("--lora", "--snella")]
+    words = [word for word in words if not word.startswith("--snella")]
     summary = polyp.main([*words, *own, "--grid.lr_factors=0.01", f"--out={out}"])
     trials = json.loads((out / "search.json").read_text("utf-8"))["decoder"]
     assert [trial["lr"] for trial in trials] == [3e-3, pytest.approx(3e-5)]
@@ -258,9 +257,9 @@ def test_presets_are_configs_that_could_run():
     assert released.settings["snella_released"].undropped == ".*/proj"
 
 
-def test_released_prompts_are_drawn_anew(tmp_path):
+def test_released_prompts_are_drawn_anew():
     """The decoder's embedding and positions alone, by the seed."""
-    config = PolypConfig(model=str(tiny_sams.TINY_VIT), image_size=tiny_sams.SIDE)
+    config = PolypConfig(model=str(tiny_sams.FILES["tiny_vit"]), image_size=32)
     plain, *drawn = (
         sam_models.load(dataclasses.replace(config, random_prompts=random, seed=seed))
         for random, seed in ((False, 0), (True, 0), (True, 0), (True, 1))

@@ -35,7 +35,7 @@ def source(tmp_path_factory):
 
 @functools.cache
 def model():
-    return tiny_sams.tiny_vit()
+    return tiny_sams.load("tiny_vit")
 
 
 def batches(source, transform):
