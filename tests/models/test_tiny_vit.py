@@ -208,7 +208,8 @@ def test_adapters_train_and_merge():
     expected = dict.fromkeys(stacked, 2) | dict.fromkeys(alone, 1)
     assert matrices(model) == expected
     graphdef, trainable, rest = nnx.split(model, snella.Factor, ...)
-    wanted, tx = jnp.asarray(EXPECTED["embedding"] + 0.1), optax.adam(2e-2)
+    # Each image's embedding is to become the other's.
+    wanted, tx = jnp.asarray(EXPECTED["embedding"][::-1]), optax.adam(2e-2)
 
     @jax.jit
     def step(trainable, moments):
@@ -220,11 +221,11 @@ def test_adapters_train_and_merge():
         return optax.apply_updates(trainable, updates), moments, value
 
     moments, losses = tx.init(trainable), []
-    for _ in range(60):
+    for _ in range(100):
         trainable, moments, value = step(trainable, moments)
         losses.append(float(value))
-    assert losses[-1] < 0.7 * losses[0]
-    nnx.update(model, trainable)
+    assert losses[-1] < 0.8 * losses[0]
+    model = nnx.merge(graphdef, trainable, rest)
     moved = called(model, images)
     assert not np.allclose(moved, EXPECTED["embedding"], atol=1e-2)
     close(called(snella.merge(model, unmoved_budgets=True), images), moved)
