@@ -71,6 +71,8 @@ class TrainingOptions(run_config.TrainingOptions):
     pooling: Literal["image", "batch"] = "image"
     """Soft IoU of the loss. image: the mean of the images' own. batch: pooled over the
     images of a batch, as released."""
+    eval_last: int = 1
+    """Rounds at the end that are all evaluated."""
     search_epochs: int | None = None
     """Epochs of a trial of the search. Default: as many as of the run."""
     test_batch: int = 8
@@ -167,7 +169,6 @@ ROWS = ("full", "bias", "lora", "ssf", "adapter", "snell", "snella")
 MINISAM = PolypConfig(
     tests=("cvc_clinicdb",),
     search_epochs=2,
-    eval_every=5,
     grid=Grid(lr_factors=(0.3, 3.0), lr_extensions=0, weight_decays=(), densities=()),
     settings=_settings(1e-4, 1e-3, full=1e-4),
 )

@@ -40,14 +40,14 @@ NAMES = "dice", "iou", "recall_pooled", "dice_of_recall"
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """A short run's options: of a SAM with a ViT, three epochs of four updates."""
+    """A short run's options: of a SAM with a ViT, eight epochs of four updates."""
     folder = tmp_path_factory.mktemp("polyps")
     other = masks.draw(folder / "other", "xyzw", seed=1)
     return [
         *("--config=minisam_kvasir", f"--task={tiny_sams.task(folder / 'task')}"),
         *(f"--model={tiny_sams.FILES['vit']}", f"--image_size={tiny_sams.SIDE}"),
         *("--tests", str(other), "--mesh=data=1", "--batch=2", "--test_batch=4"),
-        *("--epochs=3", "--eval_every=2", "--snella.lr=3e-3", "--decoder.lr=3e-3"),
+        *("--epochs=8", "--eval_every=4", "--snella.lr=1e-2", "--decoder.lr=1e-2"),
         *("--methods", "box", *TRAINED),
     ]
 
@@ -92,6 +92,7 @@ def test_losses_fall_and_little_trains(whole):
     for method in TRAINED:
         rows = metric_log.of(out, method)
         assert rows[-1]["train_loss"] < rows[0]["train_loss"], method
+        assert [row["epoch"] for row in rows if "val_dice" in row] == [4, 8]
         result = summary["methods"][method]
         assert (result["trainable"] == decoder) == (method == "decoder")
         assert (result["weights_moved"] == 0) == (method == "decoder")
@@ -214,7 +215,7 @@ def test_a_search_takes_fewer_epochs_and_its_run_all_images(words, tmp_path):
     words = [word for word in words if not word.startswith("--snella")]
     summary = polyp.main([*words, *own, "--grid.lr_factors=0.01", f"--out={out}"])
     trials = json.loads((out / "search.json").read_text("utf-8"))["decoder"]
-    assert [trial["lr"] for trial in trials] == [3e-3, pytest.approx(3e-5)]
+    assert [trial["lr"] for trial in trials] == [1e-2, pytest.approx(1e-4)]
     best = max(trials, key=lambda trial: (trial["val_dice"], -trial["lr"]))
     result = summary["methods"]["decoder"]
     assert result["settings"]["lr"] == best["lr"] and result["val_dice"] is None
