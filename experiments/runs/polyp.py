@@ -226,6 +226,7 @@ def prepared(name: str, config: PolypConfig, console: Console) -> PolypRun:
     out = setup.folder(name, config)
     mesh = sharding.make(config.mesh)
     task = _task(config)
+    pair_check.require_training(task)
     setup.check_batch(config, task, mesh, PolypRun.unit)
     with console.status("loading the model"):
         base = sam_models.load(config)
@@ -236,7 +237,7 @@ def prepared(name: str, config: PolypConfig, console: Console) -> PolypRun:
             "square, such as --image_size 256."
         )
     setup.check_methods(config, base)
-    task = pair_check.checked(task, console, to_train=True)
+    task = pair_check.checked(task, console)
     return PolypRun(
         config, task, base, mesh, console, out, embeddings=out / "embeddings"
     )

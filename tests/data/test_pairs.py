@@ -334,8 +334,18 @@ def test_images_that_are_in_two_splits_under_other_names_are_counted(listed):
     assert f"{also} {rest} (p8 is p2, p9 is p2)\n" in said
 
 
+def test_tests_that_are_validation_images_are_counted(listed):
+    """Which are trained on in the end, or chosen by."""
+    for kind in ("images", "masks"):
+        data = (listed / kind / "p7.png").read_bytes()
+        (listed / kind / "p9.png").write_bytes(data)
+    _, said = said_of(segmentation_task.load(listed))
+    (line,) = (line for line in said.splitlines() if "split" in line)
+    assert line == "ten, test: 1 images are in the validation split, too (p9 is p7)"
+
+
 def test_a_test_alone_is_looked_at_and_trains_nothing(ten):
     task, _ = said_of(segmentation_task.test_only(ten))
     assert list(task.fingerprint) == ["test"] and len(task.test) == 10
     with pytest.raises(ValueError, match="ten has no training images: it is a test of"):
-        said_of(task, to_train=True)
+        pair_check.require_training(task)
