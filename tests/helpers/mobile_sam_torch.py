@@ -176,15 +176,16 @@ class Encoder(nn.Module):
 
 
 def randomised(encoder):
-    """Draws every parameter and every running mean and variance again."""
+    """Draws every parameter and every running mean and variance again.
+
+    Weights are large enough that what an image says reaches the end.
+    """
     for name, tensor in encoder.state_dict().items():
         if name.endswith("running_var"):
             tensor.uniform_(0.3, 3)
         elif tensor.is_floating_point():
-            fan = tensor[0].numel() if tensor.ndim > 1 and "bias" not in name else 4
-            tensor.normal_(0, fan**-0.5)
-            norm = name.endswith(
-                ("bn.weight", "norm.weight", "neck.1.weight", "neck.3.weight")
-            )
-            tensor.add_(1.0 if norm else 0.0)
+            weight = tensor.ndim > 1 and "bias" not in name
+            tensor.normal_(0, 2 * tensor[0].numel() ** -0.5 if weight else 0.3)
+            norm = ("bn.weight", "norm.weight", "neck.1.weight", "neck.3.weight")
+            tensor.add_(1.0 if name.endswith(norm) else 0.0)
     return encoder.eval()

@@ -208,7 +208,7 @@ def test_adapters_train_and_merge():
     expected = dict.fromkeys(stacked, 2) | dict.fromkeys(alone, 1)
     assert matrices(model) == expected
     graphdef, trainable, rest = nnx.split(model, snella.Factor, ...)
-    # Each image's embedding is to become the other's.
+    # Each image's embedding is to become the other's, which is another one.
     wanted, tx = jnp.asarray(EXPECTED["embedding"][::-1]), optax.adam(2e-2)
 
     @jax.jit
