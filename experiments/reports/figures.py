@@ -123,8 +123,8 @@ def sparsity(
     depth = {n: every.index(block) for n, block in found.items() if block is not None}
     named, blocks = list(depth), range(len(every))
     shares = []
-    for block in blocks:
-        own = [name for name in named if depth[name] == block]
+    for place in blocks:
+        own = [name for name in named if depth[name] == place]
         room = sum(capacity[name] for name in own)
         shares.append(1 - sum(budget[name] for name in own) / room)
     figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")

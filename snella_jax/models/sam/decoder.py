@@ -161,7 +161,7 @@ class Head(nnx.Module):
 
     def __init__(self, widths: Sequence[int], config: SamConfig, *, rngs: nnx.Rngs):
         layers = (basic.linear(n, m, config, rngs) for n, m in pairwise(widths))
-        self.names = [f"fc{index}" for index in range(1, len(widths))]
+        self.names = tuple(f"fc{index}" for index in range(1, len(widths)))
         for name, layer in zip(self.names, layers, strict=True):
             setattr(self, name, layer)
 
