@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import masks
@@ -28,6 +29,7 @@ from experiments.methods import registry
 from experiments.methods.registry import METHODS
 from experiments.pretrained import sam_models
 from experiments.reports import predicted
+from experiments.runs.polyp import PolypRun
 from experiments.training import metric_log
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.objective import Metric
@@ -246,6 +248,37 @@ def test_wrong_options_are_named(options, said, words, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=said):
         polyp.main([*words, *options, f"--out={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_set_that_is_a_test_alone_trains_nothing(words, tmp_path):
+    masks.draw(tmp_path / "cvc_clinicdb", "ab")
+    own = ["--task=cvc_clinicdb", f"--data_dir={tmp_path}", f"--out={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit, match="CVC-ClinicDB has no training images: it is"):
+        polyp.main([*words, *own])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("encoder", "names"),
+    [
+        (
+            "vit",  # whose second block of three sees the whole image
+            {
+                "encoder/blocks/windowed/attn/q[0]": (0,),
+                "encoder/blocks/whole/mlp/fc1[0]": (1,),
+                "encoder/blocks/windowed/attn/q[1]": (2,),
+                "encoder/blocks/windowed/1/attn/q": (2,),
+            },
+        ),
+        ("tiny_vit", {"encoder/blocks/2/attn/q[1]": (2, 1)}),
+    ],
+)
+def test_figures_have_blocks_in_the_encoders_order(encoder, names):
+    base, nothing = tiny_sams.load(encoder), Path()
+    run = PolypRun(
+        PolypConfig(), *(None, base, None, None), nothing, embeddings=nothing
+    )
+    assert {name: run.block_of(name) for name in names} == names
 
 
 def test_presets_are_configs_that_could_run():

@@ -1,6 +1,7 @@
 """Tasks with masks: where they are, how they are split, stamps on photographs."""
 
 import hashlib
+import re
 
 import masks
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from experiments.data import pair_check
 from experiments.data.segmentation_task import SegmentationTask
 from experiments.data.source import Arrays, take
 from experiments.data.task import Task
@@ -83,6 +85,22 @@ def test_cvc_clinicdb_is_a_test_alone_and_one_of_others(data):
     assert task.extra_tests["cvc_clinicdb"][0]["mask"].any()
     with pytest.raises(ValueError, match="there are two tests called cvc_clinicdb"):
         load("kvasir", data, also=("cvc_clinicdb", "cvc_clinicdb"))
+
+
+def test_what_was_released_tests_on_images_that_it_trains_on(data):
+    """All of Kvasir-SEG, whatever its lists say, and others of the same images."""
+    message = r"sessile-main-Kvasir-SEG: unpack https://datasets.simula.no/kvasir-seg/"
+    with pytest.raises(FileNotFoundError, match=message):
+        load("kvasir_released", data)
+    masks.draw(data / "sessile-main-Kvasir-SEG", NAMES[:3], suffix=".jpg")
+    task = load("kvasir_released", data)
+    assert {own.name for own in (*task.train.files, *task.validation.files)} == {*NAMES}
+    assert [own.name for own in task.test.files] == NAMES[:3]
+    console = Console(record=True, width=120)
+    pair_check.checked(task, console)
+    said = console.export_text()
+    counts = re.findall(r"test: (\d) images are in the (\w+) split, too", said)
+    assert sum(int(count) for count, _ in counts) == 3
 
 
 def test_names_that_are_none_and_folders_of_a_tasks_name(data, monkeypatch):
