@@ -71,6 +71,8 @@ class TrainingOptions(run_config.TrainingOptions):
     pooling: Literal["image", "batch"] = "image"
     """Sums of the loss. image: by image, of which the mean is taken. batch: over all
     images of a batch. In batches of one, as in GPS's recipe, the two are the same."""
+    eval_every: int = 1
+    """Rounds between evaluations."""
     eval_last: int = 1
     """Rounds at the end that are all evaluated."""
     search_epochs: int | None = None

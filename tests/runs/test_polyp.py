@@ -210,6 +210,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(words, tmp_path):
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow  # three more trainings
 def test_a_search_takes_fewer_epochs_and_its_run_all_images(words, tmp_path):
     """Trials share the embeddings with the run."""
     own = ["--methods", "decoder", "--search", "--search_epochs=1", "--epochs=2"]
