@@ -106,7 +106,7 @@ class LanguageConfig(RunConfig, TrainingOptions, ModelOptions, DataOptions):
     trainable: str = ""
     """Regex of what trains besides (see the docs of methods)."""
     schedule: schedules.Name = "linear"
-    """cosine, linear, constant, cosine_epoch or annealed_epoch (by rounds)."""
+    """cosine, linear, constant, cosine_epoch or annealed_epoch."""
     untuned: Untuned = dataclasses.field(default_factory=Untuned)
     """Settings of the untuned model; there are none."""
 

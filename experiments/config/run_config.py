@@ -50,7 +50,7 @@ class TrainingOptions:
     round_steps: int | None = None
     """Updates between evaluations, checkpoints, budgets. Usual: an epoch."""
     schedule: schedules.Name = "cosine"
-    """cosine, linear, constant, cosine_epoch or annealed_epoch (by rounds)."""
+    """cosine, linear, constant, cosine_epoch or annealed_epoch."""
     eval_every: int = 1
     """Rounds between evaluations; the last ten are all evaluated."""
     batch: int = 32
