@@ -96,15 +96,14 @@ def _box(text: str, image: np.ndarray) -> tuple[float, ...]:
     height, width = image.shape[:2]
     try:
         x0, y0, x1, y1 = (float(number) for number in text.split(","))
-        inside = 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
-    except ValueError:
-        inside = False
-    if not inside:
-        raise ValueError(
-            f"box {text}: expected x0,y0,x1,y1 with 0 <= x0 < x1 <= {width} and 0 <= "
-            f"y0 < y1 <= {height}, in pixels of the photograph."
-        )
-    return x0, y0, x1, y1
+        if 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height:
+            return x0, y0, x1, y1
+    except ValueError:  # no four numbers
+        pass
+    raise ValueError(
+        f"box {text}: expected x0,y0,x1,y1 with 0 <= x0 < x1 <= {width} and 0 <= y0 < "
+        f"y1 <= {height}, in pixels of the photograph."
+    )
 
 
 def _found(
