@@ -113,9 +113,9 @@ def sheet(
         score = axes.get_title()
         axes.set_title(f"{plotting.label(name)}\n{score}", fontsize=8)
     figure.suptitle(
-        f"{plotting.label(title)}: Dice of the two worst images and of others to the "
-        "best, by the mean of the methods",
-        fontsize=9,
+        f"{plotting.label(title)}: Dice\nthe two worst by the mean of the methods, and "
+        "others to the best",
+        fontsize=8,
     )
     plotting.save(figure, path)
 
