@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from snella_jax.models.layers import basic, stack, windows
+from snella_jax.models.layers import basic, depthwise, stack, windows
 from snella_jax.models.layers.attention import Implementation, attend
 from snella_jax.models.layers.images import ImageSizes, check_batch, check_input
 from snella_jax.models.sam.neck import Neck
@@ -278,6 +278,7 @@ def _conv(
     groups: int = 1,
 ) -> nnx.Conv:
     """Makes a convolution that pads as PyTorch's does: alike on both sides."""
+    own: Any = {"conv_general_dilated": depthwise.shifted} if groups > 1 else {}
     return nnx.Conv(
         n,
         m,
@@ -288,4 +289,5 @@ def _conv(
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         rngs=rngs,
+        **own,
     )
