@@ -39,7 +39,9 @@ def shifted(
       others: what else `nnx.Conv` says to its convolution; the layout is fixed.
     """
     del others
-    y: Any = _convolved(x, kernel[:, :, 0], tuple(strides), tuple(map(tuple, padding)))
+    (top, bottom), (left, right) = padding  # hashable, whatever nnx.Conv gives
+    hashable: Any = tuple(strides), ((top, bottom), (left, right))
+    y: Any = _convolved(x, kernel[:, :, 0], *hashable)
     return y
 
 
