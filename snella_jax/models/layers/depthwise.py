@@ -80,7 +80,9 @@ def _padded(x: Array, padding: Any) -> Array:
     return jnp.pad(x, ((0, 0), *padding, (0, 0)))
 
 
-def _parts(x: Array, size: Pair, strides: Pair) -> Iterator[tuple[Pair, Array]]:
+def _parts(
+    x: Array, size: tuple[int, ...], strides: Pair
+) -> Iterator[tuple[Pair, Array]]:
     """Yields each place of a kernel, and what of a padded image it is multiplied by."""
     (high, wide), (down, right) = size, strides
     height, width = x.shape[1] - high + 1, x.shape[2] - wide + 1
