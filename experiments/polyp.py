@@ -1,7 +1,7 @@
 """Fine-tunes a SAM to segment images, such as polyps, and measures its masks.
 
     python -m experiments.polyp --config minisam_kvasir --data_dir DATA
-    python -m experiments.polyp --config minisam_kvasir --task MY_FOLDER
+    python -m experiments.polyp --config minisam --task MY_FOLDER
     python -m experiments.polyp --config tuxpaint --methods box lora snella
 
 `MY_FOLDER` has `images/` and `masks/` with equal names; `DATA` has the published sets

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             raise ValueError("name at least one run folder.")
         if options.out is not None:
             check_out(options.out)
-        runs = finished.collect(options.runs)
+        runs = finished.collect(options.runs, console)
         made = table(runs, options.accuracy)
     write(made, options.out, console)
     return made

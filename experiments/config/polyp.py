@@ -35,6 +35,8 @@ class DataOptions:
     """Share of the training images held out, where the set has no such split."""
     limit: int | None = None
     """Most images of a split or set; the same for every method and seed."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be decoded or do not fit their masks; count them."""
     fit: Literal["squash", "pad"] = "squash"
     """squash: whole images, whatever their shape, become squares. pad: their shape
     stays, and zeros fill the square."""
@@ -144,7 +146,8 @@ class PolypConfig(SplitConfig, TrainingOptions, ModelOptions, DataOptions):
             raise ValueError(f"validation={self.validation}: expected between 0 and 1.")
         if len({self.task, *self.tests}) <= len(self.tests):
             raise ValueError(
-                f"tests={self.tests}: expected each once, and not task={self.task}."
+                f"tests={self.tests}: expected each once, and not task={self.task}, "
+                "which is tested anyway."
             )
 
     def check_search(self) -> None:
@@ -169,7 +172,6 @@ def _settings(
 
 ROWS = ("full", "bias", "lora", "ssf", "adapter", "snell", "snella")
 MINISAM = PolypConfig(
-    tests=("cvc_clinicdb",),
     search_epochs=2,
     grid=Grid(lr_factors=(0.3, 3.0), lr_extensions=0, weight_decays=(), densities=()),
     settings=_settings(1e-4, 1e-3, full=1e-4),
@@ -187,7 +189,11 @@ PAPER = PolypConfig(
     source="the paper and the code of GPS and SAM-Adapter; not run",
 )
 POLYP: dict[str, Preset[PolypConfig]] = {
-    "minisam_kvasir": Preset("a TinyViT-SAM at 256 px, on a CPU", MINISAM),
+    "minisam": Preset("a TinyViT-SAM at 256 px, on a CPU; --task FOLDER", MINISAM),
+    "minisam_kvasir": Preset(
+        "the same on Kvasir-SEG, tested on CVC-ClinicDB, too",
+        dataclasses.replace(MINISAM, task="kvasir", tests=("cvc_clinicdb",)),
+    ),
     "sam_vit_b_kvasir": Preset(
         "the paper's recipe, on images that are not tested; not run", PAPER
     ),
@@ -202,7 +208,7 @@ POLYP: dict[str, Preset[PolypConfig]] = {
         ),
     ),
     "tuxpaint": Preset(
-        "pictures from packages alone",
-        dataclasses.replace(MINISAM, task="tuxpaint_masks", tests=()),
+        "the same on pictures from packages alone",
+        dataclasses.replace(MINISAM, task="tuxpaint_masks"),
     ),
 }

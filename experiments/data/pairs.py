@@ -149,8 +149,8 @@ class Folder:
         if names:
             files = first([str(self.alone[name]) for name in names])
             raise ValueError(
-                f"{self.path}: {len(names)} images have no mask, or masks no image, of "
-                f"the same name: {files}."
+                f"{self.path}: no partner of the same name, image or mask, for "
+                f"{len(names)} of the files: {files}."
             )
 
 

@@ -176,7 +176,8 @@ class Snella(Method):
             raise ValueError(
                 f"{name}: its budget moves between rounds, of which there are "
                 f"{rounds.count - rounds.cooldown} before the cool-down: expected at "
-                "least 2, or an initial_density that is the target_density."
+                "least 2 (a round is an epoch, or --round_steps updates), or "
+                f"--{name}.initial_density as --{name}.target_density."
             ) from error
 
     def config(self, scope: Scope) -> snella.SnellaConfig:

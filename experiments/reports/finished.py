@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from experiments import files
 from experiments.config import run_config
 from experiments.config.images import ImageConfig
@@ -47,19 +49,28 @@ class Run:
     metric: Metric = ACCURACY
 
 
-def collect(paths: Iterable[Path]) -> list[Run]:
+def collect(paths: Iterable[Path], console: Console) -> list[Run]:
     """Reads the finished runs in folders and below them, a `Run` for each method.
 
+    Args:
+      console: where folders without a finished run are named.
+
     Raises:
-      ValueError: a folder has no finished run, or one without its `config.json`.
+      ValueError: a folder is missing, none has a finished run, or one has it without
+        its `config.json`.
     """
     found: dict[Path, list[Run]] = {}
     for path in paths:
+        if not path.exists():
+            raise ValueError(f"There is no finished run in {path}, which is missing.")
         summaries = sorted(path.rglob("summary.json"))
         if not summaries:
-            raise ValueError(f"There is no finished run (summary.json) in {path}.")
+            said = f"left out {path}, where there is no finished run (summary.json)"
+            console.print(said, style="yellow", soft_wrap=True)
         for summary in summaries:
             found.setdefault(summary.parent.resolve(), _runs(summary.parent))
+    if not found:
+        raise ValueError("There is no finished run (summary.json) in any folder.")
     return [run for runs in found.values() for run in runs]
 
 

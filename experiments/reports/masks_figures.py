@@ -94,7 +94,7 @@ def sheet(
     figure, grid = plt.subplots(
         len(chosen),
         len(columns),
-        figsize=(SIDE * len(columns), SIDE * len(chosen) + 0.6),
+        figsize=(SIDE * len(columns), SIDE * len(chosen) + 0.9),
         squeeze=False,
         layout="constrained",
     )
@@ -108,13 +108,13 @@ def sheet(
         plotting.overlay(line[1], image, truth, truth)
         for axes, (masks, own) in zip(line[2:], methods.values(), strict=True):
             plotting.overlay(axes, image, masks[index], truth)
-            axes.set_title(f"{own[index]:.3f}", fontsize=8)
+            axes.set_title(f"{100 * own[index]:.1f}", fontsize=8)
     for axes, name in zip(grid[0], columns, strict=True):
         score = axes.get_title()
         axes.set_title(f"{plotting.label(name)}\n{score}", fontsize=8)
     figure.suptitle(
-        f"{plotting.label(title)}: Dice\nthe two worst by the mean of the methods, and "
-        "others to the best",
+        f"{plotting.label(title)}: Dice, %\nthe two worst by mean,\n"
+        "others to the best\nblue: mask, yellow: truth",
         fontsize=8,
     )
     plotting.save(figure, path)
@@ -154,5 +154,5 @@ def dice(path: Path, sets: Mapping[str, Mapping[str, Scores]]) -> None:
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         axes.set_title(plotting.label(title), fontsize=9)
-        axes.set_xlabel("Dice of an image, %")
+        axes.set_xlabel("Dice of an image, % (diamond: mean)")
     plotting.save(figure, path)

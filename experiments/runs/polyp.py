@@ -18,6 +18,7 @@ from experiments.data import fingerprint, pair_check
 from experiments.data.mask_transforms import MaskTransform
 from experiments.data.segmentation_task import SegmentationTask
 from experiments.data.source import Joined, Source
+from experiments.methods import registry
 from experiments.methods.registry import BOX, DECODER
 from experiments.pretrained import sam_models
 from experiments.reports import masks_figures, masks_report, predicted
@@ -181,9 +182,23 @@ class PolypRun(Prepared):
 
         where = source, self.transform, self.mesh, objective
         metrics = evaluation.evaluate(model, *where, look=keep).metrics
+        if masks and not any(mask.any() for mask in masks.values()):
+            self._say_empty(method, name)
         if files.is_primary():
             predicted.write(self.out, method, name, masks)
         return metrics
+
+    def _say_empty(self, method: str, name: str) -> None:
+        """Prints that a method finds nothing at all, which a lower rate may mend."""
+        lower = ""
+        if method not in self.config.stepless:
+            lr = self.config.settings[method].lr
+            lower = f": try a lower rate (--{method}.lr {lr / 3:.1g})"
+        self.console.print(
+            f"{registry.title(method)}: every mask of {name} is empty{lower}",
+            style="yellow",
+            soft_wrap=True,
+        )
 
     def block_of(self, name: str) -> tuple[int, ...] | None:
         """Returns the block of a matrix; a ViT's blocks of both kinds take turns."""
@@ -237,7 +252,8 @@ def prepared(name: str, config: PolypConfig, console: Console) -> PolypRun:
             "square, such as --image_size 256."
         )
     setup.check_methods(config, base)
-    task = pair_check.checked(task, console)
+    task = pair_check.checked(task, console, config.skip_corrupt)
+    setup.check_batch(config, task, mesh, PolypRun.unit)
     return PolypRun(
         config, task, base, mesh, console, out, embeddings=out / "embeddings"
     )

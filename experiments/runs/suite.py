@@ -91,7 +91,7 @@ def _run_all(tasks: Mapping[str, ImageConfig], out: Path, console: Console) -> N
         except KeyboardInterrupt:
             raise SystemExit(f"Go on with it by --resume {out}") from None
     if files.is_primary() and len(failed) < len(tasks):
-        table.write(table.table(finished.collect([out])), out, console)
+        table.write(table.table(finished.collect([out], console)), out, console)
     if failed:
         raise SystemExit("\n".join([*failed, f"Go on with them by --resume {out}"]))
 

@@ -115,10 +115,10 @@ def show_masks(path: Path, config: ShowConfig, console: Console) -> str:
     kind, source = ("training", task.train) if len(task.train) else ("test", task.test)
     batch = _batch(source, transform, config)
     pixels = transform.unnormalised(batch["image"])
-    title = f"{task.name}, {kind} images ({transform.fit})"
+    title = f"{task.name}, {kind} images ({transform.fit}) with masks"
     with _sheet(path, title, len(pixels)) as panels:
         for axes, image, mask in zip(panels, pixels, batch["mask"], strict=False):
-            plotting.overlay(axes, image, mask > 0)
+            plotting.overlay(axes, image, mask > 0, mask > 0)
     return f"{task.name}: images with masks; {_sizes(task)}"
 
 

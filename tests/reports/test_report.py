@@ -6,7 +6,7 @@ import statistics
 import pytest
 from places import RESULTS
 
-from experiments import report
+from experiments import report, terminal
 from experiments.config import presets, run_config
 from experiments.reports import finished, paper, table
 from experiments.reports import text as report_text
@@ -31,7 +31,7 @@ def write_run(folder, task="cifar100", seed=0, accuracy=0.7, method="snella", **
 
 
 def made(*folders, **options):
-    return table.table(finished.collect(folders), **options)
+    return table.table(finished.collect(folders, terminal.console()), **options)
 
 
 def test_table_xiii_has_the_means_that_the_paper_prints():
@@ -156,6 +156,17 @@ def test_runs_that_are_no_seeds_of_one_another_are_refused(tmp_path):
         made(tmp_path / "a", tmp_path / "c")
     with pytest.raises(ValueError, match="There is no finished run"):
         made(tmp_path / "nowhere")
+
+
+def test_folders_without_a_run_are_left_out_and_named(tmp_path, capsys):
+    write_run(tmp_path / "a", "dtd")
+    (tmp_path / "show").mkdir()
+    report.main([str(tmp_path / "a"), str(tmp_path / "show")])
+    printed = capsys.readouterr().out
+    assert f"left out {tmp_path / 'show'}, where there is no finished run" in printed
+    assert "dtd" in printed
+    with pytest.raises(SystemExit, match=r"no finished run .* in any folder"):
+        report.main([str(tmp_path / "show")])
 
 
 def test_many_methods_on_few_tasks_are_rows(tmp_path):

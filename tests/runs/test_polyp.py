@@ -18,7 +18,9 @@ import slowed
 import tiny_sams
 from compiled import called
 from flax import nnx
+from PIL import Image
 from places import ROOT
+from rich.console import Console
 
 import snella_jax as snella
 from experiments import polyp, report
@@ -28,15 +30,16 @@ from experiments.data.mask_transforms import MaskTransform
 from experiments.methods import registry
 from experiments.methods.registry import METHODS
 from experiments.pretrained import sam_models
-from experiments.reports import predicted
+from experiments.reports import masks_figures, predicted
 from experiments.runs.polyp import PolypRun
 from experiments.training import metric_log
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.objective import Metric
-from experiments.training.segmentation import dice_and_iou
+from experiments.training.segmentation import Segmentation, dice_and_iou
 from snella_jax.models import sam
 
 TRAINED = "decoder", "snella"
+SUMS = "dice", "iou", "images"
 NAMES = "dice", "iou", "recall_pooled", "dice_of_recall"
 
 
@@ -280,6 +283,35 @@ def test_figures_have_blocks_in_the_encoders_order(encoder, names):
         PolypConfig(), *(None, base, None, None), nothing, embeddings=nothing
     )
     assert {name: run.block_of(name) for name in names} == names
+
+
+def test_pairs_that_do_not_fit_may_be_left_out(words, tmp_path, monkeypatch, capsys):
+    """And a run whose masks are all empty says so."""
+    folder = masks.draw(tmp_path / "some", "abcdefghij")
+    Image.fromarray(np.full((5, 5), 255, np.uint8)).save(folder / "masks" / "c.png")
+    plain = [word for word in words if "." not in word.split("=")[0]]
+    plain = [*plain, f"--task={folder}", "--methods", "untuned", "--tests"]
+    plain = [*plain, f"--out={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit, match="--skip_corrupt leaves them out"):
+        polyp.main(plain)
+    empty = np.zeros((24, 24), bool)
+    monkeypatch.setattr(Segmentation, "found", lambda *_: empty)
+    monkeypatch.setattr(Segmentation, "score", lambda *_: dict.fromkeys(SUMS, 1))
+    monkeypatch.setattr(masks_figures, "draw", lambda *_: None)
+    polyp.main([*plain, "--skip_corrupt"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 corrupt images" in said
+    assert "untuned: every mask of test is empty" in said
+
+
+def test_a_lower_rate_is_named_where_training_leaves_nothing(capsys):
+    config, nothing = PolypConfig(), Path()
+    run = PolypRun(config, *(None, None, None, Console()), nothing, embeddings=nothing)
+    run._say_empty("decoder", "test")
+    third = f"--decoder.lr {config.settings['decoder'].lr / 3:.1g}"
+    assert f"every mask of test is empty: try a lower rate ({third})" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_presets_are_configs_that_could_run():

@@ -12,7 +12,7 @@ from flax import nnx
 from places import RESULTS
 from rich.console import Console
 
-from experiments import files
+from experiments import files, terminal
 from experiments.config import run_config
 from experiments.config.images import ImageConfig
 from experiments.methods import registry
@@ -89,7 +89,7 @@ def test_run_folders_of_then_and_now_are_not_mixed(tmp_path, method):
         summary = {"methods": {method: result}}
         (out / "config.json").write_text(json.dumps(values), "utf-8")
         (out / "summary.json").write_text(json.dumps(summary), "utf-8")
-    runs = finished.collect([tmp_path])
+    runs = finished.collect([tmp_path], terminal.console())
     if method == "lora":
         assert column(report.table(runs), "LoRA-8")["digits"]["deviation"] == 0
     else:
