@@ -171,10 +171,12 @@ def _settings(
 
 
 ROWS = ("full", "bias", "lora", "ssf", "adapter", "snell", "snella")
+# Without a warm-up, or at 1e-3 with too short a one, masks become empty and stay so.
 MINISAM = PolypConfig(
+    warmup_epochs=1,
     search_epochs=2,
     grid=Grid(lr_factors=(0.3, 3.0), lr_extensions=0, weight_decays=(), densities=()),
-    settings=_settings(1e-4, 1e-3, full=1e-4),
+    settings=_settings(1e-4, 3e-4, full=1e-4),
 )
 PAPER = PolypConfig(
     model="sam_vit_b",

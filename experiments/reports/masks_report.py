@@ -90,19 +90,26 @@ def write(made: dict[str, Any], out: Path) -> None:
 
 
 def _tables(made: dict[str, Any]) -> Iterator[Titled]:
-    """Yields title, header and rows of the table of each set."""
+    """Yields title, header and rows of each set's table, and of one on training."""
+    rows = made["rows"]
     for name, own in made["sets"].items():
-        ends = ["val Dice", "density", "trainable", "s/step"] if name == TEST else []
-        header = ["", *(f"{title}, %" for title in TITLES.values()), *ends]
-        rows = []
-        for row in (row for row in made["rows"] if row["set"] == name):
-            cells = [number(row[metric], ".2f", 100) for metric in TITLES]
-            if ends:
-                cells += [
-                    number(row["val_dice"], ".2f", 100),
-                    number(row["density"], ".2f"),
-                    number(row["trainable"], ",d"),
-                    number(row["seconds_per_step"], ".3f"),
-                ]
-            rows.append([row["method"], *cells])
-        yield f"{own['title']}, {own['images']} images", header, rows
+        header = ["", *(f"{title}, %" for title in TITLES.values())]
+        cells = [
+            [row["method"], *(number(row[metric], ".2f", 100) for metric in TITLES)]
+            for row in rows
+            if row["set"] == name
+        ]
+        yield f"{own['title']}, {own['images']} images", header, cells
+    header = ["", "Dice on validation, %", "density", "trainable", "s/step"]
+    cells = [
+        [
+            row["method"],
+            number(row["val_dice"], ".2f", 100),
+            number(row["density"], ".2f"),
+            number(row["trainable"], ",d"),
+            number(row["seconds_per_step"], ".3f"),
+        ]
+        for row in rows
+        if row["set"] == TEST
+    ]
+    yield "training", header, cells
