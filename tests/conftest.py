@@ -37,7 +37,8 @@ import pytest
 # Tracing makes many objects that live on; to walk them after every 700 takes a tenth of
 # the time.
 gc.set_threshold(100_000, 20, 20)
-collect_ignore = ["assets"]  # scripts there need more than the tests do
+# Scripts and an oracle that need more than the tests do.
+collect_ignore = ["assets", "helpers/mobile_sam_torch.py"]
 CACHE = "jax_compilation_cache_dir"
 CACHED = {  # everything: most programs are operations of a few milliseconds
     "jax_persistent_cache_min_compile_time_secs": 0.0,

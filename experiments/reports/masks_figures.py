@@ -64,7 +64,7 @@ def cases(found: Scores) -> list[int]:
     The others are as far apart in the order as can be, the best one the last.
 
     >>> cases(np.array([0.9, 0.1, 0.8, 0.7, 0.2, 0.6, 0.5, 0.4]))
-    [1, 4, 7, 6, 3, 0]
+    [1, 4, 7, 5, 3, 0]
     """
     order = np.argsort(found, kind="stable")
     worst, rest = order[:WORST], order[WORST:]

@@ -32,5 +32,5 @@ def draw(folder, names, seed=0, kinds=("images", "masks"), suffix=".png"):
 def lists(folder, **splits):
     """Writes lists of names, `train=("a", "b")` as `train.txt`."""
     for split, names in splits.items():
-        (folder / f"{split}.txt").write_text("\n".join(names) + "\n")
+        (folder / f"{split}.txt").write_text("\n".join(names) + "\n", "utf-8")
     return folder

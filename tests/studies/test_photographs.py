@@ -27,7 +27,7 @@ def words(photo, box, out):
 def test_masks_are_those_of_segment(photo, tmp_path):
     out = tmp_path / "out"
     photographs.main(words(photo, "5,5,50,30", out))
-    [row] = json.loads((out / "photographs.json").read_text())["rows"]
+    [row] = json.loads((out / "photographs.json").read_text("utf-8"))["rows"]
     model = sam.load(tiny_sams.FILES["vit"], image_size=32)
     with Image.open(photo) as image:
         pixels = np.asarray(image)
