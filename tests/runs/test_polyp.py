@@ -217,6 +217,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(words, tmp_path):
 def test_a_search_takes_fewer_epochs_and_its_run_all_images(words, tmp_path):
     """Trials share the embeddings with the run."""
     own = ["--methods", "decoder", "--search", "--search_epochs=1", "--epochs=2"]
+    own += ["--warmup_epochs=0"]
     out = tmp_path / "run"
     words = [word for word in words if not word.startswith("--snella")]
     summary = polyp.main([*words, *own, "--grid.lr_factors=0.01", f"--out={out}"])
