@@ -6,10 +6,12 @@ encoder and the mask decoder make masks of it. Axes: `B` images, `N` points, `M`
 
     >>> from snella_jax.models import sam
     >>> sizes = {"width": 16, "depth": 2, "heads": 2, "mlp_dim": 32, "out_channels": 32}
-    >>> model = sam.create("sam_vit_b", image_size=64, global_blocks=(1,), window=3,
-    ...                    **sizes, rngs=nnx.Rngs(0))
-    >>> images = model.normalise(jnp.zeros((2, 64, 64, 3)))
-    >>> masks, iou = model(images, boxes=jnp.array([[8, 8, 40, 50]] * 2))
+    >>> def predicted(boxes):
+    ...     model = sam.create("sam_vit_b", image_size=64, global_blocks=(1,), window=3,
+    ...                        **sizes, rngs=nnx.Rngs(0))
+    ...     images = model.normalise(jnp.zeros((2, 64, 64, 3)))
+    ...     return model(images, boxes=boxes)
+    >>> masks, iou = nnx.eval_shape(predicted, jnp.array([[8, 8, 40, 50]] * 2))
     >>> masks.shape, iou.shape
     ((2, 1, 16, 16), (2, 1))
 """
