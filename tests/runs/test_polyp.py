@@ -37,6 +37,7 @@ from experiments.training.checkpoints import Checkpoints
 from experiments.training.objective import Metric
 from experiments.training.segmentation import Segmentation, dice_and_iou
 from snella_jax.models import sam
+from snella_jax.nnx.targets import select
 
 TRAINED = "decoder", "snella"
 SUMS = "dice", "iou", "images"
@@ -111,6 +112,10 @@ def test_losses_fall_and_little_trains(whole):
     assert (base.decoder.mask_tokens[...] != adapted.decoder.mask_tokens[...]).any()
     moved = METHODS["snella"].moved(base, snella.merge(adapted), PolypConfig().scope())
     assert moved == summary["methods"]["snella"]["weights_moved"]
+    kernels = select(base, PolypConfig().targets).values()
+    weights = sum(layer.kernel.size for layer in kernels)
+    density = summary["methods"]["snella"]["density"]
+    assert moved == pytest.approx(density * weights, rel=0.01)
 
 
 def test_masks_that_are_kept_have_the_dice_of_the_results(whole, words):
