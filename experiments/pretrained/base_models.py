@@ -153,10 +153,19 @@ def files(config: Choice) -> list[Path]:
         return []
     if config.model == "dinov2_saliency":
         return [dinov2_saliency.path()]
-    path = given(config.model)
+    return files_at(given(config.model))
+
+
+def files_at(path: Path, *others: str) -> list[Path]:
+    """Returns the file of a model's weights, or what a folder has of a model.
+
+    Args:
+      others: suffixes of files that count besides those of Hugging Face's folders.
+    """
     if not path.is_dir():
         return [path]
-    return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    suffixes = (*SUFFIXES, *others)
+    return sorted(file for file in path.iterdir() if file.suffix in suffixes)
 
 
 def transforms(config: Choice, model: models.ImageModel) -> tuple[Transform, Transform]:

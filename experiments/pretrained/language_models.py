@@ -20,7 +20,6 @@ PACKAGED = {
     )
 }
 HELP = "python -m experiments.commonsense --help"
-SUFFIXES = (".json", ".safetensors", ".bin", ".pth", ".model", ".gguf")
 
 
 def path(name: str) -> Path:
@@ -80,7 +79,4 @@ def tokenizer(name: str) -> llama.Tokenizer:
 
 def files(name: str) -> list[Path]:
     """Returns the files that `load` and `tokenizer` read; raises as `path`."""
-    found = path(name)
-    if not found.is_dir():
-        return [found]
-    return sorted(file for file in found.iterdir() if file.suffix in SUFFIXES)
+    return base_models.files_at(path(name), ".pth", ".model", ".gguf")

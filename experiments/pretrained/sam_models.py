@@ -25,7 +25,6 @@ PUBLISHED = {
     "mobile_sam": ("mobile_sam.pt", GITHUB, "Apache-2.0"),
 }
 HELP = "python -m experiments.polyp --help"
-SUFFIXES = (".json", ".safetensors", ".bin", ".onnx")
 
 
 class Choice(Protocol):
@@ -96,10 +95,7 @@ def load(config: Choice) -> sam.Sam:
 
 def files(name: str) -> list[Path]:
     """Returns the files that `load` reads; raises as `path`."""
-    found = path(name)
-    if not found.is_dir():
-        return [found]
-    return sorted(file for file in found.iterdir() if file.suffix in SUFFIXES)
+    return base_models.files_at(path(name), ".onnx")
 
 
 def _redraw(model: sam.Sam, rngs: nnx.Rngs) -> None:

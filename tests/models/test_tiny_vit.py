@@ -157,7 +157,7 @@ def test_bfloat16():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"image_size": 100}, "image_size=100: expected multiples of 16"),
+        ({"image_size": 100}, "image_size=100 is not a multiple of patch_size=16"),
         ({"widths": (8, 8, 8)}, r"widths=\(8, 8, 8\): expected 4 positive numbers"),
         ({"heads": (3, 5, 10)}, r"heads=\(3, 5, 10\) do not divide \(128, 160, 320\)"),
         ({"windows": (7, 0, 7)}, r"windows=\(7, 0, 7\): expected 3 positive"),

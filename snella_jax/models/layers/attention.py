@@ -12,7 +12,7 @@ for `H / K` heads of queries that follow each other.
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,13 @@ def attend(
             key_value_seq_lengths=seen,
             implementation=implementation,
         )
+
+
+def check_implementation(name: str) -> None:
+    """Raises a `ValueError` for a name that is no implementation of `attend`."""
+    if name not in get_args(Implementation):
+        known = ", ".join(get_args(Implementation))
+        raise ValueError(f"attention={name!r}: expected {known}.")
 
 
 def attention_weights(

@@ -39,6 +39,24 @@ class ImageSizes:
         return pair(self.patch_size)
 
 
+class PatchGrid(ImageSizes):
+    """Sizes of images that patches divide."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row of an image."""
+        (height, width), (ph, pw) = self.image_hw, self.patch_hw
+        return height // ph, width // pw
+
+    def check_patches(self) -> None:
+        """Raises a `ValueError` for images that patches do not divide."""
+        if any(s % p for s, p in zip(self.image_hw, self.patch_hw, strict=True)):
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of "
+                f"patch_size={self.patch_size}."
+            )
+
+
 class Classifier(nnx.Module):
     """An image classifier: features, pooled, and a head.
 

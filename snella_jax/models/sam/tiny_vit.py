@@ -22,14 +22,14 @@ from jaxtyping import Array, Float, Int
 
 from snella_jax.models.layers import basic, depthwise, stack, windows
 from snella_jax.models.layers.attention import Implementation, attend
-from snella_jax.models.layers.images import ImageSizes, check_batch, check_input
+from snella_jax.models.layers.images import PatchGrid, check_batch, check_input
 from snella_jax.models.sam.neck import Neck
 
 STRIDES = (2, 2, 1)  # of the merging behind each stage but the last
 
 
 @dataclasses.dataclass(frozen=True)
-class TinyViTConfig(ImageSizes):
+class TinyViTConfig(PatchGrid):
     """Shape and arithmetic of a `TinyViT`; the defaults are MobileSAM's TinyViT-5M.
 
     Attributes:
@@ -83,22 +83,12 @@ class TinyViTConfig(ImageSizes):
                 f"out_channels={self.out_channels}, mlp_ratio={self.mlp_ratio}, "
                 f"expansion={self.expansion}: expected positive numbers."
             )
-        if any(s % p for s, p in zip(self.image_hw, self.patch_hw, strict=True)):
-            raise ValueError(
-                f"image_size={self.image_size}: expected multiples of "
-                f"{self.patch_size}."
-            )
+        self.check_patches()
         if self.attention not in ("auto", "xla"):
             raise ValueError(
                 f"attention={self.attention!r}: a TinyViT's attention has biases, for "
                 'which only "auto" and "xla" do.'
             )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Height and width of the output."""
-        (height, width), (ph, pw) = self.image_hw, self.patch_hw
-        return height // ph, width // pw
 
     @property
     def hidden(self) -> tuple[int, ...]:

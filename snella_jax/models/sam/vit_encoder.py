@@ -24,8 +24,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from snella_jax.models.layers import basic, stack, windows
-from snella_jax.models.layers.attention import Implementation
-from snella_jax.models.layers.images import ImageSizes, check_batch, check_input
+from snella_jax.models.layers.attention import Implementation, check_implementation
+from snella_jax.models.layers.images import PatchGrid, check_batch, check_input
 from snella_jax.models.sam import relative
 from snella_jax.models.sam.neck import Neck
 
@@ -35,7 +35,7 @@ SMALL = nnx.initializers.truncated_normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTEncoderConfig(ImageSizes):
+class ViTEncoderConfig(PatchGrid):
     """Shape and arithmetic of a `ViTEncoder`.
 
     Attributes:
@@ -86,20 +86,8 @@ class ViTEncoderConfig(ImageSizes):
                 f"global_blocks={self.global_blocks}: expected indices of the "
                 f"{self.depth} blocks, ascending."
             )
-        if self.attention not in get_args(Implementation):
-            known = ", ".join(get_args(Implementation))
-            raise ValueError(f"attention={self.attention!r}: expected {known}.")
-        if any(s % p for s, p in zip(self.image_hw, self.patch_hw, strict=True)):
-            raise ValueError(
-                f"image_size={self.image_size} is not a multiple of "
-                f"patch_size={self.patch_size}."
-            )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches per column and per row of an image."""
-        (height, width), (ph, pw) = self.image_hw, self.patch_hw
-        return height // ph, width // pw
+        check_implementation(self.attention)
+        self.check_patches()
 
     @property
     def attention_widths(self) -> tuple[int, int]:

@@ -1,21 +1,21 @@
 """Shape and arithmetic of a Vision Transformer, and the presets."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from snella_jax.models.layers.attention import Implementation
+from snella_jax.models.layers.attention import Implementation, check_implementation
 from snella_jax.models.layers.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    ImageSizes,
+    PatchGrid,
     check_fields,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(ImageSizes):
+class ViTConfig(PatchGrid):
     """Shape and arithmetic of a `ViT`.
 
     Attributes:
@@ -79,20 +79,8 @@ class ViTConfig(ImageSizes):
             raise ValueError(f'pool={self.pool!r}: expected "cls" or "mean".')
         if self.pool == "cls" and not self.class_token:
             raise ValueError('pool="cls" needs class_token=True; use pool="mean".')
-        if self.attention not in get_args(Implementation):
-            known = ", ".join(get_args(Implementation))
-            raise ValueError(f"attention={self.attention!r}: expected {known}.")
-        if any(s % p for s, p in zip(self.image_hw, self.patch_hw, strict=True)):
-            raise ValueError(
-                f"image_size={self.image_size} is not a multiple of "
-                f"patch_size={self.patch_size}."
-            )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches per column and per row of an image."""
-        (height, width), (ph, pw) = self.image_hw, self.patch_hw
-        return height // ph, width // pw
+        check_implementation(self.attention)
+        self.check_patches()
 
 
 PRESETS = {
