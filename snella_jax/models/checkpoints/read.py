@@ -25,8 +25,21 @@ WRAPPERS = r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module
 RECORDED = "snella_jax"  # key of a .safetensors' metadata, see `Checkpoint.recorded`
 
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder, whole or in shards
+WEIGHTS = (  # of a folder of transformers or diffusers, whole or in shards
+    *("model.safetensors", "diffusion_pytorch_model.safetensors"),
+    *("pytorch_model.bin", "diffusion_pytorch_model.bin"),
+)
 PARTS = ("encoder.onnx", "sam.onnx")  # of a SAM that was exported
+WEB_PAGE = (
+    "a web page: log in where it comes from, accept its licence there, and download it "
+    "again"
+)
+# What downloads leave in a file's place: how it begins, and what it is.
+NO_WEIGHTS = {
+    b"<!doctype": WEB_PAGE,
+    b"<html": WEB_PAGE,
+    b"version https://git-lfs": "a pointer of Git LFS: run `git lfs pull`",
+}
 
 
 @dataclass(frozen=True)
@@ -219,6 +232,7 @@ def _shards(index: Path) -> list[str]:
 
 def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
     """Reads tensors by name (of PyTorch's files all that was saved) and metadata."""
+    _check_download(path)
     match path.suffix:
         case ".npz":
             return _read_npz(path), {}
@@ -234,6 +248,15 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
     raise CheckpointError(
         path, f"unknown kind of file {path.suffix!r}: expected {known}"
     )
+
+
+def _check_download(path: Path) -> None:
+    """Raises a `CheckpointError` for a file that is something else in its place."""
+    with path.open("rb") as file:
+        first = file.read(64).lstrip().lower()
+    for begins, what in NO_WEIGHTS.items():
+        if first.startswith(begins):
+            raise CheckpointError(path, f"it is {what}")
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

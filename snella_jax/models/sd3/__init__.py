@@ -1,0 +1,5 @@
+"""Stable Diffusion 3: its transformer, its other components, and what joins them."""
+
+from snella_jax.models.sd3 import mmdit
+
+__all__ = ["mmdit"]

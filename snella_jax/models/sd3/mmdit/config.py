@@ -1,0 +1,75 @@
+"""Shape and arithmetic of an MMDiT, and the presets."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from snella_jax.models.layers.attention import Implementation, check_implementation
+
+COUNTS = (
+    *("width", "depth", "heads", "channels", "patch", "positions"),
+    *("context_dim", "pooled_dim", "mlp_ratio"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiTConfig:
+    """Shape and arithmetic of an `MMDiT`.
+
+    Attributes:
+      width: `D`, the width of a token of either stream; a multiple of 4.
+      depth: number of blocks, the last one included; at least 2.
+      heads: number of attention heads; divides `width`.
+      channels: `C`, channels of the latents.
+      patch: side of a patch, in latents.
+      positions: side of the table of positions, in patches; no image is larger.
+      context_dim: `S`' width, of the tokens of the text.
+      pooled_dim: `P`, width of the text's pooled embedding.
+      mlp_ratio: hidden width of the MLPs, in widths; 4 in all published models.
+      norm_eps: epsilon of the norms.
+      stacked: True to stack and scan the blocks but the last; else they are a list.
+      remat: "none", or "blocks" to keep only what goes from block to block for the
+        backward pass and to compute each block again there.
+      attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or "auto" for the one that suits
+        the first device, see `snella_jax.models.layers.attention`.
+      dtype: dtype of the computation; velocities are float32 whatever it is.
+      param_dtype: dtype in which the weights are kept.
+    """
+
+    width: int = 1536
+    depth: int = 24
+    heads: int = 24
+    channels: int = 16
+    patch: int = 2
+    positions: int = 192
+    context_dim: int = 4096
+    pooled_dim: int = 2048
+    mlp_ratio: int = 4
+    norm_eps: float = 1e-6
+    stacked: bool = True
+    remat: Literal["none", "blocks"] = "none"
+    attention: Implementation = "auto"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
+        if self.depth < 2:
+            raise ValueError(f"depth={self.depth}: expected at least 2.")
+        if self.width % 4 or self.width % self.heads:
+            raise ValueError(
+                f"width={self.width}: expected a multiple of 4 that heads="
+                f"{self.heads} divides."
+            )
+        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
+            raise ValueError(f"norm_eps={self.norm_eps}: expected a positive number.")
+        if self.remat not in ("none", "blocks"):
+            raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
+        check_implementation(self.attention)
+
+
+PRESETS = {"sd3_medium": MMDiTConfig()}
