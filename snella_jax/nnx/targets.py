@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -151,7 +151,8 @@ def chosen_targets(
 
     Raises:
       ValueError: there is none, the model has adapters, or the regex matches a weight
-        that cannot be adapted as it is and would be left out. Messages list them.
+        that cannot be adapted as it is and would be left out, or one that no gradient
+        reaches. Messages list them.
     """
     if has_adapters(model):
         raise ValueError("The model has adapters already: merge() it first.")
@@ -177,7 +178,25 @@ def chosen_targets(
         for path, target in targets.items()
         if _matches(regex, path, path if target.name == "kernel" else _parent(path))
     }
-    return found or {path: targets[path] for path in chosen(targets, regex)}
+    found = found or {path: targets[path] for path in chosen(targets, regex)}
+    _check_gradients(model, found, regex)
+    return found
+
+
+def _check_gradients(model: nnx.Module, found: Container[str], regex: str) -> None:
+    """Raises a `ValueError` for targets of which a model says that nothing trains them.
+
+    In its `no_gradient`: why, by path.
+    """
+    for above, node in nnx.iter_graph(model):
+        for path, why in getattr(type(node), "no_gradient", {}).items():
+            whole = join((*above, path))
+            if whole in found:
+                raise ValueError(
+                    f"targets={regex!r} matches {whole}, whose gradient is always 0: "
+                    f"{why}. Take it out of the targets; {type(node).__name__}."
+                    "default_targets has what can be adapted."
+                )
 
 
 def is_weight(path: str, shape: tuple[int, ...], dtype: Any, layer: Any) -> bool:

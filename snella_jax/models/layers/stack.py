@@ -88,14 +88,14 @@ def through(blocks: Any, x: Array, drops: Drop | None, remat: str) -> Array:
     return x
 
 
-def call(graphdef: nnx.GraphDef, remat: str, *, scanned: bool) -> Callable[..., Array]:
+def call(graphdef: nnx.GraphDef, remat: str, *, scanned: bool) -> Callable[..., Any]:
     """Makes a block a function of its state and its arguments: its input, and its drop.
 
     With `remat="blocks"` only its input is kept for the backward pass (and the few
     numbers that layers mark with `ops.recompute.kept`).
     """
 
-    def run(state: nnx.State, *arguments: Any) -> Array:
+    def run(state: nnx.State, *arguments: Any) -> Any:
         return nnx.merge(graphdef, state)(*arguments)
 
     if remat == "none":

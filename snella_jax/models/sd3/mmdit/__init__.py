@@ -1,8 +1,11 @@
 """The MMDiT of Stable Diffusion 3: the model, its preset and published weights."""
 
 from snella_jax.models.sd3.mmdit.config import PRESETS, MMDiTConfig
+from snella_jax.models.sd3.mmdit.model import MMDiT, create
 
 __all__ = [
     "PRESETS",
+    "MMDiT",
     "MMDiTConfig",
+    "create",
 ]
