@@ -220,9 +220,7 @@ def _middle(config: VAEConfig, rngs: nnx.Rngs) -> nnx.List:
     )
 
 
-def _conv3(
-    n: int, m: int, config: VAEConfig, rngs: nnx.Rngs, **options
-) -> nnx.Conv:
+def _conv3(n: int, m: int, config: VAEConfig, rngs: nnx.Rngs, **options) -> nnx.Conv:
     return nnx.Conv(
         n,
         m,

@@ -1,0 +1,175 @@
+"""Published weights for the autoencoder: files and folders as models."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jaxtyping import DTypeLike
+
+from snella_jax.files.errors import CheckpointError
+from snella_jax.models.checkpoints.build import configured
+from snella_jax.models.checkpoints.json_fields import count, number, only
+from snella_jax.models.checkpoints.mapping import arrange, fill
+from snella_jax.models.checkpoints.read import Checkpoint
+from snella_jax.models.sd3.single_file import PREFIXES, component
+from snella_jax.models.sd3.vae import formats
+from snella_jax.models.sd3.vae.config import VAEConfig
+from snella_jax.models.sd3.vae.formats import MARKS, Names
+from snella_jax.models.sd3.vae.model import VAE
+
+# Fields of diffusers' config that have to be so, or absent.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("AutoencoderKL",),
+    "act_fn": ("silu",),
+    "use_quant_conv": (False,),
+    "use_post_quant_conv": (False,),
+    "mid_block_add_attention": (True,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+}
+KINDS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+
+
+def load(
+    path: str | Path | Checkpoint,
+    *,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    **overrides: Any,
+) -> VAE:
+    """Loads the autoencoder of Stable Diffusion 3; the format is recognised.
+
+    Args:
+      path: folder of diffusers, with `config.json`; a single file of Stability's, such
+        as `sd3_medium.safetensors`; or what `checkpoints.read` made of one.
+      dtype: dtype of the computation; None for float32.
+      param_dtype: dtype of the weights; None for float32.
+      overrides: other fields of `VAEConfig`, such as `remat`.
+
+    Raises:
+      FileNotFoundError: there is nothing at `path`.
+      CheckpointError: a file is damaged, holds another autoencoder, such as that of
+        SDXL, or does not fit; lists every tensor without a place and place without a
+        tensor.
+      ModuleNotFoundError: reading it needs a package; says which.
+      ValueError, TypeError: an option that cannot be.
+    """
+    checkpoint = component(path, "vae")
+    names = _recognised(checkpoint)
+    known = {field.name for field in dataclasses.fields(VAEConfig)}
+    if unknown := sorted(overrides.keys() - known):
+        raise ValueError(f"A VAE's config has no {', '.join(unknown)}.")
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    overrides |= {name: value for name, value in dtypes.items() if value is not None}
+    config = configured(
+        VAEConfig, checkpoint, lambda: _fields(checkpoint, names, overrides), ()
+    )
+    parts, problems = arrange(checkpoint, formats.rules(names, config))
+    model = nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0)))
+    fill(checkpoint.path, parts, model, problems=problems)
+    return model
+
+
+def _recognised(checkpoint: Checkpoint) -> Names:
+    """Returns the format of an autoencoder's names.
+
+    Raises:
+      CheckpointError: it is another autoencoder, or none.
+    """
+    tensors = checkpoint.tensors
+    if any(re.fullmatch(r"(post_)?quant_conv\..*", name) for name in tensors):
+        raise CheckpointError(
+            checkpoint.path,
+            "an autoencoder with quant convolutions, as of Stable Diffusion 1, 2 or "
+            "XL: expected that of Stable Diffusion 3, which has none",
+        )
+    for mark, names in MARKS.items():
+        if mark in tensors:
+            return names
+    some = ", ".join(sorted(tensors)[:5])
+    raise CheckpointError(
+        checkpoint.path,
+        "no autoencoder of Stable Diffusion 3: expected Stability's names or those of "
+        f"diffusers, found {some} ({len(tensors)} in all)",
+    )
+
+
+def _fields(
+    checkpoint: Checkpoint, names: Names, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the fields of our config, by shapes, `config.json` and the caller.
+
+    Raises:
+      ValueError, TypeError, KeyError: a tensor is missing, or the config says what no
+        VAE here computes, or other than the weights.
+    """
+    found = _by_shapes(checkpoint, names)
+    if checkpoint.config:
+        said = _by_config(checkpoint.config)
+        for name in found.keys() & said.keys():
+            if said[name] != found[name]:
+                raise ValueError(
+                    f"its config says {name}={said[name]}, and its weights "
+                    f"{found[name]}"
+                )
+        found |= said
+    elif checkpoint.prefix != PREFIXES["vae"] and not {"scale", "shift"} <= {
+        *overrides
+    }:
+        raise ValueError(
+            "nothing says the scale and shift of its latents (Flux's autoencoder has "
+            "the same tensors): expected a folder with config.json, the single file "
+            "of Stable Diffusion 3, or scale= and shift="
+        )
+    return {**found, **overrides}
+
+
+def _by_shapes(checkpoint: Checkpoint, names: Names) -> dict[str, Any]:
+    tensors = checkpoint.tensors
+    plain = f"encoder.{names.level}.{names.block}".replace("\\", "")
+
+    def block(level: int, index: int) -> str:
+        return f"{plain.format(way='down', level=level)}.{index}.conv1.weight"
+
+    levels, blocks = 0, 0
+    while block(levels, 0) in tensors:
+        levels += 1
+    while block(0, blocks) in tensors:
+        blocks += 1
+    return {
+        "widths": tuple(tensors[block(level, 0)].shape[0] for level in range(levels)),
+        "blocks": blocks,
+        "latents": tensors["decoder.conv_in.weight"].shape[1],
+        "channels": tensors["encoder.conv_in.weight"].shape[1],
+    }
+
+
+def _by_config(said: Mapping[str, Any]) -> dict[str, Any]:
+    only(said, ONLY)
+    for name, kind in KINDS.items():
+        if any(own != kind for own in said.get(name) or ()):
+            raise ValueError(f"{name}={said[name]}: expected {kind} alone")
+    channels = count(said, "in_channels")
+    if count(said, "out_channels") != channels:
+        raise ValueError(
+            f"out_channels={said['out_channels']}, in_channels={channels}: expected "
+            "one number"
+        )
+    widths = said.get("block_out_channels")
+    if not isinstance(widths, list):
+        raise ValueError(f"block_out_channels={widths!r}: expected a list")
+    shift = said.get("shift_factor")
+    if isinstance(shift, bool) or not isinstance(shift, int | float | None):
+        raise ValueError(f"shift_factor={shift!r}: expected a number")
+    return {
+        "widths": tuple(widths),
+        "blocks": count(said, "layers_per_block"),
+        "groups": count(said, "norm_num_groups"),
+        "latents": count(said, "latent_channels"),
+        "channels": channels,
+        "scale": number(said, "scaling_factor"),
+        "shift": float(shift or 0),
+    }
