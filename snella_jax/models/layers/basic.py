@@ -58,7 +58,13 @@ def scaled(y: Float[Array, "... D"], scale: Float[Array, " D"]) -> Array:
 
 
 def convolution(
-    n: int, m: int, size: tuple[int, int], config: Any, rngs: nnx.Rngs
+    n: int,
+    m: int,
+    size: tuple[int, int],
+    config: Any,
+    rngs: nnx.Rngs,
+    *,
+    use_bias: bool = True,
 ) -> nnx.Conv:
     """Makes a convolution of patches that neither overlap nor leave gaps."""
     return nnx.Conv(
@@ -67,6 +73,7 @@ def convolution(
         kernel_size=size,
         strides=size,
         padding="VALID",
+        use_bias=use_bias,
         kernel_init=nnx.initializers.lecun_normal(),
         dtype=config.dtype,
         param_dtype=config.param_dtype,
