@@ -7,11 +7,11 @@ from typing import Any
 
 from snella_jax.files import gguf_file
 from snella_jax.files.errors import CheckpointError
+from snella_jax.files.vocabulary_packages import package
 from snella_jax.models.llama.vocabulary import (
     LLAMA3_PATTERN,
     Tokenizer,
     byte_level,
-    package,
     sentencepiece,
 )
 
@@ -85,7 +85,7 @@ def _byte_level(path: Path, values: Mapping[str, Any]) -> Tokenizer:
             f"its tokenizer cuts texts as {how!r} does, expected one of "
             f"{', '.join(WORDS)}",
         )
-    tokenizers = package("tokenizers", path)
+    tokenizers = package("tokenizers", path, "language")
     words = tokenizers.pre_tokenizers
     if how in LLAMA3:
         pattern = tokenizers.Regex(LLAMA3_PATTERN)

@@ -7,11 +7,11 @@ from typing import Any
 
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.readers import read_json
+from snella_jax.files.vocabulary_packages import package
 from snella_jax.models.llama import gguf_vocabulary
 from snella_jax.models.llama.vocabulary import (
     Tokenizer,
     byte_level,
-    package,
     ranks,
     sentencepiece,
 )
@@ -71,7 +71,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 def _json(path: Path) -> Tokenizer:
     """Reads a `tokenizer.json`; the config beside it names the special tokens."""
-    tokenizers = package("tokenizers", path)
+    tokenizers = package("tokenizers", path, "language")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
         begun = backend.encode("", add_special_tokens=True).ids

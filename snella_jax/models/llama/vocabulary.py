@@ -6,13 +6,14 @@
 
 import base64
 import dataclasses
-import importlib
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from snella_jax.files import vocabulary_packages
 from snella_jax.files.errors import CheckpointError
+from snella_jax.files.vocabulary_packages import package
 
 # Llama 3's, from llama-models' tokenizer.py.
 LLAMA3_PATTERN = (
@@ -95,20 +96,6 @@ class Tokenizer:
         return self.to_text(numbers)
 
 
-def package(name: str, path: Path) -> Any:
-    """Imports a package that a file needs.
-
-    Raises:
-      ModuleNotFoundError: it is not installed; names the file and the extra.
-    """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'The tokenizer in {path} needs {name}: pip install "snella-jax[language]"'
-        ) from error
-
-
 def byte_level(
     backend: Any, *, bos: int | None, eos: int, pad: int | None, adds_bos: bool
 ) -> Tokenizer:
@@ -147,12 +134,7 @@ def sentencepiece(
       CheckpointError: it is damaged, or has no token that ends a text.
       ModuleNotFoundError: `sentencepiece` is not installed.
     """
-    spm = package("sentencepiece", path)
-    try:
-        _check_whole(proto)
-        pieces = spm.SentencePieceProcessor(model_proto=proto)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise CheckpointError.damaged(path, error) from error
+    pieces = vocabulary_packages.pieces(path, proto, "language")
 
     def own(number: int | None, known: int) -> int | None:
         return number if number is not None else known if known >= 0 else None
@@ -172,31 +154,6 @@ def sentencepiece(
     )
 
 
-def _check_whole(proto: bytes) -> None:
-    """Raises a `ValueError` if a `ModelProto` ends before its last part.
-
-    One that is cut between two pieces is a valid message of fewer pieces.
-    """
-    parts, at = set(), 0
-    while at < len(proto):
-        tag, at = _varint(proto, at)
-        size, at = _varint(proto, at)
-        parts.add(tag)
-        at += size
-    pieces, trainer, normalizer = 0x0A, 0x12, 0x1A
-    if at != len(proto) or not {pieces, trainer, normalizer} <= parts:
-        raise ValueError("expected pieces, trainer_spec and normalizer_spec")
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Returns the number at a place and the place after it."""
-    number, shift = 0, 0
-    while data[at] & 0x80:
-        number |= (data[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-    return number | data[at] << shift, at + 1
-
-
 def ranks(path: Path) -> Tokenizer:
     """Returns the tokenizer of a ranks file of Llama 3: a line `BASE64 RANK` a token.
 
@@ -207,7 +164,7 @@ def ranks(path: Path) -> Tokenizer:
       CheckpointError: it is damaged.
       ModuleNotFoundError: `tiktoken` is not installed.
     """
-    tiktoken = package("tiktoken", path)
+    tiktoken = package("tiktoken", path, "language")
     try:
         lines = (line.split() for line in path.read_bytes().splitlines())
         found = {base64.b64decode(t, validate=True): int(rank) for t, rank in lines}

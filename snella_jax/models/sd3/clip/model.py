@@ -101,9 +101,7 @@ class ClipImage(nnx.Module):
         if c.projection is not None:
             self.projection = _projection(c, rngs)
 
-    def __call__(
-        self, images: Float[Array, "B height width C"]
-    ) -> Float[Array, "B P"]:
+    def __call__(self, images: Float[Array, "B height width C"]) -> Float[Array, "B P"]:
         """Returns the embedding of each image, not of unit length (`image_embeds`).
 
         Args:
@@ -134,9 +132,7 @@ class ClipImage(nnx.Module):
         return normalise(pixels, self.config)
 
 
-def _projection(
-    config: ClipTextConfig | ClipImageConfig, rngs: nnx.Rngs
-) -> nnx.Linear:
+def _projection(config: ClipTextConfig | ClipImageConfig, rngs: nnx.Rngs) -> nnx.Linear:
     assert config.projection is not None
     return basic.linear(config.width, config.projection, config, rngs, use_bias=False)
 
