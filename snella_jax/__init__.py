@@ -33,7 +33,7 @@ from snella_jax.nnx.adapt import (
 )
 from snella_jax.nnx.delta_file import apply_delta, save_delta, unmerge
 from snella_jax.nnx.export import export
-from snella_jax.nnx.generation import generate
+from snella_jax.nnx.generation import generate, pictures
 from snella_jax.nnx.inspection import Matrix, describe, parameters, sparsity
 from snella_jax.nnx.labels import labels, stop_gradients
 from snella_jax.nnx.multi_adapter import combine, per_example
@@ -76,6 +76,7 @@ __all__ = [
     "parameters",
     "partition",
     "per_example",
+    "pictures",
     "reallocate",
     "save",
     "save_delta",
