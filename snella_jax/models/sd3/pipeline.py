@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,10 @@ from snella_jax.models.layers.stack import require_plain
 from snella_jax.models.sd3 import flow
 from snella_jax.models.sd3.mesh import automatic, placed, split
 from snella_jax.models.sd3.mmdit import MMDiT
+from snella_jax.models.sd3.text import Encoder
 from snella_jax.models.sd3.vae import VAE
 
 Prompts = str | Sequence[str] | flow.Text
-
-
-class Encoder(Protocol):
-    """What encodes prompts."""
-
-    def encode(self, prompts: list[str]) -> flow.Text:
-        """Returns context `[B, S, D]` and pooled `[B, P]` of prompts."""
-        ...
 
 
 class Pipeline:
