@@ -64,7 +64,9 @@ def dropped(y: Array, drop: Drop | None, salt: int) -> Array:
     return drop_path(jax.random.fold_in(key, salt), y, rate)
 
 
-def through(blocks: Any, x: Array, drops: Drop | None, remat: str) -> Array:
+def through(
+    blocks: Any, x: Array, drops: Drop | None, remat: str, shared: tuple[Any, ...] = ()
+) -> Array:
     """Calls every block with `x`, or what the one before returned, and its drop.
 
     Args:
@@ -72,18 +74,19 @@ def through(blocks: Any, x: Array, drops: Drop | None, remat: str) -> Array:
       x: input of the first.
       drops: with a row for each block; None for blocks that get none.
       remat: "none" or "blocks", see `call`.
+      shared: further arguments, the same for every block.
     """
     own = () if drops is None else (drops,)
     if isinstance(blocks, nnx.List):
         for index, block in enumerate(blocks):
             graphdef, state = nnx.split(block)
             row = jax.tree.map(lambda leaf, i=index: leaf[i], own)
-            x = call(graphdef, remat, scanned=False)(state, x, *row)
+            x = call(graphdef, remat, scanned=False)(state, x, *row, *shared)
         return x
     graphdef, state = nnx.split(blocks)
     one = call(graphdef, remat, scanned=True)
     x, _ = jax.lax.scan(
-        lambda x, row: (one(row[0], x, *row[1:]), None), x, (state, *own)
+        lambda x, row: (one(row[0], x, *row[1:], *shared), None), x, (state, *own)
     )
     return x
 

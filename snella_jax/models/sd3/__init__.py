@@ -1,6 +1,6 @@
 """Stable Diffusion 3: its transformer, its other components, and what joins them."""
 
-from snella_jax.models.sd3 import clip, flow, mmdit, vae
+from snella_jax.models.sd3 import clip, flow, mmdit, t5, vae
 from snella_jax.models.sd3.pipeline import Pipeline
 
-__all__ = ["Pipeline", "clip", "flow", "mmdit", "vae"]
+__all__ = ["Pipeline", "clip", "flow", "mmdit", "t5", "vae"]
