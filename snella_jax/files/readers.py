@@ -28,6 +28,15 @@ DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+AGAIN = "log in where it comes from, accept its licence there, and download it again"
+# What downloads leave in a file's place: how it begins, and what it is.
+IN_PLACE = {
+    b"<!doctype": f"a web page: {AGAIN}",
+    b"<html": f"a web page: {AGAIN}",
+    b"access to model": f"a refusal of Hugging Face: {AGAIN}",
+    b"invalid username or password": f"a refusal of Hugging Face: {AGAIN}",
+    b"version https://git-lfs": "a pointer of Git LFS: run `git lfs pull`",
+}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -85,8 +94,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads the object in a JSON file.
 
     Raises:
-      CheckpointError: it is damaged, or holds something else.
+      CheckpointError: it is damaged, something else in its place, or no object.
     """
+    check_download(path)
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -94,3 +104,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(path, "expected a JSON object")
     return value
+
+
+def check_download(path: Path) -> None:
+    """Raises a `CheckpointError` for a file that is something else in its place."""
+    with path.open("rb") as file:
+        first = file.read(64).lstrip().lower()
+    for begins, what in IN_PLACE.items():
+        if first.startswith(begins):
+            raise CheckpointError(path, f"it is {what}")

@@ -15,7 +15,7 @@ from snella_jax.files import gguf_file, onnx_file, torch_file
 from snella_jax.files.arrays import Deferred, Stored
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import native
-from snella_jax.files.readers import map_safetensors, read_json
+from snella_jax.files.readers import check_download, map_safetensors, read_json
 from snella_jax.models.checkpoints import meta_folder, state_dicts
 
 # What PyTorch and its wrappers put into names, wherever the wrapped module is.
@@ -30,16 +30,6 @@ WEIGHTS = (  # of a folder of transformers or diffusers, whole or in shards
     *("pytorch_model.bin", "diffusion_pytorch_model.bin"),
 )
 PARTS = ("encoder.onnx", "sam.onnx")  # of a SAM that was exported
-WEB_PAGE = (
-    "a web page: log in where it comes from, accept its licence there, and download it "
-    "again"
-)
-# What downloads leave in a file's place: how it begins, and what it is.
-NO_WEIGHTS = {
-    b"<!doctype": WEB_PAGE,
-    b"<html": WEB_PAGE,
-    b"version https://git-lfs": "a pointer of Git LFS: run `git lfs pull`",
-}
 
 
 @dataclass(frozen=True)
@@ -232,7 +222,7 @@ def _shards(index: Path) -> list[str]:
 
 def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
     """Reads tensors by name (of PyTorch's files all that was saved) and metadata."""
-    _check_download(path)
+    check_download(path)
     match path.suffix:
         case ".npz":
             return _read_npz(path), {}
@@ -248,15 +238,6 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
     raise CheckpointError(
         path, f"unknown kind of file {path.suffix!r}: expected {known}"
     )
-
-
-def _check_download(path: Path) -> None:
-    """Raises a `CheckpointError` for a file that is something else in its place."""
-    with path.open("rb") as file:
-        first = file.read(64).lstrip().lower()
-    for begins, what in NO_WEIGHTS.items():
-        if first.startswith(begins):
-            raise CheckpointError(path, f"it is {what}")
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

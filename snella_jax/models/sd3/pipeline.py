@@ -26,6 +26,16 @@ Prompts = str | Sequence[str] | flow.Text
 class Pipeline:
     """Pictures of Stable Diffusion 3, or of another MMDiT, for prompts.
 
+    >>> from snella_jax.models.sd3 import mmdit
+    >>> sizes = {"width": 16, "depth": 2, "heads": 2, "channels": 3, "positions": 8}
+    >>> config = mmdit.MMDiTConfig(**sizes, context_dim=6, pooled_dim=5)
+    >>> pipeline = Pipeline(mmdit.MMDiT(config, rngs=nnx.Rngs(0)), None, None)
+    >>> text = np.ones((1, 4, 6)), np.ones((1, 5))  # encoded already
+    >>> empty = np.zeros((1, 4, 6)), np.zeros((1, 5))
+    >>> keys = jax.random.split(jax.random.key(0), 2)
+    >>> pipeline(text, empty, steps=2, size=(8, 12), key=keys).shape
+    (2, 8, 12, 3)
+
     Attributes:
       transformer: without adapters.
       vae: decoder of its latents; None if its latents are pixels in [-1, 1].
