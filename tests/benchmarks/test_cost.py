@@ -287,8 +287,9 @@ def test_memory_draws_one_model_or_several(tmp_path):
 @pytest.mark.parametrize(
     "name, chips, limit",
     [
-        *(("h100", 1, 1.051), ("h100", 4, 1.05), ("h100", 16, 1.05)),
-        *(("v5e", 1, 1.05), ("v5e", 4, 1.05), ("v5e", 16, 1.1)),
+        *(("h100", "1", 1.051), ("h100", "4", 1.05), ("h100", "16", 1.05)),
+        *(("v5e", "1", 1.05), ("v5e", "4", 1.05), ("v5e", "16", 1.1)),
+        ("v5e", "16_fsdp8", 1.05),
     ],
 )
 def test_a_chip_has_room_for_snella_where_it_has_for_lora(name, chips, limit):
@@ -297,10 +298,12 @@ def test_a_chip_has_room_for_snella_where_it_has_for_lora(name, chips, limit):
     rows = json.loads((folder / "memory.json").read_text("utf-8"))
     of = {row["method"]: row for row in rows}
     assert of["lora"]["fits"] and of["snella"]["fits"]
-    assert of["full"]["fits"] == (chips == 16 or (name, chips) == ("h100", 4))
+    assert of["full"]["fits"] == (
+        chips.startswith("16") or (name, chips) == ("h100", "4")
+    )
     assert of["snella"]["total_bytes"] <= limit * of["lora"]["total_bytes"]
     counts = of["snella"]["collectives"]
-    if chips == 1:
+    if chips == "1":
         assert not counts
     else:  # a number for each bit of 5 thresholds in 32 blocks
         assert counts["all-reduce"]["small"] >= 31 * 5 * 32
