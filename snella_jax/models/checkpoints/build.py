@@ -33,6 +33,42 @@ def configured(
     raise CheckpointError(checkpoint.path, "\n  ".join([reason, *problems]))
 
 
+def agreed(
+    by_shapes: Mapping[str, Any], by_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Joins the fields of a config that shapes say with those that a file says.
+
+    >>> agreed({"width": 8}, {"width": 8, "norm_eps": 1e-6})
+    {'width': 8, 'norm_eps': 1e-06}
+
+    Raises:
+      ValueError: they differ in a field.
+    """
+    for name in by_shapes.keys() & by_config.keys():
+        if by_shapes[name] != by_config[name]:
+            raise ValueError(
+                f"its config says {name}={by_config[name]}, and its weights "
+                f"{by_shapes[name]}"
+            )
+    return {**by_shapes, **by_config}
+
+
+def given(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a config that a caller gave: all that are not None.
+
+    >>> from snella_jax.models.vit import ViTConfig
+    >>> given(ViTConfig, {"dtype": None, "remat": "blocks"})
+    {'remat': 'blocks'}
+
+    Raises:
+      ValueError: the config has no such field.
+    """
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}.")
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def filled(
     kind: Callable[..., Any],
     config: Any,

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from snella_jax.files.errors import CheckpointError
-from snella_jax.models.checkpoints.build import configured
+from snella_jax.models.checkpoints.build import agreed, configured, given
 from snella_jax.models.checkpoints.formats import stacked
 from snella_jax.models.checkpoints.json_fields import count, number, only
 from snella_jax.models.checkpoints.mapping import TensorRule, arrange, fill
@@ -98,13 +98,9 @@ def load(
       ValueError, TypeError: an option that cannot be.
     """
     checkpoint = _one_embedding(_recognised(component(path, "t5")))
-    known = {field.name for field in dataclasses.fields(T5Config)}
-    if unknown := sorted(overrides.keys() - known):
-        raise ValueError(f"A T5's config has no {', '.join(unknown)}.")
-    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-    overrides |= {name: value for name, value in dtypes.items() if value is not None}
+    own = given(T5Config, {"dtype": dtype, "param_dtype": param_dtype, **overrides})
     config = configured(T5Config, checkpoint, lambda: _fields(checkpoint), ())
-    config = dataclasses.replace(config, **overrides)
+    config = dataclasses.replace(config, **own)
     parts, problems = arrange(checkpoint, RULES)
     model = nnx.eval_shape(lambda: T5(config, rngs=nnx.Rngs(0)))
     blocks = stacked(model, "blocks")
@@ -157,14 +153,8 @@ def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
       ValueError, TypeError, KeyError: a tensor is missing, or the config says what no
         T5 here computes, or other than the weights.
     """
-    found = _by_shapes(checkpoint.tensors)
     said = _by_config(checkpoint.config) if checkpoint.config else {}
-    for name in found.keys() & said.keys():
-        if said[name] != found[name]:
-            raise ValueError(
-                f"its config says {name}={said[name]}, and its weights {found[name]}"
-            )
-    return found | said
+    return agreed(_by_shapes(checkpoint.tensors), said)
 
 
 def _by_shapes(tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Diffusers counts the decoder's levels from the latents, Stability and we from th
 images. Stability's attention is made of convolutions of one place.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from snella_jax.models.sd3.vae.config import VAEConfig
 
 @dataclass(frozen=True)
 class Names:
-    """Regexes of a format's names below `encoder.` and `decoder.`.
+    """A format's names below `encoder.` and `decoder.`.
 
     Attributes:
       norm: norm before the last convolution.
@@ -46,31 +47,32 @@ class Names:
 
 STABILITY = Names(
     norm="norm_out",
-    level=r"{way}\.{level}",
-    block=r"block",
-    sample=r"{way}sample\.conv",
+    level="{way}.{level}",
+    block="block",
+    sample="{way}sample.conv",
     shortcut="nin_shortcut",
-    middle=(r"mid\.block_1", r"mid\.attn_1", r"mid\.block_2"),
+    middle=("mid.block_1", "mid.attn_1", "mid.block_2"),
     attention=("norm", "q", "k", "v", "proj_out"),
     reversed=False,
 )
 DIFFUSERS = Names(
     norm="conv_norm_out",
-    level=r"{way}_blocks\.{level}",
-    block=r"resnets",
-    sample=r"{way}samplers\.0\.conv",
+    level="{way}_blocks.{level}",
+    block="resnets",
+    sample="{way}samplers.0.conv",
     shortcut="conv_shortcut",
     middle=(
-        *(r"mid_block\.resnets\.0", r"mid_block\.attentions\.0"),
-        r"mid_block\.resnets\.1",
+        "mid_block.resnets.0",
+        "mid_block.attentions.0",
+        "mid_block.resnets.1",
     ),
-    attention=("group_norm", "to_q", "to_k", "to_v", r"to_out\.0"),
+    attention=("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
     reversed=True,
 )
 # What only one of the formats has a tensor of.
 MARKS = {
-    r"encoder.mid.block_1.norm1.weight": STABILITY,
-    r"encoder.mid_block.resnets.0.norm1.weight": DIFFUSERS,
+    "encoder.mid.block_1.norm1.weight": STABILITY,
+    "encoder.mid_block.resnets.0.norm1.weight": DIFFUSERS,
 }
 
 
@@ -78,23 +80,22 @@ def rules(names: Names, config: VAEConfig) -> list[TensorRule]:
     """Returns the rules for the tensors of a format."""
     made = []
     for half, way in (("encoder", "down"), ("decoder", "up")):
-        theirs = rf"{half}\."
-        made += convolution(rf"{theirs}conv_in", f"{half}/conv_in")
-        made += affine(f"{theirs}{names.norm}", f"{half}/norm")
-        made += convolution(rf"{theirs}conv_out", f"{half}/conv_out")
-        first, attention, second = (theirs + name for name in names.middle)
+        end = re.escape(f"{half}.{names.norm}")
+        made += convolution(rf"{half}\.conv_in", f"{half}/conv_in")
+        made += affine(end, f"{half}/norm")
+        made += convolution(rf"{half}\.conv_out", f"{half}/conv_out")
+        first, attention, second = (re.escape(f"{half}.{n}") for n in names.middle)
         made += _block(first, f"{half}/middle/0", names)
         made += _attention(attention, f"{half}/middle/1", names)
         made += _block(second, f"{half}/middle/2", names)
         for level in range(len(config.widths)):
-            own = theirs + names.level.format(
-                way=way, level=number(names, config, half, level)
-            )
-            path = f"{half}/levels/{level}/blocks/{{0}}"
-            made += _block(rf"{own}\.{names.block}\.(\d+)", path, names)
+            theirs = number(names, config, half, level)
+            own = f"{half}.{names.level.format(way=way, level=theirs)}."
+            blocks = re.escape(f"{own}{names.block}.") + r"(\d+)"
+            made += _block(blocks, f"{half}/levels/{level}/blocks/{{0}}", names)
             sample = level if half == "encoder" else level - 1
             if 0 <= sample < len(config.widths) - 1:
-                pattern = rf"{own}\.{names.sample.format(way=way)}"
+                pattern = re.escape(own + names.sample.format(way=way))
                 made += convolution(pattern, f"{half}/{way}/{sample}/conv")
     return made
 
@@ -121,7 +122,8 @@ def _block(theirs: str, ours: str, names: Names) -> list[TensorRule]:
 def _attention(theirs: str, ours: str, names: Names) -> list[TensorRule]:
     norm, *projections = names.attention
     made = affine(rf"{theirs}\.{norm}", f"{ours}/norm")
-    for name, path in zip(projections, ("q", "k", "v", "proj"), strict=True):
+    for plain, path in zip(projections, ("q", "k", "v", "proj"), strict=True):
+        name = re.escape(plain)
         kernel = f"{ours}/{path}/kernel"
         made += [
             TensorRule(rf"{theirs}\.{name}\.weight", (kernel,), _matrix),

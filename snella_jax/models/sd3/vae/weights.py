@@ -1,6 +1,5 @@
 """Published weights for the autoencoder: files and folders as models."""
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from snella_jax.files.errors import CheckpointError
-from snella_jax.models.checkpoints.build import configured
+from snella_jax.models.checkpoints.build import agreed, configured, given
 from snella_jax.models.checkpoints.json_fields import count, number, only
 from snella_jax.models.checkpoints.mapping import arrange, fill
 from snella_jax.models.checkpoints.read import Checkpoint
@@ -59,13 +58,9 @@ def load(
     """
     checkpoint = component(path, "vae")
     names = _recognised(checkpoint)
-    known = {field.name for field in dataclasses.fields(VAEConfig)}
-    if unknown := sorted(overrides.keys() - known):
-        raise ValueError(f"A VAE's config has no {', '.join(unknown)}.")
-    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-    overrides |= {name: value for name, value in dtypes.items() if value is not None}
+    own = given(VAEConfig, {"dtype": dtype, "param_dtype": param_dtype, **overrides})
     config = configured(
-        VAEConfig, checkpoint, lambda: _fields(checkpoint, names, overrides), ()
+        VAEConfig, checkpoint, lambda: _fields(checkpoint, names, own), ()
     )
     parts, problems = arrange(checkpoint, formats.rules(names, config))
     model = nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0)))
@@ -98,7 +93,7 @@ def _recognised(checkpoint: Checkpoint) -> Names:
 
 
 def _fields(
-    checkpoint: Checkpoint, names: Names, overrides: Mapping[str, Any]
+    checkpoint: Checkpoint, names: Names, own: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the fields of our config, by shapes, `config.json` and the caller.
 
@@ -108,42 +103,42 @@ def _fields(
     """
     found = _by_shapes(checkpoint, names)
     if checkpoint.config:
-        said = _by_config(checkpoint.config)
-        for name in found.keys() & said.keys():
-            if said[name] != found[name]:
-                raise ValueError(
-                    f"its config says {name}={said[name]}, and its weights "
-                    f"{found[name]}"
-                )
-        found |= said
-    elif checkpoint.prefix != PREFIXES["vae"] and not {"scale", "shift"} <= {
-        *overrides
-    }:
+        found = agreed(found, _by_config(checkpoint.config))
+    elif checkpoint.prefix != PREFIXES["vae"] and not {"scale", "shift"} <= {*own}:
         raise ValueError(
             "nothing says the scale and shift of its latents (Flux's autoencoder has "
             "the same tensors): expected a folder with config.json, the single file "
             "of Stable Diffusion 3, or scale= and shift="
         )
-    return {**found, **overrides}
+    return {**found, **own}
 
 
 def _by_shapes(checkpoint: Checkpoint, names: Names) -> dict[str, Any]:
     tensors = checkpoint.tensors
-    plain = f"encoder.{names.level}.{names.block}".replace("\\", "")
+
+    def channels(name: str) -> tuple[int, int]:
+        """Returns those that a convolution makes, and those that it sees."""
+        shape = tensors[f"{name}.weight"].shape
+        if len(shape) != 4:
+            raise ValueError(
+                f"{name}.weight has shape {list(shape)}: expected a convolution's"
+            )
+        return shape[0], shape[1]
 
     def block(level: int, index: int) -> str:
-        return f"{plain.format(way='down', level=level)}.{index}.conv1.weight"
+        way = names.level.format(way="down", level=level)
+        return f"encoder.{way}.{names.block}.{index}.conv1"
 
     levels, blocks = 0, 0
-    while block(levels, 0) in tensors:
+    while f"{block(levels, 0)}.weight" in tensors:
         levels += 1
-    while block(0, blocks) in tensors:
+    while f"{block(0, blocks)}.weight" in tensors:
         blocks += 1
     return {
-        "widths": tuple(tensors[block(level, 0)].shape[0] for level in range(levels)),
+        "widths": tuple(channels(block(level, 0))[0] for level in range(levels)),
         "blocks": blocks,
-        "latents": tensors["decoder.conv_in.weight"].shape[1],
-        "channels": tensors["encoder.conv_in.weight"].shape[1],
+        "latents": channels("decoder.conv_in")[1],
+        "channels": channels("encoder.conv_in")[1],
     }
 
 
