@@ -13,6 +13,7 @@ NOT_COMPARED = {
     *("width", "widths", "depth", "depths", "mlp_dim", "mlp_ratio", "layer_scale"),
     *("patch_size", "image_size", "channels", "num_classes", "class_token"),
     *("vocab_size", "context", "tied", "bos", "eos"),
+    *("patch", "positions", "context_dim", "pooled_dim"),
     *("stacked", "remat", "attention", "dtype", "param_dtype", "drop_path"),
 }
 

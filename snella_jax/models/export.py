@@ -39,8 +39,8 @@ def export(
     """Writes a model in the format of the file or folder that it was loaded from.
 
     A LLaMA or a SAM becomes a folder of Hugging Face's with a new `config.json`,
-    whatever it was loaded from; a SAM with a TinyViT, which transformers does not have,
-    a file with the names of `mobile_sam.pt`.
+    whatever it was loaded from, and an MMDiT one of diffusers; a SAM with a TinyViT,
+    which transformers does not have, a file with the names of `mobile_sam.pt`.
 
     What no shape says, such as the position grid and the number of heads, goes into
     `config.json`, and into the metadata of `.safetensors`, where `load` finds it. A
@@ -53,8 +53,8 @@ def export(
       path: to be made: a file `.npz` or `.safetensors`, or, where `like` is a folder of
         Hugging Face's `save_pretrained`, a folder that `from_pretrained` loads.
       like: gives names, config, and tensors that a model here does not have; for a
-        LLaMA or a SAM, where it may be None, other fields of the config, the tokenizer
-        and the other JSON files.
+        LLaMA, a SAM or an MMDiT, where it may be None, other fields of the config, the
+        tokenizer and the other JSON files.
       weights: set of weights of `like`, as in `load`.
       class_names: one for each class, for a folder's config. None keeps those that
         `like` has, if the model still has its head; a new one gets `LABEL_0` and so on.
@@ -80,7 +80,9 @@ def export(
     if family.folder is not None:
         _check_folder(path, type(model).__name__, class_names)
         tensors, files = family.folder(model, source)
-        once(lambda: write_folder(path, tensors, files, {}, max_shard_bytes))
+        once(
+            lambda: write_folder(path, tensors, files, {}, max_shard_bytes, family.stem)
+        )
         return
     if source is None or family.export_format is None:
         raise ValueError(

@@ -10,13 +10,22 @@ from snella_jax.models import convnext, llama, sam, swin, vit
 from snella_jax.models.checkpoints.family import Family
 from snella_jax.models.checkpoints.read import read
 from snella_jax.models.layers import preset
+from snella_jax.models.sd3 import mmdit
 
 ImageModel = vit.ViT | swin.Swin | convnext.ConvNeXt
-Model = ImageModel | sam.Sam | llama.Llama
-# A SAM and a Swin have the patches of a ViT, too, so they come first.
-FAMILIES = (sam.FAMILY, swin.FAMILY, convnext.FAMILY, vit.FAMILY, llama.FAMILY)
+Model = ImageModel | sam.Sam | llama.Llama | mmdit.MMDiT
+# A SAM and a Swin have the patches of a ViT, too, so they come first; so does an MMDiT,
+# beside which a single file has other models.
+FAMILIES = (
+    mmdit.FAMILY,
+    sam.FAMILY,
+    swin.FAMILY,
+    convnext.FAMILY,
+    vit.FAMILY,
+    llama.FAMILY,
+)
 IMAGE_PRESETS = {**vit.PRESETS, **swin.PRESETS, **convnext.PRESETS}
-PRESETS = {**IMAGE_PRESETS, **sam.PRESETS, **llama.PRESETS}
+PRESETS = {**IMAGE_PRESETS, **sam.PRESETS, **llama.PRESETS, **mmdit.PRESETS}
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> Model:
@@ -43,14 +52,14 @@ def of(config: Any, rngs: nnx.Rngs) -> Model:
 
 
 def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Model:
-    """Loads a model with published weights: a ViT, Swin, ConvNeXt, SAM or LLaMA.
+    """Loads a model with published weights: a ViT, Swin, ConvNeXt, SAM, LLaMA or MMDiT.
 
     Args:
-      path: a file, a Hugging Face folder, Meta's of a LLaMA, or a SAM's with
-        `encoder.onnx` and `sam.onnx`.
+      path: a file, a folder of Hugging Face's transformers or diffusers, Meta's of a
+        LLaMA, or a SAM's with `encoder.onnx` and `sam.onnx`.
       weights: as in `vit.load`.
-      options: others of `vit.load`, `swin.load`, `convnext.load`, `sam.load` and
-        `llama.load`.
+      options: others of `vit.load`, `swin.load`, `convnext.load`, `sam.load`,
+        `llama.load` and `sd3.mmdit.load`.
 
     Raises:
       FileNotFoundError, CheckpointError, ModuleNotFoundError, ValueError, TypeError: as
@@ -63,9 +72,9 @@ def load(path: str | Path, *, weights: str | None = None, **options: Any) -> Mod
     some = ", ".join(sorted(checkpoint.tensors)[:5])
     raise CheckpointError(
         checkpoint.path,
-        "no ViT, Swin, ConvNeXt, SAM or LLaMA of a known format: expected the names "
-        "of the original, of timm (ViT), of Hugging Face, of MobileSAM or of GGUF "
-        f"(LLaMA), found {some} ({len(checkpoint.tensors)} in all)",
+        "no ViT, Swin, ConvNeXt, SAM, LLaMA or MMDiT of a known format: expected the "
+        "names of the original, of timm (ViT), of Hugging Face, of MobileSAM or of "
+        f"GGUF (LLaMA), found {some} ({len(checkpoint.tensors)} in all)",
     )
 
 

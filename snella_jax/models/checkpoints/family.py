@@ -24,6 +24,7 @@ class Family:
         written as, given a checkpoint to take after, or None.
       file: returns the tensors of a `.npz` or `.safetensors` that a model is written
         as, given a checkpoint or None; None for a family of which `folder` writes all.
+      stem: beginning of the names of the weights' files in such a folder.
     """
 
     config: type
@@ -34,3 +35,4 @@ class Family:
     export_format: Callable[..., ExportFormat] | None = None
     folder: Callable[..., tuple[dict[str, Any], dict[str, bytes]]] | None = None
     file: Callable[..., dict[str, Any]] | None = None
+    stem: str = "model"

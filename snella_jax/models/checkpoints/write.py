@@ -40,8 +40,11 @@ def write_folder(
     files: Mapping[str, bytes],
     metadata: Mapping[str, str],
     max_shard_bytes: int,
+    stem: str = "model",
 ) -> None:
     """Writes `model.safetensors`, or its shards and their index, and other files.
+
+    With another `stem`, `stem.safetensors` and so on.
 
     Raises:
       FileExistsError: the folder is there and is not empty.
@@ -54,18 +57,18 @@ def write_folder(
         for name, content in files.items():
             (new / name).write_bytes(content)
         if len(shards) == 1:
-            save_file(_in_order(shards[0]), new / "model.safetensors", metadata)
+            save_file(_in_order(shards[0]), new / f"{stem}.safetensors", metadata)
             return
         index: dict[str, Any] = {
             "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
             "weight_map": {},
         }
         for i, shard in enumerate(shards, 1):
-            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
             save_file(_in_order(shard), new / name, metadata)
             index["weight_map"] |= dict.fromkeys(shard, name)
         text = json.dumps(index, indent=2)
-        (new / "model.safetensors.index.json").write_text(text + "\n", "utf-8")
+        (new / f"{stem}.safetensors.index.json").write_text(text + "\n", "utf-8")
 
 
 def _shards(tensors: Mapping[str, Stored], most: int) -> Iterator[dict[str, Stored]]:

@@ -22,7 +22,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -124,7 +123,7 @@ class MMDiT(nnx.Module):
         condition = self.time(waves(timestep)) + self.pooled(pooled)
         condition = jax.nn.silu(condition)
         x = self._through(streams, condition).image
-        scale, shift = jnp.split(self.modulation(condition), 2, -1)
+        shift, scale = jnp.split(self.modulation(condition), 2, -1)
         x = self.head(modulated(x, shift, scale, c.norm_eps))
         x = x.reshape(batch, height // c.patch, width // c.patch, c.patch, c.patch, -1)
         return x.swapaxes(2, 3).reshape(latents.shape).astype(jnp.float32)
@@ -322,13 +321,14 @@ def table(side: int, width: int, dtype: Any) -> Float[Array, "side side width"]:
     >>> (1000 * table(6, 8, jnp.float32)[0, 3]).astype(int).tolist()
     [841, 9, 540, 999, 0, 0, 1000, 1000]
     """
-    places = np.arange(side) / 3
     quarter = width // 4
-    angles = np.outer(places, LONGEST ** (-np.arange(quarter) / quarter))
-    one = np.concatenate([np.sin(angles), np.cos(angles)], 1)  # [side, width / 2]
+    steps = jnp.arange(quarter, dtype=jnp.float32) / quarter
+    places = jnp.arange(side, dtype=jnp.float32) / 3
+    angles = places[:, None] * jnp.exp(-math.log(LONGEST) * steps)[None]
+    one = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], 1)  # [side, width / 2]
     shape = side, side, width // 2
-    both = [np.broadcast_to(one[None], shape), np.broadcast_to(one[:, None], shape)]
-    return jnp.asarray(np.concatenate(both, -1), dtype)
+    both = [jnp.broadcast_to(axis, shape) for axis in (one[None], one[:, None])]
+    return jnp.concatenate(both, -1).astype(dtype)
 
 
 def centre(
