@@ -206,7 +206,9 @@ def test_what_does_not_fit_is_said(tmp_path):
         swin.load(DATA / "convnext")
     with pytest.raises(CheckpointError, match="no ConvNeXt of a known format"):
         convnext.load(DATA / "swin.pth")
-    with pytest.raises(CheckpointError, match="no ViT, Swin, ConvNeXt, SAM, LLaMA or MMDiT"):
+    with pytest.raises(
+        CheckpointError, match="no ViT, Swin, ConvNeXt, SAM, LLaMA or MMDiT"
+    ):
         models.load(DATA / "expected.npz")
     extra = "swin.encoder.layers.0.blocks.1.attention.foo"
     wrong("swin", f"\\n  {extra.removeprefix('swin.')} .*no place", lambda t: t | {
