@@ -1,10 +1,10 @@
 """What loading a LLaMA takes of memory, and that SNELLA counts beyond 32 bits."""
 
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import loading
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,35 +15,6 @@ from snella_jax.core.factors import factors as factors_of
 from snella_jax.core.importance import ImportanceState
 from snella_jax.models import llama
 
-# Loads sys.argv[1] in the dtype sys.argv[2]; prints the peak of anonymous memory beyond
-# that after the imports, as a share of the weights.
-SCRIPT = """
-import sys, threading, time
-import jax
-from flax import nnx
-from snella_jax import models
-
-def anonymous():
-    lines = open("/proc/self/status", encoding="utf-8").readlines()
-    (line,) = [line for line in lines if line.startswith("RssAnon")]
-    return 1024 * int(line.split()[1])
-
-jax.numpy.zeros(1).block_until_ready()
-start, peaks, done = anonymous(), [0], []
-
-def sample():
-    while not done:
-        peaks.append(anonymous())
-        time.sleep(0.001)
-
-thread = threading.Thread(target=sample)
-thread.start()
-model = models.load(sys.argv[1], param_dtype=sys.argv[2])
-leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
-done.append(True)
-thread.join()
-print((max(peaks) - start) / sum(leaf.nbytes for leaf in leaves))
-"""
 SIZES = {"width": 1024, "depth": 6, "heads": 8, "kv_heads": 8, "mlp_dim": 4096}
 
 
@@ -61,9 +32,7 @@ def test_loading_takes_the_memory_of_the_weights(shard, tmp_path):
     )
     models.export(model, tmp_path / "out", max_shard_bytes=shard)
     for dtype in ("bfloat16", "float32"):
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "out"), dtype]
-        ratio = subprocess.check_output(command, encoding="utf-8")
-        assert 0.9 < float(ratio) <= 1.25
+        assert 0.9 < loading.peak("snella_jax.models", tmp_path / "out", dtype) <= 1.25
 
 
 def test_seven_billion_weights_are_counted_and_divided():

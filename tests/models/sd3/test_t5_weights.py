@@ -5,9 +5,11 @@
 
 import json
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
+import loading
 import ml_dtypes
 import numpy as np
 import pytest
@@ -158,3 +160,22 @@ def test_options_that_cannot_be():
         t5.load(FOLDER, layers=2)
     with pytest.raises(ValueError, match="remat='all'"):
         t5.load(FOLDER, remat="all")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_takes_the_memory_of_the_weights(dtype, tmp_path):
+    """Beside 94 million weights in half precision, the embedding twice in the file."""
+    sizes = {"q": (1024, 1024), "k": (1024, 1024), "v": (1024, 1024), "o": (1024, 1024)}
+    gated = {"wi_0": (2816, 1024), "wi_1": (2816, 1024), "wo": (1024, 2816)}
+    shapes = {SHARED: (16000, 1024), COPY: (16000, 1024)}
+    shapes |= {"encoder.final_layer_norm.weight": (1024,)}
+    shapes |= {f"{FIRST}relative_attention_bias.weight": (32, 16)}
+    for block in (f"encoder.block.{index}.layer" for index in range(6)):
+        shapes |= {f"{block}.0.SelfAttention.{n}.weight": s for n, s in sizes.items()}
+        shapes |= {f"{block}.1.DenseReluDense.{n}.weight": s for n, s in gated.items()}
+        shapes |= {f"{block}.{part}.layer_norm.weight": (1024,) for part in (0, 1)}
+    weights = {name: np.ones(shape, np.float16) for name, shape in shapes.items()}
+    path = file(tmp_path, weights, T5)
+    assert 0.9 < loading.peak("snella_jax.models.sd3.t5", path, dtype) <= 1.25
