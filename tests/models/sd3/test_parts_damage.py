@@ -30,6 +30,7 @@ CONFIGS = [
     ("vae", "_class_name", "AsymmetricAutoencoderKL"),
     ("vae", "_class_name", "SD3Transformer2DModel"),
     ("vae", "act_fn", "gelu"),
+    ("vae", "temporal_compression_ratio", 4),
     ("vae", "use_quant_conv", True),
     ("vae", "use_post_quant_conv", True),
     ("vae", "mid_block_add_attention", False),

@@ -29,6 +29,12 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "latents_mean": (None,),
     "latents_std": (None,),
 }
+# Others that change nothing here, or that are compared with the weights or obeyed.
+KNOWN = {
+    *("down_block_types", "up_block_types", "in_channels", "out_channels"),
+    *("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups"),
+    *("scaling_factor", "shift_factor", "sample_size", "force_upcast"),
+}
 KINDS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 
@@ -144,6 +150,15 @@ def _by_shapes(checkpoint: Checkpoint, names: Names) -> dict[str, Any]:
 
 def _by_config(said: Mapping[str, Any]) -> dict[str, Any]:
     only(said, ONLY)
+    unknown = [
+        name
+        for name, value in said.items()
+        if name not in {*ONLY, *KNOWN}
+        and not name.startswith("_")
+        and value is not None
+    ]
+    if unknown:
+        raise ValueError(f"config.json has {', '.join(unknown)}, not known here")
     for name, kind in KINDS.items():
         if any(own != kind for own in said.get(name) or ()):
             raise ValueError(f"{name}={said[name]}: expected {kind} alone")
