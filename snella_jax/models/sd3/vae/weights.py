@@ -158,7 +158,10 @@ def _by_config(said: Mapping[str, Any]) -> dict[str, Any]:
         and value is not None
     ]
     if unknown:
-        raise ValueError(f"config.json has {', '.join(unknown)}, not known here")
+        raise ValueError(
+            f"config.json has {', '.join(unknown[:5])} ({len(unknown)} not known "
+            "here): expected that of an AutoencoderKL"
+        )
     for name, kind in KINDS.items():
         if any(own != kind for own in said.get(name) or ()):
             raise ValueError(f"{name}={said[name]}: expected {kind} alone")
