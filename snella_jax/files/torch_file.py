@@ -2,7 +2,9 @@
 
 Nothing in a file is executed: the unpickler knows how to make tensors, numbers, strings
 and containers, and refuses every other name. The format is that of `torch.save` since
-PyTorch 1.6: a zip archive of a pickle and of one uncompressed member per storage.
+PyTorch 1.6: a zip archive of a pickle and of one uncompressed member per storage. That
+of TorchScript has the same pickle, of modules instead of dictionaries, and programs,
+which are not read.
 Storages are mapped into memory, so the file must not change while they are in use.
 """
 
@@ -12,6 +14,7 @@ import pickle
 import pickletools
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,8 @@ STORAGES = {
 def read(path: Path) -> Any:
     """Reads what was saved, with NumPy arrays (read-only, own dtypes) for tensors.
 
+    Of a TorchScript module it reads the tensors alone, by the names of its state_dict.
+
     Raises:
       CheckpointError: the file is damaged, of the format before PyTorch 1.6, or names
         something that is no tensor, number, string or container.
@@ -50,7 +55,8 @@ def read(path: Path) -> Any:
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            return _Unpickler(path, archive).load()
+            saved = _Unpickler(path, archive).load()
+            return dict(_tensors_of(saved)) if isinstance(saved, _Script) else saved
     except CheckpointError:
         raise
     except Exception as error:
@@ -79,6 +85,8 @@ class _Unpickler(pickle.Unpickler):
             made = GLOBALS[module, name]
             # A new function each time: a pickle can set attributes of what it names.
             return lambda *arguments: made(*arguments)
+        if module.split(".")[0] == "__torch__":  # a class of TorchScript
+            return _Script
         raise CheckpointError(
             self.path,
             f"it names {module}.{name}, which is no tensor, number, string or "
@@ -147,6 +155,30 @@ class _Dict(dict):
         pass
 
 
+class _Script:
+    """Stand-in for a module of TorchScript: its attributes, and no program."""
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise ValueError(f"the state of a module is {type(state).__name__}")
+        self.attributes = state
+
+
+def _tensors_of(
+    script: _Script, prefix: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a module and those in it, each module at one place."""
+    seen = set() if seen is None else seen
+    if id(script) in seen:
+        raise ValueError(f"{prefix} is a module that has another place, too")
+    seen.add(id(script))
+    for name, value in script.attributes.items():
+        if isinstance(value, np.ndarray):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, _Script):
+            yield from _tensors_of(value, f"{prefix}{name}.", seen)
+
+
 def _tensor(of: _Storage, offset: int, size: tuple, stride: tuple, *_: Any):
     """Stands in for `torch._utils._rebuild_tensor_v2`."""
     if not isinstance(of, _Storage):
@@ -162,6 +194,11 @@ def _tensor(of: _Storage, offset: int, size: tuple, stride: tuple, *_: Any):
     return np.lib.stride_tricks.as_strided(
         storage[offset:], tuple(size), bytes_, writeable=False
     )
+
+
+def _list(values: list) -> list:
+    """Stands in for `torch.jit._pickle.build_intlist` and its like."""
+    return list(values)
 
 
 def _parameter(data: np.ndarray, *_: Any) -> np.ndarray:
@@ -205,6 +242,10 @@ GLOBALS: dict[tuple[str, str], Any] = {
     ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch.jit._pickle", "build_boollist"): _list,
+    ("torch.jit._pickle", "build_doublelist"): _list,
+    ("torch.jit._pickle", "build_intlist"): _list,
+    ("torch.jit._pickle", "build_tensorlist"): _list,
     ("numpy", "dtype"): _NumpyDtype,
     ("_codecs", "encode"): _encode,
     ("numpy.core.multiarray", "scalar"): _numpy_scalar,

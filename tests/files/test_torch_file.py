@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import script_archive
 from places import ASSETS
 
 from snella_jax.files import torch_file
@@ -160,3 +161,32 @@ def test_a_storage_that_is_too_short(tmp_path):
             archive.writestr(member, data[:-4] if member.endswith("data/0") else data)
     with pytest.raises(CheckpointError, match=r"short\.pth: damaged .*does not hold"):
         vit.load(path)
+
+
+def test_a_module_of_torchscript_gives_its_tensors(tmp_path):
+    tensors = {
+        "weight": np.arange(6, dtype=np.float16).reshape(2, 3),
+        "inner.0.bias": np.arange(2, dtype=np.float32),
+        "inner.scale": np.array(3.5, np.float32),
+        "size": np.array(224),
+    }
+    path = script_archive.write(tmp_path / "clip.pt", tensors, name="a", none=None)
+    found = torch_file.read(path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"c__torch__\nM\n)\x81K\x01b.",  # its state is a number
+        b"c__torch__\nM\n}b.",  # the state of its class
+        b"c__torch__\nM\n)\x81q\x01}X\x01\x00\x00\x00ah\x01sb.",  # it is inside itself
+        b"c__torch__\nM\n)\x81.",  # it has no state
+    ],
+)
+def test_a_module_of_torchscript_that_cannot_be(pickled, tmp_path):
+    with pytest.raises(CheckpointError, match=r"odd\.pt: damaged"):
+        torch_file.read(zipped(tmp_path / "odd.pt", b"\x80\x02" + pickled))

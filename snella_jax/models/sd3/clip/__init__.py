@@ -1,4 +1,4 @@
-"""CLIP: its tower of texts, that of images, and their presets."""
+"""CLIP: towers of texts and images, their presets, and published weights for them."""
 
 from snella_jax.models.sd3.clip.config import (
     IMAGE_PRESETS,
@@ -7,6 +7,7 @@ from snella_jax.models.sd3.clip.config import (
     ClipTextConfig,
 )
 from snella_jax.models.sd3.clip.model import ClipImage, ClipText
+from snella_jax.models.sd3.clip.weights import load, load_image
 
 __all__ = [
     "IMAGE_PRESETS",
@@ -15,4 +16,6 @@ __all__ = [
     "ClipImageConfig",
     "ClipText",
     "ClipTextConfig",
+    "load",
+    "load_image",
 ]
