@@ -35,12 +35,14 @@ class Transform:
     Attributes:
       size: height and width of the result in pixels.
       crop: "resize" ignores the aspect ratio (VTAB); "centre" resizes the shorter side
-        to `size / 0.875` and crops the centre (FGVC, evaluation); "random" crops 8% to
+        to `size / share` and crops the centre (FGVC, evaluation); "random" crops 8% to
         100% of the area, flips and jitters the colours (FGVC, training).
       mean, std: mean and standard deviation of each channel, for pixels in [0, 1]; one
         or three, as many as the result has channels.
       resample: "bicubic" or "bilinear".
       evaluated: most examples of a batch that is evaluated.
+      share: side of the cropped centre over that of the resized image: 0.875 (FGVC,
+        DINOv2), or 1 (CLIP).
     """
 
     size: tuple[int, int]
@@ -49,12 +51,15 @@ class Transform:
     std: tuple[float, ...] = NORMALISATIONS["imagenet"][1]
     resample: Literal["bilinear", "bicubic"] = "bicubic"
     evaluated: int = 256
+    share: float = 0.875
 
     def __post_init__(self):
         if min(self.size) < 1:
             raise ValueError(f"size={self.size}: expected positive numbers of pixels.")
         if self.crop not in ("resize", "centre", "random"):
             raise ValueError(f"crop={self.crop!r}: expected resize, centre or random.")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share}: expected 0 < share <= 1.")
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
             raise ValueError(
                 f"mean={self.mean}, std={self.std}: expected 1 or 3 numbers each."
@@ -100,8 +105,8 @@ class Transform:
         return picture.resize((width, height), RESAMPLE[self.resample])
 
     def _centre(self, picture: Image.Image) -> Image.Image:
-        """Resizes the shorter side to size / 0.875 (256 for 224), crops the centre."""
-        height, width = (round(side / 0.875) for side in self.size)
+        """Resizes the shorter side to size / share (256 for 224), crops the centre."""
+        height, width = (round(side / self.share) for side in self.size)
         if height * picture.width >= width * picture.height:  # the height binds
             width = int(height * picture.width / picture.height)
         else:

@@ -228,18 +228,24 @@ def test_a_crop_does_not_see_what_lies_beside_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "resized", "corner"),
+    ("height", "width", "share", "resized", "corner"),
     [
-        (375, 500, (256, 341), (16, 58)),
-        (500, 333, (384, 256), (80, 16)),
-        (301, 301, (256, 256), (16, 16)),
-        (257, 400, (256, 398), (16, 87)),
+        (375, 500, 0.875, (256, 341), (16, 58)),
+        (500, 333, 0.875, (384, 256), (80, 16)),
+        (301, 301, 0.875, (256, 256), (16, 16)),
+        (257, 400, 0.875, (256, 398), (16, 87)),
+        (375, 500, 1.0, (224, 298), (0, 37)),
+        (500, 333, 1.0, (336, 224), (56, 0)),
+        (64, 64, 1.0, (224, 224), (0, 0)),
     ],
 )
-def test_centre_crops_are_torchvisions(height, width, resized, corner):
-    """`Resize(256)`, the longer side cut to an integer, and `CenterCrop(224)`."""
+def test_centre_crops_are_torchvisions(height, width, share, resized, corner):
+    """`Resize`, the longer side cut to an integer, and `CenterCrop(224)`.
+
+    FGVC and DINOv2 resize to 256, CLIP to 224.
+    """
     image = RNG(0).integers(0, 256, (height, width, 3), np.uint8)
-    crop = Transform((224, 224), "centre", (0.0,) * 3, (1.0,) * 3)
+    crop = Transform((224, 224), "centre", (0.0,) * 3, (1.0,) * 3, share=share)
     got = crop.unnormalised(crop(image, RNG(0)))
     whole = np.asarray(Image.fromarray(image).resize(resized[::-1], Image.BICUBIC))
     top, left = corner
