@@ -37,6 +37,7 @@ class SegmentationTask:
       fingerprint: fingerprints of the splits and of the extra tests, by name, once
         every pair was looked at.
       extra_tests: more sources that a trained model is tested on, by name.
+      titles: names in tables of extra tests that have one.
     """
 
     name: str
@@ -46,6 +47,7 @@ class SegmentationTask:
     notes: tuple[str, ...] = ()
     fingerprint: dict[str, Any] | None = None
     extra_tests: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+    titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def full(self) -> Source:

@@ -9,16 +9,17 @@ from rich.console import Console
 
 from experiments import files
 from experiments.config.images import ImageConfig
-from experiments.data import check, fingerprint
+from experiments.data import check, fingerprint, segmentation_task
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
 from experiments.methods import linear_probe
+from experiments.paths import at_home
 from experiments.pretrained import base_models
 from experiments.reports import figures, run_table
 from experiments.runs import setup
 from experiments.runs.result import Result, absent
 from experiments.runs.setup import Prepared
-from experiments.tasks import catalogue
+from experiments.tasks import catalogue, segmentation_catalogue
 from experiments.training import metric_log, sharding
 from experiments.training.classification import Classification
 from experiments.training.trainer import Data
@@ -127,7 +128,7 @@ def prepared(name: str, config: ImageConfig, console: Console) -> ImageRun:
     """
     out = setup.folder(name, config)
     mesh = sharding.make(config.mesh)
-    task = catalogue.load(config.task, config.data_dir)
+    task = _task(config)
     tested = setup.sampled(task.test, config.test_images)
     task = dataclasses.replace(task, test=tested)
     check_classes(task)
@@ -139,6 +140,18 @@ def prepared(name: str, config: ImageConfig, console: Console) -> ImageRun:
     task = check.checked(task, console, config.skip_corrupt, to_train=True)
     setup.check_batch(config, task, mesh, ImageRun.unit)
     return ImageRun(config, task, base, mesh, console, out)
+
+
+def _task(config: ImageConfig) -> Task:
+    """Loads the task; says which command takes one with masks."""
+    name, path = config.task, at_home(config.task)
+    masks = name in segmentation_catalogue.ENTRIES and not path.exists()
+    if masks or segmentation_task.is_folder(path):
+        raise ValueError(
+            f"{name} has masks, not classes: `python -m experiments.polyp --config "
+            f"minisam --task {name}` segments its images."
+        )
+    return catalogue.load(name, config.data_dir)
 
 
 def check_classes(task: Task) -> None:
@@ -154,7 +167,7 @@ def check_classes(task: Task) -> None:
 def missing(config: ImageConfig) -> str | None:
     """Returns why a task cannot be run; None if it can."""
     try:
-        task = catalogue.load(config.task, config.data_dir)
+        task = _task(config)
         check_classes(task)
         setup.check_batch(config, task, sharding.make(config.mesh), ImageRun.unit)
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -225,7 +225,7 @@ class PolypRun(Prepared):
             shutil.rmtree(self.embeddings, ignore_errors=True)
 
     def _title(self, name: str) -> str:
-        return self.task.name if name == TEST else name
+        return self.task.name if name == TEST else self.task.titles.get(name, name)
 
 
 def prepared(name: str, config: PolypConfig, console: Console) -> PolypRun:

@@ -79,15 +79,21 @@ def load(
     """
     data_dir = at_home(data_dir)
     task = _loaded(name, data_dir, validation, segmentation_task.load)
-    extra, notes = dict(task.extra_tests), list(task.notes)
+    extra, notes, titles = dict(task.extra_tests), list(task.notes), {}
     for other in also:
         own = _loaded(other, data_dir, validation, segmentation_task.as_test)
         key = other if other in ENTRIES else own.name
         if key in extra or key in SPLITS:
             raise ValueError(f"also={tuple(also)}: there are two tests called {key}.")
-        extra[key] = own.test
+        extra[key], titles[key] = own.test, own.name
         notes += own.notes
-    return dataclasses.replace(task, extra_tests=extra, notes=tuple(notes))
+    titles = {
+        key: title
+        for key, title in titles.items()
+        if [task.name, *extra, *titles.values()].count(title) == 1
+    }
+    changes = {"notes": tuple(notes), "extra_tests": extra, "titles": titles}
+    return dataclasses.replace(task, **changes)
 
 
 def knows(name: str) -> bool:

@@ -1,10 +1,10 @@
 """Draws a contact sheet of a task's training images, as the model sees them.
 
-    python -m experiments.tasks.show --task digits
+    python -m experiments.tasks.show digits
 
-`--task` is a name from `--list`, or the path of a folder or CSV file. Checks every
-image, and writes a PNG of some training images with their labels or their masks, after
-augmentation and normalisation (undone again for the eye).
+The task is a name from `--list`, or the path of a folder or CSV file; images with masks
+are recognised. Checks every image, and writes a PNG of some training images with their
+labels or their masks, after augmentation and normalisation (undone again for the eye).
 """
 
 import contextlib
@@ -33,8 +33,10 @@ from experiments.tasks import catalogue, segmentation_catalogue
 class ShowConfig:
     """Options of `python -m experiments.tasks.show`."""
 
-    task: str = ""
+    given: tyro.conf.Positional[str] = ""
     """Name of a task, or path of a folder or CSV file."""
+    task: str = ""
+    """The same, as other commands take it."""
     list: bool = False
     """Print all tasks with their licences, and nothing else."""
     data_dir: Path = catalogue.DATA_DIR
@@ -68,6 +70,9 @@ def main(argv: list[str] | None = None) -> Path | None:
         console.print(segmentation_catalogue.listing())
         return None
     with terminal.exit_on_error(program):
+        if config.given and config.task:
+            raise ValueError(f"{config.given} and --task {config.task}: expected one.")
+        config = dataclasses.replace(config, task=config.task or config.given)
         if not config.task:
             raise ValueError("--task is missing; --list prints what there is.")
         if config.images < 1:

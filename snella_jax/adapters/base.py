@@ -139,6 +139,12 @@ def differences(
         for name, agrees in named.items()
         if not agrees
     ]
+    problems += [
+        f"{name}: {list(left[name].shape)} in {sides[0]} and {list(right[name].shape)} "
+        f"in {sides[1]}: is image_size the same?"
+        for name in sorted(left.keys() & right.keys())
+        if found.positions and name.endswith(found.positions)
+    ]
     return problems if same else [*problems, _unlike(left, right, sides)]
 
 

@@ -280,6 +280,9 @@ def test_an_adapted_model_is_saved_loaded_and_exported(model, tmp_path):
     same(models.load(tmp_path / "out"), merged)
     with pytest.raises(ValueError, match="decoder_norm_eps"):
         snella.load(models.load(META), tmp_path / "adapter")
+    other = r"encoder/pos_embed: \[1, \d, \d, 16\] in the file and \[1, 2, 2, 16\] in"
+    with pytest.raises(ValueError, match=f"{other} the model: is image_size the same"):
+        snella.load(models.load(FOLDER, image_size=32), tmp_path / "adapter")
 
 
 # Against transformers itself

@@ -48,11 +48,12 @@ NAMES = "dice", "iou", "recall_pooled", "dice_of_recall"
 def words(tmp_path_factory):
     """A short run's options: of a SAM with a ViT, four epochs of four updates."""
     folder = tmp_path_factory.mktemp("polyps")
-    other = masks.draw(folder / "other", "xyzw", seed=1)
+    masks.draw(folder / "cvc_clinicdb", "xyzw", seed=1)
     return [
         *("--config=minisam_kvasir", f"--task={tiny_sams.task(folder / 'task')}"),
         *(f"--model={tiny_sams.FILES['vit']}", f"--image_size={tiny_sams.SIDE}"),
-        *("--tests", str(other), "--mesh=data=1", "--batch=2", "--test_batch=4"),
+        *("--tests", "cvc_clinicdb", f"--data_dir={folder}"),
+        *("--mesh=data=1", "--batch=2", "--test_batch=4"),
         *("--epochs=4", "--eval_every=2", "--snella.lr=1e-2", "--decoder.lr=1e-2"),
         *("--methods", "box", *TRAINED),
     ]
@@ -71,12 +72,15 @@ def test_a_run_ends_with_both_measures_of_every_set(whole, words):
     assert [metric["name"] for metric in summary["metrics"]] == [*NAMES]
     made = json.loads((out / "report.json").read_text("utf-8"))
     assert {name: own["images"] for name, own in made["sets"].items()} == {
-        **{"test": 4, "other": 4}
+        **{"test": 4, "cvc_clinicdb": 4}
     }
     rows = {(row["set"], row["method"]): row for row in made["rows"]}
     for method, result in results.items():
         test = {name: result[f"test_{name}"] for name in NAMES}
-        for where, own in (("test", test), ("other", result["tests"]["other"])):
+        for where, own in (
+            ("test", test),
+            ("cvc_clinicdb", result["tests"]["cvc_clinicdb"]),
+        ):
             row = rows[where, registry.title(method)]
             values = [own[name] for name in NAMES]
             assert [row[name] for name in NAMES] == values
@@ -84,8 +88,8 @@ def test_a_run_ends_with_both_measures_of_every_set(whole, words):
             recall, of_recall = values[2:]
             assert of_recall == pytest.approx(2 * recall / (1 + recall))
     text = (out / "report.md").read_text("utf-8")
-    assert "| untuned, true box |" in text and "other, 4 images:" in text
-    for name in ("sheet", "sheet_other", "dice", "curves", "allocation"):
+    assert "| untuned, true box |" in text and "CVC-ClinicDB, 4 images:" in text
+    for name in ("sheet", "sheet_cvc_clinicdb", "dice", "curves", "allocation"):
         assert (out / f"figures/{name}.png").stat().st_size > 10_000
     assert not (out / "embeddings").exists()
 
@@ -154,15 +158,15 @@ def test_runs_are_reported_by_set_over_seeds(whole, tmp_path):
         values = json.loads((out / name).read_text("utf-8")) | {"seed": 1}
         (second / name).write_text(json.dumps(values), "utf-8")
     made = report.main([str(out), str(second)])
-    assert set(made["tasks"]) == {"task", "other"}
+    assert set(made["tasks"]) == {"task", "cvc_clinicdb"}
     assert made["metric"] == {"name": "dice", "percent": True}
     titles = {column["method"]: column for column in made["columns"]}
     for method, result in summary["methods"].items():
         title = registry.title(method) + "-8" * (method == "snella")
         own = titles[title]["tasks"]
         assert own["task"]["mean"] == pytest.approx(100 * result["test_dice"])
-        expected = result["tests"]["other"]["dice"]
-        assert own["other"]["seeds"] == {"0": expected, "1": expected}
+        expected = result["tests"]["cvc_clinicdb"]["dice"]
+        assert own["cvc_clinicdb"]["seeds"] == {"0": expected, "1": expected}
 
 
 def test_figures_of_a_resumed_run_have_what_was_finished(whole, tmp_path):

@@ -1,18 +1,22 @@
 """Tasks with masks: where they are, how they are split, stamps on photographs."""
 
+import dataclasses
 import hashlib
 import re
 
 import masks
 import numpy as np
+import pictures
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from experiments.config.presets import QUICKSTART
 from experiments.data import pair_check
 from experiments.data.segmentation_task import SegmentationTask
 from experiments.data.source import Arrays, take
 from experiments.data.task import Task
+from experiments.runs import images
 from experiments.tasks import polyps, segmentation_catalogue, show, tuxpaint_masks
 from experiments.tasks.segmentation_catalogue import load
 from experiments.tasks.tuxpaint import Stamps
@@ -82,6 +86,9 @@ def test_cvc_clinicdb_is_a_test_alone_and_one_of_others(data):
     task = load("kvasir", data, also=("cvc_clinicdb", str(plain)))
     sizes = {name: len(source) for name, source in task.extra_tests.items()}
     assert sizes == {"cvc_clinicdb": 3, "plain": 2}
+    assert task.titles == {"cvc_clinicdb": "CVC-ClinicDB"}  # the folder's is its name
+    same = load(str(data / "Kvasir-SEG"), data, also=("kvasir", str(plain)))
+    assert same.name == "Kvasir-SEG" and not same.titles  # nor one that is another's
     assert task.extra_tests["cvc_clinicdb"][0]["mask"].any()
     with pytest.raises(ValueError, match="there are two tests called cvc_clinicdb"):
         load("kvasir", data, also=("cvc_clinicdb", "cvc_clinicdb"))
@@ -113,6 +120,19 @@ def test_names_that_are_none_and_folders_of_a_tasks_name(data, monkeypatch):
     assert load("kvasir", data).notes[0] == note
 
 
+def test_classification_points_to_the_command_for_masks(data, monkeypatch):
+    def missing(task):
+        config = dataclasses.replace(QUICKSTART.config, task=str(task), batch=4)
+        return images.missing(config)
+
+    for task in ("kvasir", data / "Kvasir-SEG"):
+        command = f"`python -m experiments.polyp --config minisam --task {task}`"
+        assert f"{task} has masks, not classes: {command}" in missing(task)
+    monkeypatch.chdir(data)
+    pictures.draw(data / "kvasir")  # with a folder for each class
+    assert missing("kvasir") is None
+
+
 def test_the_listing_names_every_task_and_its_terms(capsys):
     assert show.main(["--list"]) is None
     listed = capsys.readouterr().out
@@ -127,7 +147,8 @@ def test_the_listing_names_every_task_and_its_terms(capsys):
 @pytest.mark.parametrize(("name", "kind"), [("kvasir", "12"), ("cvc_clinicdb", "3")])
 def test_show_draws_images_with_their_masks(data, capsys, name, kind):
     out = data / "sheet.png"
-    options = ["--task", name, "--data_dir", str(data), "--size=16", "--fit=pad"]
+    words = {"kvasir": ["--task", name], "cvc_clinicdb": [name]}[name]
+    options = [*words, "--data_dir", str(data), "--size=16", "--fit=pad"]
     assert show.main([*options, "--out", str(out)]) == out
     with Image.open(out) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
