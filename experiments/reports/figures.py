@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator
 
 from experiments import plotting
 from experiments.data.source import Source
@@ -36,7 +37,7 @@ def allocation(path: Path, rows: Sequence[dict[str, Any]], unit: str = "epoch") 
     shares = scores / np.maximum(scores.sum(0), np.finfo(float).tiny)
     density, total = budgets / capacities, budgets.sum(0) / capacities.sum(0)
 
-    height = 1.6 + 0.17 * len(names)
+    height = max(3.6, 1.6 + 0.17 * len(names))  # inches: the bars have long labels
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, height), sharey=True, layout="constrained"
     )
@@ -52,7 +53,7 @@ def allocation(path: Path, rows: Sequence[dict[str, Any]], unit: str = "epoch") 
     totals = f"{total[0]:.2f} to {total[-1]:.2f} of all weights"
     right.set(title=f"Budget in the {unit} ({totals})", xlabel=unit)
     for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(_rounds())
     plotting.save(figure, path)
 
 
@@ -73,7 +74,9 @@ def curves(
       unit: name of a round.
     """
     scale = 100 if metric.percent else 1
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3.6), sharex=True, layout="constrained"
+    )
     for title, rows in methods.items():
         known = [(r["epoch"], r["train_loss"]) for r in rows if "train_loss" in r]
         left.plot(*zip(*known, strict=True), marker=".", label=title)
@@ -88,14 +91,20 @@ def curves(
     if not right.lines:
         right.annotate("nothing was followed", (0.5, 0.5), ha="center",
                        xycoords="axes fraction")  # fmt: skip
+        right.set_yticks([])
     for axes in (left, right):
         axes.set_xlabel(unit)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(_rounds())
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
     figure.suptitle(plotting.label(task))
     plotting.save(figure, path)
+
+
+def _rounds() -> MaxNLocator:
+    """Returns a locator of ticks at whole rounds, of which there may be one."""
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
 
 
 def sparsity(

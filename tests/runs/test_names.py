@@ -244,3 +244,22 @@ def test_what_moved_is_drawn_by_epoch(tmp_path, monkeypatch):
     density = mesh.get_array().reshape(2, 3)
     np.testing.assert_allclose(density, [[0.2, 0.3, 0.7], [0.4, 0.45, 0.65]])
     plt.close(figure)
+
+
+def test_figures_of_one_round_have_one_tick_and_room_for_their_labels(monkeypatch):
+    drawn, nothing = [], pathlib.Path()
+    monkeypatch.setattr(plotting, "save", lambda figure, _: drawn.append(figure))
+    row = {"epoch": 2, "train_loss": 1.0, "val_accuracy": 0.5}
+    moved = {"importance": {"a": 1.0}, "budget": {"a": 1}, "capacity": {"a": 4}}
+    figures.curves(nothing, {"LoRA": [row]}, "task")
+    figures.allocation(nothing, [row | moved])
+    for figure in drawn:
+        figure.draw_without_rendering()
+        for axes in figure.axes[:2]:
+            low, high = sorted(axes.get_xlim())
+            assert [x for x in axes.get_xticks() if low < x < high] == [2]
+        high = figure.bbox.height
+        for axes in figure.axes[2:]:  # bars of colours
+            label = axes.yaxis.label.get_window_extent()
+            assert label.y0 >= 0 and label.y1 <= high
+        plt.close(figure)
