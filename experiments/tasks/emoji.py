@@ -25,6 +25,7 @@ FETCH = (
     "tar xzf emoji-datasource-twitter-16.0.0.tgz"
 )
 FOLDER = Path("package")
+IMAGES = Path("img", "twitter", "64")
 COUNT = 1906
 SIDE = 64  # pixels of a file; pictures are shrunk to half of it
 
@@ -104,7 +105,9 @@ def read(folder: Path = FOLDER) -> list[Emoji]:
         entries = json.loads(index.read_text("utf-8"))
         found = [_emoji(entry, folder) for entry in entries if _shown(entry)]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is damaged: {error!r}. Get it by: {FETCH}") from error
+        raise ValueError(
+            f"{index} is damaged: {error!r}. Get it by: {FETCH}"
+        ) from error
     if len(found) != COUNT:
         raise ValueError(
             f"{index} has {len(found)} emoji without skin tones, expected {COUNT} of "
@@ -124,7 +127,7 @@ def _emoji(entry: dict[str, Any], folder: Path) -> Emoji:
         re.sub(r"[_-]+", " ", entry["short_name"]).strip(),
         entry["category"],
         entry["subcategory"],
-        folder / "img" / "twitter" / "64" / entry["image"],
+        folder / IMAGES / entry["image"],
         family(name),
     )
 
