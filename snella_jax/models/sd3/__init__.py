@@ -2,5 +2,6 @@
 
 from snella_jax.models.sd3 import clip, flow, mmdit, t5, vae
 from snella_jax.models.sd3.pipeline import Pipeline
+from snella_jax.models.sd3.pipeline_files import load
 
-__all__ = ["Pipeline", "clip", "flow", "mmdit", "t5", "vae"]
+__all__ = ["Pipeline", "clip", "flow", "load", "mmdit", "t5", "vae"]

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from snella_jax.files.errors import CheckpointError
-from snella_jax.files.readers import read_json
+from snella_jax.files.readers import check_download, read_json
 from snella_jax.files.vocabulary_packages import package, pieces
 
 log = logging.getLogger("snella_jax")
@@ -163,6 +163,7 @@ def t5_tokenizer(path: str | Path, length: int = 256) -> Tokenizer:
         if not found:
             raise FileNotFoundError(f"{path} has none of {', '.join(names)}.")
         path = found[0]
+    check_download(path)
     to_ids: Callable[[str], list[int]]
     if path.suffix == ".json":
         backend = _json_backend(path)
