@@ -3,6 +3,8 @@
 `tests/assets/sd3_parts/make.py` made the files and says what is in them.
 """
 
+import dataclasses
+import functools
 import json
 import shutil
 
@@ -40,6 +42,11 @@ def same(one, other):
         np.testing.assert_array_equal(variable[...], other[path][...], str(path))
 
 
+@functools.cache
+def loaded():
+    return vae.load(FOLDER)
+
+
 def tensors():
     return load_file(FOLDER / FILE)
 
@@ -63,7 +70,7 @@ def changed(tmp_path, **fields):
 
 def test_a_folder_of_diffusers_gives_what_diffusers_computes():
     """The images' width, 18, is halved to 9 and then to 4."""
-    model = vae.load(FOLDER)
+    model = loaded()
     mean, logvar = nnx.jit(lambda m, x: m.encode(x))(model, EXPECTED["images"])
     close(mean, EXPECTED["mean"])
     close(logvar, EXPECTED["logvar"])
@@ -73,20 +80,30 @@ def test_a_folder_of_diffusers_gives_what_diffusers_computes():
     assert model.config.dtype == model.config.param_dtype == jnp.float32
 
 
-def test_a_single_file_gives_the_same_model(tmp_path):
-    others = prefixed({"pos_embed": np.ones((1, 4, 2), "f4")}, "model.diffusion_model.")
-    others |= prefixed({"shared.weight": np.ones((3, 2), "f4")}, T5)
-    model = vae.load(single(tmp_path, **others), **OWN)
-    same(model, vae.load(FOLDER))
-    assert model.config == vae.load(FOLDER).config
-    again = vae.load(read(tmp_path / "single.safetensors"), **OWN, remat="blocks")
-    same(again, model)
-    assert again.config.remat == "blocks"
+def test_a_folder_in_shards_whose_config_has_no_shift(tmp_path):
+    path, own = changed(tmp_path, shift_factor=None), tensors()
+    (path / FILE).unlink()
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    places = {name: names[index % 2] for index, name in enumerate(own)}
+    for file in names:
+        save_file(
+            {name: own[name] for name in own if places[name] == file}, path / file
+        )
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (path / f"{FILE}.index.json").write_text(index, "utf-8")
+    model = vae.load(path)
+    same(model, loaded())
+    assert model.shift == 0
 
 
 def test_a_single_file_has_the_scale_and_shift_of_stable_diffusion_3(tmp_path):
-    model = vae.load(single(tmp_path), groups=2)
-    assert (model.scale, model.shift) == (1.5305, 0.0609)
+    others = prefixed({"pos_embed": np.ones((1, 4, 2), "f4")}, "model.diffusion_model.")
+    others |= prefixed({"shared.weight": np.ones((3, 2), "f4")}, T5)
+    path = single(tmp_path, **others)
+    model = vae.load(read(path), groups=2)
+    same(model, loaded())
+    own = dataclasses.replace(loaded().config, scale=1.5305, shift=0.0609)
+    assert model.config == own
 
 
 def test_without_prefix_and_config_scale_and_shift_have_to_be_said(tmp_path):
@@ -95,8 +112,9 @@ def test_without_prefix_and_config_scale_and_shift_have_to_be_said(tmp_path):
         vae.load(path, groups=2)
     with pytest.raises(CheckpointError, match="scale= and shift="):
         vae.load(path, groups=2, scale=1.5)
-    same(vae.load(path, **OWN), vae.load(FOLDER))
-    same(vae.load(FOLDER / FILE, **OWN), vae.load(FOLDER))
+    model = vae.load(FOLDER / FILE, **OWN, remat="blocks")
+    same(model, loaded())
+    assert model.config == dataclasses.replace(loaded().config, remat="blocks")
 
 
 def test_levels_the_wrong_way_round_are_seen(tmp_path):
@@ -113,26 +131,20 @@ def test_levels_the_wrong_way_round_are_seen(tmp_path):
     assert abs(decoded - EXPECTED["decoded"]).max() > 0.1
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_weights_of_16_bits_are_read_as_float32(dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "options"), [("float16", {}), ("bfloat16", {"param_dtype": "bfloat16"})]
+)
+def test_weights_of_16_bits_are_read_as_float32_or_kept(dtype, options, tmp_path):
     half = {name: tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors().items()}
     path = changed(tmp_path)
     save_file(half, path / FILE)
-    model = vae.load(path)
-    leaves = jax.tree.leaves(nnx.state(model))
-    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
-    name = "encoder.conv_in.weight"
+    model = vae.load(path, **options)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))}
+    assert dtypes == {jnp.dtype(options.get("param_dtype", "float32"))}
     np.testing.assert_array_equal(
-        model.encoder.conv_in.kernel[...],
-        half[name].astype("f4").transpose(2, 3, 1, 0),
+        model.encoder.conv_in.kernel[...].astype("float32"),
+        half["encoder.conv_in.weight"].astype("f4").transpose(2, 3, 1, 0),
     )
-    kept = vae.load(path, param_dtype=dtype)
-    leaves = jax.tree.leaves(nnx.state(kept))
-    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
-
-
-def test_a_config_without_shift_has_none(tmp_path):
-    assert vae.load(changed(tmp_path, shift_factor=None)).shift == 0
 
 
 def test_autoencoders_of_other_models_are_refused_by_name(tmp_path):

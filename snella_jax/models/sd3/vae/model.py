@@ -6,13 +6,14 @@ attention of one head over the coarsest. Axes: `B` images of `H` times `W` pixel
 `w` the grid of the latents, `C` their channels, `D` the width of a level.
 
     >>> from snella_jax.models.sd3 import vae
+    >>> config = vae.VAEConfig(widths=(8, 16), blocks=1, groups=4, latents=4)
     >>> def shapes(images):
-    ...     model = vae.VAE(vae.PRESETS["sd3"], rngs=nnx.Rngs(0))
+    ...     model = vae.VAE(config, rngs=nnx.Rngs(0))
     ...     mean, logvar = model.encode(images)
     ...     return mean, model.decode(mean)
-    >>> mean, images = nnx.eval_shape(shapes, jnp.zeros((1, 512, 384, 3)))
+    >>> mean, images = nnx.eval_shape(shapes, jnp.zeros((1, 64, 48, 3)))
     >>> mean.shape, images.shape
-    ((1, 64, 48, 16), (1, 512, 384, 3))
+    ((1, 32, 24, 4), (1, 64, 48, 3))
 """
 
 import jax
