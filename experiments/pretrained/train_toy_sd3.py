@@ -62,7 +62,7 @@ class TrainConfig:
     """Rate of AdamW's weight decay."""
     ema: float = 0.999
     """Decay of the mean of the weights, which is what is kept."""
-    every: int = 500
+    every: int = 200
     """Updates from one state that is written to the next."""
     seed: int = 0
     """Seed of the weights, the order, the captions and the noise."""
@@ -108,8 +108,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _check_same(config: TrainConfig) -> None:
     """Writes the config; raises a `MismatchError` if the folder has another one."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k != "emoji"}
-    fields = json.loads(json.dumps(fields | {"out": config.out.name}))
+    fields = dataclasses.asdict(config)
+    for free in ("out", "emoji", "every"):
+        del fields[free]
     path = config.out / "config.json"
     there = files.read(path)
     if there is None:
@@ -124,7 +125,10 @@ def _train(config: TrainConfig, toy: Toy, words: Words, album: Album) -> None:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.lr, config.warmup, config.updates, config.lr / 100
     )
-    tx = optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay),
+    )
     state = State(params, params, tx.init(params))
     state, update, log = _resumed(config.out, state)
     step = _step(config, graphdef, rest, tx)
