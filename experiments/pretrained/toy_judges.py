@@ -20,26 +20,26 @@ from snella_jax.models.vit import ViT
 
 PROBE = Metric("probe")
 # Where emoji have what DreamBooth's classes and emoji's families are called.
-SUBCATEGORIES = {
-    "backpack": "clothing",
-    "book": "book-paper",
-    "boot": "clothing",
-    "bowl": "food-prepared",
-    "can": "food-prepared",
-    "candle": "light & video",
-    "cartoon": "face-costume",
-    "cat": "animal-mammal",
-    "clock": "time",
-    "dog": "animal-mammal",
-    "glasses": "clothing",
-    "monkey": "animal-mammal",
-    "moon": "sky & weather",
-    "postbox": "mail",
-    "sneaker": "clothing",
-    "stuffed animal": "game",
-    "teapot": "drink",
-    "toy": "game",
-    "vase": "dishware",
+SUBCATEGORIES: dict[str, tuple[str, ...]] = {
+    "backpack": ("clothing",),
+    "book": ("book-paper",),
+    "boot": ("clothing",),
+    "bowl": ("food-prepared",),
+    "can": ("food-prepared",),
+    "candle": ("light & video",),
+    "cartoon": ("face-costume",),
+    "cat": ("animal-mammal", "cat-face"),
+    "clock": ("time",),
+    "dog": ("animal-mammal",),
+    "glasses": ("clothing",),
+    "monkey": ("animal-mammal", "monkey-face"),
+    "moon": ("sky & weather",),
+    "postbox": ("mail",),
+    "sneaker": ("clothing",),
+    "stuffed animal": ("game",),
+    "teapot": ("drink",),
+    "toy": ("game",),
+    "vase": ("dishware",),
 }
 HELP = "experiments/pretrained/toy_judges.py"
 
@@ -51,8 +51,7 @@ class ToyJudges:
     Attributes:
       vit: the network whose class token the features are.
       probe: names subcategories from them.
-      subcategories: those that count as right; cat faces, say, are no mammals in
-        Unicode's order.
+      subcategories: those that count as right.
     """
 
     vit: ViT
@@ -77,12 +76,8 @@ class ToyJudges:
         return self.probe.probabilities(features.likeness)[:, right].sum(1)
 
 
-def load(class_name: str, *also: str) -> ToyJudges:
+def load(class_name: str) -> ToyJudges:
     """Loads the judges of pictures of a class.
-
-    Args:
-      class_name: noun for what they are to show.
-      also: further subcategories that count as right.
 
     Raises:
       ValueError: the class is none of an emoji or of DreamBooth.
@@ -91,5 +86,5 @@ def load(class_name: str, *also: str) -> ToyJudges:
     if class_name not in SUBCATEGORIES:
         text = unknown("class", class_name, SUBCATEGORIES, HELP)
         raise ValueError(f"--class_name: {text}")
-    right = tuple(dict.fromkeys((SUBCATEGORIES[class_name], *also)))
+    right = SUBCATEGORIES[class_name]
     return ToyJudges(emoji_probe.vit(), emoji_probe.load()[0], right)

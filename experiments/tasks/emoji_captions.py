@@ -64,9 +64,15 @@ EVERYDAY = {
 }
 SPARE = tuple(f"<spare{i}>" for i in range(8))  # words of the rows for --token
 KINDS = ("plain", "token", "colour", "scene", "empty")
-SHARES = (0.6, 0.1, 0.12, 0.08, 0.1)
-FORMS = ("{name}", "a picture of {name}", "{short}", "a {short}", "{name}, {kind}")
-FORM_SHARES = (0.4, 0.2, 0.2, 0.1, 0.1)
+SHARES = (0.58, 0.12, 0.12, 0.08, 0.1)
+FORMS = {  # shares
+    "{name}": 0.35,
+    "a picture of {name}": 0.15,
+    "a photo of {short}": 0.1,
+    "{short}": 0.2,
+    "a {short}": 0.1,
+    "{name}, {kind}": 0.1,
+}
 FLAT = ("Symbols", "Flags")  # categories that stand in front of no scene
 # Subcategories, or their beginnings, that mean the same as in a mirror.
 MIRRORED = (
@@ -107,18 +113,19 @@ class Album:
         if kind == "colour" and one.category != "Flags":
             allowed = [c for c in COLOURS if not withheld(one, c)]
             colour = allowed[rng.integers(len(allowed))]
-            caption = f"{_words(one, rng)} on a {colour} background"
+            caption = f"{_subject(one, rng)} on a {colour} background"
             return on(self.large[index][:, ::flip], COLOURS[colour]), caption
         if kind == "scene" and one.category not in FLAT:
             allowed = [s for s in self.scenes if not withheld(one, s)]
             scene = allowed[rng.integers(len(allowed))]
-            caption = f"{_words(one, rng)} {scene}"
+            caption = f"{_subject(one, rng)} {scene}"
             return self.before(scene, self.small[index][:, ::flip]), caption
         caption = ""
         if kind == "token":
-            caption = f"a {SPARE[rng.integers(len(SPARE))]} {_words(one, rng)}"
+            start = ("a", "a photo of")[rng.integers(2)]
+            caption = f"{start} {_spare(rng)} {_words(one, rng)}"
         elif kind != "empty":
-            form = FORMS[rng.choice(len(FORMS), p=FORM_SHARES)]
+            form = tuple(FORMS)[rng.choice(len(FORMS), p=tuple(FORMS.values()))]
             caption = form.format(
                 name=one.name, short=_words(one, rng), kind=_spaced(one.subcategory)
             )
@@ -165,7 +172,8 @@ def texts(emoji: list[Emoji]) -> Iterator[str]:
     """Yields texts with all words of the captions and of DreamBooth's prompts."""
     for one in emoji:
         yield from (one.name, *everyday(one), f"{one.name}, {_spaced(one.subcategory)}")
-    yield from (f"a picture of a {word} background" for word in COLOURS)
+    yield from (f"a photo of a {word} background" for word in COLOURS)
+    yield "a picture of"
     yield from (*SCENES, *(family.class_name for family in FAMILIES.values()))
     for subject in SUBJECTS:
         yield from prompts("", CLASSES.get(subject, subject), subject in LIVE)
@@ -181,6 +189,16 @@ def _words(one: Emoji, rng: np.random.Generator) -> str:
     """Draws one of the short names of an emoji."""
     names = everyday(one)
     return names[rng.integers(len(names))]
+
+
+def _subject(one: Emoji, rng: np.random.Generator) -> str:
+    """Draws what a caption calls an emoji that is somewhere."""
+    start = ("", "a ", f"a {_spare(rng)} ")[rng.integers(3)]
+    return start + _words(one, rng)
+
+
+def _spare(rng: np.random.Generator) -> str:
+    return SPARE[rng.integers(len(SPARE))]
 
 
 def _spaced(subcategory: str) -> str:
