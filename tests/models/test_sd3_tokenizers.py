@@ -193,7 +193,7 @@ def test_no_t5(tmp_path):
 
 
 @pytest.mark.reference
-def test_ids_are_those_of_transformers():
+def test_ids_are_those_of_transformers(tmp_path):
     """Built from the merges in `open-clip-torch`, which is not imported for them."""
     transformers = pytest.importorskip("transformers")
 
@@ -206,9 +206,29 @@ def test_ids_are_those_of_transformers():
         assert tokenizer.encode(text) == expected, name
         expected = oracle(text, add_special_tokens=False).input_ids
         assert tokenizer.to_ids(text) == expected, name
+    oracle.save_pretrained(tmp_path)
+    again = tokenizers.clip_tokenizer(tmp_path)
+    assert all(again.encode(t) == tokenizer.encode(t) for t in TEXTS.values())
     short = [text for text in TEXTS.values() if not re.search("endoftext", text)]
     rows = oracle(short, truncation=True, max_length=77, padding="max_length").input_ids
     assert tokenizer.padded(short).tolist() == rows
     assert tokenizer.padded(["a cat!"], 7, 0).tolist() == [
         [49406, 320, 2368, 256, 49407, 0, 0]
     ]
+
+
+@pytest.mark.reference
+def test_t5s_ids_are_those_of_transformers(tmp_path):
+    """But where a text has control characters or names tokens, which pieces do not."""
+    transformers = pytest.importorskip("transformers")
+
+    (tmp_path / "spiece.model").write_bytes(t5_pieces())
+    oracle = transformers.T5Tokenizer.from_pretrained(tmp_path)
+    oracle.save_pretrained(tmp_path / "json")
+    pieces = tokenizers.t5_tokenizer(tmp_path, length=50)
+    whole = tokenizers.t5_tokenizer(tmp_path / "json", length=50)
+    for name, text in TEXTS.items():
+        expected = oracle(text, truncation=True, max_length=50).input_ids
+        assert whole.encode(text) == expected, name
+        if name not in ("controls", "special tokens"):
+            assert pieces.encode(text) == expected, name
