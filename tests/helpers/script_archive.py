@@ -70,7 +70,7 @@ def write(path, tensors, **attributes):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("clip/data.pkl", data.getvalue())
         archive.writestr("clip/constants.pkl", pickle.dumps((), 2))
-        archive.writestr("clip/code/__torch__/clip.py", "raise SystemExit")
+        archive.writestr("clip/code/program", "raise SystemExit")
         for key, array in enumerate(arrays):
             archive.writestr(f"clip/data/{key}", array.tobytes())
     return path
