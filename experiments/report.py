@@ -34,6 +34,8 @@ class Options:
     """Which test accuracy of a run. last: that of the last epoch. best: that of the
     epoch that was best on the split that was followed. ema: that of the running mean of
     the weights."""
+    metric: str | None = None
+    """Name of the metric, such as vendi_prompt. Default: the runs' first one."""
     out: Given | None = None
     """Folder to write report.md and report.json into. Default: print only."""
 
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             raise ValueError("name at least one run folder.")
         if options.out is not None:
             check_out(options.out)
-        runs = finished.collect(options.runs, console)
+        runs = finished.collect(options.runs, console, options.metric)
         made = table(runs, options.accuracy)
     write(made, options.out, console)
     return made

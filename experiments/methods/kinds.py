@@ -1,13 +1,15 @@
-"""Models without classes: decoders of texts, and SAMs, which draw masks.
+"""Models without classes: decoders of texts, SAMs, which draw masks, and MMDiTs.
 
 A decoder keeps its embedding and head. A SAM's methods adapt its image encoder; its
-mask decoder and `no_mask_embed` train whole, as `Scope.trainable` says.
+mask decoder and `no_mask_embed` train whole, as `Scope.trainable` says. An MMDiT draws
+pictures; nothing trains besides.
 """
 
 from typing import Any
 
 from snella_jax.models.llama import Llama
 from snella_jax.models.sam import Sam
+from snella_jax.models.sd3.mmdit import MMDiT
 
 
 def is_decoder(model: Any) -> bool:
@@ -22,7 +24,7 @@ def is_sam(model: Any) -> bool:
 
 def has_classes(model: Any) -> bool:
     """Returns True for a classifier, or any other model with a head of its own."""
-    return not (is_decoder(model) or is_sam(model))
+    return not isinstance(model, Llama | Sam | MMDiT)
 
 
 def body(model: Any) -> Any:

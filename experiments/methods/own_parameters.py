@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from experiments.methods import kinds
@@ -46,6 +48,20 @@ class Full(OwnParameters):
             freeze(model, f"blocks|norm|{scope.trainable}")
         elif kinds.is_sam(model):
             freeze(model, f"encoder|{scope.trainable}")
+        return model
+
+
+@dataclasses.dataclass(frozen=True)
+class FullFloat32(Full):
+    """Full fine-tuning in float32, whatever the dtype of frozen weights."""
+
+    def adapt(self, base: Any, scope: Scope) -> Any:
+        """Returns a copy of a model: steps of 1e-4 would be lost on 16 bits."""
+        model = super().adapt(base, scope)
+        wide = jax.tree.map(
+            lambda weight: weight.astype(jnp.float32), nnx.state(model, nnx.Param)
+        )
+        nnx.update(model, wide)
         return model
 
 

@@ -271,6 +271,15 @@ class Snell(Snella):
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearSnella(Snella):
+    """SNELLA with the linear kernel, whose update before the gate is LoRA's."""
+
+    title: ClassVar[str] = "SNELLA (linear)"
+
+    kernel: KernelName = "linear"
+
+
+@dataclasses.dataclass(frozen=True)
 class ReleasedSnella(Snella):
     """SNELLA as the authors' code sets it up, apart from rates and densities."""
 

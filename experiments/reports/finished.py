@@ -9,6 +9,7 @@ from rich.console import Console
 
 from experiments import files
 from experiments.config import run_config
+from experiments.config.dreambooth import DreamboothConfig
 from experiments.config.images import ImageConfig
 from experiments.config.language import LanguageConfig
 from experiments.config.polyp import PolypConfig
@@ -23,6 +24,8 @@ from experiments.training.objective import Metric
 # runs from then are not seeds of later ones.
 UNDECAYED = ("spt_lora", "noah")
 UNDECAYED_NOTE = "factors without decay"
+# Keys of summaries that name the data, for kinds of runs whose config has no task.
+NAMED = {LanguageConfig: "name", DreamboothConfig: "task"}
 IRRELEVANT = (*WHERE, "seed", "methods", "source")
 
 
@@ -49,15 +52,18 @@ class Run:
     metric: Metric = ACCURACY
 
 
-def collect(paths: Iterable[Path], console: Console) -> list[Run]:
+def collect(
+    paths: Iterable[Path], console: Console, metric: str | None = None
+) -> list[Run]:
     """Reads the finished runs in folders and below them, a `Run` for each method.
 
     Args:
       console: where folders without a finished run are named.
+      metric: name of the metric of all; None for the first of each.
 
     Raises:
       ValueError: a folder is missing, none has a finished run, or one has it without
-        its `config.json`.
+        its `config.json` or that metric.
     """
     found: dict[Path, list[Run]] = {}
     for path in paths:
@@ -68,7 +74,7 @@ def collect(paths: Iterable[Path], console: Console) -> list[Run]:
             said = f"left out {path}, where there is no finished run (summary.json)"
             console.print(said, style="yellow", soft_wrap=True)
         for summary in summaries:
-            found.setdefault(summary.parent.resolve(), _runs(summary.parent))
+            found.setdefault(summary.parent.resolve(), _runs(summary.parent, metric))
     if not found:
         raise ValueError("There is no finished run (summary.json) in any folder.")
     return [run for runs in found.values() for run in runs]
@@ -81,7 +87,7 @@ def label(method: str, settings: dict[str, Any]) -> str:
     )
 
 
-def _runs(where: Path) -> list[Run]:
+def _runs(where: Path, named: str | None) -> list[Run]:
     summary, config = (files.read(where / f"{n}.json") for n in ("summary", "config"))
     if config is None:
         raise ValueError(f"{where} has a summary.json without its config.json.")
@@ -89,10 +95,11 @@ def _runs(where: Path) -> list[Run]:
     weights = Path(config["model"]).stem + ", random" * config.get(
         "random_weights", False
     )
-    asks = kind is LanguageConfig
-    protocol = config["template" if asks else "protocol"]
-    protocol += ", searched" * config["search"]
-    metric = Metric(**summary["metrics"][0]) if "metrics" in summary else ACCURACY
+    # Of a concept there is one protocol; others say it.
+    said = [config[own] for own in ("template", "protocol") if own in config]
+    setup = ", ".join([weights, *said, *["searched"] * config["search"]])
+    metric = _metric(summary, named, where)
+    task = _task(config["task"]) if "task" in config else summary[NAMED[kind]]
     usual = run_config.as_dict(kind())
     filled = usual | config  # which may be older than some fields
     runs = []
@@ -107,9 +114,9 @@ def _runs(where: Path) -> list[Run]:
             settings["grid"] = config.get("grid")
         run = Run(
             folder=where,
-            task=summary["name"] if asks else _task(config["task"]),
+            task=task,
             method=label(method, own),
-            setup=f"{weights}, {protocol}",
+            setup=setup,
             seed=config["seed"],
             settings=settings,
             result=result,
@@ -120,10 +127,22 @@ def _runs(where: Path) -> list[Run]:
     return runs
 
 
+def _metric(summary: Mapping[str, Any], name: str | None, where: Path) -> Metric:
+    """Returns the metric of that name, or the first."""
+    known = [Metric(**metric) for metric in summary.get("metrics", ())] or [ACCURACY]
+    found = [metric for metric in known if name in (None, metric.name)]
+    if not found:
+        names = ", ".join(metric.name for metric in known)
+        raise ValueError(f"{where} has no metric {name!r}: expected one of {names}.")
+    return found[0]
+
+
 def _kind(config: Mapping[str, Any]) -> type[RunConfig]:
     """Returns the class of a run's config, by what only that one has."""
     if "template" in config:
         return LanguageConfig
+    if "precondition" in config:
+        return DreamboothConfig
     return PolypConfig if "pooling" in config else ImageConfig
 
 

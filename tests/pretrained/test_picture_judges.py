@@ -1,0 +1,123 @@
+"""CLIP and DINOv2 as judges: tiny ones, by their own calls; missing weights by name."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from places import ROOT
+
+from experiments.config.dreambooth import DREAMBOOTH, DreamboothConfig
+from experiments.data.transforms import NORMALISATIONS
+from experiments.pretrained import picture_judges, sd3_models
+from experiments.pretrained.picture_judges import ClipAndDino
+from snella_jax.models import vit
+from snella_jax.models.sd3 import clip
+
+DINO = ROOT / "tests/assets/vit/dinov2"
+SIZES = {"width": 16, "depth": 1, "heads": 2, "projection": 6}
+RNG = np.random.default_rng
+
+
+@pytest.fixture
+def towers(monkeypatch):
+    """Tiny towers in the place of a CLIP's files, and a tokenizer of letters."""
+    image = clip.ClipImage(
+        clip.ClipImageConfig(**SIZES, patch_size=7, image_size=14), rngs=nnx.Rngs(0)
+    )
+    text = clip.ClipText(
+        clip.ClipTextConfig(**SIZES, vocab_size=130, positions=9), rngs=nnx.Rngs(1)
+    )
+
+    def padded(texts, length):
+        rows = np.full((len(texts), length), 129, np.int32)
+        for row, own in zip(rows, texts, strict=True):
+            row[: len(own)] = [ord(letter) for letter in own]
+        return rows
+
+    monkeypatch.setattr(clip, "load_image", lambda path: image)
+    monkeypatch.setattr(clip, "load", lambda path: text)
+    found = SimpleNamespace(padded=padded)
+    monkeypatch.setattr(picture_judges, "clip_tokenizer", lambda path: found)
+    return image, text, padded
+
+
+def cosine(one, other):
+    return (one * other).sum(-1) / np.linalg.norm(one) / np.linalg.norm(other)
+
+
+def test_features_are_the_networks_own_at_their_own_sizes(
+    towers, monkeypatch, tmp_path
+):
+    """And the fit is CLIP's cosine. Batches of two, the last of which is filled."""
+    image, text, padded = towers
+    monkeypatch.setattr(picture_judges, "BATCH", 2)
+    own = vit.load(DINO)
+    monkeypatch.setattr(vit, "load", lambda path, image_size: own)
+    side = own.config.image_hw[0]
+    monkeypatch.setattr(picture_judges, "DINO_SIDE", side)
+    pictures = RNG(0).integers(0, 255, (3, 40, 40, 3), np.uint8)
+    judges = ClipAndDino(tmp_path, DINO)
+    found = judges.features(pictures)
+    for row, pixels in enumerate(pictures):
+        picture = Image.fromarray(pixels)
+        small = np.float32(picture.resize((14, 14), Image.BICUBIC)) / 255
+        mean, std = image.config.pixel_mean, image.config.pixel_std
+        expected = image(((small - np.float32(mean)) / np.float32(std))[None])[0]
+        np.testing.assert_allclose(found.likeness[row], expected, atol=1e-4)
+        wide = round(side / 0.875)
+        edge = (wide - side) // 2
+        given = np.float32(picture.resize((wide, wide), Image.BICUBIC)) / 255
+        given = given[edge : edge + side, edge : edge + side]
+        mean, std = map(np.float32, NORMALISATIONS["imagenet"])
+        expected = own.pooled(((given - mean) / std)[None])[0]
+        np.testing.assert_allclose(found.variety[row], expected, atol=1e-4)
+    prompts = ["a dog", "cat", "a dog"]
+    fits = judges.fits(found, prompts)
+    for row, prompt in enumerate(prompts):
+        _, pooled = text(padded([prompt], 9))
+        expected = cosine(found.likeness[row], np.asarray(pooled[0]))
+        assert fits[row] == pytest.approx(expected, abs=1e-5)
+
+
+def test_missing_weights_are_named_with_the_place_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = DREAMBOOTH["sd3"].config
+    for missing, load in (
+        ("clip-vit-base-patch32.* openai/", picture_judges.load),
+        ("dinov2-base.* facebook/", picture_judges.load),
+    ):
+        message = missing.replace(" ", "get https://huggingface.co/")
+        with pytest.raises(FileNotFoundError, match=message):
+            load(config, "dog")
+        (tmp_path / config.clip_model).mkdir(exist_ok=True)
+    with pytest.raises(FileNotFoundError) as error:
+        sd3_models.load(config)
+    for part in (
+        "stable-diffusion-3-medium-diffusers",
+        "https://huggingface.co/stabilityai",
+        "text_encoder_3/",
+        "sd3_medium_incl_clips.safetensors",
+        "gated: log in",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_model_of_16_bits_is_no_toy():
+    config = dataclasses.replace(DreamboothConfig(), model="toy")
+    with pytest.raises(ValueError, match="expected float32"):
+        sd3_models.load(config)
+
+
+def test_files_of_a_model_are_all_that_a_run_reads(tmp_path):
+    for name in ("transformer", "vae", "text_encoder_3", "tokenizer_3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"")
+        (tmp_path / name / "config.json").write_bytes(b"")
+    config = dataclasses.replace(DreamboothConfig(), model=str(tmp_path), t5=False)
+    found = [file.relative_to(tmp_path).parts[0] for file in sd3_models.files(config)]
+    assert found == ["transformer"] * 2 + ["vae"] * 2
+    config = dataclasses.replace(config, t5=True)
+    assert len(sd3_models.files(config)) == 8
