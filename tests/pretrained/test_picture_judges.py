@@ -54,10 +54,8 @@ def test_features_are_the_networks_own_at_their_own_sizes(
     """And the fit is CLIP's cosine. Batches of two, the last of which is filled."""
     image, text, padded = towers
     monkeypatch.setattr(picture_judges, "BATCH", 2)
-    own = vit.load(DINO)
-    monkeypatch.setattr(vit, "load", lambda path, image_size: own)
-    side = own.config.image_hw[0]
-    monkeypatch.setattr(picture_judges, "DINO_SIDE", side)
+    monkeypatch.setattr(picture_judges, "DINO_SIDE", 28)  # of 32
+    own = vit.load(DINO, image_size=28)
     pictures = RNG(0).integers(0, 255, (3, 40, 40, 3), np.uint8)
     judges = ClipAndDino(tmp_path, DINO)
     found = judges.features(pictures)
@@ -67,10 +65,8 @@ def test_features_are_the_networks_own_at_their_own_sizes(
         mean, std = image.config.pixel_mean, image.config.pixel_std
         expected = image(((small - np.float32(mean)) / np.float32(std))[None])[0]
         np.testing.assert_allclose(found.likeness[row], expected, atol=1e-4)
-        wide = round(side / 0.875)
-        edge = (wide - side) // 2
-        given = np.float32(picture.resize((wide, wide), Image.BICUBIC)) / 255
-        given = given[edge : edge + side, edge : edge + side]
+        given = np.float32(picture.resize((32, 32), Image.BICUBIC)) / 255
+        given = given[2:30, 2:30]
         mean, std = map(np.float32, NORMALISATIONS["imagenet"])
         expected = own.pooled(((given - mean) / std)[None])[0]
         np.testing.assert_allclose(found.variety[row], expected, atol=1e-4)
