@@ -1,6 +1,6 @@
 """Flow matching: a model learns the velocity from pictures to noise.
 
-The recipe is that of diffusers' `train_dreambooth_lora_sd3.py`. A noise level is drawn
+The recipe is that of diffusers' `train_dreambooth_lora_sd3`. A noise level is drawn
 for each picture, logit-normally, from the table of training levels; the latents are
 drawn anew in each step from the moments that the autoencoder gave of the picture.
 """

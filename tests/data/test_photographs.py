@@ -47,8 +47,8 @@ def test_photographs_stand_as_viewers_show_them_and_grey_ones_get_colours(tmp_pa
 def test_what_is_no_folder_of_photographs_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
         photographs.read(tmp_path / "nowhere", 8)
-    (tmp_path / "text.md").write_text("", "utf-8")
-    with pytest.raises(FileNotFoundError, match=r"no photographs .*left out 1 \.md"):
+    (tmp_path / "text.txt").write_text("", "utf-8")
+    with pytest.raises(FileNotFoundError, match=r"no photographs .*left out 1 \.txt"):
         photographs.read(tmp_path, 8)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff half a photograph")
     with pytest.raises(CorruptImageError, match=r"broken\.jpg"):
