@@ -27,11 +27,11 @@ class Pipeline:
     """Pictures of Stable Diffusion 3, or of another MMDiT, for prompts.
 
     >>> from snella_jax.models.sd3 import mmdit
-    >>> sizes = {"width": 16, "depth": 2, "heads": 2, "channels": 3, "positions": 8}
-    >>> config = mmdit.MMDiTConfig(**sizes, context_dim=6, pooled_dim=5)
+    >>> sizes = {"width": 32, "depth": 2, "heads": 4, "channels": 3, "positions": 12}
+    >>> config = mmdit.MMDiTConfig(**sizes, context_dim=20, pooled_dim=12)
     >>> pipeline = Pipeline(mmdit.MMDiT(config, rngs=nnx.Rngs(0)), None, None)
-    >>> text = np.ones((1, 4, 6)), np.ones((1, 5))  # encoded already
-    >>> empty = np.zeros((1, 4, 6)), np.zeros((1, 5))
+    >>> text = np.ones((1, 4, 20)), np.ones((1, 12))  # encoded already
+    >>> empty = np.zeros((1, 4, 20)), np.zeros((1, 12))
     >>> keys = jax.random.split(jax.random.key(0), 2)
     >>> pipeline(text, empty, steps=2, size=(8, 12), key=keys).shape
     (2, 8, 12, 3)

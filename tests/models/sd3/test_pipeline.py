@@ -237,12 +237,13 @@ def test_components_fit_each_other():
 def test_an_adapted_transformer_is_merged_once(monkeypatch):
     sizes = {"width": 16, "depth": 2, "heads": 2, "channels": 3, "positions": 6}
     config = mmdit.MMDiTConfig(**sizes, context_dim=3, pooled_dim=4)
-    base = mmdit.MMDiT(config, rngs=nnx.Rngs(0))
-    noise = np.random.default_rng(0)  # as it begins, its blocks and head do little
-    for _, weight in nnx.to_flat_state(nnx.state(base, nnx.Param)):
-        weight[...] += jnp.float32(noise.normal(0, 0.2, weight.shape))
+    noise = np.random.default_rng(0)  # as an MMDiT begins, its blocks do little
+    shapes = nnx.eval_shape(lambda: mmdit.MMDiT(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(shapes)
+    drawn = [jnp.float32(noise.normal(0, 0.2, x.shape)) for x in jax.tree.leaves(state)]
+    base = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), drawn))
     drawn = Pipeline(base, None, Encoder())
-    targets = {"targets": mmdit.MMDiT.default_targets, "allocation": "fixed"}
+    targets = {"targets": "blocks/image/attn/(q|v)", "allocation": "fixed"}
     model = snella.adapt(base, snella.SnellaConfig(rank=2, **targets), rngs=nnx.Rngs(1))
     for _, factor in nnx.to_flat_state(nnx.state(model, snella.Factor)):
         factor[...] += 0.5
