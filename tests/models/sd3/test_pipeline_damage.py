@@ -130,3 +130,12 @@ def test_what_is_no_pipeline(tmp_path):
     refused(WHOLE / WEIGHTS[1], "", "holds no model.diffusion_model")
     with pytest.raises(ValueError, match="text_on='cpu': expected"):
         sd3.load(WHOLE, text_on="cpu")
+
+
+def test_a_host_that_jax_was_told_not_to_use(monkeypatch):
+    def unknown(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr("jax.local_devices", unknown)
+    with pytest.raises(ValueError, match="JAX_PLATFORMS=cuda,cpu"):
+        sd3.load(WHOLE, text_on="host")
