@@ -118,3 +118,13 @@ def test_tokens_that_cannot_be(tokens, error, message):
 def test_fields_that_cannot_be(config, fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config, **fields)
+
+
+def test_the_towers_under_strict_settings():
+    """Neither a rank nor a dtype is promoted tacitly."""
+    text, image = oracle.text(), oracle.image()
+    tokens = jnp.asarray(TOKENS)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        made = jax.eval_shape(lambda: (*text(tokens), image(jnp.asarray(PIXELS))))
+    assert [x.shape for x in made] == [(3, 7, 8), (3, 6), (2, 6)]
+    assert all(x.dtype == jnp.float32 for x in made)

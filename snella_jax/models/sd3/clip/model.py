@@ -69,7 +69,7 @@ class ClipText(nnx.Module):
         """
         c = self.config
         _check_tokens(tokens, c.positions)
-        positions = self.pos_embed[: tokens.shape[1]].astype(c.dtype)
+        positions = self.pos_embed[None, : tokens.shape[1]].astype(c.dtype)
         hidden, last = through(self.blocks, self.embed(tokens) + positions, c.remat)
         ends = (tokens if c.eos is None else tokens == c.eos).argmax(1)
         pooled = self.norm(last[jnp.arange(len(last)), ends])
@@ -116,7 +116,7 @@ class ClipImage(nnx.Module):
         x = x.reshape(len(x), -1, c.width)
         cls = jnp.broadcast_to(self.cls_token[...], (len(x), 1, c.width))
         x = jnp.concatenate([cls.astype(x.dtype), x], 1)
-        x = self.pre_norm(x + self.pos_embed[...].astype(x.dtype))
+        x = self.pre_norm(x + self.pos_embed[None].astype(x.dtype))
         _, x = through(self.blocks, x, c.remat)
         pooled = self.norm(x[:, 0])
         return pooled if c.projection is None else self.projection(pooled)
