@@ -8,13 +8,14 @@
 Fits a logistic regression on the class token of the ViT-S/14 (`dinov2_saliency`) for
 all 1,906 real pictures, which have 32 pixels a side and are enlarged to 112: at 56
 pixels it is right less often, and at 168 no more often. Writes
-`emoji_probe.safetensors` and prints the share of pictures whose subcategory it names,
-those it was fitted to, and by cross-validation: {accuracies}.
+`emoji_probe.safetensors` and prints the share of pictures whose subcategory it names:
+99.7% of those it was fitted to, and 53.7% by cross-validation.
 """
 
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -148,7 +149,9 @@ def fit(
     names = tuple(map(str, model.classes_))
     probe = Probe(names, weight.astype(np.float32), bias.astype(np.float32))
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-    of_folds = cross_val_predict(model, rows, np.asarray(truth), cv=folds)
+    with warnings.catch_warnings():  # there is one amphibian
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        of_folds = cross_val_predict(model, rows, np.asarray(truth), cv=folds)
     return probe, list(map(str, of_folds))
 
 
