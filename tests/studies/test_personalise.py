@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import small_emoji
-from experiments.config.dreambooth import TOY
 from rich.console import Console
 
 from experiments import files
+from experiments.config.dreambooth import TOY
 from experiments.studies import personalise, personalise_report
 from experiments.studies.personalise import METHODS, RATES, SEARCHED, Personalise
 from experiments.studies.table_store import Store
