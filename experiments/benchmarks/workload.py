@@ -1,8 +1,7 @@
 """One training step of every method on a model, to measure its memory and time.
 
-The step is the trainer's own (`experiments.training.step`), with AdamW, on images of
-noise, with a mask of one half if it is a SAM, or on texts of which all tokens but the
-first are learnt.
+The step is the trainer's own (`experiments.training.step`), with AdamW, on a batch of
+`batches`.
 """
 
 import dataclasses
@@ -16,10 +15,10 @@ from flax import nnx
 from jaxtyping import Array
 
 import snella_jax as snella
-from experiments.benchmarks import stored_delta
+from experiments.benchmarks import batches, stored_delta
+from experiments.benchmarks.batches import CLASSES
 from experiments.benchmarks.layout import Layout
 from experiments.config import language
-from experiments.data.mask_transforms import MaskTransform
 from experiments.methods import registry, sensitivity
 from experiments.methods.first_stage import Staged
 from experiments.methods.masked import MaskedSnella
@@ -29,24 +28,23 @@ from experiments.methods.sensitivity import Scored
 from experiments.methods.snella import Snella
 from experiments.names import unknown
 from experiments.training import step
-from experiments.training.answers import Answers
 from experiments.training.classification import Classification
-from experiments.training.objective import Objective
-from experiments.training.segmentation import Segmentation
 from experiments.training.session import Scope
 from snella_jax import models
 from snella_jax.models import convnext, llama, sam, vit
 from snella_jax.models.layers import attention
+from snella_jax.models.layers.basic import Constant
+from snella_jax.models.sd3 import mmdit
 from snella_jax.nnx.surgery import freeze
 from snella_jax.nnx.variables import Frozen, variables_of
 
-CLASSES = 100  # VTAB-1k's largest common head (CIFAR-100)
 DENSITY = 0.3
 HEAD = "head|cls_token"
 TARGETS = r"blocks/.*/(query|key|value|out|fc1|fc2)"
 SCOPE = Scope(TARGETS, HEAD)
 MASKS = Scope(sam.Sam.default_targets, sam.Sam.default_trainable)
 TEXTS = Scope(language.TARGETS, "")
+PICTURES = Scope(mmdit.MMDiT.default_targets, mmdit.MMDiT.default_trainable)
 
 VARIANTS = ("snella_parallel", "snella_stored")  # of snella, for comparison
 USUAL = (
@@ -126,6 +124,8 @@ class Setting:
                 widths = [config.width // config.heads]
             case llama.LlamaConfig():
                 widths = [config.head_dim]
+            case mmdit.MMDiTConfig():
+                widths = [config.width // config.heads]
             case sam.SamConfig(encoder=sam.ViTEncoderConfig() as encoder):
                 widths = encoder.attention_widths
             case _:
@@ -142,8 +142,8 @@ class Options:
     method: tuple[str, ...] | None = None
     """Methods to compare. snella_parallel: the update in a matmul of its own.
     snella_stored: without the recompute. Default: full linear bias lora mixk snella
-    snella_parallel snella_stored; of a language model full lora dora snella; of a SAM
-    full lora ssf snella."""
+    snella_parallel snella_stored; of a language model or an MMDiT full lora dora
+    snella; of a SAM full lora ssf snella."""
     batch: int = 8
     """Images or texts in a step, over all chips."""
     sequence: int = 256
@@ -158,7 +158,7 @@ class Options:
     """Scan the blocks, or run a list of them one after the other."""
     remat: Remat | None = None
     """Parts that are recomputed besides delta. Default: none; of a language model
-    blocks."""
+    or an MMDiT blocks."""
 
     def settings(self, model: str) -> list[Setting]:
         """Returns a checked setting of `model` for each method.
@@ -167,14 +167,15 @@ class Options:
           ValueError: an option is wrong; says what was expected.
         """
         texts = model in llama.PRESETS
+        large = texts or model in mmdit.PRESETS
         usual = USUAL_OF_MASKS if model in sam.PRESETS else USUAL
-        usual = USUAL_OF_TEXTS if texts else usual
+        usual = USUAL_OF_TEXTS if large else usual
         methods = usual if self.method is None else self.method
         if not methods:
             raise ValueError("--method names nothing: expected at least one.")
         names = {field.name for field in dataclasses.fields(Options)} - {"method"}
         shared: dict[str, Any] = {name: getattr(self, name) for name in names}
-        shared["remat"] = self.remat or ("blocks" if texts else "none")
+        shared["remat"] = self.remat or ("blocks" if large else "none")
         if not texts:
             shared["sequence"] = None
         return [checked(Setting(each, model, **shared)) for each in methods]
@@ -238,7 +239,7 @@ def _training(setting: Setting, model: Any, layout: Layout | None = None) -> Ste
     tx = optax.chain(*watch, optax.adamw(1e-3, mask=snella.decay_mask))
     state, key = tx.init(trainable), jax.random.key(0)
     arguments = (trainable, state, budgets, frozen, _batch(setting), key)
-    loss = _objective(setting).loss
+    loss = batches.objective(models.PRESETS[setting.model]).loss
     where = None if layout is None else layout.of_arguments(arguments)
     run = step.training_step(graphdef, tx, loss, where=where and where[0])
     return Step(run, arguments, model.config.stacked, (0, 1), where)
@@ -264,7 +265,8 @@ def checked(setting: Setting) -> Setting:
     if setting.method not in methods:
         where = "python -m experiments.vtab --help"
         raise ValueError(unknown("method", setting.method, methods, where))
-    for presets, methods in ((llama.PRESETS, OF_TEXTS), (sam.PRESETS, OF_MASKS)):
+    no_classifiers = {**llama.PRESETS, **mmdit.PRESETS}, OF_TEXTS
+    for presets, methods in (no_classifiers, (sam.PRESETS, OF_MASKS)):
         if setting.model in presets and setting.method not in methods:
             raise ValueError(
                 f"method={setting.method}: expected one of {', '.join(methods)} for a "
@@ -317,36 +319,14 @@ def locating(setting: Setting) -> Step | None:
 
 def _batch(setting: Setting) -> dict[str, Array]:
     config = models.PRESETS[setting.model]
-    if isinstance(config, llama.LlamaConfig):
-        learnt = jnp.arange(setting.sequence, dtype=jnp.int32)
-        rows = jnp.tile(learnt, (setting.batch, 1))
-        return {
-            "tokens": rows % config.vocab_size,
-            "mask": jnp.ones(rows.shape, bool),
-            "learnt": rows,
-        }
-    shape = setting.batch, *config.image_hw
-    image = jax.random.normal(jax.random.key(0), (*shape, config.channels))
-    if isinstance(config, sam.SamConfig):
-        mask = jnp.zeros(shape).at[:, : shape[1] // 2].set(1)
-        return {"image": image, "mask": mask, "inside": jnp.ones(shape, bool)}
-    return {"image": image, "label": jnp.arange(setting.batch) % CLASSES}
-
-
-def _objective(setting: Setting) -> Objective:
-    config = models.PRESETS[setting.model]
-    match config:
-        case llama.LlamaConfig():
-            return Answers(())
-        case sam.SamConfig():
-            return Segmentation(MaskTransform(config.image_hw[0]))
-        case _:
-            return Classification()
+    return batches.batch(config, setting.batch, setting.sequence)
 
 
 def _scope(setting: Setting) -> Scope:
     if setting.model in sam.PRESETS:
         return MASKS
+    if setting.model in mmdit.PRESETS:
+        return PICTURES
     return TEXTS if setting.model in llama.PRESETS else SCOPE
 
 
@@ -380,7 +360,8 @@ def _supernet(setting: Setting, method: Noah) -> Any:
 
 
 def _cast(setting: Setting, model: Any) -> Any:
-    for _, variable in variables_of(model, Frozen):
+    kept = (v for kind in (Frozen, Constant) for _, v in variables_of(model, kind))
+    for variable in kept:
         if jnp.issubdtype(variable.dtype, jnp.floating):
             variable.set_value(variable[...].astype(setting.frozen_dtype))
     return model

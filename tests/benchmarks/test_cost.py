@@ -22,6 +22,7 @@ from experiments.benchmarks import (
 from experiments.methods import registry
 from snella_jax import models
 from snella_jax.models import sam
+from snella_jax.models.sd3 import mmdit
 
 SMALL = ("--model", "vit_ti16", "--batch", "2", "--dtype", "float32")
 METHODS = (registry.LINEAR, *registry.METHODS, *workload.VARIANTS)
@@ -120,9 +121,42 @@ def test_a_sam_learns_masks(method, small_sam):
     assert loss.shape == ()
 
 
+@pytest.mark.parametrize("method", workload.USUAL_OF_TEXTS)
+def test_an_mmdit_learns_velocities(method, monkeypatch):
+    """Of 512 x 512 pixels, with prompts of 154 tokens; 22 of its matrices adapted."""
+    config = mmdit.MMDiTConfig(width=16, depth=3, heads=2, positions=32)
+    monkeypatch.setitem(models.PRESETS, "sd3_medium", config)
+    [setting] = workload.Options((method,), batch=2).settings("sd3_medium")
+    assert setting.remat == "blocks"
+    one = workload.abstract(setting)
+    trainable, _, _, frozen, batch, _ = one.arguments
+    assert {name: value.shape for name, value in batch.items()} == {
+        **dict.fromkeys(("mean", "logvar"), (2, 64, 64, 16)),
+        "context": (2, 154, 4096),
+        "pooled": (2, 2048),
+    }
+    targets, low_rank = 2 * 8 + 6, 2 * 8 * 16
+    full = workload.parameters("sd3_medium")
+    assert (
+        workload.size(trainable)
+        == {
+            "full": full,
+            "lora": targets * low_rank,
+            "dora": targets * (low_rank + 16),
+            "snella": targets * (low_rank + 4),
+        }[method]
+    )
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(frozen)}
+    floating = {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)}
+    assert floating == {jnp.dtype(jnp.bfloat16)}
+    *_, loss = jax.eval_shape(one.run, *one.arguments)
+    assert loss.shape == ()
+
+
 @pytest.mark.parametrize(
     ("model", "capability", "expected"),
     [
+        ("sd3_medium", "8.0", "cudnn"),
         ("sam_vit_b", "9.0", "cudnn"),
         ("sam_vit_b", "8.0", "cudnn, xla"),  # the whole grid takes 192 channels
         ("sam_tinyvit", "9.0", "xla"),
