@@ -56,7 +56,7 @@ NEW = (
     "penguin with a city in the background",
     "a frog in the desert",
     "rocket with a house in the background",
-    "a <spare0> boot on a blue background",
+    "a boot on a blue background",
     "a red apple and a banana",
 )
 COLUMNS = 8
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     """Draws the sheet."""
     config = tyro.cli(SheetConfig, prog=PROGRAM, args=argv, description=__doc__)
     with terminal.exit_on_error(PROGRAM):
-        pipeline = toy_sd3.load("<spare0>", config.weights)
+        pipeline = toy_sd3.load(path=config.weights)
     sheet(pipeline, config.out, config.seed)
 
 

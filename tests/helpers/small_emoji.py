@@ -30,7 +30,7 @@ def package(folder: Path) -> Path:
     entries = []
     for i, (name, (short, category, subcategory)) in enumerate(NAMES.items()):
         pixels = np.zeros((64, 64, 4), np.uint8)
-        pixels[16:48, 16:48] = (10 * i, 100, 200, 255)
+        pixels[16:48, 16:48] = (*colour(name.lower()), 255)
         Image.fromarray(pixels).save(folder / emoji.IMAGES / f"{i}.png")
         entries.append(
             {
@@ -44,6 +44,11 @@ def package(folder: Path) -> Path:
         )
     (folder / "emoji.json").write_text(json.dumps(entries), "utf-8")
     return folder
+
+
+def colour(name: str) -> tuple[int, int, int]:
+    """Returns the colour of an emoji's picture."""
+    return 10 * list(NAMES).index(name.upper()), 100, 200
 
 
 def tokenizer() -> Tokenizer:
