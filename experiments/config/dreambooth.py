@@ -14,6 +14,7 @@ from experiments.methods.method import Method, Ranked
 from experiments.methods.registry import OF_MMDIT, UNTUNED
 from experiments.methods.snella import Snella
 from experiments.methods.untuned import Untuned
+from experiments.paths import Given
 from experiments.tasks.catalogue import DATA_DIR
 from experiments.training import schedules
 from experiments.training.pictures import Drawing
@@ -62,6 +63,8 @@ class ModelOptions:
     """Use T5, where the weights have it."""
     t5_length: int = 77
     """Tokens of T5: 77 in diffusers' training script, 256 in its pipeline."""
+    t5_tokenizer: Given | None = None
+    """T5's spiece.model, which single files lack."""
     encode_on: Literal["device", "host"] = "device"
     """Where prompts are encoded, once, before the text encoders are dropped."""
     clip_model: str = "clip-vit-base-patch32"

@@ -111,17 +111,18 @@ def files(config: Choice) -> list[Path]:
 
 
 def _paths(config: Choice) -> tuple[Path, Path]:
-    clip_path, dino_path = at_home(config.clip_model), at_home(config.dino_model)
-    for flag, found, site in (
-        ("clip_model", clip_path, CLIP_SITE),
-        ("dino_model", dino_path, DINO_SITE),
-    ):
-        if not found.exists():
-            raise FileNotFoundError(
-                f"--{flag} {found}: there is nothing of that name. Pictures are "
-                f"measured with it: get {site}."
-            )
-    return clip_path, dino_path
+    """Returns the paths of CLIP and DINOv2."""
+    found, missing = [], []
+    for flag, site in (("clip_model", CLIP_SITE), ("dino_model", DINO_SITE)):
+        path = at_home(getattr(config, flag))
+        found.append(path)
+        if not path.exists():
+            missing.append(f"--{flag} {path}: get {site}.")
+    if missing:
+        raise FileNotFoundError(
+            "\n".join(["Networks that measure pictures are missing.", *missing])
+        )
+    return found[0], found[1]
 
 
 def _embedded(

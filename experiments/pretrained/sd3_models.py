@@ -33,6 +33,8 @@ class Choice(Protocol):
     @property
     def t5_length(self) -> int: ...
     @property
+    def t5_tokenizer(self) -> Path | None: ...
+    @property
     def encode_on(self) -> Literal["device", "host"]: ...
     @property
     def dtype(self) -> str: ...
@@ -75,6 +77,7 @@ def load(config: Choice) -> Pipeline:
         path(config.model),
         t5=config.t5,
         t5_length=config.t5_length,
+        t5_tokenizer=config.t5_tokenizer,
         text_on=config.encode_on,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),

@@ -270,6 +270,7 @@ def prepared(name: str, config: DreamboothConfig, console: Console) -> Dreamboot
             f"draw_batch={config.draw_batch}: expected a multiple of the "
             f"{mesh.shape['data']} devices along data."
         )
+    _require_weights(config)
     judging = picture_judges.load(config, concept.class_name)
     with console.status("loading the model"):
         pipeline = sd3_models.load(config)
@@ -307,6 +308,18 @@ def _concept(config: DreamboothConfig, console: Console) -> Concept:
     for note in concept.photographs.notes:
         say(console, note)
     return concept
+
+
+def _require_weights(config: DreamboothConfig) -> None:
+    """Raises a `FileNotFoundError` that names all weights which are missing."""
+    missing = []
+    for files in (sd3_models.files, picture_judges.files):
+        try:
+            files(config)
+        except FileNotFoundError as error:
+            missing.append(str(error))
+    if missing:
+        raise FileNotFoundError("\n".join(missing))
 
 
 def _check_size(size: int, factor: int, base: MMDiT) -> None:

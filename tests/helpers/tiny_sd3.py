@@ -28,16 +28,12 @@ CONFIG = MMDiTConfig(
 
 
 def model(seed=0, config=CONFIG):
-    """An MMDiT all of whose parameters are drawn anew."""
-    found = MMDiT(config, rngs=nnx.Rngs(seed))
-    state = nnx.state(found, nnx.Param)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [
-        0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)
-    ]
-    nnx.update(found, jax.tree.unflatten(tree, drawn))
-    return found
+    """An MMDiT with random weights: with those it begins with, its blocks do little."""
+    shapes = nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(shapes)
+    rng, (leaves, tree) = np.random.default_rng(seed), jax.tree.flatten(state)
+    drawn = [jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype) for x in leaves]
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, drawn))
 
 
 class Encoder:

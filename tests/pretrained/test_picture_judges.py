@@ -9,7 +9,8 @@ from flax import nnx
 from PIL import Image
 from places import ROOT
 
-from experiments.config.dreambooth import DREAMBOOTH, DreamboothConfig
+from experiments import dreambooth
+from experiments.config.dreambooth import DreamboothConfig
 from experiments.data.transforms import NORMALISATIONS
 from experiments.pretrained import picture_judges, sd3_models
 from experiments.pretrained.picture_judges import ClipAndDino
@@ -79,26 +80,24 @@ def test_features_are_the_networks_own_at_their_own_sizes(
 
 
 def test_missing_weights_are_named_with_the_place_to_get_them(tmp_path, monkeypatch):
+    """All of them at once, before anything is loaded."""
+    photograph = tmp_path / "dreambooth" / "dog" / "00.png"
+    photograph.parent.mkdir(parents=True)
+    Image.new("RGB", (20, 16)).save(photograph)
     monkeypatch.chdir(tmp_path)
-    config = DREAMBOOTH["sd3"].config
-    for missing, load in (
-        ("clip-vit-base-patch32.* openai/", picture_judges.load),
-        ("dinov2-base.* facebook/", picture_judges.load),
-    ):
-        message = missing.replace(" ", "get https://huggingface.co/")
-        with pytest.raises(FileNotFoundError, match=message):
-            load(config, "dog")
-        (tmp_path / config.clip_model).mkdir(exist_ok=True)
-    with pytest.raises(FileNotFoundError) as error:
-        sd3_models.load(config)
+    with pytest.raises(SystemExit) as error:
+        dreambooth.main(["--config=sd3", "--subject=dog", "--data_dir=."])
     for part in (
-        "stable-diffusion-3-medium-diffusers",
-        "https://huggingface.co/stabilityai",
+        "--model stable-diffusion-3-medium-diffusers",
+        "https://huggingface.co/stabilityai/stable-diffusion-3-medium",
         "text_encoder_3/",
         "sd3_medium_incl_clips.safetensors",
         "gated: log in",
+        "--clip_model clip-vit-base-patch32: get https://huggingface.co/openai/",
+        "--dino_model dinov2-base: get https://huggingface.co/facebook/dinov2-base",
     ):
         assert part in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"dreambooth"}
 
 
 def test_a_model_of_16_bits_is_no_toy():
