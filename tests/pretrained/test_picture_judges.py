@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from compiled import called
 from flax import nnx
 from PIL import Image
 from places import ROOT
@@ -60,21 +61,22 @@ def test_features_are_the_networks_own_at_their_own_sizes(
     pictures = RNG(0).integers(0, 255, (3, 40, 40, 3), np.uint8)
     judges = ClipAndDino(tmp_path, DINO)
     found = judges.features(pictures)
-    for row, pixels in enumerate(pictures):
+    small, middle = [], []
+    for pixels in pictures:
         picture = Image.fromarray(pixels)
-        small = np.float32(picture.resize((14, 14), Image.BICUBIC)) / 255
-        mean, std = image.config.pixel_mean, image.config.pixel_std
-        expected = image(((small - np.float32(mean)) / np.float32(std))[None])[0]
-        np.testing.assert_allclose(found.likeness[row], expected, atol=1e-4)
-        given = np.float32(picture.resize((32, 32), Image.BICUBIC)) / 255
-        given = given[2:30, 2:30]
-        mean, std = map(np.float32, NORMALISATIONS["imagenet"])
-        expected = own.pooled(((given - mean) / std)[None])[0]
-        np.testing.assert_allclose(found.variety[row], expected, atol=1e-4)
+        small.append(np.float32(picture.resize((14, 14), Image.BICUBIC)) / 255)
+        whole = np.float32(picture.resize((32, 32), Image.BICUBIC)) / 255
+        middle.append(whole[2:30, 2:30])
+    mean, std = map(np.float32, (image.config.pixel_mean, image.config.pixel_std))
+    expected = called(image, (np.stack(small) - mean) / std)
+    np.testing.assert_allclose(found.likeness, expected, atol=1e-4)
+    mean, std = map(np.float32, NORMALISATIONS["imagenet"])
+    expected = called(own, (np.stack(middle) - mean) / std)  # which has no head
+    np.testing.assert_allclose(found.variety, expected, atol=1e-4)
     prompts = ["a dog", "cat", "a dog"]
     fits = judges.fits(found, prompts)
     for row, prompt in enumerate(prompts):
-        _, pooled = text(padded([prompt], 9))
+        _, pooled = called(text, padded([prompt], 9))
         expected = cosine(found.likeness[row], np.asarray(pooled[0]))
         assert fits[row] == pytest.approx(expected, abs=1e-5)
 
