@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from experiments.data.transforms import Transform
 from experiments.paths import at_home
 from experiments.pretrained import base_models, toy_judges, toy_sd3
-from experiments.training.judges import Features, Judges, Pictures
+from experiments.training.judges import Features, Judges, Pictures, unit
 from experiments.training.objective import Metric
 from snella_jax.models import vit
 from snella_jax.models.sd3 import clip
@@ -82,9 +82,9 @@ class ClipAndDino:
         tower, different = clip.load(self.clip), list(dict.fromkeys(prompts))
         tokenizer = clip_tokenizer(self.clip if self.clip.is_dir() else None)
         tokens = tokenizer.padded(different, tower.config.positions)
-        texts = _unit(np.asarray(nnx.jit(lambda model, x: model(x)[1])(tower, tokens)))
+        texts = unit(np.asarray(nnx.jit(lambda model, x: model(x)[1])(tower, tokens)))
         rows = [different.index(prompt) for prompt in prompts]
-        return (_unit(features.likeness) * texts[rows]).sum(1)
+        return (unit(features.likeness) * texts[rows]).sum(1)
 
 
 def load(config: Choice, class_name: str) -> Judges:
@@ -142,7 +142,3 @@ def _embedded(
         filled = [*own, *own[-1:] * (BATCH - len(own))]
         found.append(np.asarray(run(state, np.stack(filled)))[: len(own)])
     return np.concatenate(found)
-
-
-def _unit(rows: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)

@@ -86,7 +86,7 @@ def measured(
     count, each = pictures.shape[:2]
     seen = judges.features(pictures.reshape(count * each, *pictures.shape[2:]))
     concept = judges.features(photographs)
-    cosines = _unit(seen.likeness) @ _unit(concept.likeness).T
+    cosines = unit(seen.likeness) @ unit(concept.likeness).T
     repeated = [prompt for prompt in prompts for _ in range(each)]
     by_prompt = seen.variety.reshape(count, each, -1)
     return {
@@ -97,6 +97,7 @@ def measured(
     }
 
 
-def _unit(rows: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+def unit(rows: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
+    """Returns rows of length 1, float64."""
     rows = np.asarray(rows, np.float64)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)

@@ -20,6 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from experiments import terminal
+from experiments.data.source import CorruptImageError, decoding
 from experiments.files import MismatchError
 from snella_jax.files.atomic import whole_file
 from snella_jax.models.sd3 import Pipeline
@@ -178,7 +179,7 @@ def _write(
 
 def _pixels(file: Path) -> UInt8[np.ndarray, "H W 3"]:
     try:
-        with Image.open(file) as image:
+        with decoding(file.read_bytes(), file.name, 0) as image:
             return np.asarray(image.convert("RGB"))
-    except (ValueError, SyntaxError) as error:
-        raise MismatchError(f"{file} is damaged: {error}") from error
+    except CorruptImageError as error:
+        raise MismatchError(f"{file} is damaged, delete it: {error}") from error

@@ -146,6 +146,11 @@ def test_openai_archives(text, image, tmp_path):
     path = clip_files.archive(tmp_path / "ViT.pt", text, image)
     same(clip.load(path, heads=2), text)
     same(clip.load_image(path, heads=2), image)
+    plain = oracle.text(dataclasses.replace(oracle.TEXT, projection=None))
+    of_sd3 = clip.load(path, part="clip_l", heads=2)
+    assert of_sd3.config == plain.config
+    tokens = jnp.array([[48, 2, 49, 49]])
+    np.testing.assert_array_equal(of_sd3(tokens)[0], text(tokens)[0])
     with pytest.raises(CheckpointError, match=r"no config.json says its heads: give"):
         clip.load(path)
     tensors = clip_files.openai(text, image)

@@ -108,7 +108,8 @@ def test_folders_give_the_same(pairs, merges, tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt.gz", gzip.compress(HEADER.encode())[:30], "damaged"),
-        ("a.txt", b"<html>", "no merges: it begins with '<html>'"),
+        ("a.txt", b"<html>", "it is a web page: log in"),
+        ("a.txt", b"a b", "no merges: it begins with 'a b'"),
         ("a.txt", b"#version: 0.2\na b\nc\n", "line 3 is 'c': expected two parts"),
         ("a.txt", b"#version: 0.2\nab cd\n", "damaged .*ab"),
         ("a.json", b"{}", "expected the vocabulary of a BPE"),

@@ -115,11 +115,12 @@ def load(
     # Every file is looked at before the first is read whole, which takes minutes.
     read = {part: component(paths[part], part) for part in PREFIXES if part in paths}
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-    towers = _towers(read, text_on, mesh, dtypes)
+    # First what tells Stable Diffusion 3.5 apart, last T5, which takes longest.
     transformer = mmdit.load(read["mmdit"], **dtypes, **overrides)
+    autoencoder = vae.load(read["vae"])
+    towers = _towers(read, text_on, mesh, dtypes)
     width = transformer.config.context_dim
     encoders = TextEncoders(**towers, **tokenizers, t5_length=t5_length, width=width)
-    autoencoder = vae.load(read["vae"])
     return Pipeline(transformer, autoencoder, encoders, shift=shift, mesh=mesh)
 
 

@@ -219,6 +219,7 @@ def _vocabulary(path: Path) -> tuple[Path, dict[str, int], list[tuple[str, ...]]
 
 def _merges(path: Path) -> list[tuple[str, ...]]:
     """Reads the merges that count: a header, then two parts of a token a line."""
+    check_download(path)
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")

@@ -77,6 +77,18 @@ def test_all_that_is_missing_is_listed(folder):
     refused(folder, "there is no vae/config.json", "no text_encoder_3/config.json")
 
 
+def never(*arguments, **options):
+    raise AssertionError("text encoders were loaded")
+
+
+@pytest.mark.parametrize("left", ["transformer", "vae"])
+def test_text_encoders_are_loaded_last(folder, left, monkeypatch):
+    """They take longest; what is no Stable Diffusion 3 is refused before."""
+    monkeypatch.setattr(sd3.clip, "load", never)
+    changed(folder / left / "config.json", quantization_config={"bits": 4})
+    refused(folder, left, "quantization_config")
+
+
 def changed(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | fields), "utf-8")
 

@@ -27,7 +27,7 @@ from snella_jax.models.sd3.clip.model import ClipImage, ClipText
 from snella_jax.models.sd3.single_file import component, parts_in
 
 Part = Literal["clip_l", "clip_g"]
-NO_PROJECTION = TensorRule(r"text_projection\.weight")
+NO_PROJECTION = TensorRule(r"text_projection(\.weight)?")
 M = TypeVar("M", ClipText, ClipImage)
 
 
@@ -42,8 +42,8 @@ def load(
     """Loads a tower of texts with published weights; the format is recognised.
 
     Without a projection in the file the pooled state is not projected. Neither is that
-    of CLIP-L in a single file or a lone one, which Stable Diffusion 3 uses so, whatever
-    projection stands there.
+    of `part="clip_l"` from a file without a config, whatever projection stands there:
+    Stable Diffusion 3 uses it so.
 
     Args:
       path: folder of transformers (`CLIPTextModelWithProjection`, `CLIPTextModel`,
@@ -70,7 +70,7 @@ def load(
         raise CheckpointError(checkpoint.path, f"it holds {', '.join(parts)}: {which}")
     checkpoint, form = formats.recognised(checkpoint, "text")
     rules = formats.RULES["text"][form]
-    lone = part is not None and form == "transformers" and not checkpoint.config
+    lone = part is not None and not checkpoint.config
     if lone and part == "clip_l":
         rules = [NO_PROJECTION, *rules]
     parts, problems = arrange(checkpoint, rules)
@@ -81,7 +81,7 @@ def load(
         shape["positions"] = len(_array(parts, "pos_embed", 2))
         if part is not None:
             _check_part(part, shape["width"])
-        if lone and part is not None:
+        if lone and form == "transformers" and part is not None:
             activation = PRESETS[part].activation
             return shape | fields.of_part(shape["width"], activation)
         return shape | fields.known(checkpoint, form, "text", shape)
