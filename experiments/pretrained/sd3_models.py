@@ -16,9 +16,16 @@ HUB = "https://huggingface.co/stabilityai"
 FILES = (
     f"the folder of {HUB}/{FOLDER} (transformer/, vae/, scheduler/, text_encoder/, "
     "text_encoder_2/, tokenizer/ and, with T5, text_encoder_3/ and tokenizer_3/), or "
-    f"sd3_medium_incl_clips.safetensors of {HUB}/stable-diffusion-3-medium"
+    "(with --no_t5, as it has no T5) sd3_medium_incl_clips.safetensors of "
+    f"{HUB}/stable-diffusion-3-medium"
 )
 TERMS = "Both are gated: log in there and agree to Stability AI's licence"
+OF_TOY = {  # options that it has no others for
+    "dtype": "float32",
+    "param_dtype": "float32",
+    "remat": "none",
+    "encode_on": "device",
+}
 
 
 class Choice(Protocol):
@@ -67,11 +74,9 @@ def load(config: Choice) -> Pipeline:
         the weights are not finite.
     """
     if config.model == toy_sd3.NAME:
-        if (config.dtype, config.param_dtype) != ("float32", "float32"):
-            raise ValueError(
-                f"--model toy with dtype={config.dtype}, param_dtype="
-                f"{config.param_dtype}: expected float32."
-            )
+        if any(getattr(config, name) != value for name, value in OF_TOY.items()):
+            only = ", ".join(f"--{name} {value}" for name, value in OF_TOY.items())
+            raise ValueError(f"--model toy: expected {only}.")
         return toy_sd3.load(config.token)
     made = sd3.load(
         path(config.model),
@@ -107,4 +112,8 @@ def files(config: Choice) -> list[Path]:
         for folder in where.iterdir()
         if folder.is_dir() and (config.t5 or not folder.name.endswith("_3"))
     )
-    return [file for folder in folders for file in base_models.files_at(folder)]
+    return [
+        file
+        for folder in folders
+        for file in base_models.files_at(folder, ".txt", ".model")  # of tokenizers
+    ]

@@ -102,9 +102,15 @@ def test_missing_weights_are_named_with_the_place_to_get_them(tmp_path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {"dreambooth"}
 
 
-def test_a_model_of_16_bits_is_no_toy():
-    config = dataclasses.replace(DreamboothConfig(), model="toy")
-    with pytest.raises(ValueError, match="expected float32"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dtype", "bfloat16"), ("param_dtype", "bfloat16"), ("remat", "blocks"),
+     ("encode_on", "host")],
+)  # fmt: skip
+def test_the_toy_has_no_such_options(name, value):
+    config = dataclasses.replace(DREAMBOOTH["toy"].config, **{name: value})
+    message = "expected --dtype float32, .* --remat none, --encode_on device"
+    with pytest.raises(ValueError, match=message):
         sd3_models.load(config)
 
 
@@ -113,8 +119,9 @@ def test_files_of_a_model_are_all_that_a_run_reads(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"")
         (tmp_path / name / "config.json").write_bytes(b"")
+    (tmp_path / "tokenizer_3" / "spiece.model").write_bytes(b"")
     config = dataclasses.replace(DreamboothConfig(), model=str(tmp_path), t5=False)
     found = [file.relative_to(tmp_path).parts[0] for file in sd3_models.files(config)]
     assert found == ["transformer"] * 2 + ["vae"] * 2
     config = dataclasses.replace(config, t5=True)
-    assert len(sd3_models.files(config)) == 8
+    assert len(sd3_models.files(config)) == 9

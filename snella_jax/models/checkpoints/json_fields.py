@@ -1,7 +1,7 @@
 """Checked values of the fields of config files in JSON; null counts as absent."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -15,6 +15,19 @@ def only(said: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]]) -> No
     for name, values in expected.items():
         if said.get(name, values[0]) not in values:
             raise ValueError(f"{name}={said[name]!r}: expected {values[0]!r}")
+
+
+def unknown(said: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """Returns the fields that are there and not known; a library's `_NAME` are none.
+
+    >>> unknown({"width": 8, "depth": None, "_class_name": "A", "odd": 0}, {"width"})
+    ['odd']
+    """
+    return [
+        name
+        for name, value in said.items()
+        if value is not None and name not in known and not name.startswith("_")
+    ]
 
 
 def count(said: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What files say of an MMDiT's config, as fields of ours.
+"""Fields of an MMDiT's config by what files say of it.
 
 Shapes say all but the number of heads, which is in diffusers' `config.json`; in single
 files heads are 64 wide. What a `config.json` says else is compared with the weights, or
@@ -8,7 +8,7 @@ refused by name.
 from collections.abc import Mapping
 from typing import Any
 
-from snella_jax.models.checkpoints.json_fields import count, only
+from snella_jax.models.checkpoints.json_fields import count, only, unknown
 from snella_jax.models.checkpoints.read import Checkpoint
 from snella_jax.models.checkpoints.torch_rules import root
 from snella_jax.models.sd3.mmdit.formats import FORMATS, PATCH, POSITIONS, Format
@@ -99,13 +99,8 @@ def _of_shapes(checkpoint: Checkpoint, form: Format) -> dict[str, Any]:
 def _check(said: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raises a `ValueError` for a config that is of another model or other weights."""
     only(said, ONLY)
-    unknown = [
-        name
-        for name, value in said.items()
-        if name not in KNOWN and not name.startswith("_") and value is not None
-    ]
-    if unknown:
-        raise ValueError(f"config.json has {', '.join(unknown)}, not known here")
+    if others := unknown(said, KNOWN):
+        raise ValueError(f"config.json has {', '.join(others)}, not known here")
     for theirs, ours in SIZES.items():
         if said.get(theirs) is not None and said[theirs] != found[ours]:
             raise ValueError(

@@ -10,7 +10,7 @@ from jaxtyping import DTypeLike
 
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints.build import agreed, configured, given
-from snella_jax.models.checkpoints.json_fields import count, number, only
+from snella_jax.models.checkpoints.json_fields import count, number, only, unknown
 from snella_jax.models.checkpoints.mapping import arrange, fill
 from snella_jax.models.checkpoints.read import Checkpoint
 from snella_jax.models.sd3.single_file import PREFIXES, component
@@ -150,16 +150,9 @@ def _by_shapes(checkpoint: Checkpoint, names: Names) -> dict[str, Any]:
 
 def _by_config(said: Mapping[str, Any]) -> dict[str, Any]:
     only(said, ONLY)
-    unknown = [
-        name
-        for name, value in said.items()
-        if name not in {*ONLY, *KNOWN}
-        and not name.startswith("_")
-        and value is not None
-    ]
-    if unknown:
+    if others := unknown(said, {*ONLY, *KNOWN}):
         raise ValueError(
-            f"config.json has {', '.join(unknown[:5])} ({len(unknown)} not known "
+            f"config.json has {', '.join(others[:5])} ({len(others)} not known "
             "here): expected that of an AutoencoderKL"
         )
     for name, kind in KINDS.items():
