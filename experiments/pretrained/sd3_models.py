@@ -16,8 +16,8 @@ HUB = "https://huggingface.co/stabilityai"
 FILES = (
     f"the folder of {HUB}/{FOLDER} (transformer/, vae/, scheduler/, text_encoder/, "
     "text_encoder_2/, tokenizer/ and, with T5, text_encoder_3/ and tokenizer_3/), or "
-    "(with --no_t5, as it has no T5) sd3_medium_incl_clips.safetensors of "
-    f"{HUB}/stable-diffusion-3-medium"
+    f"of {HUB}/stable-diffusion-3-medium sd3_medium_incl_clips.safetensors (with "
+    "--no_t5) or sd3_medium_incl_clips_t5xxlfp16.safetensors (with --t5_tokenizer)"
 )
 TERMS = "Both are gated: log in there and agree to Stability AI's licence"
 OF_TOY = {  # options that it has no others for
@@ -105,15 +105,17 @@ def files(config: Choice) -> list[Path]:
     if config.model == toy_sd3.NAME:
         return [toy_sd3.WEIGHTS]
     where = path(config.model)
-    if not where.is_dir():
-        return [where]
-    folders = sorted(
-        folder
-        for folder in where.iterdir()
-        if folder.is_dir() and (config.t5 or not folder.name.endswith("_3"))
-    )
+    places = [where]
+    if where.is_dir():
+        places = sorted(
+            folder
+            for folder in where.iterdir()
+            if folder.is_dir() and (config.t5 or not folder.name.endswith("_3"))
+        )
+    if config.t5 and config.t5_tokenizer is not None:
+        places.append(config.t5_tokenizer)
     return [
         file
-        for folder in folders
-        for file in base_models.files_at(folder, ".txt", ".model")  # of tokenizers
+        for place in places
+        for file in base_models.files_at(place, ".txt", ".model")  # of tokenizers
     ]

@@ -11,7 +11,7 @@ from PIL import Image
 from places import ROOT
 
 from experiments import dreambooth
-from experiments.config.dreambooth import DreamboothConfig
+from experiments.config.dreambooth import DREAMBOOTH, DreamboothConfig
 from experiments.data.transforms import NORMALISATIONS
 from experiments.pretrained import picture_judges, sd3_models
 from experiments.pretrained.picture_judges import ClipAndDino
@@ -125,3 +125,8 @@ def test_files_of_a_model_are_all_that_a_run_reads(tmp_path):
     assert found == ["transformer"] * 2 + ["vae"] * 2
     config = dataclasses.replace(config, t5=True)
     assert len(sd3_models.files(config)) == 9
+    single = tmp_path / "sd3.safetensors"
+    single.write_bytes(b"")
+    found = tmp_path / "tokenizer_3" / "spiece.model"
+    config = dataclasses.replace(config, model=str(single), t5_tokenizer=found)
+    assert sd3_models.files(config) == [single, found]
