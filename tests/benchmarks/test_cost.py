@@ -25,18 +25,20 @@ from snella_jax.models import sam
 from snella_jax.models.sd3 import mmdit
 
 SMALL = ("--model", "vit_ti16", "--batch", "2", "--dtype", "float32")
+DEPTH = 2  # of the models
 METHODS = (registry.LINEAR, *registry.METHODS, *workload.VARIANTS)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """The model of `SMALL` has two blocks."""
-    config = dataclasses.replace(models.PRESETS["vit_ti16"], depth=2)
-    monkeypatch.setitem(models.PRESETS, "vit_ti16", config)
+    """The models have two blocks."""
+    for name in ("vit_ti16", "vit_s16"):
+        config = dataclasses.replace(models.PRESETS[name], depth=DEPTH)
+        monkeypatch.setitem(models.PRESETS, name, config)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_what_it_says(method):
+def test_every_method_trains_what_it_says(method, small):
     """Shapes alone: what trains, and that a step gives it back as it was."""
     # Wide enough for all of SPT's matrices to be sensitive, where all weights are.
     name, width = ("vit_s16", 384) if "spt" in method else ("vit_ti16", 192)
@@ -45,30 +47,30 @@ def test_every_method_trains_what_it_says(method):
     total = workload.parameters(name)
     size = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(trainable))
     head = width * workload.CLASSES + workload.CLASSES
-    low_rank = 12 * 8 * (4 * 2 + 2 * 5) * width
-    bottlenecks = 12 * (2 * 8 * width + 8 + width)
+    low_rank = DEPTH * 8 * (4 * 2 + 2 * 5) * width
+    bottlenecks = DEPTH * (2 * 8 * width + 8 + width)
     matrices = {"attn": (4, width, width), "fc1": (1, width, 4 * width),
                 "fc2": (1, 4 * width, width)}  # fmt: skip
-    outputs = 12 * sum(count * m for count, _, m in matrices.values())
-    behind = 12 * sum(c * (2 * 8 * m + 8 + m) for c, _, m in matrices.values())
+    outputs = DEPTH * sum(count * m for count, _, m in matrices.values())
+    behind = DEPTH * sum(c * (2 * 8 * m + 8 + m) for c, _, m in matrices.values())
     block = sum(c * (n + 1) * m for c, n, m in matrices.values()) + 4 * width
     own = head + width
-    piecewise, mix, temperature = (12 * 6 * count for count in (2, 4, 3))
+    piecewise, mix, temperature = (DEPTH * 6 * count for count in (2, 4, 3))
     expected = {
         "full": total,
         "linear": head,
         "partial1": head + block + 2 * width,
         "mlp3": head + 2 * (width + 1) * width,
-        "bias": own + 12 * (4 + 4 + 1 + 2) * width + 2 * width,
-        "ssf": own + 2 * (outputs + 12 * 2 * width + 2 * width),
+        "bias": own + DEPTH * (4 + 4 + 1 + 2) * width + 2 * width,
+        "ssf": own + 2 * (outputs + DEPTH * 2 * width + 2 * width),
         "vpt_shallow": own + 10 * width,
-        "vpt_deep": own + 12 * 10 * width,
-        "vqt": 13 * width * workload.CLASSES + workload.CLASSES + 12 * width,
+        "vpt_deep": own + DEPTH * 10 * width,
+        "vqt": head + DEPTH * width * (workload.CLASSES + 1),
         **dict.fromkeys(("adapter", "adaptformer", "mosa"), own + bottlenecks),
         "spt_adapter": own + behind,
         "spt_lora": own + low_rank,
         "gps": own + outputs,
-        "noah": own + 12 * (5 * width + 6 * 5 * width + 5 * (2 * width + 1) + width),
+        "noah": own + DEPTH * (5 * width + 6 * 5 * width + 5 * (2 * width + 1) + width),
         "lora": own + low_rank,
         "dora": own + low_rank + outputs,
         **dict.fromkeys(("klora", "snell"), own + low_rank + piecewise),
@@ -171,7 +173,7 @@ def test_a_row_names_the_attention(model, capability, expected, monkeypatch):
 
 
 def test_memory_writes_rows_and_a_figure(small, tmp_path, capsys):
-    methods = ("--method", "lora", "gps", "snella_stored")
+    methods = ("--method", "gps", "snella_stored")
     rows = memory.main([*SMALL, *methods, "--out", str(tmp_path)])
     assert json.loads((tmp_path / "memory.json").read_text("utf-8")) == rows
     assert (tmp_path / "memory.png").stat().st_size > 10_000
