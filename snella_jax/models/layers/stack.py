@@ -18,6 +18,7 @@ from snella_jax.ops.dropout import drop_path
 from snella_jax.ops.recompute import rematerialised
 
 M = TypeVar("M", bound=nnx.Module)
+T = TypeVar("T")
 Drop = tuple[Array, Array]  # key and rate of stochastic depth in a block
 
 
@@ -65,13 +66,13 @@ def dropped(y: Array, drop: Drop | None, salt: int) -> Array:
 
 
 def through(
-    blocks: Any, x: Array, drops: Drop | None, remat: str, shared: tuple[Any, ...] = ()
-) -> Array:
+    blocks: Any, x: T, drops: Drop | None, remat: str, shared: tuple[Any, ...] = ()
+) -> T:
     """Calls every block with `x`, or what the one before returned, and its drop.
 
     Args:
       blocks: blocks that `build` made.
-      x: input of the first.
+      x: input of the first, an array or several.
       drops: with a row for each block; None for blocks that get none.
       remat: "none" or "blocks", see `call`.
       shared: further arguments, the same for every block.

@@ -131,20 +131,9 @@ class MMDiT(nnx.Module):
     def _through(self, streams: Streams, condition: Float[Array, "B D"]) -> Streams:
         """Calls every block."""
         remat = self.config.remat
-        rest = [self.last]
-        if isinstance(self.blocks, nnx.List):
-            rest = [*self.blocks, self.last]
-        else:
-            graphdef, states = nnx.split(self.blocks)
-            one = stack.call(graphdef, remat, scanned=True)
-            streams, _ = jax.lax.scan(
-                lambda x, state: (one(state, x, condition), None), streams, states
-            )
-        for block in rest:
-            graphdef, state = nnx.split(block)
-            call = stack.call(graphdef, remat, scanned=False)
-            streams = call(state, streams, condition)
-        return streams
+        streams = stack.through(self.blocks, streams, None, remat, (condition,))
+        graphdef, state = nnx.split(self.last)
+        return stack.call(graphdef, remat, scanned=False)(state, streams, condition)
 
 
 class Block(nnx.Module):
