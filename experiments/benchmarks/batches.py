@@ -1,4 +1,4 @@
-"""What the step of each kind of model learns, and from which batch.
+"""Batches and objectives of the step of each kind of model.
 
 Images of noise with a class or, of a SAM, a mask of one half; texts of which all tokens
 but the first are learnt; of an MMDiT, moments of latents and encoded prompts.
@@ -17,11 +17,11 @@ from experiments.training.flow_matching import FlowMatching
 from experiments.training.objective import Objective
 from experiments.training.segmentation import Segmentation
 from snella_jax.models import llama, sam
-from snella_jax.models.sd3 import mmdit
+from snella_jax.models.sd3 import mmdit, vae
 
 CLASSES = 100  # VTAB-1k's largest common head (CIFAR-100)
 PIXELS = 512  # side of an MMDiT's pictures
-LATENT = 8  # pixels of a latent
+VAE = vae.PRESETS["sd3"]
 PROMPT = 154  # tokens of a prompt in DreamBooth's training: 77 of CLIP and 77 of T5
 
 
@@ -43,7 +43,7 @@ def batch(config: Any, count: int, sequence: int | None) -> dict[str, Array]:
                 "learnt": rows,
             }
         case mmdit.MMDiTConfig():
-            side = PIXELS // LATENT
+            side = PIXELS // VAE.factor
             moments = jnp.zeros((count, side, side, config.channels))
             return {
                 "mean": moments,
@@ -67,6 +67,6 @@ def objective(config: Any) -> Objective:
         case sam.SamConfig():
             return Segmentation(MaskTransform(config.image_hw[0]))
         case mmdit.MMDiTConfig():
-            return FlowMatching(scale=1.5305, shift=0.0609)
+            return FlowMatching(scale=VAE.scale, shift=VAE.shift)
         case _:
             return Classification()
