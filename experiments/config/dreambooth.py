@@ -160,7 +160,7 @@ class DreamboothConfig(
 
     @property
     def drawing(self) -> Drawing:
-        """How pictures are drawn."""
+        """Settings of the pictures that are drawn."""
         return Drawing(
             size=self.size,
             each=self.pictures,

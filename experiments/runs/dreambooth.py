@@ -63,7 +63,7 @@ class Learning:
 
     @property
     def full(self) -> Source:
-        """What the final run trains on."""
+        """Photographs that the final run trains on."""
         return self.train
 
 

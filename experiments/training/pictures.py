@@ -28,7 +28,7 @@ from snella_jax.models.sd3 import Pipeline
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn.
+    """Settings of pictures that are drawn.
 
     Attributes:
       size: side of a picture in pixels.

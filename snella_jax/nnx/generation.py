@@ -48,7 +48,7 @@ def pictures(
     unmoved_budgets: bool = False,
     **options: Any,
 ) -> UInt8[Array, "B height width 3"]:
-    """Merges a transformer's adapters, once, and draws with it in place of another.
+    """Draws with another transformer in a pipeline, whose adapters are merged once.
 
     To draw more than once, merge it yourself: `pipeline.with_transformer(merged)`.
 
