@@ -18,6 +18,7 @@ import pytest
 from compiled import called
 from flax import nnx
 from generic import generic_factors, generic_inputs, run
+from places import ASSETS
 
 import snella_jax as snella
 from snella_jax import adapted_dense, kernels, linen, models, pytree
@@ -339,3 +340,21 @@ def test_our_models_can_be_traced(name, shape, setting):
         graphdef, state = nnx.split(model)
         made = jax.eval_shape(lambda s, x: nnx.merge(graphdef, s)(x), state, images)
     assert (made.shape, made.dtype) == ((2, 3), jnp.float32)
+
+
+# Stable Diffusion 3
+
+
+def pictures():
+    pipeline = models.sd3.load(ASSETS / "sd3" / "pipeline", t5_length=24)
+    options = {"steps": 2, "size": (16, 24), "key": jax.random.key(0)}
+    return np.asarray(pipeline(["a dog", "two dogs"], "grey", **options))
+
+
+@each_setting
+def test_pictures(setting):
+    expected = pictures()
+    with SETTINGS[setting]():
+        found = pictures()
+    assert found.dtype == np.uint8
+    assert np.abs(np.int32(found) - np.int32(expected)).max() <= 1

@@ -244,7 +244,7 @@ def _drawn(
 @functools.partial(jax.jit, static_argnums=1)
 def _normal(keys: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "B h w C"]:
     """Draws normal numbers for each key."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
 def _keys(key: Any, prompts: int) -> PRNGKeyArray:

@@ -118,7 +118,7 @@ class MMDiT(nnx.Module):
         _check(latents, timestep, context, pooled, c)
         batch, height, width, _ = latents.shape
         x = self.patch(latents)
-        x = x + centre(self.positions[...], *x.shape[1:3]).astype(x.dtype)
+        x = x + centre(self.positions[...], *x.shape[1:3]).astype(x.dtype)[None]
         streams = Streams(x.reshape(batch, -1, c.width), self.context(context))
         condition = self.time(waves(timestep)) + self.pooled(pooled)
         condition = jax.nn.silu(condition)
