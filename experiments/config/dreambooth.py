@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from experiments.config import run_config
 from experiments.config.presets import Preset
@@ -136,7 +136,7 @@ class DreamboothConfig(
     schedule: schedules.Name = "constant"
     """cosine, linear, constant, cosine_epoch or annealed_epoch."""
     batch: int = 4
-    """Photographs in an update, over all devices; as many as any other in a run."""
+    """Photographs in an update, over all devices."""
     accumulate: int = 4
     """Micro-batches of an update, one after the other."""
     clip: float = 1.0
@@ -177,7 +177,7 @@ class DreamboothConfig(
             return made
         return dataclasses.replace(made, round_steps=max(1, self.steps // ROUNDS))
 
-    def trial(self) -> Self:
+    def check_search(self) -> None:
         """Raises a `ValueError`: a few photographs have no part to choose by."""
         raise ValueError(
             "search: there is nothing to choose by, expected rates of your own "
@@ -186,8 +186,6 @@ class DreamboothConfig(
 
     def check(self) -> None:
         """Raises a `ValueError` on values that would fail in the midst of a run."""
-        if self.search:
-            self.trial()
         if self.steps is None:
             raise ValueError("steps=None: expected the length of a run in updates.")
         super().check()
