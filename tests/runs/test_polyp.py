@@ -272,7 +272,8 @@ def test_wrong_options_are_named(options, said, words, tmp_path, monkeypatch):
 
 def test_a_set_that_is_a_test_alone_trains_nothing(words, tmp_path):
     masks.draw(tmp_path / "cvc_clinicdb", "ab")
-    own = ["--task=cvc_clinicdb", f"--data_dir={tmp_path}", f"--out={tmp_path / 'run'}"]
+    own = ["--tests", "--task=cvc_clinicdb", f"--data_dir={tmp_path}"]
+    own += [f"--out={tmp_path / 'run'}"]
     with pytest.raises(SystemExit, match="CVC-ClinicDB has no training images: it is"):
         polyp.main([*words, *own])
     assert not (tmp_path / "run").exists()
