@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from snella_jax import models
 from snella_jax.files.errors import CheckpointError
+from snella_jax.models.checkpoints.read import Checkpoint
 from snella_jax.models.sd3 import mmdit
 
 THEIRS = tensors()
@@ -258,6 +259,13 @@ def test_half_a_folder(tmp_path):
         mmdit.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         mmdit.load(tmp_path / "nothing")
+
+
+def test_gguf_is_refused(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "sd3.gguf", single_of(THEIRS))
+    for loads in (models.load, mmdit.load):
+        with pytest.raises(CheckpointError, match=r"GGUF: expected \.safetensors"):
+            loads(checkpoint)
 
 
 def test_a_single_file_without_a_transformer(tmp_path):

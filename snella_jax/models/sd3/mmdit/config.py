@@ -25,8 +25,8 @@ class MMDiTConfig:
       channels: `C`, channels of the latents.
       patch: side of a patch, in latents.
       positions: side of the table of positions, in patches; no image is larger.
-      context_dim: `S`' width, of the tokens of the text.
-      pooled_dim: `P`, width of the text's pooled embedding.
+      context_dim: `E`, width of the text's tokens.
+      pooled_dim: `P`, width of its pooled embedding.
       mlp_ratio: hidden width of the MLPs, in widths; 4 in all published models.
       norm_eps: epsilon of the norms.
       stacked: True to stack and scan the blocks but the last; else they are a list.

@@ -86,6 +86,10 @@ def recognised(checkpoint: Checkpoint) -> tuple[Checkpoint, Format]:
     Raises:
       CheckpointError: another model, which is named if it is known; no known format.
     """
+    if checkpoint.path.suffix == ".gguf":
+        raise CheckpointError(
+            checkpoint.path, "an MMDiT in GGUF: expected .safetensors or a folder"
+        )
     checkpoint = checkpoint.unwrapped(*MARKS)
     names = sorted(checkpoint.tensors)
     for pattern, what in OTHERS.items():
