@@ -1,7 +1,7 @@
 """Published weights of a whole pipeline: a folder of diffusers, or a single file."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from snella_jax.models.sd3.single_file import (
     component,
     parts_in,
 )
+from snella_jax.models.sd3.t5 import T5Config
 from snella_jax.models.sd3.t5 import load as load_t5
 from snella_jax.models.sd3.text import TextEncoders
 from snella_jax.models.sd3.tokenizers import clip_tokenizer, t5_tokenizer
@@ -112,13 +113,16 @@ def load(
     given |= {"t5_tokenizer": t5_tokenizer, "t5": None if t5 is True else t5}
     shift, paths = _found(Path(path), given)
     tokenizers = _tokenizers(paths, t5_length)
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    device = _host() if text_on == "host" else None
+    if "t5" in paths and dtype is not None:
+        T5Config(dtype=dtype)  # raises if there is no T5 of this dtype
     # Every file is looked at before the first is read whole, which takes minutes.
     read = {part: component(paths[part], part) for part in PREFIXES if part in paths}
-    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
     # First what tells Stable Diffusion 3.5 apart, last T5, which takes longest.
     transformer = mmdit.load(read["mmdit"], **dtypes, **overrides)
     autoencoder = vae.load(read["vae"])
-    towers = _towers(read, text_on, mesh, dtypes)
+    towers = _towers(read, device, mesh, dtypes)
     width = transformer.config.context_dim
     encoders = TextEncoders(**towers, **tokenizers, t5_length=t5_length, width=width)
     return Pipeline(transformer, autoencoder, encoders, shift=shift, mesh=mesh)
@@ -126,12 +130,16 @@ def load(
 
 def _towers(
     read: Mapping[str, Checkpoint],
-    text_on: str,
+    device: Any,
     mesh: Mesh | None,
     dtypes: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Loads the text encoders where they are to stay; None for a T5 without files."""
-    with _text_device(text_on) as device:
+    """Loads the text encoders; None for a T5 without files.
+
+    Args:
+      device: device that they are to stay on; None for the mesh, or JAX's default.
+    """
+    with contextlib.nullcontext() if device is None else jax.default_device(device):
         towers: dict[str, Any] = {
             part: clip.load(read[part], part=part, **dtypes) for part in CLIPS
         }
@@ -144,25 +152,19 @@ def _towers(
     return {"t5": None} | towers
 
 
-@contextlib.contextmanager
-def _text_device(text_on: str) -> Iterator[Any]:
-    """Yields the host's device, on which arrays are made inside, or None.
+def _host() -> Any:
+    """Returns the host's device.
 
     Raises:
       ValueError: JAX was told not to use it.
     """
-    if text_on == "device":
-        yield None
-        return
     try:
-        device = jax.local_devices(backend="cpu")[0]
+        return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
         raise ValueError(
             'text_on="host" needs JAX\'s backend for CPUs: add cpu to JAX_PLATFORMS, '
             "as in JAX_PLATFORMS=cuda,cpu."
         ) from error
-    with jax.default_device(device):
-        yield device
 
 
 def _committed(model: Any, device: Any) -> Any:

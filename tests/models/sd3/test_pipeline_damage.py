@@ -78,7 +78,13 @@ def test_all_that_is_missing_is_listed(folder):
 
 
 def never(*arguments, **options):
-    raise AssertionError("text encoders were loaded")
+    raise AssertionError("it was loaded")
+
+
+def test_a_dtype_that_t5_cannot_have_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr(sd3.mmdit, "load", never)
+    with pytest.raises(ValueError, match="dtype=float16: expected float32 or bfloat16"):
+        sd3.load(WHOLE, dtype="float16")
 
 
 @pytest.mark.parametrize("left", ["transformer", "vae"])
@@ -149,5 +155,6 @@ def test_a_host_that_jax_was_told_not_to_use(monkeypatch):
         raise RuntimeError(f"Unknown backend {backend}")
 
     monkeypatch.setattr("jax.local_devices", unknown)
+    monkeypatch.setattr(sd3.mmdit, "load", never)
     with pytest.raises(ValueError, match="JAX_PLATFORMS=cuda,cpu"):
         sd3.load(WHOLE, text_on="host")
