@@ -7,8 +7,10 @@
 
 Writes into `--out`, every `--every` updates: `state.npz` to go on from, `log.jsonl` (a
 line for each), `toy_sd3.safetensors` (the mean of the weights) and `sheet.png`. A
-killed training that is started again gives the same weights, bit for bit. The files in
-`experiments/pretrained/` were made by this command with its default values.
+killed training that is started again gives the same weights, bit for bit. It may be
+given another number of updates then, as long as the rate's decay, in the last fifth,
+has begun for neither. The files in `experiments/pretrained/` were made by this command
+with its default values.
 """
 
 import dataclasses
@@ -37,7 +39,8 @@ from experiments.training.flow_matching import FlowMatching
 from snella_jax.models.sd3.tokenizers import clip_tokenizer
 
 PROGRAM = "python -m experiments.pretrained.train_toy_sd3"
-STATE, LOG, WEIGHTS = "state.npz", "log.jsonl", "toy_sd3.safetensors"
+CONFIG, STATE, LOG = "config.json", "state.npz", "log.jsonl"
+WEIGHTS = "toy_sd3.safetensors"
 # The plain error of the velocity, at noise levels whose median is 0.5.
 OBJECTIVE = FlowMatching(precondition=False, noise_shift=SHIFT)
 
@@ -50,12 +53,12 @@ class TrainConfig:
     """Folder for the state, the log, the weights and a sheet of pictures."""
     emoji: Given = emoji.FOLDER
     """Folder of the unpacked package emoji-datasource-twitter."""
-    updates: int = 14_000
-    """Number of updates."""
+    updates: int = 12_000
+    """Number of updates, in the last fifth of which the rate falls."""
     batch: int = 64
     """Pictures in an update."""
     lr: float = 1e-3
-    """Peak of the cosine schedule."""
+    """Rate after the warm-up and before it falls, to a hundredth."""
     warmup: int = 500
     """Updates of the warm-up."""
     weight_decay: float = 0.01
@@ -68,6 +71,11 @@ class TrainConfig:
     """Seed of the weights, the order, the captions and the noise."""
     toy: ToyConfig = dataclasses.field(default_factory=ToyConfig)
     """Shape of the model."""
+
+    @property
+    def falls(self) -> int:
+        """Update after which the rate falls."""
+        return self.updates - self.updates // 5
 
 
 class State(NamedTuple):
@@ -89,9 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(TrainConfig, prog=PROGRAM, args=argv, description=__doc__)
     with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
-        if not 0 < config.warmup < config.updates:
+        if not 0 < config.warmup < config.falls:
             raise ValueError(
-                f"--warmup {config.warmup}: expected 1 to {config.updates - 1}."
+                f"--warmup {config.warmup}: expected 1 to {config.falls - 1}."
             )
         found = emoji.read(config.emoji)
         clip = clip_tokenizer()
@@ -107,30 +115,57 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _check_same(config: TrainConfig) -> None:
-    """Writes the config; raises a `MismatchError` if the folder has another one."""
+    """Raises a `MismatchError` if the folder is of another training."""
+    there = files.read(config.out / CONFIG)
+    if there is not None and {**there, "updates": 0} != {
+        **_fields(config),
+        "updates": 0,
+    }:
+        raise files.MismatchError(
+            f"{config.out / CONFIG} is of another training: {there}."
+        )
+
+
+def _fields(config: TrainConfig) -> dict[str, Any]:
+    """Returns what the weights depend on."""
     fields = dataclasses.asdict(config)
     for free in ("out", "emoji", "every"):
         del fields[free]
-    path = config.out / "config.json"
-    there = files.read(path)
-    if there is None:
-        config.out.mkdir(parents=True, exist_ok=True)
-        files.write(path, fields)
-    elif there != fields:
-        raise files.MismatchError(f"{path} is of another training: {there}.")
+    return fields
+
+
+def _begin(config: TrainConfig, update: int) -> None:
+    """Writes the config; raises a `MismatchError` if its length cannot be changed."""
+    there = files.read(config.out / CONFIG) or _fields(config)
+    old = dataclasses.replace(config, updates=there["updates"])
+    if old != config and update > min(old.falls, config.falls):
+        raise files.MismatchError(
+            f"--updates {config.updates}: after {update} updates it is too late for "
+            f"another number than {old.updates}."
+        )
+    config.out.mkdir(parents=True, exist_ok=True)
+    files.write(config.out / CONFIG, _fields(config))
+
+
+def _schedule(config: TrainConfig) -> optax.Schedule:
+    """Returns the rate by update."""
+    parts = [
+        optax.linear_schedule(0.0, config.lr, config.warmup),
+        optax.constant_schedule(config.lr),
+        optax.linear_schedule(config.lr, config.lr / 100, config.updates // 5),
+    ]
+    return optax.join_schedules(parts, [config.warmup, config.falls])
 
 
 def _train(config: TrainConfig, toy: Toy, words: Words, album: Album) -> None:
     graphdef, params, rest = nnx.split(toy, nnx.Param, ...)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.lr, config.warmup, config.updates, config.lr / 100
-    )
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay),
+        optax.adamw(_schedule(config), b2=0.99, weight_decay=config.weight_decay),
     )
     state = State(params, params, tx.init(params))
     state, update, log = _resumed(config.out, state)
+    _begin(config, update)
     step = _step(config, graphdef, rest, tx)
     losses, begun = [], time.process_time()
     with Progress(transient=True) as progress:

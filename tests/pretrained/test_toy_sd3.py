@@ -94,11 +94,11 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, merges, monkeyp
     sheets = []
     monkeypatch.setattr(toy_pictures, "sheet", lambda _, path: sheets.append(path))
     shape = [f"--toy.{name}={n}" for name, n in vars(TINY).items()]
-    options = ["--updates=4", "--every=2", "--warmup=1", "--batch=7", *shape]
+    options = ["--every=2", "--warmup=1", "--batch=7", *shape]
 
-    def train(name):
+    def train(name, updates=5):
         where = [f"--out={tmp_path / name}", f"--emoji={package}"]
-        train_toy_sd3.main([*where, *options])
+        train_toy_sd3.main([*where, f"--updates={updates}", *options])
         return load_file(tmp_path / name / train_toy_sd3.WEIGHTS)
 
     whole = train("whole")
@@ -108,17 +108,26 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, merges, monkeyp
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(toy_pictures, "sheet", killed)
-        train("killed")
+        train("killed", updates=9)
     resumed = train("killed")
     assert all((whole[name] == resumed[name]).all() for name in whole)
     log = (tmp_path / "killed" / train_toy_sd3.LOG).read_text().splitlines()
     rows = [json.loads(line) for line in log]
-    assert [row["update"] for row in rows] == [2, 4]
-    assert rows[1]["passes"] == round(4 * 7 / 12, 1)  # 14 emoji, two of them left out
+    assert [row["update"] for row in rows] == [2, 4, 5]
+    assert rows[2]["passes"] == round(5 * 7 / 12, 1)  # 14 emoji, two of them left out
     first = json.loads(
         (tmp_path / "whole" / train_toy_sd3.LOG).read_text().split("\n")[0]
     )
     assert rows[0]["loss"] == first["loss"]
-    assert len(sheets) == 3
+    assert len(sheets) == 5
+    with pytest.raises(SystemExit, match="after 5 updates it is too late"):
+        train("whole", updates=6)
     with pytest.raises(SystemExit, match="another training"):
         train_toy_sd3.main([f"--out={tmp_path / 'whole'}", f"--emoji={package}"])
+
+
+def test_the_rate_falls_in_the_last_fifth(tmp_path):
+    config = train_toy_sd3.TrainConfig(tmp_path, updates=1000, warmup=100, lr=0.1)
+    rates = [float(train_toy_sd3._schedule(config)(i)) for i in (0, 50, 100, 800, 900)]
+    np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.1, (0.1 + 0.001) / 2], rtol=1e-6)
+    assert float(train_toy_sd3._schedule(config)(1000)) == pytest.approx(0.001)
