@@ -18,12 +18,14 @@ class Photographs:
     """Squares of one size, a source of dicts with `image` and `name`.
 
     Attributes:
-      images: pixels, RGB.
+      images: pixels, RGB, each cut out at random.
+      centres: the photographs' central squares, which no seed moves.
       names: names of the files, in the images' order.
       notes: remarks on what was left out.
     """
 
     images: UInt8[np.ndarray, "N size size 3"]
+    centres: UInt8[np.ndarray, "N size size 3"]
     names: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -98,17 +100,21 @@ def read(folder: Path, size: int, seed: int = 0) -> Photographs:
             + (f"; left out {said}." if said else ".")
         )
     source = Files(paths, np.zeros(len(paths), np.int32))
-    squares = [
-        square(source[index]["image"], size, np.random.default_rng((seed, index)))
-        for index in range(len(paths))
-    ]
+    squares, centres = [], []
+    for index in range(len(paths)):
+        image = source[index]["image"]
+        squares.append(square(image, size, np.random.default_rng((seed, index))))
+        centres.append(square(image, size))
     said = class_folders.kinds(left_out)
     notes = (f"{folder}: left out {said}",) * bool(said)
-    return Photographs(np.stack(squares), tuple(path.name for path in paths), notes)
+    names = tuple(path.name for path in paths)
+    return Photographs(np.stack(squares), np.stack(centres), names, notes)
 
 
 def square(
-    image: UInt8[np.ndarray, "H W C"], size: int, rng: np.random.Generator
+    image: UInt8[np.ndarray, "H W C"],
+    size: int,
+    rng: np.random.Generator | None = None,
 ) -> UInt8[np.ndarray, "size size 3"]:
     """Returns a square of an image, whole along its shorter side.
 
@@ -118,11 +124,20 @@ def square(
     >>> wide = np.zeros((4, 8, 1), np.uint8)
     >>> square(wide, 2, np.random.default_rng(0)).shape
     (2, 2, 3)
+
+    Args:
+      image: grey or RGB.
+      size: side in pixels.
+      rng: draws the place of the square; None for the middle.
     """
     height, width = image.shape[:2]
     short = min(height, width)
     sides = int(size * width / short), int(size * height / short)
     pixels = np.repeat(image, 3, 2) if image.shape[2] == 1 else image
     picture = Image.fromarray(pixels).resize(sides, Image.Resampling.BILINEAR)
-    left, top = (int(rng.integers(side - size + 1)) for side in sides)
+    spare = [side - size for side in sides]
+    if rng is None:
+        left, top = (room // 2 for room in spare)
+    else:
+        left, top = (int(rng.integers(room + 1)) for room in spare)
     return np.asarray(picture)[top : top + size, left : left + size]

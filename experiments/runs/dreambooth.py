@@ -201,7 +201,7 @@ class DreamboothRun(Prepared):
         self._draw(folder, self._pipeline(model), texts, how, f"{title}, drawing")
         drawn = pictures.read(folder, len(texts.prompts), how.each)
         with self.console.status("measuring pictures"):
-            own = drawn, self.prompts.bare, concept.photographs.images
+            own = drawn, self.prompts.bare, concept.photographs.centres
             found = judges.measured(self.judges, *own)
         where = self.latents, self.data.transform, self.mesh, self.objective
         return found | evaluation.evaluate(model, *where).metrics

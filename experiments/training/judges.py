@@ -75,7 +75,7 @@ def measured(
       judges: the networks.
       pictures: `K` pictures for each of `P` prompts.
       prompts: the prompts without the token.
-      photographs: those that the concept was learnt from.
+      photographs: those of the concept.
 
     Returns:
       `image_alignment`, the mean cosine of the features of every picture with those of

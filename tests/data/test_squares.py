@@ -28,6 +28,8 @@ def test_a_square_is_a_crop_of_pillows_resized_image_drawn_once(tmp_path):
     again, other = (photographs.read(tmp_path, 20, seed=s) for s in (3, 4))
     np.testing.assert_array_equal(again.images, found.images)
     assert (other.images != found.images).any()
+    np.testing.assert_array_equal(found.centres[1], wide[:, 5:25])
+    np.testing.assert_array_equal(other.centres, found.centres)
     assert found.fingerprint["photographs"] == 2
     assert found.fingerprint != other.fingerprint
 

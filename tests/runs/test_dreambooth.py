@@ -92,9 +92,9 @@ def test_a_run_measures_the_pictures_that_it_draws(whole, ready):
     made = json.loads((out / "report.json").read_text("utf-8"))
     assert made["concept"] == "mug" and made["photographs"] == 5
     (row,) = made["rows"]
-    squares = ready.task.concept.photographs.images
+    centres = ready.task.concept.photographs.centres
     drawn = pictures.read(out / "pictures/snella", 25, EACH).reshape(-1, 8, 8, 3)
-    own, seen = unit(drawn), unit(squares)
+    own, seen = unit(drawn), unit(centres)
     expected = {
         "image_alignment": (own @ seen.T).mean(),
         "lightness": (drawn / 256 + 1 / 256).mean(),
