@@ -38,7 +38,7 @@ class CheckConfig:
     """Folder of the unpacked package emoji-datasource-twitter."""
     weights: Given = toy_sd3.WEIGHTS
     """Weights of the toy."""
-    out: Given = Path("experiments/results/dreambooth/toy_check.json")
+    out: Given = Path("toy_check.json")
     """File for the shares."""
     guidance: float = GUIDANCE
     """Strength of the prompts."""

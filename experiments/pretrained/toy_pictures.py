@@ -1,6 +1,6 @@
 """Pictures that the toy draws: a sheet of prompts, and how many the probe recognises.
 
-    python -m experiments.pretrained.toy_pictures --out docs/toy_sd3.png
+    python -m experiments.pretrained.toy_pictures --out toy_sd3.png
 
 The sheet has prompts of the training and, below, new combinations: emoji that were left
 out of it, and pairs of an emoji and a place that were.
@@ -66,7 +66,7 @@ COLUMNS = 8
 class SheetConfig:
     """Options of `python -m experiments.pretrained.toy_pictures`."""
 
-    out: Given = Path("docs/toy_sd3.png")
+    out: Given = Path("toy_sd3.png")
     """File for the sheet."""
     weights: Given = toy_sd3.WEIGHTS
     """Weights of the toy."""
