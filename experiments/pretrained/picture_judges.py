@@ -16,7 +16,13 @@ from jaxtyping import Array, Float
 
 from experiments.data.transforms import Transform
 from experiments.paths import at_home
-from experiments.pretrained import base_models, toy_judges, toy_sd3
+from experiments.pretrained import (
+    base_models,
+    dinov2_saliency,
+    emoji_probe,
+    toy_judges,
+    toy_sd3,
+)
 from experiments.training.judges import Features, Judges, Pictures, unit
 from experiments.training.objective import Metric
 from snella_jax.models import vit
@@ -106,7 +112,7 @@ def load(config: Choice, class_name: str) -> Judges:
 def files(config: Choice) -> list[Path]:
     """Returns the files that judges are read from; raises as `load`."""
     if config.model == toy_sd3.NAME:
-        return []
+        return [emoji_probe.WEIGHTS, dinov2_saliency.path()]
     return [file for own in _paths(config) for file in base_models.files_at(own)]
 
 

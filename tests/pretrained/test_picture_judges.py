@@ -13,7 +13,7 @@ from places import ROOT
 from experiments import dreambooth
 from experiments.config.dreambooth import DREAMBOOTH, DreamboothConfig
 from experiments.data.transforms import NORMALISATIONS
-from experiments.pretrained import picture_judges, sd3_models
+from experiments.pretrained import dinov2_saliency, picture_judges, sd3_models
 from experiments.pretrained.picture_judges import ClipAndDino
 from snella_jax.models import vit
 from snella_jax.models.sd3 import clip
@@ -112,6 +112,14 @@ def test_the_toy_has_no_such_options(name, value):
     message = "expected --dtype float32, .* --remat none, --encode_on device"
     with pytest.raises(ValueError, match=message):
         sd3_models.load(config)
+
+
+def test_the_toys_judges_are_read_from_the_probe_and_the_vit(tmp_path, monkeypatch):
+    vit_file = tmp_path / "vit_s_focus.onnx"
+    monkeypatch.setattr(dinov2_saliency, "path", lambda: vit_file)
+    probe = ROOT / "experiments/pretrained/emoji_probe.safetensors"
+    assert picture_judges.files(SimpleNamespace(model="toy")) == [probe, vit_file]
+    assert probe.exists()
 
 
 def test_files_of_a_model_are_all_that_a_run_reads(tmp_path):
