@@ -111,12 +111,12 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, merges, monkeyp
         train("killed", updates=9)
     resumed = train("killed")
     assert all((whole[name] == resumed[name]).all() for name in whole)
-    log = (tmp_path / "killed" / train_toy_sd3.LOG).read_text().splitlines()
+    log = (tmp_path / "killed" / train_toy_sd3.LOG).read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in log]
     assert [row["update"] for row in rows] == [2, 4, 5]
     assert rows[2]["passes"] == round(5 * 7 / 12, 1)  # 14 emoji, two of them left out
     first = json.loads(
-        (tmp_path / "whole" / train_toy_sd3.LOG).read_text().split("\n")[0]
+        (tmp_path / "whole" / train_toy_sd3.LOG).read_text("utf-8").split("\n")[0]
     )
     assert rows[0]["loss"] == first["loss"]
     assert len(sheets) == 5

@@ -95,9 +95,9 @@ def test_what_is_written_is_what_was_read(dtype, tmp_path):
     model = mmdit.load(path, heads=4, param_dtype=jnp.dtype(dtype))
     assert model.patch.kernel.dtype == dtype
     models.export(model, tmp_path / "transformer")
-    assert json.loads((tmp_path / "transformer" / "config.json").read_text()) == (
-        {n: v for n, v in CONFIG.items() if n != "_diffusers_version"}
-    )
+    assert json.loads(
+        (tmp_path / "transformer" / "config.json").read_text("utf-8")
+    ) == ({n: v for n, v in CONFIG.items() if n != "_diffusers_version"})
     written = load_file(tmp_path / "transformer" / WEIGHTS)
     assert written.keys() == THEIRS.keys()
     for name, tensor in THEIRS.items():
@@ -112,7 +112,7 @@ def test_a_folder_that_it_takes_after_keeps_its_other_fields(tmp_path):
     like = folder(tmp_path / "like", config={"sample_size": 64})
     model = mmdit.load(like, stacked=False)
     models.export(model, tmp_path / "new", like=like, max_shard_bytes=50_000)
-    said = json.loads((tmp_path / "new" / "config.json").read_text())
+    said = json.loads((tmp_path / "new" / "config.json").read_text("utf-8"))
     assert said == CONFIG | {"sample_size": 64}
     assert len([*(tmp_path / "new").glob("diffusion_pytorch_model-*-of-*")]) > 2
     same(mmdit.load(tmp_path / "new", stacked=False), leaves(model))
