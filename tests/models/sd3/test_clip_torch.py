@@ -136,7 +136,7 @@ def test_images_alone(torch, tmp_path):
     near(clip.load_image(tmp_path)(IMAGES), oracle(pixels).image_embeds)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_an_archive_of_torchscript(whole, torch, tmp_path):
     """OpenAI's names and format, written by PyTorch from the same numbers."""
     tensors = openai(whole.state_dict(), torch)
