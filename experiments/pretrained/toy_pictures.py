@@ -1,4 +1,4 @@
-"""Pictures that the toy draws: a sheet of prompts, and how many the probe recognises.
+"""Pictures that the toy draws: a sheet of prompts.
 
     python -m experiments.pretrained.toy_pictures --out toy_sd3.png
 
@@ -19,7 +19,7 @@ from experiments.paths import Given
 from experiments.plotting import plt
 from experiments.pretrained import toy_sd3
 from experiments.pretrained.toy_sd3 import GUIDANCE, SIZE
-from experiments.tasks.emoji import CREDIT
+from experiments.tasks.emoji import CREDIT, UNSEEN
 from snella_jax.models.sd3 import Pipeline
 
 PROGRAM = "python -m experiments.pretrained.toy_pictures"
@@ -42,14 +42,7 @@ TRAINED = (
     "guitar",
 )
 NEW = (
-    "purple heart",
-    "large green circle",
-    "large orange square",
-    "woman astronaut",
-    "man cook",
-    "woman firefighter",
-    "man vampire",
-    "woman surfing",
+    *UNSEEN,
     "a dog on a red background",
     "teapot on a purple background",
     "a guitar on the beach",

@@ -63,7 +63,8 @@ def write(path, tensors, **attributes):
         return made
 
     arrays = [np.ascontiguousarray(array) for array in tensors.values()]
-    items = {n: Tensor(str(i), a) for i, (n, a) in enumerate(zip(tensors, arrays))}  # noqa: B905
+    named = enumerate(zip(tensors, arrays, strict=True))
+    items = {name: Tensor(str(key), array) for key, (name, array) in named}
     data = io.BytesIO()
     with mock.patch.dict(sys.modules, fakes):
         Pickler(data, 2).dump(module({**items, "sizes": Sizes(), **attributes}))

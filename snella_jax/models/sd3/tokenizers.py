@@ -164,10 +164,12 @@ def t5_tokenizer(path: str | Path, length: int = 256) -> Tokenizer:
             raise FileNotFoundError(f"{path} has none of {', '.join(names)}.")
         path = found[0]
     check_download(path)
-    to_ids: Callable[[str], list[int]]
     if path.suffix == ".json":
         backend = _json_backend(path)
-        to_ids = lambda text: backend.encode(text, add_special_tokens=False).ids  # noqa: E731
+
+        def to_ids(text: str) -> list[int]:
+            return backend.encode(text, add_special_tokens=False).ids
+
         size = backend.get_vocab_size()
         pad, end = (backend.token_to_id(token) for token in ("<pad>", "</s>"))
     else:
@@ -263,7 +265,7 @@ def _bpe(path: Path, ids: dict[str, int], merges: list[tuple[str, ...]]) -> Any:
             fuse_unk=False,
             unk_token=END,
         )
-    except Exception as error:
+    except Exception as error:  # the package raises nothing narrower
         raise CheckpointError.damaged(path, error) from error
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.Sequence(
@@ -287,7 +289,7 @@ def _json_backend(path: Path) -> Any:
     tokenizers = package("tokenizers", path, "generation")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
+    except Exception as error:  # the package raises nothing narrower
         raise CheckpointError.damaged(path, error) from error
     backend.no_truncation()  # a file may ask for both
     backend.no_padding()

@@ -170,7 +170,10 @@ def test_recomputed_blocks_keep_less_for_the_backward_pass():
     def beside_weights(remat):
         graphdef, state = nnx.split(made(remat=remat))
         weights = sum(leaf.size for leaf in jax.tree.leaves(state))
-        encode = lambda state, x: nnx.merge(graphdef, state).encode(x)  # noqa: E731
+
+        def encode(state, x):
+            return nnx.merge(graphdef, state).encode(x)
+
         return sum(kept(encode, state, images)) - weights
 
     assert beside_weights("blocks") < 0.4 * beside_weights("none")
