@@ -12,7 +12,8 @@ from snella_jax import kernels
 from snella_jax.core.budgets import allocate, budget_schedule
 from snella_jax.core.config import Rule, SnellaConfig
 from snella_jax.core.decay import decay_mask
-from snella_jax.core.dense import adapted, adapted_dense, sparse_delta
+from snella_jax.core.delta import sparse_delta
+from snella_jax.core.dense import adapted, adapted_dense
 from snella_jax.core.gates import sparsify
 from snella_jax.core.importance import ImportanceState, importance, track_importance
 from snella_jax.core.layout import Layout

@@ -23,65 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from snella_jax.core.gates import check_gate, sparsify
+from snella_jax.core.delta import delta_and_tau
+from snella_jax.core.gates import check_gate
 from snella_jax.core.layout import Layout
 from snella_jax.kernels import Factors, Kernel
 from snella_jax.ops.dropout import drop_path, dropout
 from snella_jax.ops.dtypes import at_least_float32
 from snella_jax.ops.matmul import matmul
-from snella_jax.ops.recompute import kept, opened, recomputed
-from snella_jax.ops.threshold import check_budget, threshold
+from snella_jax.ops.recompute import opened, recomputed
+from snella_jax.ops.threshold import check_budget
 from snella_jax.ops.varying import varying_alike
 
 Path = Literal["merged", "parallel"]
 Op = Callable[[Array, Array], Array]
 Sharding = jax.sharding.Sharding | jax.sharding.PartitionSpec
-
-
-def sparse_delta(
-    factors: Factors,
-    budget: int | Int[Array, " *slices"],
-    *,
-    kernel: Kernel,
-    gate: str = "product",
-    layout: Layout | None = None,
-) -> Float[Array, " *weight"]:
-    """Returns the sparse update of one weight, in its shape and at least float32.
-
-    Args:
-      factors: factors with the leading axes `layout.slices`.
-      budget: weights that survive, one number for each slice.
-      kernel: makes the dense update.
-      gate: value of a survivor, see `sparsify`.
-      layout: the weight's axes; None for an `[n, m]` matrix.
-
-    Source: Eq. 5, 6 and 13.
-    """
-    return _delta_and_tau(factors, budget, None, kernel, gate, layout)[0]
-
-
-def _delta_and_tau(factors, budget, tau, kernel, gate, layout):
-    """Returns the update and its thresholds `[*slices]`, found where `tau` is None."""
-
-    def one(factors, budget, tau):
-        with jax.named_scope("snella_delta"):  # as profilers show it
-            dense = kernel.apply(layout.unfold(factors) if layout else factors)
-        with jax.named_scope("snella_threshold"):
-            if tau is None and gate == "none":  # nothing to search for: recomputed
-                tau = jax.lax.stop_gradient(jnp.max(dense))
-            if tau is None:
-                # Made again for the comparison, it could round across the threshold.
-                dense = jax.lax.optimization_barrier(dense)
-                tau = kept(threshold(dense, budget))
-        with jax.named_scope("snella_delta"):
-            return sparsify(dense, budget, gate, tau), tau
-
-    if layout is None:
-        return one(factors, budget, tau)
-    for _ in layout.slices:
-        one = jax.vmap(one)
-    delta, tau = one(factors, budget, tau)
-    return layout.place(delta), tau
 
 
 def summed(w0: Array, delta: Array) -> Array:
@@ -126,7 +81,7 @@ class Update:
         self, factors: Factors, budget: Array, tau: Array | None
     ) -> tuple[Array, Array]:
         """Returns the sparse update and its thresholds, found where `tau` is None."""
-        return _delta_and_tau(factors, budget, tau, self.kernel, self.gate, self.layout)
+        return delta_and_tau(factors, budget, tau, self.kernel, self.gate, self.layout)
 
 
 def adapted(

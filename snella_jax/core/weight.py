@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from snella_jax.core.budgets import FIXED, allocate
 from snella_jax.core.config import Rule, SnellaConfig
-from snella_jax.core.dense import Update, sparse_delta, summed
+from snella_jax.core.delta import sparse_delta
+from snella_jax.core.dense import Update, summed
 from snella_jax.core.layout import Layout
 from snella_jax.files.hosts import to_host
 from snella_jax.kernels import Factors, Kernel
