@@ -147,6 +147,8 @@ def row(
         "rank": setting.rank,
         "stacked": one.stacked,
         "remat": setting.remat,
+        "memory": setting.memory,
+        "activation": setting.activation,
         "attention": setting.attention,
         "parameters": workload.parameters(setting.model),
         "trainable": workload.size(one.arguments[0]),

@@ -79,6 +79,7 @@ class Setting:
       frozen_dtype: dtype of the weights that do not train.
       stacked: True if the blocks are scanned, False if they are a list.
       remat: parts that are recomputed besides delta, see `vit.ViTConfig`.
+      memory, activation: fields of the model's config; None for its own activation.
       sequence: tokens of a text; None for images.
     """
 
@@ -90,6 +91,8 @@ class Setting:
     frozen_dtype: str = "bfloat16"
     stacked: bool = True
     remat: Remat = "none"
+    memory: str = "usual"
+    activation: str | None = None
     sequence: int | None = None
 
     @property
@@ -159,6 +162,11 @@ class Options:
     remat: Remat | None = None
     """Parts that are recomputed besides delta. Default: none; of a language model
     or an MMDiT blocks."""
+    memory: str = "usual"
+    """What blocks keep: usual, or lean for what took a matmul alone, perhaps with
+    +attention, +qkv, +hidden for what of it is made again."""
+    activation: Literal["gelu", "gelu2", "silu", "silu2"] | None = None
+    """gelu2, of a LLaMA silu2: the exact activation with a derivative by steps."""
 
     def settings(self, model: str) -> list[Setting]:
         """Returns a checked setting of `model` for each method.
@@ -337,6 +345,8 @@ def _base(setting: Setting) -> models.Model:
         dtype=jnp.dtype(setting.dtype),
         stacked=setting.stacked,
         remat=setting.remat,
+        memory=setting.memory,
+        **({"activation": setting.activation} if setting.activation else {}),
         rngs=nnx.Rngs(0),
     )
 

@@ -1,10 +1,11 @@
 """The fields of a model's config that change outputs and do not show in the weights."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 from flax import nnx
 
+from snella_jax.models.layers.activations import Gelu, Silu
 from snella_jax.models.registry import Model
 
 POSITIONS = "pos_embed"  # weights that follow from the grid of patches
@@ -14,8 +15,10 @@ NOT_COMPARED = {
     *("patch_size", "image_size", "channels", "num_classes", "class_token"),
     *("vocab_size", "context", "tied", "bos", "eos"),
     *("patch", "positions", "context_dim", "pooled_dim"),
-    *("stacked", "remat", "attention", "dtype", "param_dtype", "drop_path"),
+    *("stacked", "remat", "memory", "attention", "dtype", "param_dtype", "drop_path"),
 }
+# Activations that follow from the model, and differ in their derivative.
+SAME = {*get_args(Gelu), *get_args(Silu)}
 
 
 def of(model: nnx.Module) -> dict[str, dict[str, Any]]:
@@ -42,7 +45,7 @@ def _fields(config: Any) -> dict[str, Any]:
     found = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in said.items()
-        if name not in NOT_COMPARED
+        if name not in NOT_COMPARED and not (name == "activation" and value in SAME)
     }
     for name in found.keys() & {"pixel_mean", "pixel_std"}:
         if len(found[name]) == 1:  # one number is that of every channel

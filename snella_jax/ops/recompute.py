@@ -5,7 +5,7 @@ update, no sum of weights and nothing that the call made on its way. A block of 
 that is rematerialised keeps its arguments and what its layers mark with `kept`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,11 +23,19 @@ def kept(value: Array) -> Array:
     return checkpoint_name(value, KEPT)
 
 
-def rematerialised(function: Callable, *, prevent_cse: bool = True) -> Callable:
+def named(value: Array, name: str) -> Array:
+    """Names an array that `rematerialised` keeps if it is told so."""
+    return checkpoint_name(value, f"snella_jax.{name}")
+
+
+def rematerialised(
+    function: Callable, *, keep: Iterable[str] = (), prevent_cse: bool = True
+) -> Callable:
     """Recomputes a function in its backward pass, but for what is marked with `kept`.
 
     Args:
       function: function of trees of arrays.
+      keep: names that `named` gave; their arrays are kept, too.
       prevent_cse: as in `jax.checkpoint`; False inside a scan.
 
     >>> def sines(mark):
@@ -36,7 +44,8 @@ def rematerialised(function: Callable, *, prevent_cse: bool = True) -> Callable:
     >>> sines(lambda x: x), sines(kept)
     (2, 1)
     """
-    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    names = (f"snella_jax.{name}" for name in keep)
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT, *names)
     return jax.checkpoint(function, policy=policy, prevent_cse=prevent_cse)
 
 

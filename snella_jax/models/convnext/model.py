@@ -18,8 +18,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from snella_jax.models.layers import basic, stack
+from snella_jax.models.layers.activations import Gelu
 from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD, ImageSizes
+from snella_jax.models.layers.memory import OUTPUTS, STREAM
 from snella_jax.models.layers.stages import Staged, check_stages
+from snella_jax.ops.recompute import named
 
 EPS = 1e-6  # of every norm but the last
 
@@ -37,8 +40,8 @@ class ConvNeXtConfig(ImageSizes):
       layer_scale: initial value of LayerScale; None for none.
       drop_path: rate of stochastic depth in the last block, rising from 0.
       norm_eps: epsilon of the norm before the head.
-      channels, num_classes, pixel_mean, pixel_std, stacked, remat, dtype, param_dtype:
-        as in `vit.ViTConfig`.
+      channels, num_classes, pixel_mean, pixel_std, stacked, remat, memory, activation,
+        dtype, param_dtype: as in `vit.ViTConfig`.
     """
 
     widths: tuple[int, ...]
@@ -54,6 +57,8 @@ class ConvNeXtConfig(ImageSizes):
     pixel_std: tuple[float, ...] = IMAGENET_STD
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
+    memory: str = "usual"
+    activation: Gelu = "gelu"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -131,7 +136,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "B h w D"], drop: stack.Drop | None = None
     ) -> Float[Array, "B h w D"]:
         """Runs the block; `drop` is None, or a key and the rate of stochastic depth."""
-        y = self.mlp(self.norm(self.dwconv(x)))
+        y = self.mlp(self.norm(named(self.dwconv(x), STREAM)))
         if self.layer_scale:
-            y = basic.scaled(y, self.scale[...])
+            y = basic.scaled(named(y, OUTPUTS), self.scale[...])
         return x + stack.dropped(y, drop, 0)

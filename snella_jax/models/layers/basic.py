@@ -2,9 +2,11 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
+
+from snella_jax.models.layers.activations import Gelu, activated
+from snella_jax.models.layers.norms import LayerNorm
 
 XAVIER = nnx.initializers.xavier_uniform()  # the ViT's
 SMALL = nnx.initializers.truncated_normal(0.02)  # Swin's and ConvNeXt's linear layers'
@@ -35,9 +37,9 @@ def linear(
     )
 
 
-def norm(width: int, eps: float, config: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def norm(width: int, eps: float, config: Any, rngs: nnx.Rngs) -> LayerNorm:
     """Makes a norm over the last axis in the dtypes of a model's config."""
-    return nnx.LayerNorm(
+    return LayerNorm(
         width,
         epsilon=eps,
         use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large
@@ -94,7 +96,7 @@ def head(width: int, config: Any, rngs: nnx.Rngs) -> nnx.Linear:
 
 
 class MLP(nnx.Module):
-    """MLP of two linear layers around an exact GELU."""
+    """MLP of two linear layers around a GELU."""
 
     def __init__(
         self,
@@ -105,15 +107,9 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
         init: nnx.Initializer = XAVIER,
     ):
+        self.activation: Gelu = config.activation
         self.fc1 = linear(width, hidden, config, rngs, init=init)
         self.fc2 = linear(hidden, width, config, rngs, init=init)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.fc2(gelu(self.fc1(x)))
-
-
-# Made again in the backward pass: else three arrays as wide as the MLP are kept.
-@jax.checkpoint
-def gelu(x: Array) -> Array:
-    """Computes the exact GELU."""
-    return jax.nn.gelu(x, approximate=False)
+        return self.fc2(activated(self.fc1(x), self.activation))

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from snella_jax.models.layers.activations import Gelu, check_activation
+from snella_jax.models.layers.memory import kept_names
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -103,6 +106,7 @@ class Classifier(nnx.Module):
 def check_fields(config: Any) -> None:
     """Raises a `ValueError` for a classifier's field that cannot be."""
     check_input(config)
+    check_kept(config)
     if config.num_classes < 0:
         raise ValueError(f"num_classes={config.num_classes}: expected at least 0.")
     for name in ("pixel_mean", "pixel_std"):
@@ -111,6 +115,12 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name}={numbers}: expected {config.channels} numbers.")
     if not 0 <= config.drop_path < 1:
         raise ValueError(f"drop_path={config.drop_path}: expected 0 <= rate < 1.")
+
+
+def check_kept(config: Any) -> None:
+    """Raises a `ValueError` for a `memory` or an `activation` that cannot be."""
+    kept_names(config.memory)
+    check_activation(config.activation, Gelu)
 
 
 def check_input(config: Any) -> None:

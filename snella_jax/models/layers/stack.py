@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
+from snella_jax.models.layers.memory import kept_names
 from snella_jax.ops.dropout import drop_path
 from snella_jax.ops.recompute import rematerialised
 
@@ -66,7 +67,13 @@ def dropped(y: Array, drop: Drop | None, salt: int) -> Array:
 
 
 def through(
-    blocks: Any, x: T, drops: Drop | None, remat: str, shared: tuple[Any, ...] = ()
+    blocks: Any,
+    x: T,
+    drops: Drop | None,
+    remat: str,
+    shared: tuple[Any, ...] = (),
+    *,
+    memory: str = "usual",
 ) -> T:
     """Calls every block with `x`, or what the one before returned, and its drop.
 
@@ -74,7 +81,7 @@ def through(
       blocks: blocks that `build` made.
       x: input of the first, an array or several.
       drops: with a row for each block; None for blocks that get none.
-      remat: "none" or "blocks", see `call`.
+      remat, memory: see `call`.
       shared: further arguments, the same for every block.
     """
     own = () if drops is None else (drops,)
@@ -82,29 +89,43 @@ def through(
         for index, block in enumerate(blocks):
             graphdef, state = nnx.split(block)
             row = jax.tree.map(lambda leaf, i=index: leaf[i], own)
-            x = call(graphdef, remat, scanned=False)(state, x, *row, *shared)
+            x = call(graphdef, remat, memory, scanned=False)(state, x, *row, *shared)
         return x
     graphdef, state = nnx.split(blocks)
-    one = call(graphdef, remat, scanned=True)
+    one = call(graphdef, remat, memory, scanned=True)
     x, _ = jax.lax.scan(
         lambda x, row: (one(row[0], x, *row[1:], *shared), None), x, (state, *own)
     )
     return x
 
 
-def call(graphdef: nnx.GraphDef, remat: str, *, scanned: bool) -> Callable[..., Any]:
+def call(
+    graphdef: nnx.GraphDef, remat: str, memory: str = "usual", *, scanned: bool
+) -> Callable[..., Any]:
     """Makes a block a function of its state and its arguments: its input, and its drop.
 
-    With `remat="blocks"` only its input is kept for the backward pass (and the few
-    numbers that layers mark with `ops.recompute.kept`).
+    Args:
+      graphdef: the block's, behind `nnx.split`.
+      remat: "blocks" to keep its input alone for the backward pass (and the few
+        numbers that layers mark with `ops.recompute.kept`), else "none".
+      memory: what it keeps otherwise, see `layers.memory`.
+      scanned: True if a scan calls it.
     """
 
     def run(state: nnx.State, *arguments: Any) -> Any:
         return nnx.merge(graphdef, state)(*arguments)
 
-    if remat == "none":
+    return recomputed(run, remat, memory, scanned=scanned)
+
+
+def recomputed(
+    run: Callable[..., Any], remat: str, memory: str, *, scanned: bool
+) -> Callable[..., Any]:
+    """Makes a function of arrays keep what `remat` and `memory` say, see `call`."""
+    names = () if remat == "blocks" else kept_names(memory)
+    if names is None:
         return run
-    return rematerialised(run, prevent_cse=not scanned)
+    return rematerialised(run, keep=names, prevent_cse=not scanned)
 
 
 def row(blocks: Any, index: int) -> Any:

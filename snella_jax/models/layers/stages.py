@@ -18,8 +18,8 @@ class Staged(Classifier):
     """A classifier of stages: the base of models that say what these are made of.
 
     Attributes:
-      config: has `widths`, `drop_path`, `remat` and `rows`, the shape of the blocks of
-        each stage.
+      config: has `widths`, `drop_path`, `remat`, `memory` and `rows`, the shape of the
+        blocks of each stage.
       blocks: blocks of each stage, as `stack.build` makes them.
       down: from each stage's grid to the next.
     """
@@ -78,7 +78,7 @@ class Staged(Classifier):
         drops = stack.drops(key, c.drop_path, c.rows)
         for stage, (blocks, drop) in enumerate(zip(self.blocks, drops, strict=True)):
             x = self.down[stage - 1](x) if stage else x
-            x = stack.through(blocks, x, drop, c.remat)
+            x = stack.through(blocks, x, drop, c.remat, memory=c.memory)
             found.append(x)
         return tuple(found)
 

@@ -6,7 +6,9 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
+from snella_jax.models.layers.activations import Silu, check_activation
 from snella_jax.models.layers.attention import Implementation
+from snella_jax.models.layers.memory import kept_names
 from snella_jax.models.llama.rotary import Llama3Scaling
 
 COUNTS = ("vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "mlp_dim")
@@ -36,6 +38,10 @@ class LlamaConfig:
       stacked: True to stack and scan the blocks; else they are a list.
       remat: "none", or "blocks" to keep only what goes from block to block for the
         backward pass and to compute each block again there.
+      memory: what is kept for the backward pass: "usual", "lean" for what took a matmul
+        alone, see `snella_jax.models.layers.memory`.
+      activation: "silu", or "silu2" for the same output with a derivative by steps, see
+        `snella_jax.models.layers.activations`. Gate and up are kept with either.
       attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or "auto" for the one that suits
         the first device, see `snella_jax.models.layers.attention`.
       dtype: dtype of the computation; logits are float32 whatever it is.
@@ -58,6 +64,8 @@ class LlamaConfig:
     eos: tuple[int, ...] = ()
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
+    memory: str = "usual"
+    activation: Silu = "silu"
     attention: Implementation = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -78,6 +86,8 @@ class LlamaConfig:
                 raise ValueError(f"{name}={number}: expected a positive number.")
         if self.remat not in ("none", "blocks"):
             raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
+        kept_names(self.memory)
+        check_activation(self.activation, Silu)
         if self.attention not in get_args(Implementation):
             known = ", ".join(get_args(Implementation))
             raise ValueError(f"attention={self.attention!r}: expected {known}.")

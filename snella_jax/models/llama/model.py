@@ -24,10 +24,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from snella_jax.models.layers import basic, preset, stack
+from snella_jax.models.layers.activations import silu2
 from snella_jax.models.layers.attention import attend
+from snella_jax.models.layers.memory import ATTENTION, HIDDEN, QKV, STREAM
+from snella_jax.models.layers.norms import normalised
 from snella_jax.models.llama.config import PRESETS, LlamaConfig
 from snella_jax.models.llama.rotary import Rotation, inverse_frequencies, rotation
-from snella_jax.ops.recompute import rematerialised
+from snella_jax.ops.recompute import named, rematerialised
 
 # Attends, given rotated queries `[B, T, H, d]`, rotated keys `[B, T, K, d]`, values and
 # what the block knows of earlier tokens; also returns what is to be kept.
@@ -176,9 +179,8 @@ class Llama(nnx.Module):
             def run(state: nnx.State, x: Array, earlier: Any) -> tuple[Array, Any]:
                 return nnx.merge(graphdef, state)(x, turn, look, earlier)
 
-            if self.config.remat == "none":
-                return run
-            return rematerialised(run, prevent_cse=not scanned)
+            c = self.config
+            return stack.recomputed(run, c.remat, c.memory, scanned=scanned)
 
         if isinstance(self.blocks, nnx.List):
             rows = []
@@ -210,7 +212,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Runs the block; arguments and results as `Attention`."""
         y, kept = self.attn(self.norm1(x), turn, look, earlier)
-        x = x + y
+        x = named(x + y, STREAM)
         return x + self.mlp(self.norm2(x)), kept
 
 
@@ -238,8 +240,9 @@ class Attention(nnx.Module):
           earlier: what it knows of the earlier ones in this block.
         """
         q, k, v = (self._split(f(x)) for f in (self.q, self.k, self.v))
-        y, kept = look(turn(q), turn(k), v, earlier)
-        return self.o(y.reshape(*x.shape[:2], -1)), kept
+        q, k, v = (named(part, QKV) for part in (turn(q), turn(k), v))
+        y, kept = look(q, k, v, earlier)
+        return self.o(named(y, ATTENTION).reshape(*x.shape[:2], -1)), kept
 
     def _split(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
@@ -249,12 +252,17 @@ class SwiGLU(nnx.Module):
     """MLP whose hidden features are gated (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.activation = config.activation
         self.gate = _linear(config.width, config.mlp_dim, config, rngs)
         self.up = _linear(config.width, config.mlp_dim, config, rngs)
         self.down = _linear(config.mlp_dim, config.width, config, rngs)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.down(_gated(self.gate(x), self.up(x)))
+        gate, up = self.gate(x), named(self.up(x), HIDDEN)
+        if self.activation == "silu":
+            return self.down(_gated(named(gate, HIDDEN), up))
+        # The derivative by either factor is the other: both stay, and 2 bits of `gate`.
+        return self.down(named(silu2(gate), HIDDEN) * up)
 
 
 # Made again in the backward pass: else three arrays as wide as the MLP are kept.
@@ -274,10 +282,15 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((config.width,), config.param_dtype))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        wide = x.astype(jnp.float32)
-        mean = jnp.square(wide).mean(-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(mean + self.epsilon)
-        return basic.scaled(normed.astype(x.dtype), self.scale[...])
+        return _normed(x, self.scale[...], self.epsilon)
+
+
+# Made again in the backward pass: else a scale that trains keeps the normalised array.
+def _normed(x: Array, scale: Array, eps: float) -> Array:
+    def run(x: Array, scale: Array) -> Array:
+        return basic.scaled(normalised(x, None, None, eps, centred=False), scale)
+
+    return rematerialised(run)(x, scale)
 
 
 def positions_of(

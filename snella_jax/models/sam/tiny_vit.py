@@ -21,9 +21,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from snella_jax.models.layers import basic, depthwise, stack, windows
+from snella_jax.models.layers.activations import Gelu, activated
 from snella_jax.models.layers.attention import Implementation, attend
-from snella_jax.models.layers.images import PatchGrid, check_batch, check_input
+from snella_jax.models.layers.images import (
+    PatchGrid,
+    check_batch,
+    check_input,
+    check_kept,
+)
+from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.sam.neck import Neck
+from snella_jax.ops.recompute import named
 
 STRIDES = (2, 2, 1)  # of the merging behind each stage but the last
 
@@ -45,6 +53,7 @@ class TinyViTConfig(PatchGrid):
       norm_eps: epsilon of the norms in the blocks; the neck's is 1e-6.
       stacked: True to stack and scan the blocks of a stage; else they are a list.
       remat: "blocks" keeps only the inputs of blocks for the backward pass.
+      memory, activation: as in `vit.ViTConfig`.
       attention: "auto" or "xla", both XLA's implementation: biases need it.
       dtype: dtype of the computation.
       param_dtype: dtype of the weights.
@@ -62,6 +71,8 @@ class TinyViTConfig(PatchGrid):
     norm_eps: float = 1e-5
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
+    memory: str = "usual"
+    activation: Gelu = "gelu"
     attention: Implementation = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -70,6 +81,7 @@ class TinyViTConfig(PatchGrid):
 
     def __post_init__(self):
         check_input(self)
+        check_kept(self)
         for name, count in (("widths", 4), ("depths", 4), ("heads", 3), ("windows", 3)):
             numbers = getattr(self, name)
             if len(numbers) != count or min(numbers) < 1:
@@ -131,11 +143,12 @@ class TinyViT(nnx.Module):
         Raises:
           ValueError: the images do not have the configured height, width or channels.
         """
-        check_batch(images, self.config)
+        c = self.config
+        check_batch(images, c)
         x = self.patch_embed(images)
         for stage, blocks in enumerate(self.blocks):
             x = self.down[stage - 1](x) if stage else x
-            x = stack.through(blocks, x, None, self.config.remat)
+            x = stack.through(blocks, x, None, c.remat, memory=c.memory)
         return self.neck(x)
 
 
@@ -143,12 +156,12 @@ class Stem(nnx.Module):
     """Two convolutions with stride 2 around a GELU."""
 
     def __init__(self, config: TinyViTConfig, *, rngs: nnx.Rngs):
-        c, width = config, config.widths[0]
+        c, width, self.activation = config, config.widths[0], config.activation
         self.conv1 = _conv(c.channels, width // 2, 3, c, rngs, stride=2)
         self.conv2 = _conv(width // 2, width, 3, c, rngs, stride=2)
 
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B H/4 W/4 D"]:
-        return self.conv2(basic.gelu(self.conv1(images)))
+        return self.conv2(activated(self.conv1(images), self.activation))
 
 
 class MBConv(nnx.Module):
@@ -156,13 +169,15 @@ class MBConv(nnx.Module):
 
     def __init__(self, config: TinyViTConfig, *, rngs: nnx.Rngs):
         c, width, hidden = config, config.widths[0], config.hidden[0]
+        self.activation = c.activation
         self.conv1 = _conv(width, hidden, 1, c, rngs)
         self.conv2 = _conv(hidden, hidden, 3, c, rngs, groups=hidden)
         self.conv3 = _conv(hidden, width, 1, c, rngs)
 
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
-        y = basic.gelu(self.conv2(basic.gelu(self.conv1(x))))
-        return basic.gelu(x + self.conv3(y))
+        y = activated(self.conv1(x), self.activation)
+        y = activated(self.conv2(y), self.activation)
+        return activated(x + self.conv3(y), self.activation)
 
 
 class Merging(nnx.Module):
@@ -171,12 +186,14 @@ class Merging(nnx.Module):
     def __init__(
         self, n: int, m: int, stride: int, config: TinyViTConfig, *, rngs: nnx.Rngs
     ):
+        self.activation = config.activation
         self.conv1 = _conv(n, m, 1, config, rngs)
         self.conv2 = _conv(m, m, 3, config, rngs, stride=stride, groups=m)
         self.conv3 = _conv(m, m, 1, config, rngs)
 
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B i j E"]:
-        return self.conv3(basic.gelu(self.conv2(basic.gelu(self.conv1(x)))))
+        y = activated(self.conv1(x), self.activation)
+        return self.conv3(activated(self.conv2(y), self.activation))
 
 
 class Block(nnx.Module):
@@ -193,7 +210,8 @@ class Block(nnx.Module):
         self.mlp = basic.MLP(width, hidden, c, rngs=rngs, init=basic.SMALL)
 
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
-        x = self.local_conv(x + self.attended(x))
+        x = named(x + self.attended(x), STREAM)
+        x = named(self.local_conv(x), STREAM)
         return x + self.mlp(self.norm2(x))
 
     def attended(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
@@ -238,12 +256,12 @@ class WindowAttention(nnx.Module):
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
         """Attends within each of `N` windows."""
         q, k, v = (
-            layer(x).reshape(*x.shape[:2], self.heads, -1)
+            named(layer(x).reshape(*x.shape[:2], self.heads, -1), QKV)
             for layer in (self.q, self.k, self.v)
         )
         bias = self.bias_table[...][:, distances(self.window)]
         y = attend(q, k, v, "xla", bias=bias[None])
-        return self.proj(y.reshape(x.shape))
+        return self.proj(named(y, ATTENTION).reshape(x.shape))
 
 
 def distances(window: int) -> Int[np.ndarray, "T T"]:

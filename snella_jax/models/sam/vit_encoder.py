@@ -24,10 +24,18 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from snella_jax.models.layers import basic, stack, windows
+from snella_jax.models.layers.activations import Gelu
 from snella_jax.models.layers.attention import Implementation, check_implementation
-from snella_jax.models.layers.images import PatchGrid, check_batch, check_input
+from snella_jax.models.layers.images import (
+    PatchGrid,
+    check_batch,
+    check_input,
+    check_kept,
+)
+from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.sam import relative
 from snella_jax.models.sam.neck import Neck
+from snella_jax.ops.recompute import named
 
 Kind = Literal["windowed", "whole"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order of a group
@@ -52,7 +60,7 @@ class ViTEncoderConfig(PatchGrid):
       channels: channels of the images.
       norm_eps: epsilon of the blocks' norms.
       stacked: True to stack and scan the blocks of each kind; else they are lists.
-      remat, attention, dtype, param_dtype: as in `vit.ViTConfig`.
+      remat, memory, activation, attention, dtype, param_dtype: as in `vit.ViTConfig`.
     """
 
     width: int
@@ -68,12 +76,15 @@ class ViTEncoderConfig(PatchGrid):
     norm_eps: float = 1e-6
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
+    memory: str = "usual"
+    activation: Gelu = "gelu"
     attention: Implementation = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def __post_init__(self):
         check_input(self)
+        check_kept(self)
         for name in ("width", "depth", "heads", "window", "out_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
@@ -171,7 +182,7 @@ class Block(nnx.Module):
         self.mlp = basic.MLP(width, hidden, config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
-        x = x + self.attn(self.norm1(x))
+        x = named(x + self.attn(self.norm1(x)), STREAM)
         return x + self.mlp(self.norm2(x))
 
 
@@ -201,12 +212,12 @@ class Attention(nnx.Module):
         split = windows.split(padded, self.grid)
         own = split.reshape(-1, *split.shape[2:])  # [B * windows, *grid, D]
         heads = *own.shape[:3], self.heads, -1
-        q, k, v = (f(own).reshape(heads) for f in (self.q, self.k, self.v))
+        q, k, v = (named(f(own).reshape(heads), QKV) for f in (self.q, self.k, self.v))
         rows, columns = (
             table[...].astype(q.dtype) for table in (self.rel_pos_h, self.rel_pos_w)
         )
         y = relative.attend(q, k, v, rows, columns, self.implementation)
-        y = self.proj(y.reshape(own.shape)).reshape(split.shape)
+        y = self.proj(named(y, ATTENTION).reshape(own.shape)).reshape(split.shape)
         y = windows.joined(y, *padded.shape[1:3])
         return y[:, : x.shape[1], : x.shape[2]]
 
@@ -215,7 +226,7 @@ def _scan(blocks: nnx.Dict, x: Array, config: ViTEncoderConfig) -> Array:
     """Scans groups of blocks, and inside a group the blocks of each kind."""
     split = {kind: nnx.split(own) for kind, own in blocks.items()}
     calls = {
-        kind: stack.call(graphdef, config.remat, scanned=True)
+        kind: stack.call(graphdef, config.remat, config.memory, scanned=True)
         for kind, (graphdef, _) in split.items()
     }
 
@@ -262,5 +273,6 @@ def groups(config: ViTEncoderConfig) -> list[tuple[dict[str, int], int]]:
 def _unroll(blocks: nnx.Dict, x: Array, config: ViTEncoderConfig) -> Array:
     for kind, row in config.places:
         graphdef, state = nnx.split(blocks[kind][row])
-        x = stack.call(graphdef, config.remat, scanned=False)(state, x)
+        run = stack.call(graphdef, config.remat, config.memory, scanned=False)
+        x = run(state, x)
     return x

@@ -21,9 +21,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from snella_jax.models.layers import basic, stack, windows
+from snella_jax.models.layers.activations import Gelu
 from snella_jax.models.layers.attention import attend
 from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD, ImageSizes
+from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.layers.stages import Staged, check_stages
+from snella_jax.ops.recompute import named
 
 EPS = 1e-5  # of every norm
 
@@ -42,8 +45,8 @@ class SwinConfig(ImageSizes):
       patch_size: side of a patch in pixels, or (height, width).
       image_size: side of the images in pixels, or (height, width); what patches,
         merging or windows do not divide is padded with 0.
-      channels, num_classes, pixel_mean, pixel_std, remat, dtype, param_dtype: as in
-        `vit.ViTConfig`.
+      channels, num_classes, pixel_mean, pixel_std, remat, memory, activation, dtype,
+        param_dtype: as in `vit.ViTConfig`.
       drop_path: rate of stochastic depth in the last block, rising from 0.
       stacked: True to stack and scan the pairs of a stage; else they are a list.
     """
@@ -62,6 +65,8 @@ class SwinConfig(ImageSizes):
     pixel_std: tuple[float, ...] = IMAGENET_STD
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
+    memory: str = "usual"
+    activation: Gelu = "gelu"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -145,6 +150,7 @@ class Pair(nnx.Module):
     ) -> Float[Array, "B h w D"]:
         """Runs both; `drop` is None, or two keys and two rates of stochastic depth."""
         for index, block in enumerate((self.plain, self.shifted)):
+            x = named(x, STREAM)
             x = block(x, jax.tree.map(lambda leaf, i=index: leaf[i], drop))
         return x
 
@@ -165,7 +171,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "B h w D"], drop: stack.Drop | None = None
     ) -> Float[Array, "B h w D"]:
         """Runs the block; `drop` is None, or a key and the rate of stochastic depth."""
-        x = x + stack.dropped(self.attn(self.norm1(x)), drop, 0)
+        x = named(x + stack.dropped(self.attn(self.norm1(x)), drop, 0), STREAM)
         return x + stack.dropped(self.mlp(self.norm2(x)), drop, 1)
 
 
@@ -198,7 +204,10 @@ class WindowAttention(nnx.Module):
         tokens = windows.split(x, (side, side))
         tokens = tokens.reshape(batch, -1, side * side, x.shape[-1])
 
-        q, k, v = (self._split(f(tokens)) for f in (self.query, self.key, self.value))
+        q, k, v = (
+            named(self._split(f(tokens)), QKV)
+            for f in (self.query, self.key, self.value)
+        )
         bias = self.bias_table[...][offsets(side, self.window)].transpose(2, 0, 1)
         mask = _together(rows, columns, side, shift)[:, None, None] if shift else None
 
@@ -206,6 +215,7 @@ class WindowAttention(nnx.Module):
             return attend(q, k, v, "xla", bias=bias[None], mask=mask)
 
         y = jax.vmap(one, (1, 1, 1, 0), 1)(q, k, v, mask)  # over the windows
+        y = named(y, ATTENTION)
         y = self.out(y.reshape(tokens.shape)).reshape(
             batch, -1, side, side, x.shape[-1]
         )

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from snella_jax.models.layers.activations import Gelu
 from snella_jax.models.layers.attention import Implementation, check_implementation
 from snella_jax.models.layers.images import (
     IMAGENET_MEAN,
@@ -41,6 +42,10 @@ class ViTConfig(PatchGrid):
       stacked: True to stack and scan the blocks; else they are a list.
       remat: "none", or "blocks" to keep only what goes from block to block for the
         backward pass and to compute each block again there.
+      memory: what is kept for the backward pass: "usual", "lean" for what took a matmul
+        alone, see `snella_jax.models.layers.memory`.
+      activation: "gelu", or "gelu2" for the same output with a derivative that takes 2
+        bits an element to keep, see `snella_jax.models.layers.activations`.
       attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or "auto" for the one that suits
         the first device, see `snella_jax.models.layers.attention`.
       dtype: dtype of the computation.
@@ -64,6 +69,8 @@ class ViTConfig(PatchGrid):
     pixel_std: tuple[float, ...] = (0.5,)
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
+    memory: str = "usual"
+    activation: Gelu = "gelu"
     attention: Implementation = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32

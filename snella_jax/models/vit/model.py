@@ -24,7 +24,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from snella_jax.models.layers import basic, preset, stack
 from snella_jax.models.layers.attention import Implementation, attend, attention_weights
 from snella_jax.models.layers.images import Classifier, check_batch
+from snella_jax.models.layers.memory import ATTENTION, OUTPUTS, QKV, STREAM
 from snella_jax.models.vit.config import PRESETS, ViTConfig
+from snella_jax.ops.recompute import named
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "ViT":
@@ -154,6 +156,7 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Runs the block; `drop` is None, or a key and the rate of stochastic depth."""
         x = x + self._branch(self.attn(self.norm1(x)), "scale1", drop, 0)
+        x = named(x, STREAM)
         return x + self._branch(self.mlp(self.norm2(x)), "scale2", drop, 1)
 
     def attention_map(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:
@@ -162,7 +165,7 @@ class Block(nnx.Module):
 
     def _branch(self, y: Array, scale: str, drop: Any, salt: int) -> Array:
         if self.layer_scale:
-            y = basic.scaled(y, getattr(self, scale)[...])
+            y = basic.scaled(named(y, OUTPUTS), getattr(self, scale)[...])
         return stack.dropped(y, drop, salt)
 
 
@@ -188,10 +191,10 @@ class Attention(nnx.Module):
         With a `length`, only the first `length` of these.
         """
         seen = x if seen is None else seen
-        q = self._split(self.query(x))
-        k, v = (self._split(f(seen)) for f in (self.key, self.value))
+        q = named(self._split(self.query(x)), QKV)
+        k, v = (named(self._split(f(seen)), QKV) for f in (self.key, self.value))
         y = attend(q, k, v, self.implementation, length)
-        return self.out(y.reshape(x.shape))
+        return self.out(named(y, ATTENTION).reshape(x.shape))
 
     def map(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:
         """Returns the weights with which the call sums the values, in float32."""
@@ -213,7 +216,7 @@ def _scan(
 ) -> tuple[Array, Kept]:
     """Returns the tokens after the last block, and those after each of `keep`."""
     graphdef, state = nnx.split(blocks)
-    one = stack.call(graphdef, config.remat, scanned=True)
+    one = stack.call(graphdef, config.remat, config.memory, scanned=True)
     wanted = sorted(set(keep))
     # The place of each block's tokens among those kept; past the end for the others.
     place = jnp.array([wanted.index(i) if i in wanted else len(wanted)
@@ -241,7 +244,8 @@ def _unroll(
     for index, block in enumerate(blocks):
         graphdef, state = nnx.split(block)
         drop = jax.tree.map(lambda leaf, i=index: leaf[i], drops)
-        x = stack.call(graphdef, config.remat, scanned=False)(state, x, drop)
+        run = stack.call(graphdef, config.remat, config.memory, scanned=False)
+        x = run(state, x, drop)
         if index in keep:
             kept[index] = x
     return x, kept

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from snella_jax.models.layers import basic, stack
+from snella_jax.models.layers.activations import gelu
 from snella_jax.models.layers.attention import Implementation, attend
 
 
@@ -55,7 +56,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         hidden = self.fc1(x)
-        return self.fc2(quick_gelu(hidden) if self.quick else basic.gelu(hidden))
+        return self.fc2(quick_gelu(hidden) if self.quick else gelu(hidden))
 
 
 # Made again in the backward pass: else two arrays as wide as the MLP are kept.

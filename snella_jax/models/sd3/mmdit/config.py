@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from snella_jax.models.layers.activations import Gelu, check_activation
 from snella_jax.models.layers.attention import Implementation, check_implementation
+from snella_jax.models.layers.memory import kept_names
 
 COUNTS = (
     *("width", "depth", "heads", "channels", "patch", "positions"),
@@ -32,6 +34,10 @@ class MMDiTConfig:
       stacked: True to stack and scan the blocks but the last; else they are a list.
       remat: "none", or "blocks" to keep only what goes from block to block for the
         backward pass and to compute each block again there.
+      memory: what is kept for the backward pass: "usual", "lean" for what took a matmul
+        alone, see `snella_jax.models.layers.memory`.
+      activation: "gelu", or "gelu2" for the same output with a derivative that takes 2
+        bits an element to keep, see `snella_jax.models.layers.activations`.
       attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or "auto" for the one that suits
         the first device, see `snella_jax.models.layers.attention`.
       dtype: dtype of the computation; velocities are float32 whatever it is.
@@ -50,6 +56,8 @@ class MMDiTConfig:
     norm_eps: float = 1e-6
     stacked: bool = True
     remat: Literal["none", "blocks"] = "none"
+    memory: str = "usual"
+    activation: Gelu = "gelu"
     attention: Implementation = "auto"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -69,6 +77,8 @@ class MMDiTConfig:
             raise ValueError(f"norm_eps={self.norm_eps}: expected a positive number.")
         if self.remat not in ("none", "blocks"):
             raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
+        kept_names(self.memory)
+        check_activation(self.activation, Gelu)
         check_implementation(self.attention)
 
 

@@ -26,8 +26,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from snella_jax.models.layers import basic, preset, stack
+from snella_jax.models.layers.activations import activated, gelu_tanh, gelu_tanh2
 from snella_jax.models.layers.attention import attend
+from snella_jax.models.layers.memory import ATTENTION, OUTPUTS, QKV, STREAM
+from snella_jax.models.layers.norms import normalised
 from snella_jax.models.sd3.mmdit.config import PRESETS, MMDiTConfig
+from snella_jax.ops.recompute import named
 
 FREQUENCIES = 128  # of the time's embedding, cosines and then sines
 LONGEST = 10_000.0  # period in the embeddings of time and place, over 2 pi
@@ -130,10 +134,12 @@ class MMDiT(nnx.Module):
 
     def _through(self, streams: Streams, condition: Float[Array, "B D"]) -> Streams:
         """Calls every block."""
-        remat = self.config.remat
-        streams = stack.through(self.blocks, streams, None, remat, (condition,))
+        how = self.config.remat, self.config.memory
+        streams = stack.through(
+            self.blocks, streams, None, how[0], (condition,), memory=how[1]
+        )
         graphdef, state = nnx.split(self.last)
-        return stack.call(graphdef, remat, scanned=False)(state, streams, condition)
+        return stack.call(graphdef, *how, scanned=False)(state, streams, condition)
 
 
 class Block(nnx.Module):
@@ -161,7 +167,7 @@ class Block(nnx.Module):
         normed_image = image.normed(streams.image, of_image)
         normed_context = context.normed(streams.context, of_context)
         keys, values = (
-            jnp.concatenate(pair, 1)
+            named(jnp.concatenate(pair, 1), QKV)
             for pair in zip(
                 image.attn.seen(normed_image),
                 context.attn.seen(normed_context),
@@ -173,7 +179,9 @@ class Block(nnx.Module):
         if not context.ends:
             own = context.attn.queries(normed_context)
             queries = jnp.concatenate([queries, own], 1)
+        queries = named(queries, QKV)
         found = attend(queries, keys, values, self.config.attention)
+        found = named(found, ATTENTION)
         found = found.reshape(*found.shape[:2], -1)
         x = image.after(streams.image, found[:, :patches], of_image)
         if context.ends:
@@ -221,8 +229,10 @@ class Stream(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Adds what attention found, and the MLP, each behind its gate."""
         _, _, gate, shift, scale, mlp_gate = parts
-        x = x + gate[:, None] * self.attn.proj(found)
-        return x + mlp_gate[:, None] * self.mlp(modulated(x, shift, scale, self.eps))
+        y = named(self.attn.proj(found), OUTPUTS)
+        x = named(x + gate[:, None] * y, STREAM)
+        y = named(self.mlp(modulated(x, shift, scale, self.eps)), OUTPUTS)
+        return x + mlp_gate[:, None] * y
 
 
 class Attention(nnx.Module):
@@ -263,13 +273,8 @@ class MLP(basic.MLP):
     """MLP of two linear layers around the tanh approximation of a GELU."""
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.fc2(_gelu_tanh(self.fc1(x)))
-
-
-# Made again in the backward pass: else three arrays as wide as the MLP are kept.
-@jax.checkpoint
-def _gelu_tanh(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=True)
+        y = activated(self.fc1(x), self.activation, gelu_tanh, gelu_tanh2)
+        return self.fc2(y)
 
 
 def modulated(
@@ -284,10 +289,7 @@ def modulated(
     >>> modulated(x, shift=one, scale=one, eps=1e-6).astype(int).tolist()
     [[[0, 0, 2, 2]]]
     """
-    wide = x.astype(jnp.float32)
-    wide = wide - wide.mean(-1, keepdims=True)
-    variance = jnp.square(wide).mean(-1, keepdims=True)
-    normed = (wide * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+    normed = normalised(x, None, None, eps)
     return normed * (1 + scale[:, None]) + shift[:, None]
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from snella_jax.models.layers import basic, stack
 from snella_jax.models.layers.attention import attend
+from snella_jax.models.layers.norms import RMSNorm
 from snella_jax.models.sd3.t5.config import T5Config
 
 
@@ -160,8 +161,8 @@ def _linear(n: int, m: int, config: T5Config, rngs: nnx.Rngs) -> nnx.Linear:
     return basic.linear(n, m, config, rngs, use_bias=False, init=basic.SMALL)
 
 
-def _norm(config: T5Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
+def _norm(config: T5Config, rngs: nnx.Rngs) -> RMSNorm:
+    return RMSNorm(
         config.width,
         epsilon=config.norm_eps,
         dtype=config.dtype,
