@@ -30,13 +30,15 @@ from snella_jax.kernels import Factors, Kernel
 from snella_jax.ops.dropout import drop_path, dropout
 from snella_jax.ops.dtypes import at_least_float32
 from snella_jax.ops.matmul import matmul
-from snella_jax.ops.recompute import opened, recomputed
+from snella_jax.ops.recompute import opened, recomputed, recomputed_from_rows
+from snella_jax.ops.sketch import Kind, Sketch
 from snella_jax.ops.threshold import check_budget
 from snella_jax.ops.varying import varying_alike
 
 Path = Literal["merged", "parallel"]
 Op = Callable[[Array, Array], Array]
 Sharding = jax.sharding.Sharding | jax.sharding.PartitionSpec
+EVERY_ROW = Sketch()
 
 
 def summed(w0: Array, delta: Array) -> Array:
@@ -56,9 +58,11 @@ class Update:
       path: "merged" or "parallel", see `adapted_dense`.
       dropout: rate on the input of the update.
       drop_path: rate at which an example loses its whole update.
+      sketch: rows of the input that are kept for the way back, in training.
 
     Raises:
-      ValueError: an unknown gate or path, or a rate that the path cannot take.
+      ValueError: an unknown gate or path, or a rate or sketch that the path cannot
+        take.
     """
 
     kernel: Kernel
@@ -67,10 +71,11 @@ class Update:
     path: Path = "merged"
     dropout: float = 0.0
     drop_path: float = 0.0
+    sketch: Sketch = EVERY_ROW
 
     def __post_init__(self):
         check_gate(self.gate)
-        check_path(self.path, self.dropout, self.drop_path)
+        check_path(self.path, self.dropout, self.drop_path, self.sketch)
 
     def check(self, w0: Array, factors: Factors, budget: int | Array) -> None:
         """Raises a `ValueError` if weight, factors or budget do not fit."""
@@ -92,7 +97,8 @@ def adapted(
     Args:
       op: linear in its weight: a matmul, an einsum, a convolution, with or without a
         bias it closes over. On the merged path any function of its weight, and one that
-        returns a tree of arrays.
+        returns a tree of arrays. With a sketch linear in `x`, too, whose last axis it
+        multiplies row by row.
       layout: the weight's axes; None for an `[n, m]` matrix.
       update_op: `op` without its bias, for the parallel path; None where `op` has none.
 
@@ -108,9 +114,13 @@ def adapted(
         *,
         key: PRNGKeyArray | None = None,
         sharding: Sharding | None = None,
+        sketch: int = 1,
+        sketch_kind: Kind = "sample",
+        keep_rows: tuple[int, ...] = (),
         **how: Any,
     ) -> Array:
-        update = Update(layout=layout, **how)
+        rows = Sketch(sketch, sketch_kind, keep_rows)
+        update = Update(layout=layout, sketch=rows, **how)
         run = updated(op, update, update_op)
         return run(x, w0, factors, budget, key=key, sharding=sharding)
 
@@ -148,16 +158,31 @@ def updated(
         x, w0, factors, budget, key = varying_alike(x, w0, factors, budget, key)
         cast = w0.astype(x.dtype)
         base, extras = opened(op, x, cast)
-        branch, more = opened(update_op, x, cast) if parallel else (base, ())
 
-        def forward(x, w0, factors, extras, budget, key, tau):
+        def changed(w0, factors, budget, tau):
             delta, tau = update.delta(factors, budget, tau)
             if sharding is not None:
                 delta = jax.lax.with_sharding_constraint(delta, sharding)
+            return delta, tau
+
+        def merged(w0, factors, budget, tau):
+            delta, tau = changed(w0, factors, budget, tau)
+            with jax.named_scope("snella_delta"):
+                return summed(w0, delta).astype(x.dtype), tau
+
+        if update.sketch.factor > 1 and key is not None and x.ndim > 1:
+            rows = update.sketch.kept(key, jax.lax.stop_gradient(x))
+            few, more = _on_few_rows(op, update.sketch, key, rows, cast)
+            run = recomputed_from_rows(merged, base, few, update.sketch, x)
+            y = run(x, rows, w0, factors, extras, more, budget, key)
+            return _checked_rows(x, y)
+        branch, more = opened(update_op, x, cast) if parallel else (base, ())
+
+        def forward(x, w0, factors, extras, budget, key, tau):
             if not parallel:
-                with jax.named_scope("snella_delta"):
-                    merged = summed(w0, delta).astype(x.dtype)
-                return base(x, merged, extras[0]), tau
+                weight, tau = merged(w0, factors, budget, tau)
+                return base(x, weight, extras[0]), tau
+            delta, tau = changed(w0, factors, budget, tau)
             with jax.named_scope("snella_delta"):
                 change = delta.astype(x.dtype)
             y = base(x, w0.astype(x.dtype), extras[0])
@@ -242,6 +267,9 @@ def adapted_dense(
     drop_path: float = 0.0,
     key: PRNGKeyArray | None = None,
     sharding: Sharding | None = None,
+    sketch: int = 1,
+    sketch_kind: Kind = "sample",
+    keep_rows: tuple[int, ...] = (),
 ) -> Float[Array, "... m"]:
     """Computes `x @ (w0 + delta)`; the sparse `delta` is made anew and never stored.
 
@@ -261,23 +289,44 @@ def adapted_dense(
       dropout: rate on the input of the update. Needs `path="parallel"`.
       drop_path: rate at which an example loses its whole update. Needs
         `path="parallel"`.
-      key: switches the two regularisers on (training); None for evaluation. A mask is
-        drawn again in the backward pass, not stored. Inside `jax.shard_map` each shard
-        needs a key of its own, or their masks are the same.
+      key: switches the two regularisers and the sketch on (training); None for
+        evaluation. A mask is drawn again in the backward pass, not stored. Inside
+        `jax.shard_map` each shard needs a key of its own, or their masks are the same.
       sharding: constrains `delta`, which otherwise follows `w0`.
+      sketch: rows of `x` to one that is kept for the way back, see `Sketch`; 1 for all.
+        The gradients of the factors (and of `w0`) are then unbiased estimates, that of
+        `x` stays exact. Needs `path="merged"`.
+      sketch_kind: "sample", "strided" or "crs".
+      keep_rows: positions on axis -2 of `x` that are always kept, such as `(0,)` for a
+        class token.
 
     Raises:
       ValueError: a gate or path that does not exist, a rate outside [0, 1) or without
-        `path="parallel"`, or factors whose shapes do not fit `w0`.
+        `path="parallel"`, a sketch below 1, of an unknown kind or on that path, or
+        factors whose shapes do not fit `w0`.
 
     Source: Eq. 14; the parallel path is the released code's.
+
+    >>> import jax.numpy as jnp
+    >>> from snella_jax import kernels
+    >>> kernel = kernels.mix_k()
+    >>> factors = kernel.init(jax.random.key(0), (6, 4), rank=8)
+    >>> x, w0 = jnp.ones((2, 9, 6)), jnp.zeros((6, 4))
+    >>> layer = lambda key: adapted_dense(  # keeps 3 of 9 rows
+    ...     x, w0, factors, 5, kernel=kernel, sketch=4, key=key
+    ... )
+    >>> bool((layer(jax.random.key(1)) == layer(None)).all())  # but for gradients
+    True
     """
-    update = Update(kernel, gate, None, path, dropout, drop_path)
+    rows = Sketch(sketch, sketch_kind, keep_rows)
+    update = Update(kernel, gate, None, path, dropout, drop_path, rows)
     return updated(matmul, update)(x, w0, factors, budget, key, sharding)
 
 
-def check_path(path: str, dropout: float, drop_path: float) -> None:
-    """Raises a `ValueError` for an unknown path or rates that it cannot take."""
+def check_path(
+    path: str, dropout: float, drop_path: float, sketch: Sketch = EVERY_ROW
+) -> None:
+    """Raises a `ValueError` for an unknown path or what it cannot take."""
     if path not in ("merged", "parallel"):
         raise ValueError(f"No path is called {path!r}: expected merged, parallel.")
     for name, rate in (("dropout", dropout), ("drop_path", drop_path)):
@@ -288,6 +337,29 @@ def check_path(path: str, dropout: float, drop_path: float) -> None:
                 f'{name}={rate} needs path="parallel": after merging there is no '
                 "separate update to drop."
             )
+    if sketch.factor > 1 and path == "parallel":
+        raise ValueError(
+            f'sketch={sketch.factor} needs path="merged": the parallel path keeps its '
+            "input for the products of the base and of the update, dropout between."
+        )
+
+
+def _on_few_rows(
+    op: Op, sketch: Sketch, key: PRNGKeyArray, rows: Array, w: Array
+) -> tuple[Callable, Any]:
+    """Opens `op` for the rows that a sketch leaves of those that are kept."""
+    few = rows if sketch.saves else jax.eval_shape(sketch.of_input, key, rows)
+    return opened(op, few, w)
+
+
+def _checked_rows(x: Array, y: Array) -> Array:
+    """Returns `y`; raises a `ValueError` unless its rows are those of `x`."""
+    if jnp.shape(y)[: x.ndim - 1] != x.shape[:-1]:
+        raise ValueError(
+            f"An input of shape {x.shape} gave an output of shape {jnp.shape(y)}: a "
+            "sketch needs one output for each row. Expected sketch=1."
+        )
+    return y
 
 
 def _counted(budget: int | Array, w0: Array) -> Array:

@@ -5,6 +5,7 @@ update, no sum of weights and nothing that the call made on its way. A block of 
 that is rematerialised keeps its arguments and what its layers mark with `kept`.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import eval_jaxpr
 from jaxtyping import Array
+
+from snella_jax.ops.sketch import Sketch
 
 KEPT = "snella_jax.kept"  # the name that `kept` gives, for checkpoint policies
 
@@ -125,13 +128,7 @@ def recomputed(forward: Callable) -> Callable:
         # inside `jax.shard_map`, where `op` was opened with ones that do not.
         kept, cotangent = _together(kept, cotangent)
         x, w0, factors, budget, key, tau = kept
-        # Never true, but XLA cannot know: the update made here needs tau, so it is not
-        # the update that tau was found in.
-        never = jnp.zeros((), bool)
-        for one in jax.tree.leaves(tau):
-            never |= jnp.any(jnp.isnan(one) & (one > 0))
-        factors = jax.tree.map(lambda v: jnp.where(never, 0, v), factors)
-        operands = (x, w0, factors, extras)
+        operands = (x, w0, _unlike(factors, tau), extras)
         _, back = jax.vjp(
             lambda *operands: forward(*operands, budget, key, tau)[0], *operands
         )
@@ -139,6 +136,75 @@ def recomputed(forward: Callable) -> Callable:
 
     run.defvjp(keep, pull)
     return run
+
+
+def recomputed_from_rows(
+    weight: Callable, op: Callable, small_op: Callable, sketch: Sketch, like: Array
+) -> Callable:
+    """Makes a product with a recomputed weight keep a sketch of `x` instead of `x`.
+
+    The gradients of `x` and of the extras are those of `recomputed`, that of the weight
+    is made of the sketches of `x` and of the cotangent.
+
+    Args:
+      weight: `(w0, factors, budget, tau)` to the weight and tau; as in `recomputed`.
+      op: `(x, weight, extras)` to the output; but for its extras linear in `x`.
+      small_op: `op` for the rows that a sketch leaves.
+      sketch: rows that are kept.
+      like: an array as `x`.
+
+    Returns:
+      A function of `x, rows, w0, factors, extras, more, budget, key`: `rows` are
+      `sketch.kept(key, x)`, `more` the extras of `small_op`.
+    """
+    zeros = functools.partial(_zeros, jax.typeof(like))
+
+    @jax.custom_vjp
+    def run(x, rows, w0, factors, extras, more, budget, key):
+        return op(x, weight(w0, factors, budget, None)[0], extras)
+
+    def keep(x, rows, w0, factors, extras, more, budget, key):
+        merged, tau = weight(w0, factors, budget, None)
+        kept = (rows, w0, factors, budget, key, tau)
+        return op(x, merged, extras), (kept, extras, more)
+
+    def pull(kept, cotangent):
+        kept, extras, more = kept
+        kept, cotangent = _together(kept, cotangent)
+        rows, w0, factors, budget, key, tau = kept
+        merged, of_weight = jax.vjp(
+            lambda w0, factors: weight(w0, factors, budget, tau)[0],
+            w0,
+            _unlike(factors, tau),
+        )
+        # Linear in x, whose value is not needed: XLA drops the product with zeros.
+        _, back = jax.vjp(lambda x, extras: op(x, merged, extras), zeros(), extras)
+        dx, dextras = back(cotangent)
+        x, g = sketch.of_both(key, rows, cotangent)
+        _, back = jax.vjp(lambda w: small_op(x, w, more), merged)
+        dw0, dfactors = of_weight(*back(g))
+        return dx, None, dw0, dfactors, dextras, None, None, None
+
+    run.defvjp(keep, pull)
+    return run
+
+
+def _zeros(kind: Any) -> Array:
+    """Makes zeros of the type of an array, its place on a mesh included."""
+    sharding = None if kind.sharding.mesh.are_all_axes_auto else kind.sharding
+    zeros = jax.lax.full(kind.shape, 0, kind.dtype, sharding=sharding)
+    axes = tuple(kind.mat.varying)
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+
+def _unlike(factors: Any, tau: Any) -> Any:
+    """Returns the factors, of which XLA cannot know that tau was found with them."""
+    # Never true, but XLA cannot know: the update made here needs tau, so it is not
+    # the update that tau was found in.
+    never = jnp.zeros((), bool)
+    for one in jax.tree.leaves(tau):
+        never |= jnp.any(jnp.isnan(one) & (one > 0))
+    return jax.tree.map(lambda v: jnp.where(never, 0, v), factors)
 
 
 def _together(kept: Any, cotangent: Any) -> tuple[Any, Any]:

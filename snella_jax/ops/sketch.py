@@ -1,0 +1,213 @@
+"""Sketches of rows: `(S x)^T (S g)` in the place of a weight's gradient `x^T g`.
+
+`S` has `k = ceil(T/s)` rows for the `T` rows of an example and `E[S^T S] = I`, so the
+product is unbiased. What is kept for the way back is `S x`, not `x`, and the product
+takes `k/T` of its time. Its noise grows with `s` and falls with the number of rows in a
+batch: where an example has few of them (pooled features, a head), there is little to
+save and much to lose.
+
+    >>> import jax.numpy as jnp
+    >>> sketch, x = Sketch(4), jnp.arange(10)[:, None]
+    >>> key = jax.random.key(0)
+    >>> sketch.of_input(key, x)[:, 0].tolist()  # of 0-3, of 4-7, of 8-9
+    [1, 4, 8]
+    >>> Sketch(4, keep_rows=(0,)).count(197)
+    50
+
+Source: sampling and CountSketch for products, Drineas et al., 2006; Clarkson and
+Woodruff, 2013.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from snella_jax.ops.dtypes import at_least_float32
+
+Kind = Literal["sample", "strided", "crs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """A random `S` of few rows, drawn for each example: static, equal by value.
+
+    The rows are an axis of the arrays, all axes in front of it the examples'.
+
+    Attributes:
+      factor: `s`, rows of `x` to one that is kept; 1 for no sketch.
+      kind: "sample" keeps one of every `s` consecutive rows (of the last, shorter run
+        one, too). "strided" keeps sums with random signs of `s` rows that are `k` rows
+        apart. "crs" keeps all of `x` and draws rows on the way back, the likelier the
+        larger `|x_t| |g_t|`: it saves time alone.
+      keep_rows: positions of rows that are always kept, with a weight of 1; the others
+        are sketched.
+
+    Raises:
+      ValueError: a value that the attribute does not allow.
+    """
+
+    factor: int = 1
+    kind: Kind = "sample"
+    keep_rows: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.factor < 1:
+            raise ValueError(f"sketch={self.factor}: expected at least 1.")
+        if self.kind not in get_args(Kind):
+            raise ValueError(
+                f"No sketch is called {self.kind!r}: expected "
+                f"{', '.join(get_args(Kind))}."
+            )
+        rows = tuple(self.keep_rows)
+        if len(set(rows)) < len(rows) or min(rows, default=0) < 0:
+            raise ValueError(
+                f"keep_rows={rows}: expected different positions from 0 on."
+            )
+        object.__setattr__(self, "keep_rows", tuple(sorted(rows)))
+
+    @property
+    def saves(self) -> bool:
+        """True if not all rows are kept for the way back."""
+        return self.factor > 1 and self.kind != "crs"
+
+    def count(self, rows: int) -> int:
+        """Returns how many of so many rows are kept.
+
+        Raises:
+          ValueError: there is no such row as `keep_rows` has.
+        """
+        if self.keep_rows and self.keep_rows[-1] >= rows:
+            raise ValueError(
+                f"keep_rows={self.keep_rows} of an input with {rows} rows: there is no "
+                f"row {self.keep_rows[-1]}."
+            )
+        kept = len(self.keep_rows)
+        return kept + -(-(rows - kept) // self.factor)
+
+    def kept(self, key: PRNGKeyArray, x: Float[Array, "*batch T n"]) -> Array:
+        """Returns what is kept of `x` for the way back: `S x`; `x` itself for "crs"."""
+        return self.of_input(key, x) if self.saves else x
+
+    def of_both(
+        self, key: PRNGKeyArray, kept: Array, g: Float[Array, "*batch T m"]
+    ) -> tuple[Float[Array, "*batch k n"], Float[Array, "*batch k m"]]:
+        """Returns `S x` and `S g`, of what `kept` kept and the cotangent."""
+        if not self.saves:
+            return self._by_size(key, kept, g)
+        return kept, self.of_cotangent(key, g, kept.ndim - 2)
+
+    def of_input(
+        self, key: PRNGKeyArray, x: Float[Array, "*batch T n"]
+    ) -> Float[Array, "*batch k n"]:
+        """Returns `S x` but for the weights, which `of_cotangent` has: exact copies."""
+        return self._sketched(key, x, x.ndim - 2, weighted=False)
+
+    def of_cotangent(
+        self, key: PRNGKeyArray, g: Float[Array, "*batch T m"], axis: int
+    ) -> Float[Array, "*batch k m"]:
+        """Returns `S g`, with rows along `axis` and weights squared: whole numbers."""
+        return self._sketched(key, g, axis, weighted=True)
+
+    def draw(
+        self, key: PRNGKeyArray, batch: tuple[int, ...], rows: int
+    ) -> Int[Array, "..."]:
+        """Draws for each example: places in the runs, or signs of the rows.
+
+        Args:
+          key: random key.
+          batch: sizes of the axes of the examples.
+          rows: number of rows that are not kept anyway.
+
+        Returns:
+          int32: for "sample" `[*batch, k]`, the row of each run; for "strided"
+          `[*batch, s, k]`, 1 or -1.
+        """
+        k = -(-rows // self.factor)
+        if self.kind == "strided":
+            return jax.random.rademacher(key, (*batch, self.factor, k), jnp.int32)
+        return jax.random.randint(key, (*batch, k), 0, self._sizes(rows), jnp.int32)
+
+    def picked(
+        self, draw: Int[Array, "..."], v: Float[Array, "*batch T m"], axis: int
+    ) -> Float[Array, "*batch k m"]:
+        """Returns the rows that a draw leaves of `v`, without their weights."""
+        rows, rest = v.shape[axis], v.ndim - axis - 1
+        s, k = self.factor, -(-rows // self.factor)
+        pads = [(0, s * k - rows if i == axis else 0) for i in range(v.ndim)]
+        v = jnp.pad(v, pads)
+        spread = draw.reshape(*draw.shape, *(1,) * rest)
+        lead, tail = v.shape[:axis], v.shape[axis + 1 :]
+        if self.kind == "strided":
+            v = v.reshape(*lead, s, k, *tail)
+            return jnp.sum(v * spread.astype(v.dtype), axis, dtype=v.dtype)
+        # Selected and added up, not gathered: on a mesh nothing moves.
+        v = v.reshape(*lead, k, s, *tail)
+        places = lax.broadcasted_iota(jnp.int32, v.shape, axis + 1)
+        chosen = places == jnp.expand_dims(spread, axis + 1)
+        return jnp.sum(jnp.where(chosen, v, 0), axis + 1, dtype=v.dtype)
+
+    def _sketched(self, key: PRNGKeyArray, v: Array, axis: int, weighted: bool):
+        self.count(v.shape[axis])
+        parts, start = [], 0
+        for row in self.keep_rows:  # static slices: nothing is gathered
+            parts.append(lax.slice_in_dim(v, start, row, axis=axis))
+            start = row + 1
+        parts.append(lax.slice_in_dim(v, start, None, axis=axis))
+        rest = lax.concatenate(parts, axis) if len(parts) > 1 else v
+        kept = [lax.slice_in_dim(v, i, i + 1, axis=axis) for i in self.keep_rows]
+        rows = rest.shape[axis]
+        if rows:
+            draw = self.draw(key, v.shape[:axis], rows)
+            small = self.picked(draw, rest, axis)
+            if weighted and self.kind == "sample":
+                sizes = self._sizes(rows).astype(v.dtype)
+                small *= sizes.reshape(-1, *(1,) * (v.ndim - axis - 1))
+            kept.append(small)
+        return lax.concatenate(kept, axis) if len(kept) > 1 else kept[0]
+
+    def _sizes(self, rows: int) -> Int[Array, " k"]:
+        """Returns the lengths of the runs: `s`, but for the last."""
+        k = -(-rows // self.factor)
+        return jnp.minimum(self.factor, rows - self.factor * jnp.arange(k))
+
+    def _by_size(self, key: PRNGKeyArray, x: Array, g: Array) -> tuple[Array, Array]:
+        """Draws rows of each example by `|x_t| |g_t|`, a step apart on their sum.
+
+        A row of the share `p` of the sum is drawn `k p` times on average, exactly.
+        """
+        axis, rows = x.ndim - 2, x.shape[-2]
+        k = self.count(rows) - len(self.keep_rows)
+        size = _norms(x, axis) * _norms(g, axis)
+        for row in self.keep_rows:
+            size = size.at[..., row].set(0)
+        ends = jnp.cumsum(size, -1)
+        whole = ends[..., -1:]
+        start = jax.random.uniform(key, (*x.shape[:axis], 1), size.dtype)
+        points = (jnp.arange(k) + start) / k * whole
+        index = jnp.sum(ends[..., None, :] <= points[..., None], -1)
+        index = jnp.minimum(index, rows - 1)
+        drawn = jnp.take_along_axis(size, index, -1)
+        weight = jnp.where(drawn == 0, 0, whole / (k * drawn))
+        always = jnp.asarray(self.keep_rows, index.dtype)
+        always = jnp.broadcast_to(always, (*index.shape[:-1], len(self.keep_rows)))
+        index = jnp.concatenate([always, index], -1)
+        weight = jnp.concatenate([jnp.ones(always.shape, weight.dtype), weight], -1)
+        spread = weight.reshape(*weight.shape, *(1,) * (g.ndim - axis - 1))
+        return _rows_at(x, index), (_rows_at(g, index) * spread).astype(g.dtype)
+
+
+def _norms(v: Array, axis: int) -> Array:
+    """Returns the norms of the rows along an axis, at least float32."""
+    wide = v.astype(at_least_float32(v.dtype))
+    return jnp.sqrt(jnp.sum(jnp.square(wide), tuple(range(axis + 1, v.ndim))))
+
+
+def _rows_at(v: Array, index: Int[Array, "*batch k"]) -> Array:
+    """Takes rows of each example."""
+    axis = index.ndim - 1
+    index = index.reshape(*index.shape, *(1,) * (v.ndim - index.ndim))
+    return jnp.take_along_axis(v, index, axis)
