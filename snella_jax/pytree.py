@@ -66,8 +66,8 @@ def adapt(
     Args:
       params: nested dicts of arrays; `flattened` makes them of other trees. Of boxes
         (`nn.Partitioned`) the names go into `Adapters.specs`.
-      config: targets, rules and densities. `path="parallel"` and what drops need a
-        layer, and are refused.
+      config: targets, rules and densities. `path="parallel"`, what drops and a sketch
+        need a layer, and are refused.
       key: draws the factors.
       layouts: for a regex of paths, the axes of a weight where they are not `[n, m]`;
         axes in front of a layout's are a stack.
@@ -201,6 +201,11 @@ class _Matrices:
         if rule.path == "parallel":
             raise ValueError(
                 f"{path}: path='parallel' needs a layer: see snella.linen."
+            )
+        if rule.sketch > 1:
+            raise ValueError(
+                f"{path}: sketch={rule.sketch} needs a layer, of whose input it keeps "
+                "less: see snella.linen, or adapted_dense(..., sketch=, key=)."
             )
         key = self.keys[path]
         layout = self._layout(key)

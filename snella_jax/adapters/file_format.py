@@ -34,6 +34,7 @@ from snella_jax.version import __version__
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT, READ = 2, (1, 2)
 PREFIX = "base_model.model."
+OF_TRAINING = ("sketch", "sketch_kind", "keep_rows")  # which the next may set anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +253,8 @@ def _rule_as_json(rule: Rule) -> dict[str, Any]:
         raise ValueError(
             f"{kernel} is no kernel of snella.kernels: it cannot be written to a file."
         )
-    fields = {f.name: getattr(rule, f.name) for f in dataclasses.fields(Rule)}
+    names = [f.name for f in dataclasses.fields(Rule) if f.name not in OF_TRAINING]
+    fields = {name: getattr(rule, name) for name in names}
     return fields | {"kernel": {"name": name} | dataclasses.asdict(kernel)}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from snella_jax.adapters.base import Base, differences
-from snella_jax.adapters.file_format import AdapterFile, Unit
+from snella_jax.adapters.file_format import OF_TRAINING, AdapterFile, Unit
 from snella_jax.adapters.fingerprint import Digest, Fingerprint, dtype_of, row_totals
 from snella_jax.core.config import Rule
 from snella_jax.core.weight import AdaptedWeight, Site
@@ -225,7 +225,7 @@ def _check_same(weight: AdaptedWeight, site: Site | None) -> None:
     differ = [
         f"{name} is {theirs[name]} in the file and {ours[name]} in the model"
         for name in ours
-        if ours[name] != theirs[name]
+        if ours[name] != theirs[name] and name not in OF_TRAINING
     ]
     if differ:
         raise ValueError("; ".join(differ))

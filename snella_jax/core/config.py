@@ -17,6 +17,7 @@ from snella_jax.core.budgets import budget_schedule
 from snella_jax.core.dense import Path, check_path
 from snella_jax.core.gates import check_gate
 from snella_jax.core.paths import listed
+from snella_jax.ops.sketch import Kind, Sketch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,12 @@ class Rule:
         `path="parallel"`.
       split: number of matrices side by side in the weight's first output axis, each
         with factors and a budget of its own: 3 for a fused qkv.
+      sketch: rows of the input to one that is kept for the weight's gradient, in
+        training, see `ops.sketch`; 1 for all. Needs `path="merged"` and a layer that
+        multiplies the last axis of its input.
+      sketch_kind: "sample", "strided" or "crs".
+      keep_rows: positions on the input's token axis, the last but one, that are always
+        kept: `(0,)` for a class token.
 
     Raises:
       ValueError: a value that the attribute does not allow.
@@ -45,12 +52,16 @@ class Rule:
     dropout: float = 0.0
     drop_path: float = 0.0
     split: int = 1
+    sketch: int = 1
+    sketch_kind: Kind = "sample"
+    keep_rows: tuple[int, ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "keep_rows", tuple(self.keep_rows))
         kernel = kernels.named(self.kernel)
         object.__setattr__(self, "kernel", kernel)
         check_gate(self.gate)
-        check_path(self.path, self.dropout, self.drop_path)
+        check_path(self.path, self.dropout, self.drop_path, self.rows)
         pieces = getattr(kernel, "pieces", 1)
         if self.rank < 1 or self.rank % pieces:
             raise ValueError(
@@ -64,6 +75,16 @@ class Rule:
             )
         if self.split < 1:
             raise ValueError(f"split={self.split}: expected at least 1.")
+
+    @property
+    def rows(self) -> Sketch:
+        """Rows of the input that are kept for the weight's gradient."""
+        return Sketch(self.sketch, self.sketch_kind, self.keep_rows)
+
+    @property
+    def needs_key(self) -> bool:
+        """True if training draws at random: what is dropped, or the rows."""
+        return bool(self.dropout or self.drop_path or self.sketch > 1)
 
 
 class Names(NamedTuple):

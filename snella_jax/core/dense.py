@@ -15,6 +15,7 @@ one threshold per matrix stay in memory.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -77,6 +78,14 @@ class Update:
         check_gate(self.gate)
         check_path(self.path, self.dropout, self.drop_path, self.sketch)
 
+    def row_axis(self, x: Array) -> int:
+        """Returns the axis of the rows of an input; -1 where it is one row alone."""
+        return x.ndim - 1 - (1 if self.layout is None else len(self.layout.inputs))
+
+    def sketches(self, x: Array) -> bool:
+        """Returns True if training keeps a sketch of this input."""
+        return self.sketch.factor > 1 and self.row_axis(x) >= 0
+
     def check(self, w0: Array, factors: Factors, budget: int | Array) -> None:
         """Raises a `ValueError` if weight, factors or budget do not fit."""
         check_budget(budget)
@@ -137,8 +146,9 @@ def updated(
       update: way in which the update is made and added.
 
     Returns:
-      `apply(x, w0, factors, budget, key=None, sharding=None)`, with the errors of
-      `adapted_dense`.
+      `apply(x, w0, factors, budget, key=None, sharding=None, rows=None)`, with the
+      errors of `adapted_dense`; `rows` are `update.sketch.kept(key, x)` where another
+      layer has made them.
     """
     update_op = update_op or op
     parallel = update.path == "parallel"
@@ -150,12 +160,14 @@ def updated(
         budget: int | Array,
         key: PRNGKeyArray | None = None,
         sharding: Sharding | None = None,
+        rows: Array | None = None,
     ) -> Array:
         update.check(w0, factors, budget)
         budget = _counted(budget, w0)
         # Outside `recomputed`, for the transpose to add up the gradients. (Not the
         # extras: as traced, `op` itself makes of them what it needs.)
-        x, w0, factors, budget, key = varying_alike(x, w0, factors, budget, key)
+        operands = varying_alike(x, w0, factors, budget, key, rows)
+        x, w0, factors, budget, key, rows = operands
         cast = w0.astype(x.dtype)
         base, extras = opened(op, x, cast)
 
@@ -170,12 +182,17 @@ def updated(
             with jax.named_scope("snella_delta"):
                 return summed(w0, delta).astype(x.dtype), tau
 
-        if update.sketch.factor > 1 and key is not None and x.ndim > 1:
-            rows = update.sketch.kept(key, jax.lax.stop_gradient(x))
-            few, more = _on_few_rows(op, update.sketch, key, rows, cast)
-            run = recomputed_from_rows(merged, base, few, update.sketch, x)
+        if key is not None and update.sketches(x):
+            sketch, axis = update.sketch, update.row_axis(x)
+            if rows is None:
+                rows = sketch.kept(key, jax.lax.stop_gradient(x), axis)
+            small = functools.partial(sketch.of_input, axis=axis)
+            few, more = opened(
+                op, rows if sketch.saves else jax.eval_shape(small, key, rows), cast
+            )
+            run = recomputed_from_rows(merged, base, few, sketch, x, axis)
             y = run(x, rows, w0, factors, extras, more, budget, key)
-            return _checked_rows(x, y)
+            return _with_rows(y, x, axis)
         branch, more = opened(update_op, x, cast) if parallel else (base, ())
 
         def forward(x, w0, factors, extras, budget, key, tau):
@@ -344,17 +361,9 @@ def check_path(
         )
 
 
-def _on_few_rows(
-    op: Op, sketch: Sketch, key: PRNGKeyArray, rows: Array, w: Array
-) -> tuple[Callable, Any]:
-    """Opens `op` for the rows that a sketch leaves of those that are kept."""
-    few = rows if sketch.saves else jax.eval_shape(sketch.of_input, key, rows)
-    return opened(op, few, w)
-
-
-def _checked_rows(x: Array, y: Array) -> Array:
+def _with_rows(y: Array, x: Array, axis: int) -> Array:
     """Returns `y`; raises a `ValueError` unless its rows are those of `x`."""
-    if jnp.shape(y)[: x.ndim - 1] != x.shape[:-1]:
+    if jnp.shape(y)[: axis + 1] != x.shape[: axis + 1]:
         raise ValueError(
             f"An input of shape {x.shape} gave an output of shape {jnp.shape(y)}: a "
             "sketch needs one output for each row. Expected sketch=1."

@@ -80,7 +80,8 @@ class Site:
     def update(self) -> Update:
         """How the update of the weight, without its stack, is made and added."""
         r = self.rule
-        return Update(self.kernel, r.gate, self.layout, r.path, r.dropout, r.drop_path)
+        drops = r.dropout, r.drop_path
+        return Update(self.kernel, r.gate, self.layout, r.path, *drops, r.rows)
 
     @property
     def lead(self) -> tuple[int, ...]:

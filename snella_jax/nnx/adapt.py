@@ -47,6 +47,7 @@ from snella_jax.nnx.selection import (
 from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class, thaw
 from snella_jax.nnx.targets import Target, chosen_targets
 from snella_jax.nnx.variables import Budget, DropKey, variables_of
+from snella_jax.ops.readers import new_keys
 
 log = logging.getLogger("snella_jax")
 M = TypeVar("M", bound=nnx.Module)
@@ -218,15 +219,16 @@ def remove(model: nnx.Module) -> None:
 
 
 def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
-    """Gives every adapter that drops something a key of its own for this step.
+    """Gives every adapter that drops or sketches a key of its own for this step.
 
     Call it inside the step on the freshly merged model, with a fresh key every step.
     Layers of a stack get different keys. Changes `model` in place: the first call adds
     variables, so if `nnx.jit` gets the model itself, seed it once before the first
     step, or the second step is traced again.
     """
+    new_keys()
     for index, (_, adapter, _) in enumerate(adapted_variables(model)):
-        if adapter.rule.dropout or adapter.rule.drop_path:
+        if adapter.rule.needs_key:
             stack = adapter.stack
             own = jax.random.fold_in(key, index)
             adapter.key = DropKey(jax.random.split(own, stack) if stack else own)

@@ -13,6 +13,7 @@ from snella_jax.nnx.layers import STOCK, AdaptedLayer
 from snella_jax.nnx.own_layers import adapted_methods, stand_in
 from snella_jax.nnx.surgery import plain_class
 from snella_jax.ops.matmul import dot_general
+from snella_jax.ops.readers import kept_once
 
 
 class Adapted(AdaptedLayer):
@@ -47,10 +48,11 @@ def _call(self: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
     operands = (inputs, weight) if bias is None else (inputs, weight, bias[...])
     dtype = self.dtype or jnp.result_type(*operands)
     without_bias = functools.partial(op, bias=None, use_bias=False)
-    return updated(op, adapter.site.update, without_bias)(
-        inputs.astype(dtype),
-        weight,
-        adapter.factors(),
-        adapter.budget[...],
-        adapter.training_key(),
-    )
+    x, key, rows = inputs.astype(dtype), adapter.training_key(), None
+    update = adapter.site.update
+    if key is not None and update.sketches(x):
+        axis = update.row_axis(x)
+        key, rows = kept_once(update.sketch, key, inputs, x, axis)
+    run = updated(op, update, without_bias)
+    counts = adapter.factors(), adapter.budget[...]
+    return run(x, weight, *counts, key, rows=rows)

@@ -8,6 +8,7 @@ does not train are `Frozen`, its factors are `Factor`, its budgets `Budget`.
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
@@ -93,18 +94,18 @@ class Adapter(nnx.Module):
             )
 
     def training_key(self) -> PRNGKeyArray | None:
-        """Returns this step's key if the rule drops something in training, else None.
+        """Returns this step's key if training drops or sketches something, else None.
 
         Raises:
           ValueError: training needs a key and `seed` gave none.
         """
-        drops = self.rule.dropout or self.rule.drop_path
-        if not drops or self.deterministic:
+        if not self.rule.needs_key or self.deterministic:
             return None
         if self.key is None:
+            settings = ("dropout", "drop_path", "sketch")
+            own = (f"{name}={getattr(self.rule, name)}" for name in settings)
             raise ValueError(
-                f"An adapter with dropout={self.rule.dropout} and "
-                f"drop_path={self.rule.drop_path} was called in training without a "
+                f"An adapter with {', '.join(own)} was called in training without a "
                 "key. Call snella.seed(model, key) with a fresh key in every step, or "
                 "model.eval() before evaluating."
             )
@@ -152,11 +153,29 @@ def check_layer(layer: Any, rule: Rule, own: bool = False) -> None:
             f"{type(layer).__name__} has a call of its own, which need not be linear "
             'in the weight: expected path="merged".'
         )
+    if rule.sketch > 1 and not _multiplies_rows(layer, own):
+        raise ValueError(
+            f"sketch={rule.sketch} needs a layer that multiplies the last axes of its "
+            f"input by its weight, row by row, and {type(layer).__name__} need not: "
+            'expected an nnx.Linear, or {"sketch": 1} for its path in `overrides`.'
+        )
     if rule.drop_path and not _starts_with_examples(layer):
         raise ValueError(
             f"drop_path={rule.drop_path} drops along axis 0 of the output, which here "
             "belongs to the weight and not to the examples."
         )
+
+
+def _multiplies_rows(layer: Any, own: bool) -> bool:
+    """Returns True if the layer multiplies the last axes of its input by its weight."""
+    if own or type(layer).__call__ not in STOCK or isinstance(layer, nnx.Conv):
+        return False
+    if isinstance(layer, nnx.LinearGeneral):
+        last = tuple(range(-len(layer.in_features), 0))
+        if layer.batch_axis or tuple(layer.axis) != last:
+            return False
+    usual = layer.dot_general in (None, jax.lax.dot_general)
+    return usual and getattr(layer, "dot_general_cls", None) is None
 
 
 def _starts_with_examples(layer: Any) -> bool:

@@ -139,7 +139,12 @@ def recomputed(forward: Callable) -> Callable:
 
 
 def recomputed_from_rows(
-    weight: Callable, op: Callable, small_op: Callable, sketch: Sketch, like: Array
+    weight: Callable,
+    op: Callable,
+    small_op: Callable,
+    sketch: Sketch,
+    like: Array,
+    axis: int,
 ) -> Callable:
     """Makes a product with a recomputed weight keep a sketch of `x` instead of `x`.
 
@@ -152,10 +157,11 @@ def recomputed_from_rows(
       small_op: `op` for the rows that a sketch leaves.
       sketch: rows that are kept.
       like: an array as `x`.
+      axis: axis of the rows.
 
     Returns:
       A function of `x, rows, w0, factors, extras, more, budget, key`: `rows` are
-      `sketch.kept(key, x)`, `more` the extras of `small_op`.
+      `sketch.kept(key, x, axis)`, `more` the extras of `small_op`.
     """
     zeros = functools.partial(_zeros, jax.typeof(like))
 
@@ -180,7 +186,7 @@ def recomputed_from_rows(
         # Linear in x, whose value is not needed: XLA drops the product with zeros.
         _, back = jax.vjp(lambda x, extras: op(x, merged, extras), zeros(), extras)
         dx, dextras = back(cotangent)
-        x, g = sketch.of_both(key, rows, cotangent)
+        x, g = sketch.of_both(key, rows, cotangent, axis)
         _, back = jax.vjp(lambda w: small_op(x, w, more), merged)
         dw0, dfactors = of_weight(*back(g))
         return dx, None, dw0, dfactors, dextras, None, None, None

@@ -9,7 +9,7 @@ save and much to lose.
     >>> import jax.numpy as jnp
     >>> sketch, x = Sketch(4), jnp.arange(10)[:, None]
     >>> key = jax.random.key(0)
-    >>> sketch.of_input(key, x)[:, 0].tolist()  # of 0-3, of 4-7, of 8-9
+    >>> sketch.of_input(key, x, 0)[:, 0].tolist()  # of 0-3, of 4-7, of 8-9
     [1, 4, 8]
     >>> Sketch(4, keep_rows=(0,)).count(197)
     50
@@ -24,7 +24,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from snella_jax.ops.dtypes import at_least_float32
 
@@ -88,28 +88,30 @@ class Sketch:
         kept = len(self.keep_rows)
         return kept + -(-(rows - kept) // self.factor)
 
-    def kept(self, key: PRNGKeyArray, x: Float[Array, "*batch T n"]) -> Array:
-        """Returns what is kept of `x` for the way back: `S x`; `x` itself for "crs"."""
-        return self.of_input(key, x) if self.saves else x
+    def kept(self, key: PRNGKeyArray, x: Array, axis: int) -> Array:
+        """Returns what is kept of `x` for the way back: `S x`; `x` itself for "crs".
+
+        Args:
+          key: random key.
+          x: input with its rows along `axis`; examples in front, features behind.
+          axis: axis of the rows, from 0 on.
+        """
+        return self.of_input(key, x, axis) if self.saves else x
 
     def of_both(
-        self, key: PRNGKeyArray, kept: Array, g: Float[Array, "*batch T m"]
-    ) -> tuple[Float[Array, "*batch k n"], Float[Array, "*batch k m"]]:
+        self, key: PRNGKeyArray, kept: Array, g: Array, axis: int
+    ) -> tuple[Array, Array]:
         """Returns `S x` and `S g`, of what `kept` kept and the cotangent."""
         if not self.saves:
-            return self._by_size(key, kept, g)
-        return kept, self.of_cotangent(key, g, kept.ndim - 2)
+            return self._by_size(key, kept, g, axis)
+        return kept, self.of_cotangent(key, g, axis)
 
-    def of_input(
-        self, key: PRNGKeyArray, x: Float[Array, "*batch T n"]
-    ) -> Float[Array, "*batch k n"]:
+    def of_input(self, key: PRNGKeyArray, x: Array, axis: int) -> Array:
         """Returns `S x` but for the weights, which `of_cotangent` has: exact copies."""
-        return self._sketched(key, x, x.ndim - 2, weighted=False)
+        return self._sketched(key, x, axis, weighted=False)
 
-    def of_cotangent(
-        self, key: PRNGKeyArray, g: Float[Array, "*batch T m"], axis: int
-    ) -> Float[Array, "*batch k m"]:
-        """Returns `S g`, with rows along `axis` and weights squared: whole numbers."""
+    def of_cotangent(self, key: PRNGKeyArray, g: Array, axis: int) -> Array:
+        """Returns `S g` with the squares of the weights: whole numbers."""
         return self._sketched(key, g, axis, weighted=True)
 
     def draw(
@@ -131,9 +133,7 @@ class Sketch:
             return jax.random.rademacher(key, (*batch, self.factor, k), jnp.int32)
         return jax.random.randint(key, (*batch, k), 0, self._sizes(rows), jnp.int32)
 
-    def picked(
-        self, draw: Int[Array, "..."], v: Float[Array, "*batch T m"], axis: int
-    ) -> Float[Array, "*batch k m"]:
+    def picked(self, draw: Int[Array, "..."], v: Array, axis: int) -> Array:
         """Returns the rows that a draw leaves of `v`, without their weights."""
         rows, rest = v.shape[axis], v.ndim - axis - 1
         s, k = self.factor, -(-rows // self.factor)
@@ -174,12 +174,14 @@ class Sketch:
         k = -(-rows // self.factor)
         return jnp.minimum(self.factor, rows - self.factor * jnp.arange(k))
 
-    def _by_size(self, key: PRNGKeyArray, x: Array, g: Array) -> tuple[Array, Array]:
+    def _by_size(
+        self, key: PRNGKeyArray, x: Array, g: Array, axis: int
+    ) -> tuple[Array, Array]:
         """Draws rows of each example by `|x_t| |g_t|`, a step apart on their sum.
 
         A row of the share `p` of the sum is drawn `k p` times on average, exactly.
         """
-        axis, rows = x.ndim - 2, x.shape[-2]
+        rows = x.shape[axis]
         k = self.count(rows) - len(self.keep_rows)
         size = _norms(x, axis) * _norms(g, axis)
         for row in self.keep_rows:
