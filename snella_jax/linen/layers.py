@@ -79,6 +79,10 @@ class Layer:
                 f"{self.kind.__name__} has a call of its own, which need not "
                 'be linear in the weight: expected path="merged".'
             )
+        if rule.sketch > 1:
+            raise ValueError(
+                f"sketch={rule.sketch} needs the NNX binding: expected sketch=1."
+            )
         if rule.drop_path and not self._starts_with_examples():
             raise ValueError(
                 f"drop_path={rule.drop_path} drops along axis 0 of the output, which "

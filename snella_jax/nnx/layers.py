@@ -168,7 +168,11 @@ def check_layer(layer: Any, rule: Rule, own: bool = False) -> None:
 
 def _multiplies_rows(layer: Any, own: bool) -> bool:
     """Returns True if the layer multiplies the last axes of its input by its weight."""
-    if own or type(layer).__call__ not in STOCK or isinstance(layer, nnx.Conv):
+    if (
+        own
+        or type(layer).__call__ not in STOCK
+        or isinstance(layer, nnx.Conv | nnx.Einsum)
+    ):
         return False
     if isinstance(layer, nnx.LinearGeneral):
         last = tuple(range(-len(layer.in_features), 0))
