@@ -1,5 +1,6 @@
 """The threshold against a sort, to the bit; the gates against their closed forms."""
 
+import itertools
 import time
 
 import chex
@@ -62,18 +63,28 @@ def assert_same_bits(got, expected):
 
 
 @pytest.mark.parametrize("delta", CASES)
-def test_threshold_is_the_sorted_value(delta, x64):
-    search, on_device = jax.jit(threshold), jnp.asarray(delta)
+def test_threshold_is_the_sorted_value(delta, searched, x64):
+    on_device = jnp.asarray(delta)
     for budget in budgets_of(delta.size):
-        assert_same_bits(search(on_device, budget), oracle(delta, budget))
+        assert_same_bits(searched(on_device, budget), oracle(delta, budget))
+
+
+def test_threshold_of_every_small_matrix(searched):
+    """All matrices of three of these numbers, with every budget: NaN is the largest."""
+    values = np.float32([0, -0.0, 2.0**-149, -1, 1, 3e38, -np.inf, np.nan])
+    deltas = np.array(list(itertools.product(values, repeat=3)))
+    over_all = jax.jit(jax.vmap(jax.vmap(searched, (None, 0)), (0, None)))
+    found = np.asarray(over_all(deltas, jnp.arange(5))).view(np.uint32)
+    patterns = np.sort(deltas.view(np.uint32) & 0x7FFFFFFF, axis=1)[:, ::-1]
+    np.testing.assert_array_equal(found[:, :3], patterns)
+    np.testing.assert_array_equal(found[:, 3:], 0)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 4), (17,), (3, 4, 5), (5, 48)])
-def test_threshold_of_any_number_of_axes(shape):
+def test_threshold_of_any_number_of_axes(shape, searched):
     delta = np.float32(RNG.normal(size=shape))
-    search = jax.jit(threshold)
     for budget in {0, 1, 7, delta.size, delta.size + 5}:
-        assert_same_bits(search(delta, budget), oracle(delta, budget))
+        assert_same_bits(searched(delta, budget), oracle(delta, budget))
 
 
 def test_threshold_eager_takes_plain_and_array_budgets():
@@ -102,12 +113,12 @@ def test_budgets_beyond_31_bits(wide):
             assert_same_bits(threshold(delta, jnp.int64(2**32)), np.float32(0))
 
 
-def test_threshold_under_vmap():
+def test_threshold_under_vmap(searched):
     """Over matrices and budgets together, and over budgets alone."""
     deltas = np.float32(RNG.normal(size=(8, 12, 10)))
     budgets = np.array(budgets_of(120))
-    both = jax.jit(jax.vmap(threshold))(deltas, budgets)
-    alone = jax.jit(jax.vmap(threshold, (None, 0)))(deltas[0], budgets)
+    both = jax.jit(jax.vmap(searched))(deltas, budgets)
+    alone = jax.jit(jax.vmap(searched, (None, 0)))(deltas[0], budgets)
     for i, budget in enumerate(budgets):
         assert_same_bits(both[i], oracle(deltas[i], budget))
         assert_same_bits(alone[i], oracle(deltas[0], budget))

@@ -138,19 +138,37 @@ def test_a_gather_would_be_seen():
     "spec",
     [P("data", "model"), P(None, "model"), P("model", None), P(("data", "model"))],
 )
-def test_threshold_bit_for_bit(spec, kind):
-    """Under both kinds of axes, with scalars alone crossing devices."""
+def test_threshold_bit_for_bit(spec, kind, searched):
+    """Under both kinds of axes, with counts alone crossing devices."""
     _, delta, *_ = inputs()
     falling = np.append(np.sort(np.abs(delta), axis=None)[::-1], np.float32(0))
     axes = mesh(kind)
     with jax.set_mesh(axes):
         on_mesh = jax.device_put(delta, NamedSharding(axes, spec))
-        search = jax.jit(threshold).lower(on_mesh, 300).compile()
+        search = searched.lower(on_mesh, 300).compile()
         for budget in (0, 1, 300, N * M - 1, N * M):
             tau = np.asarray(search(on_mesh, budget))
             assert tau.tobytes() == falling[budget].tobytes()
     hlo = search.as_text()
     assert "all-reduce" in hlo and not gathered(hlo)
+
+
+@pytest.mark.parametrize("searched", ["accelerator"], indirect=True)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_thresholds_of_a_stack_share_their_reductions(kind, searched):
+    """Of three matrices as of one: one reduction a pass."""
+    _, delta, *_ = inputs()
+    deltas, budgets = jnp.stack([delta, -2 * delta, delta**2]), jnp.array([0, 9, 300])
+    axes = mesh(kind)
+    with jax.set_mesh(axes):
+        on_mesh = jax.device_put(
+            deltas, NamedSharding(axes, P(None, None, ("data", "model")))
+        )
+        search = jax.jit(jax.vmap(searched)).lower(on_mesh, budgets).compile()
+        found = search(on_mesh, budgets)
+    falling = np.sort(np.abs(np.asarray(deltas)).reshape(3, -1))[:, ::-1]
+    np.testing.assert_array_equal(found, falling[np.arange(3), budgets])
+    assert search.as_text().count(" all-reduce(") == 1
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
