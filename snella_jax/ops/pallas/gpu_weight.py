@@ -5,6 +5,7 @@ the tensor cores leave a product in, whose rows and columns can be reduced.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,11 +75,10 @@ class Tile:
         """Sums every column."""
         return self.laid_out(jnp.sum(value, 0), OF_COLUMNS)
 
-    def factors(self, a: Array, b: Array) -> tuple[list[Array], list[Array], Array]:
-        """Reads the factors, and where the tile is inside the matrix."""
+    def factors(self, a: Array, b: Array) -> tuple["Columns", "Columns", Array]:
+        """Returns the factors, and where the tile is inside the matrix."""
         rank = a.shape[0] - 1
-        rows = [self.of_row(a, k) for k in range(rank)]
-        columns = [self.of_column(b, k) for k in range(rank)]
+        rows, columns = Columns(self.of_row, a), Columns(self.of_column, b)
         return rows, columns, self.of_row(a, rank) * self.of_column(b, rank) > 0
 
     def stats(self, form: Form, ref: Array) -> Row | None:
@@ -89,6 +89,22 @@ class Tile:
 
     def _spread(self, value: Array, axis: int) -> Array:
         return self.whole(lax.broadcast_in_dim(value, self.shape, (axis,)))
+
+
+class Columns(Sequence[Array]):
+    """A factor's columns, each read where it is needed.
+
+    All of them at once do not fit the registers.
+    """
+
+    def __init__(self, read: Callable[[Array, int], Array], ref: Array):
+        self._read, self._ref = read, ref
+
+    def __len__(self) -> int:
+        return self._ref.shape[0] - 1
+
+    def __getitem__(self, k: Any) -> Any:
+        return self._read(self._ref, k)
 
 
 def whole(interpret: bool) -> pl.BlockSpec:

@@ -111,11 +111,12 @@ def _sizes(factors: Factors) -> tuple[int, int]:
 def _tile(
     target: Target, largest: tuple[int, int, int], n: int, m: int, t: int
 ) -> tuple[int, int, int]:
-    """Returns the sizes of a tile; a TPU's are no larger than the arrays."""
+    """Returns the sizes of a tile; a TPU's are hardly larger than the arrays."""
     if target.platform == "gpu":
         return target.tile or GPU
     bn, bm, bt = target.tile or largest
-    return min(bn, n), min(bm, m), min(bt, t)
+    # Whole registers: 128 numbers in the last axis, 16 rows of 16 bits in the other.
+    return min(bn, -(-n // 128) * 128), min(bm, -(-m // 128) * 128), min(bt, -(-t // 16) * 16)
 
 
 def _no_stats(packed: Packed, target: Target) -> Array:

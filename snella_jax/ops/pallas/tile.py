@@ -56,7 +56,7 @@ class Form:
 
     @property
     def sums(self) -> int:
-        """Number of sums over the outputs beside the factors', see `Pulled.sums`."""
+        """Number of sums over the outputs beside the factors', see `Sums.others`."""
         return self.pieces + (2 + self.temperature if self.softmax else 0)
 
     @property
@@ -97,19 +97,22 @@ class Made(NamedTuple):
     delta: Array
 
 
-class Pulled(NamedTuple):
-    """Sums of a tile, over its outputs and over its inputs.
+class Sums(NamedTuple):
+    """Where the sums of a tile go: functions of their place and value.
 
     Attributes:
-      a: `r` sums over the outputs.
-      b: `r` sums over the inputs.
-      sums: sums over the outputs: for the softmax, of the gradient itself, for gamma,
-        and for each coefficient.
+      of_rows: `(k, sum over the outputs)` of the gradient of column `k` of `a`.
+      of_columns: `(k, sum over the inputs)`, of `b`.
+      others: `(k, sum over the outputs)`: for the softmax, of the gradient itself, for
+        gamma, and for each coefficient; as many as there are.
+      over_outputs, over_inputs: sums of an array.
     """
 
-    a: list[Array]
-    b: list[Array]
-    sums: list[Array]
+    of_rows: Callable[[int, Array], None]
+    of_columns: Callable[[int, Array], None]
+    others: Callable[[int, Array], None]
+    over_outputs: Callable[[Array], Array]
+    over_inputs: Callable[[Array], Array]
 
 
 Root = Callable[[Array], Array]
@@ -184,26 +187,23 @@ def pull(
     b: Sequence[Array],
     made: Made,
     g: Array,
-    over_outputs: Callable[[Array], Array],
-    over_inputs: Callable[[Array], Array],
-) -> Pulled:
+    to: Sums,
+) -> None:
     """Reduces a tile of delta's gradient `g`, but for what the softmax takes off.
 
     The softmax's backward pass takes `soft * D` off its cotangent, `D[j] = sum_i g p`,
     which is known once all tiles of a row were seen; what comes of it is linear in `D`
     and added by `tail`.
     """
-    sums = []
-    pulled = g
-    if made.soft is not None:
-        weighted = g * made.soft
-        sums.append(over_outputs(weighted))
-        sums.append(over_outputs(g))
-        share = s.alpha / s.gamma if form.temperature else s.alpha
-        pulled = g + share * weighted
-        if form.temperature:
-            sums.append(over_outputs(weighted * made.kappa))
-    return _reduced(form, s, a, b, made, pulled, sums, over_outputs, over_inputs)
+    if made.soft is None:
+        return _reduce(form, s, a, b, made, g, 0, to)
+    weighted = g * made.soft
+    to.others(0, to.over_outputs(weighted))
+    to.others(1, to.over_outputs(g))
+    if form.temperature:
+        to.others(2, to.over_outputs(weighted * made.kappa))
+    g = g + _share(form, s) * weighted
+    _reduce(form, s, a, b, made, g, 2 + form.temperature, to)
 
 
 def tail(
@@ -214,36 +214,37 @@ def tail(
     made: Made,
     valid: Array,
     total: Array,
-    over_outputs: Callable[[Array], Array],
-    over_inputs: Callable[[Array], Array],
-) -> Pulled:
+    to: Sums,
+) -> None:
     """Reduces what the softmax takes off: `-alpha / gamma * soft * D`.
 
     Args:
+      form, s, a, b, made, to: as in `pull`, without the first two of `others`.
       valid: where the tile is inside the matrix.
       total: `D` of the tile's rows.
     """
     assert made.soft is not None
-    share = s.alpha / s.gamma if form.temperature else s.alpha
     taken = jnp.where(valid, made.soft * total, 0.0)
-    sums = [over_outputs(taken * made.kappa)] if form.temperature else []
-    return _reduced(
-        form, s, a, b, made, -share * taken, sums, over_outputs, over_inputs
-    )
+    if form.temperature:
+        to.others(0, to.over_outputs(taken * made.kappa))
+    g = -_share(form, s) * taken
+    _reduce(form, s, a, b, made, g, int(form.temperature), to)
 
 
-def _reduced(form, s, a, b, made, g, sums, over_outputs, over_inputs) -> Pulled:
+def _share(form: Form, s: Scalars) -> Array:
+    return s.alpha / s.gamma if form.temperature else s.alpha
+
+
+def _reduce(form, s, a, b, made, g, first, to) -> None:
     """Reduces a tile of kappa's gradient into those of coefficients and factors."""
     d = len(a) // form.pieces
-    da, db = [], []
     for p, value in enumerate(made.distances):
-        sums.append(over_outputs(g * value))
+        to.others(first + p, to.over_outputs(g * value))
         # A difference of columns never cancels, so rows that coincide need no care but
         # a ratio of 0.
         apart = value > 0
         ratio = jnp.where(apart, s.coeff[p] * g / jnp.where(apart, value, 1.0), 0.0)
         for k in range(p * d, (p + 1) * d):
             pair = ratio * (a[k] - b[k])
-            da.append(over_outputs(pair))
-            db.append(-over_inputs(pair))
-    return Pulled(da, db, sums)
+            to.of_rows(k, to.over_outputs(pair))
+            to.of_columns(k, -to.over_inputs(pair))

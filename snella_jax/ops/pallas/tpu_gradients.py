@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from snella_jax.ops.pallas import tile as tiles
 from snella_jax.ops.pallas.packed import Packed
 from snella_jax.ops.pallas.tile import Form, Scalars, make, pull, slope, tail
 from snella_jax.ops.pallas.tpu_product import VMEM, inside, precision
@@ -22,14 +23,6 @@ from snella_jax.ops.pallas.tpu_search import (
 Sums = tuple[Float[Array, "r N"], Float[Array, "r M"], Float[Array, "k N"]]
 
 
-def _over_outputs(v):
-    return v.sum(1, keepdims=True)
-
-
-def _over_inputs(v):
-    return v.sum(0, keepdims=True)
-
-
 def _zeroed(i, j, da, db, sums):
     @pl.when(j == 0)
     def _():
@@ -41,12 +34,20 @@ def _zeroed(i, j, da, db, sums):
         db[...] = jnp.zeros_like(db)
 
 
-def _added(pulled, rows, outputs, da, db, sums):
-    for k, (one, other) in enumerate(zip(pulled.a, pulled.b, strict=True)):
-        da[rows, k : k + 1] += one
-        db[k : k + 1, outputs] += other
-    for k, one in enumerate(pulled.sums):
-        sums[rows, k : k + 1] += one
+def _into(rows, outputs, da, db, sums) -> tiles.Sums:
+    def of_rows(k, value):
+        da[rows, k : k + 1] += value
+
+    def of_columns(k, value):
+        db[k : k + 1, outputs] += value
+
+    def others(k, value):
+        sums[rows, k : k + 1] += value
+
+    def over(axis):
+        return lambda v: v.sum(axis, keepdims=True)
+
+    return tiles.Sums(of_rows, of_columns, others, over(1), over(0))
 
 
 def _gradients(s, limit, x, g, a, b, row, da, db, sums, total, *, form, t):
@@ -77,9 +78,8 @@ def _gradients(s, limit, x, g, a, b, row, da, db, sums, total, *, form, t):
             made = make(form, scalars, inputs, columns, read_stats(form, row, rows))
             moved = slope(form, scalars, made.delta, limit[0], total[rows, :])
             moved = jnp.where((here > 0) & (exists > 0), moved, 0.0)
-            over = _over_outputs, _over_inputs
-            pulled = pull(form, scalars, inputs, columns, made, moved, *over)
-            _added(pulled, rows, outputs, da, db, sums)
+            to = _into(rows, outputs, da, db, sums)
+            pull(form, scalars, inputs, columns, made, moved, to)
 
         in_strips(a.shape[0], body)
 
@@ -141,10 +141,8 @@ def _tail(s, a, b, row, of_rows, da, db, sums, *, form):
         inputs, here = read_rows(a, rows)
         made = make(form, scalars, inputs, columns, read_stats(form, row, rows))
         valid = (here > 0) & (exists > 0)
-        over = _over_outputs, _over_inputs
-        totals = of_rows[rows, :]
-        pulled = tail(form, scalars, inputs, columns, made, valid, totals, *over)
-        _added(pulled, rows, outputs, da, db, sums)
+        to = _into(rows, outputs, da, db, sums)
+        tail(form, scalars, inputs, columns, made, valid, of_rows[rows, :], to)
 
     in_strips(a.shape[0], body)
 
