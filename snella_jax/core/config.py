@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from snella_jax import kernels
 from snella_jax.core.budgets import budget_schedule
-from snella_jax.core.dense import Path, check_path
 from snella_jax.core.gates import check_gate
 from snella_jax.core.paths import listed
+from snella_jax.core.update import Path, check_path
 from snella_jax.ops.sketch import Kind, Sketch
 
 

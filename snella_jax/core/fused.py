@@ -61,7 +61,7 @@ def refusal(
     narrow = {jnp.dtype(name) for name in ("bfloat16", "float16", "float32")}
     refusals = [
         (path != "merged", f'path={path!r}: expected "merged"'),
-        (not _has_form(kernel), f"{kernel}: expected mix_k or piecewise_linear, \"out\""),
+        (not _has_form(kernel), f'{kernel}: expected mix_k or piecewise_linear, "out"'),
         (gate not in tile.GATES, f"gate={gate!r}: expected {', '.join(tile.GATES)}"),
         (not _is_matrix(layout), f"{layout}: expected one matrix [n, m]"),
         (not dtypes <= narrow, f"{_names(dtypes)}: expected at most float32"),
@@ -90,7 +90,9 @@ def refusal(
 @functools.cache
 def fall_back(why: str) -> None:
     """Logs once why the plain code runs."""
-    log.warning('implementation="pallas" falls back to "xla": there is no kernel for %s.', why)
+    log.warning(
+        'implementation="pallas" falls back to "xla": there is no kernel for %s.', why
+    )
 
 
 def _has_form(kernel: Kernel) -> bool:

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from snella_jax.core.budgets import FIXED, allocate
 from snella_jax.core.config import Rule, SnellaConfig
 from snella_jax.core.delta import sparse_delta
-from snella_jax.core.dense import Update, summed
+from snella_jax.core.dense import summed
 from snella_jax.core.layout import Layout
+from snella_jax.core.update import Update
 from snella_jax.files.hosts import to_host
 from snella_jax.kernels import Factors, Kernel
 from snella_jax.ops.threshold import threshold

@@ -69,7 +69,12 @@ def _is_product(eqn: Any, x: Array) -> bool:
             return False
         (product,) = inner.eqns
         return product.invars == inner.invars and _is_product(product, x)
-    if eqn.primitive is not jax.lax.dot_general_p or eqn.params["precision"] is not None:
+    if (
+        eqn.primitive is not jax.lax.dot_general_p
+        or eqn.params["precision"] is not None
+    ):
         return False
-    contracted = [tuple(axes) for pair in eqn.params["dimension_numbers"] for axes in pair]
+    contracted = [
+        tuple(axes) for pair in eqn.params["dimension_numbers"] for axes in pair
+    ]
     return contracted == [(x.ndim - 1,), (0,), (), ()]

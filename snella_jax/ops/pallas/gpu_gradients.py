@@ -121,7 +121,9 @@ def gradients(
     done = n // size * size
 
     def one(db: Array, start: Array) -> tuple[Array, Any]:
-        parts = (lax.dynamic_slice_in_dim(v, start, size, 1) for v in (x, packed.a, row))
+        parts = (
+            lax.dynamic_slice_in_dim(v, start, size, 1) for v in (x, packed.a, row)
+        )
         da, more, sums = panel(*parts)
         return db + more, (da, sums)
 

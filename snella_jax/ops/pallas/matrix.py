@@ -33,9 +33,7 @@ TPU_PRODUCT, TPU_GRADIENTS = (512, 512, 4096), (512, 1024, 1024)
 GPU = 64, 128, 64
 
 
-def find(
-    form: Form, factors: Factors, budget: Int[Array, ""], target: Target
-) -> Found:
+def find(form: Form, factors: Factors, budget: Int[Array, ""], target: Target) -> Found:
     """Finds the threshold, exactly, and the softmax's statistics."""
     n, m = _sizes(factors)
     bn, bm, _ = _tile(target, TPU_PRODUCT, n, m, 0)
@@ -116,7 +114,11 @@ def _tile(
         return target.tile or GPU
     bn, bm, bt = target.tile or largest
     # Whole registers: 128 numbers in the last axis, 16 rows of 16 bits in the other.
-    return min(bn, -(-n // 128) * 128), min(bm, -(-m // 128) * 128), min(bt, -(-t // 16) * 16)
+    return (
+        min(bn, -(-n // 128) * 128),
+        min(bm, -(-m // 128) * 128),
+        min(bt, -(-t // 16) * 16),
+    )
 
 
 def _no_stats(packed: Packed, target: Target) -> Array:
@@ -130,5 +132,7 @@ def _stats(found: Found, packed: Packed, target: Target) -> Array:
     if found.top is None or found.inverse is None:
         return _no_stats(packed, target)
     size = packed.a.shape[1]
-    rows = jnp.stack([jnp.pad(v, (0, size - v.size)) for v in (found.top, found.inverse)])
+    rows = jnp.stack(
+        [jnp.pad(v, (0, size - v.size)) for v in (found.top, found.inverse)]
+    )
     return rows.T if target.platform == "tpu" else rows

@@ -140,5 +140,3 @@ def unpacked(
 def _rows(columns: Array, like: Array) -> Array:
     pieces, rows, d = like.shape
     return jnp.moveaxis(columns[:, :rows].reshape(pieces, d, rows), 1, 2)
-
-
