@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from snella_jax import kernels
 from snella_jax.core.budgets import budget_schedule
+from snella_jax.core.fused import Implementation, check_implementation
 from snella_jax.core.gates import check_gate
 from snella_jax.core.paths import listed
 from snella_jax.core.update import Path, check_path
@@ -40,6 +41,8 @@ class Rule:
       sketch_kind: "sample", "strided" or "crs".
       keep_rows: positions on the input's token axis, the last but one, that are always
         kept: `(0,)` for a class token.
+      implementation: "auto", "xla" or "pallas", see `adapted_dense`; a property of the
+        machine, not of the adapter.
 
     Raises:
       ValueError: a value that the attribute does not allow.
@@ -55,12 +58,14 @@ class Rule:
     sketch: int = 1
     sketch_kind: Kind = "sample"
     keep_rows: tuple[int, ...] = ()
+    implementation: Implementation = "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "keep_rows", tuple(self.keep_rows))
         kernel = kernels.named(self.kernel)
         object.__setattr__(self, "kernel", kernel)
         check_gate(self.gate)
+        check_implementation(self.implementation)
         check_path(self.path, self.dropout, self.drop_path, self.rows)
         pieces = getattr(kernel, "pieces", 1)
         if self.rank < 1 or self.rank % pieces:

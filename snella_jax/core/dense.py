@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from snella_jax.core.fused import Implementation, fall_back
 from snella_jax.core.layout import Layout
 from snella_jax.core.update import Path, Update
 from snella_jax.kernels import Factors, Kernel
@@ -127,10 +128,15 @@ def updated(
             with jax.named_scope("snella_delta"):
                 return summed(w0, delta).astype(x.dtype), tau
 
-        if key is not None and update.sketches(x):
-            sketch, axis = update.sketch, update.row_axis(x)
-            if rows is None:
-                rows = sketch.kept(key, jax.lax.stop_gradient(x), axis)
+        sketch, axis = update.sketch, update.row_axis(x)
+        sketching = key is not None and update.sketches(x)
+        if key is not None and sketching and rows is None:
+            rows = sketch.kept(key, jax.lax.stop_gradient(x), axis)
+        fused = update.fused(op, x, w0, factors, sharding, sketching)
+        if fused is not None:
+            y = fused(x, rows if sketching else None, w0, factors, budget, key)
+            return _with_rows(y, x, axis) if sketching else y
+        if sketching:
             small = functools.partial(sketch.of_input, axis=axis)
             few, more = opened(
                 op, rows if sketch.saves else jax.eval_shape(small, key, rows), cast
@@ -197,6 +203,8 @@ def adapted_call(
     ) -> Any:
         for name, update in updates.items():
             update.check(w0[name], factors[name], budgets[name])
+            if update.implementation == "pallas":
+                fall_back("a layer with a call of its own")
         counts = {name: _counted(budgets[name], w0[name]) for name in updates}
         weights, own = dict(w0), {name: dict(factors[name]) for name in updates}
         x, weights, own, counts = varying_alike(x, weights, own, counts)
@@ -232,6 +240,7 @@ def adapted_dense(
     sketch: int = 1,
     sketch_kind: Kind = "sample",
     keep_rows: tuple[int, ...] = (),
+    implementation: Implementation = "auto",
 ) -> Float[Array, "... m"]:
     """Computes `x @ (w0 + delta)`; the sparse `delta` is made anew and never stored.
 
@@ -261,11 +270,17 @@ def adapted_dense(
       sketch_kind: "sample", "strided" or "crs".
       keep_rows: positions on axis -2 of `x` that are always kept, such as `(0,)` for a
         class token.
+      implementation: "xla", plain JAX; "pallas", fused kernels for a TPU or an NVIDIA
+        GPU, which make `delta` tile by tile and store nothing of its size (on a GPU the
+        merged weight alone): for `mix_k` and `piecewise_linear` over "out", all gates
+        but "none", the merged path, one device or `jax.shard_map`, and at most float32.
+        Elsewhere it falls back to "xla" and logs once why. "auto" is "xla": the kernels
+        were compiled for a TPU v5e and an H100 and not yet timed on one.
 
     Raises:
-      ValueError: a gate or path that does not exist, a rate outside [0, 1) or without
-        `path="parallel"`, a sketch below 1, of an unknown kind or on that path, or
-        factors whose shapes do not fit `w0`.
+      ValueError: a gate, path or implementation that does not exist, a rate outside
+        [0, 1) or without `path="parallel"`, a sketch below 1, of an unknown kind or on
+        that path, or factors whose shapes do not fit `w0`.
 
     Source: Eq. 14; the parallel path is the released code's.
 
@@ -281,7 +296,8 @@ def adapted_dense(
     True
     """
     rows = Sketch(sketch, sketch_kind, keep_rows)
-    update = Update(kernel, gate, None, path, dropout, drop_path, rows)
+    drops = dropout, drop_path
+    update = Update(kernel, gate, None, path, *drops, rows, implementation)
     return updated(matmul, update)(x, w0, factors, budget, key, sharding)
 
 

@@ -17,8 +17,10 @@ from jaxtyping import Array
 from snella_jax import kernels
 from snella_jax.core.layout import Layout
 from snella_jax.kernels import Factors, Kernel
-from snella_jax.ops.recompute import _together as behind_one_barrier
+from snella_jax.ops.product import around_product
+from snella_jax.ops.recompute import behind_one_barrier
 from snella_jax.ops.recompute import kept as marked
+from snella_jax.ops.sketch import Sketch
 
 if TYPE_CHECKING:
     from snella_jax.ops.pallas.target import Target
@@ -37,6 +39,43 @@ def check_implementation(value: str) -> None:
             f"No implementation is called {value!r}: expected "
             f"{', '.join(get_args(Implementation))}."
         )
+
+
+def fused_call(
+    op: Callable[[Array, Array], Any],
+    x: Array,
+    w0: Array,
+    factors: Factors,
+    *,
+    sketch: Sketch | None,
+    **how: Any,
+) -> Callable[..., Any] | None:
+    """Makes a call whose product is fused; None, and a sentence logged, if none is.
+
+    Args:
+      op: the call, of `x` and of a weight.
+      x, w0, factors: arrays like those that it will be given.
+      sketch: rows that are kept for the way back instead of `x`; None for all.
+      how: kernel, gate, layout, path and sharding, as in `refusal`.
+
+    Returns:
+      A function of `x`, `rows` (or None), `w0`, factors, budget and key.
+    """
+    why = refusal(x, w0, factors, **how)
+    around = None if why else around_product(op, x, w0.astype(x.dtype))
+    if around is None:
+        fall_back(why or "a call that does not only multiply by its weight")
+        return None
+    rest, extras = around
+    sketched = None
+    if sketch is not None:
+        sketched = functools.partial(sketch.of_both, axis=x.ndim - 2)
+    run = fused(Product.of(how["kernel"], how["gate"]), sketched)
+
+    def call(x, rows, *operands):
+        return rest(x, run(x, rows, *operands), extras)
+
+    return call
 
 
 def refusal(

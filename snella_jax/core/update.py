@@ -1,11 +1,13 @@
 """How the update of one weight is made and added: what its rule says, and its axes."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from jaxtyping import Array
 
 from snella_jax.core.delta import delta_and_tau
+from snella_jax.core.fused import Implementation, check_implementation, fused_call
 from snella_jax.core.gates import check_gate
 from snella_jax.core.layout import Layout
 from snella_jax.kernels import Factors, Kernel
@@ -28,10 +30,11 @@ class Update:
       dropout: rate on the input of the update.
       drop_path: rate at which an example loses its whole update.
       sketch: rows of the input that are kept for the way back, in training.
+      implementation: "auto", "xla" or "pallas", see `adapted_dense`.
 
     Raises:
-      ValueError: an unknown gate or path, or a rate or sketch that the path cannot
-        take.
+      ValueError: an unknown gate, path or implementation, or a rate or sketch that
+        the path cannot take.
     """
 
     kernel: Kernel
@@ -41,9 +44,11 @@ class Update:
     dropout: float = 0.0
     drop_path: float = 0.0
     sketch: Sketch = EVERY_ROW
+    implementation: Implementation = "auto"
 
     def __post_init__(self):
         check_gate(self.gate)
+        check_implementation(self.implementation)
         check_path(self.path, self.dropout, self.drop_path, self.sketch)
 
     def row_axis(self, x: Array) -> int:
@@ -64,6 +69,37 @@ class Update:
     ) -> tuple[Array, Array]:
         """Returns the sparse update and its thresholds, found where `tau` is None."""
         return delta_and_tau(factors, budget, tau, self.kernel, self.gate, self.layout)
+
+    def fused(
+        self,
+        op: Any,
+        x: Array,
+        w0: Array,
+        factors: Factors,
+        sharding: Any,
+        sketching: bool,
+    ) -> Callable[..., Any] | None:
+        """Returns `op` with its product fused, or None where no kernel is to be used.
+
+        Args:
+          op, x, w0, factors: as in `fused_call`.
+          sharding: that of the update, or None.
+          sketching: True if a sketch is kept for the way back.
+        """
+        if self.implementation != "pallas":
+            return None
+        return fused_call(
+            op,
+            x,
+            w0,
+            factors,
+            sketch=self.sketch if sketching else None,
+            kernel=self.kernel,
+            gate=self.gate,
+            layout=self.layout,
+            path=self.path,
+            sharding=sharding,
+        )
 
 
 def check_path(

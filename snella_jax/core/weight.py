@@ -82,7 +82,8 @@ class Site:
         """How the update of the weight, without its stack, is made and added."""
         r = self.rule
         drops = r.dropout, r.drop_path
-        return Update(self.kernel, r.gate, self.layout, r.path, *drops, r.rows)
+        how = r.path, *drops, r.rows, r.implementation
+        return Update(self.kernel, r.gate, self.layout, *how)
 
     @property
     def lead(self) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from jaxtyping import Array
 def around_product(
     op: Callable[[Array, Array], Any], x: Array, w: Array
 ) -> tuple[Callable[..., Any], list[Array]] | None:
-    """Returns what `op` does besides `x @ w`, or None if that is not all it does with w.
+    """Returns what `op` does besides `x @ w`; None if it does more with `w`.
 
     Args:
       op: any function of two arrays.

@@ -126,7 +126,7 @@ def recomputed(forward: Callable) -> Callable:
         kept, extras = kept
         # The extras stay outside: a barrier would make them vary over a mesh's axes
         # inside `jax.shard_map`, where `op` was opened with ones that do not.
-        kept, cotangent = _together(kept, cotangent)
+        kept, cotangent = behind_one_barrier(kept, cotangent)
         x, w0, factors, budget, key, tau = kept
         operands = (x, w0, _unlike(factors, tau), extras)
         _, back = jax.vjp(
@@ -176,7 +176,7 @@ def recomputed_from_rows(
 
     def pull(kept, cotangent):
         kept, extras, more = kept
-        kept, cotangent = _together(kept, cotangent)
+        kept, cotangent = behind_one_barrier(kept, cotangent)
         rows, w0, factors, budget, key, tau = kept
         merged, of_weight = jax.vjp(
             lambda w0, factors: weight(w0, factors, budget, tau)[0],
@@ -213,7 +213,7 @@ def _unlike(factors: Any, tau: Any) -> Any:
     return jax.tree.map(lambda v: jnp.where(never, 0, v), factors)
 
 
-def _together(kept: Any, cotangent: Any) -> tuple[Any, Any]:
+def behind_one_barrier(kept: Any, cotangent: Any) -> tuple[Any, Any]:
     """Puts both behind one barrier, so that recomputing waits for the cotangent."""
     leaves, structure = jax.tree.flatten((kept, cotangent))
     # Cotangents of integers are of a dtype that XLA does not know.

@@ -19,7 +19,6 @@ from snella_jax.ops.pallas.packed import (
     Found,
     Packed,
     pack,
-    padded,
     search,
     unpacked,
 )
@@ -63,15 +62,16 @@ def product(
     transposed: bool = False,
 ) -> Float[Array, "T m"]:
     """Computes `x @ (w0 + delta)`; transposed, `x @ (w0 + delta).T` of `x[T, m]`."""
-    tile = _tile(target, TPU_PRODUCT, *w0.shape, x.shape[0])
-    packed = pack(form, factors, found.tau, *tile[:2])
+    n, m = w0.shape
+    tile = bn, bm, _ = _tile(target, TPU_PRODUCT, n, m, x.shape[0])
+    packed = pack(form, factors, found.tau, bn, bm)
     row = _stats(found, packed, target)
     if target.platform == "tpu":
         return tpu_product.product(
             form, x, w0, packed, row, found.limit, tile, transposed, target.interpret
         )
     weight = gpu_weight.merged(
-        form, w0, packed, row, found.limit, x.dtype, *tile[:2], target.interpret
+        form, w0, packed, row, found.limit, x.dtype, bn, bm, target.interpret
     )
     axes = (((1,), (1 if transposed else 0,)), ((), ()))
     return lax.dot_general(x, weight, axes, preferred_element_type=x.dtype)
@@ -87,8 +87,8 @@ def gradients(
 ) -> Factors:
     """Returns the gradients of the factors, of a weight whose gradient is `x^T g`."""
     n, m = _sizes(factors)
-    tile = _tile(target, TPU_GRADIENTS, n, m, x.shape[0])
-    packed = pack(form, factors, found.tau, *tile[:2])
+    tile = bn, bm, _ = _tile(target, TPU_GRADIENTS, n, m, x.shape[0])
+    packed = pack(form, factors, found.tau, bn, bm)
     row = _stats(found, packed, target)
     module = tpu_gradients if target.platform == "tpu" else gpu_gradients
     da, db, sums = module.gradients(
@@ -97,7 +97,7 @@ def gradients(
     if not form.softmax:
         return unpacked(form, factors, da, db, sums, None)
     da2, db2, less = module.softmax_tail(
-        form, packed, row, sums[0], *tile[:2], target.interpret
+        form, packed, row, sums[0], bn, bm, target.interpret
     )
     return unpacked(form, factors, da + da2, db + db2, sums, less)
 

@@ -69,11 +69,6 @@ def pack(form: Form, factors: Factors, tau: Array | None, bn: int, bm: int) -> P
     return Packed(n, m, _columns(wide["a"], bn), _columns(wide["b"], bm), packed)
 
 
-def padded(row: Float[Array, " n"], size: int) -> Float[Array, " N"]:
-    """Appends zeros to a multiple of `size`."""
-    return jnp.pad(row, (0, -row.size % size))
-
-
 def _columns(factor: Array, size: int) -> Array:
     pieces, rows, d = factor.shape
     columns = jnp.moveaxis(factor, 2, 1).reshape(pieces * d, rows)

@@ -75,12 +75,12 @@ def _stats(s, a, b, out, *, form):
         top = logits.max(1, keepdims=True)
 
         @pl.when(j == 0)
-        def _():
+        def first():
             out[rows, 0:1] = top
             out[rows, 1:2] = jnp.exp(logits - top).sum(1, keepdims=True)
 
         @pl.when(j > 0)
-        def _():
+        def more():
             before, total = out[rows, 0:1], out[rows, 1:2]
             largest = jnp.maximum(before, top)
             out[rows, 0:1] = largest
