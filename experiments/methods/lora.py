@@ -16,9 +16,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from experiments.methods import linear_layer
 from experiments.methods.method import Ranked
 from experiments.training.session import Scope
+from snella_jax.models.layers.memory import OUTPUTS
 from snella_jax.nnx.surgery import become, freeze, mixed_class
 from snella_jax.nnx.variables import Factor
 from snella_jax.ops.matmul import matmul
+from snella_jax.ops.recompute import named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Factors(nnx.Module):
 
     def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
         a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
-        return matmul(matmul(x, a), b.T)
+        return matmul(named(matmul(x, a), OUTPUTS), b.T)
 
     def product(self) -> Float[Array, "*stack n m"]:
         """Returns `a b^T`."""

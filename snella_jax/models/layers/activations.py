@@ -9,7 +9,6 @@ ReGELU2, ReSiLU2). The output is the exact one.
     [0.0, -0.05, 1.05, 1.0]
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -57,13 +56,15 @@ def gelu_tanh(x: Array) -> Array:
 
 def stepped(function: Callable[[Array], Array], steps: Steps) -> Any:
     """Makes an activation whose derivative is a step function, of 2 bits an element."""
-    run = jax.custom_jvp(lambda x: function(x))
+    run = jax.custom_vjp(lambda x: function(x))
 
-    @run.defjvp
-    def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-        codes = packed(_interval(*primals, steps))
-        return run(*primals), _times(named(codes, HIDDEN), *tangents, steps)
+    def forward(x: Array) -> tuple[Array, Array]:
+        return function(x), named(packed(_interval(x, steps)), HIDDEN)
 
+    def backward(codes: Array, g: Array) -> tuple[Array]:
+        return (g * _slopes(unpacked(codes, g.shape[-1]), steps).astype(g.dtype),)
+
+    run.defvjp(forward, backward)
     return run
 
 
@@ -96,12 +97,9 @@ def check_activation(name: str, kind: Any) -> None:
         raise ValueError(f"activation={name!r}: expected {known}.")
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)
-def _times(codes: UInt8[Array, "*B D/4"], moved: Array, steps: Steps) -> Array:
-    code = unpacked(codes, moved.shape[-1])
-    low = jnp.where(code == 0, 0.0, -steps.below)
-    high = jnp.where(code == 2, 1 + steps.below, 1.0)
-    return moved * jnp.where(code < 2, low, high).astype(moved.dtype)
+def _slopes(codes: UInt8[Array, "*B D"], steps: Steps) -> Float[Array, "*B D"]:
+    low = jnp.where(codes == 0, 0.0, -steps.below)
+    return jnp.where(codes < 2, low, jnp.where(codes == 2, 1 + steps.below, 1.0))
 
 
 def _interval(x: Array, steps: Steps) -> UInt8[Array, "*B D"]:

@@ -20,11 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from snella_jax.ops.dtypes import at_least_float32
 from snella_jax.ops.recompute import kept
+from snella_jax.ops.varying import varying_alike
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -52,7 +52,6 @@ def _call(layer: Any, x: Array, centred: bool) -> Array:
     return normalised(x, scale, bias, layer.epsilon, centred)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def normalised(
     x: Float[Array, "*B D"],
     scale: Float[Array, " D"] | None,
@@ -61,6 +60,8 @@ def normalised(
     centred: bool = True,
 ) -> Float[Array, "*B D"]:
     """Computes `(x - mean) / sigma * scale + bias`, in at least float32, cast back.
+
+    Reverse mode only.
 
     Args:
       x: rows to normalise.
@@ -72,44 +73,40 @@ def normalised(
     >>> normalised(jnp.array([2.0, 4.0]), None, None, 0.0).tolist()
     [-1.0, 1.0]
     """
-    return _output(x, *_moments(x, eps, centred), scale, bias)
+    # Outside, for the transpose to add up the gradients inside `jax.shard_map`.
+    return _normalised(*varying_alike(x, scale, bias), eps, centred)
 
 
-@functools.partial(normalised.defjvp, symbolic_zeros=True)
-def _derivative(eps, centred, primals, tangents):
-    x, scale, bias = primals
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalised(x, scale, bias, eps, centred):
+    return _forward(x, scale, bias, eps, centred)[0]
+
+
+def _forward(x, scale, bias, eps, centred):
     mean, inverse = _moments(x, eps, centred)
-    moved = {
-        name: tangent
-        for name, tangent in zip(("x", "scale", "bias"), tangents, strict=True)
-        if tangent is not None and not isinstance(tangent, SymbolicZero)
-    }
-    y = _output(x, mean, inverse, scale, bias)
-    return y, _tangent(x, mean, inverse, scale, moved)
+    y = _centred(x, mean)
+    factor = inverse if scale is None else inverse * _row(scale, y)  # as Flax does
+    y = y * factor
+    y = y if bias is None else y + _row(bias, y)
+    return y.astype(x.dtype), (x, mean, inverse, scale, bias)
 
 
-# What it is differentiated of is made again from what it is given, which is kept.
-@jax.checkpoint
-def _tangent(
-    x: Array,
-    mean: Array | None,
-    inverse: Array,
-    scale: Array | None,
-    moved: dict[str, Array],
-) -> Array:
-    """Returns the output's tangent, for tangents of input, scale and bias by name."""
-    hat, total = _centred(x, mean) * inverse, jnp.zeros((), inverse.dtype)
-    if "x" in moved:
-        d = moved["x"].astype(hat.dtype)
-        along = hat * (hat * d).mean(-1, keepdims=True)
-        centre = 0 if mean is None else d.mean(-1, keepdims=True)
-        d = inverse * (d - centre - along)
-        total = d if scale is None else d * _row(scale, d)
-    if "scale" in moved:
-        total = total + hat * _row(moved["scale"], hat)
-    if "bias" in moved:
-        total = total + _row(moved["bias"], hat)
-    return jnp.broadcast_to(total, x.shape).astype(x.dtype)
+def _backward(eps, centred, residuals, g):
+    x, mean, inverse, scale, bias = residuals
+    hat = _centred(x, mean) * inverse
+    g = g.astype(hat.dtype)
+    own = g if scale is None else g * _row(scale, g)
+    d = own - hat * (own * hat).mean(-1, keepdims=True)
+    d = d if mean is None else d - own.mean(-1, keepdims=True)
+    rows = tuple(range(x.ndim - 1))
+    return (
+        (d * inverse).astype(x.dtype),
+        None if scale is None else (g * hat).sum(rows).astype(scale.dtype),
+        None if bias is None else g.sum(rows).astype(bias.dtype),
+    )
+
+
+_normalised.defvjp(_forward, _backward)
 
 
 def _moments(x: Array, eps: float, centred: bool) -> tuple[Array | None, Array]:
@@ -118,19 +115,6 @@ def _moments(x: Array, eps: float, centred: bool) -> tuple[Array | None, Array]:
     mean = kept(wide.mean(-1, keepdims=True)) if centred else None
     variance = jnp.square(_centred(x, mean)).mean(-1, keepdims=True)
     return mean, kept(jax.lax.rsqrt(variance + eps))
-
-
-def _output(
-    x: Array,
-    mean: Array | None,
-    inverse: Array,
-    scale: Array | None,
-    bias: Array | None,
-) -> Array:
-    y = _centred(x, mean)
-    factor = inverse if scale is None else inverse * _row(scale, y)  # as Flax does
-    y = y * factor
-    return (y if bias is None else y + _row(bias, y)).astype(x.dtype)
 
 
 def _centred(x: Array, mean: Array | None) -> Array:
