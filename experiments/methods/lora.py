@@ -16,11 +16,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from experiments.methods import linear_layer
 from experiments.methods.method import Ranked
 from experiments.training.session import Scope
-from snella_jax.models.layers.memory import OUTPUTS
 from snella_jax.nnx.surgery import become, freeze, mixed_class
 from snella_jax.nnx.variables import Factor
 from snella_jax.ops.matmul import matmul
-from snella_jax.ops.recompute import named
+from snella_jax.ops.names import OUTPUTS, named
 
 
 @dataclasses.dataclass(frozen=True)

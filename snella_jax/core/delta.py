@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from snella_jax.core.gates import sparsify
 from snella_jax.core.layout import Layout
 from snella_jax.kernels import Factors, Kernel
-from snella_jax.ops.recompute import kept
+from snella_jax.ops.names import kept
 from snella_jax.ops.threshold import threshold
 
 

@@ -12,23 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.core import eval_jaxpr
 from jaxtyping import Array
 
+from snella_jax.ops.names import KEPT
 from snella_jax.ops.sketch import Sketch
-
-KEPT = "snella_jax.kept"  # the name that `kept` gives, for checkpoint policies
-
-
-def kept(value: Array) -> Array:
-    """Marks an array that `rematerialised` keeps: small, and costly to make again."""
-    return checkpoint_name(value, KEPT)
-
-
-def named(value: Array, name: str) -> Array:
-    """Names an array that `rematerialised` keeps if it is told so."""
-    return checkpoint_name(value, f"snella_jax.{name}")
 
 
 def rematerialised(
@@ -41,6 +29,7 @@ def rematerialised(
       keep: names that `named` gave; their arrays are kept, too.
       prevent_cse: as in `jax.checkpoint`; False inside a scan.
 
+    >>> from snella_jax.ops.names import kept
     >>> def sines(mark):
     ...     block = rematerialised(lambda x: x * mark(jnp.sin(x)))
     ...     return str(jax.make_jaxpr(jax.grad(block))(1.0)).count(" sin ")

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float
 from snella_jax.models.layers import basic, stack
 from snella_jax.models.layers.activations import Gelu
 from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD, ImageSizes
-from snella_jax.models.layers.memory import OUTPUTS, STREAM
+from snella_jax.models.layers.memory import STREAM
 from snella_jax.models.layers.stages import Staged, check_stages
-from snella_jax.ops.recompute import named
+from snella_jax.ops.names import OUTPUTS, named
 
 EPS = 1e-6  # of every norm but the last
 

@@ -9,7 +9,9 @@ and casts are made again. What comes behind it makes some of these again, too:
     (None, ('outputs', 'stream', 'qkv', 'hidden'))
 """
 
-OUTPUTS = "outputs"  # of branches and of small products, which few methods keep
+from snella_jax.ops.names import OUTPUTS
+
+# With `OUTPUTS` the names of what "lean" keeps:
 STREAM = "stream"
 QKV = "qkv"
 ATTENTION = "attention"

@@ -6,10 +6,7 @@ derivative of Flax's norms keeps several arrays in float32.) MS-LN (Yang et al.,
 2406.16282) keeps the normalised output instead of the input, which takes as much, but
 the output cannot be made again from it to the bit.
 
-    >>> import jax, jax.numpy as jnp
     >>> layer = LayerNorm(4, rngs=nnx.Rngs(0))
-    >>> jax.tree.map(jnp.shape, nnx.state(layer, nnx.Param).to_pure_dict())
-    {'bias': (4,), 'scale': (4,)}
     >>> layer(jnp.array([[1.0, 1, 3, 3]])).round().tolist()
     [[-1.0, -1.0, 1.0, 1.0]]
 """
@@ -23,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from snella_jax.ops.dtypes import at_least_float32
-from snella_jax.ops.recompute import kept
+from snella_jax.ops.names import kept
 from snella_jax.ops.varying import varying_alike
 
 

@@ -107,7 +107,7 @@ def call(
     Args:
       graphdef: the block's, behind `nnx.split`.
       remat: "blocks" to keep its input alone for the backward pass (and the few
-        numbers that layers mark with `ops.recompute.kept`), else "none".
+        numbers that layers mark with `ops.names.kept`), else "none".
       memory: what it keeps otherwise, see `layers.memory`.
       scanned: True if a scan calls it.
     """

@@ -30,7 +30,8 @@ from snella_jax.models.layers.memory import ATTENTION, HIDDEN, QKV, STREAM
 from snella_jax.models.layers.norms import normalised
 from snella_jax.models.llama.config import PRESETS, LlamaConfig
 from snella_jax.models.llama.rotary import Rotation, inverse_frequencies, rotation
-from snella_jax.ops.recompute import named, rematerialised
+from snella_jax.ops.names import named
+from snella_jax.ops.recompute import rematerialised
 
 # Attends, given rotated queries `[B, T, H, d]`, rotated keys `[B, T, K, d]`, values and
 # what the block knows of earlier tokens; also returns what is to be kept.

@@ -31,7 +31,7 @@ from snella_jax.models.layers.images import (
 )
 from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.sam.neck import Neck
-from snella_jax.ops.recompute import named
+from snella_jax.ops.names import named
 
 STRIDES = (2, 2, 1)  # of the merging behind each stage but the last
 

@@ -35,7 +35,7 @@ from snella_jax.models.layers.images import (
 from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.sam import relative
 from snella_jax.models.sam.neck import Neck
-from snella_jax.ops.recompute import named
+from snella_jax.ops.names import named
 
 Kind = Literal["windowed", "whole"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order of a group

@@ -26,7 +26,7 @@ from snella_jax.models.layers.attention import attend
 from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD, ImageSizes
 from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.layers.stages import Staged, check_stages
-from snella_jax.ops.recompute import named
+from snella_jax.ops.names import named
 
 EPS = 1e-5  # of every norm
 

@@ -24,9 +24,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from snella_jax.models.layers import basic, preset, stack
 from snella_jax.models.layers.attention import Implementation, attend, attention_weights
 from snella_jax.models.layers.images import Classifier, check_batch
-from snella_jax.models.layers.memory import ATTENTION, OUTPUTS, QKV, STREAM
+from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.vit.config import PRESETS, ViTConfig
-from snella_jax.ops.recompute import named
+from snella_jax.ops.names import OUTPUTS, named
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "ViT":

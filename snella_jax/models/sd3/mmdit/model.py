@@ -28,10 +28,10 @@ from jaxtyping import Array, Float
 from snella_jax.models.layers import basic, preset, stack
 from snella_jax.models.layers.activations import activated, gelu_tanh, gelu_tanh2
 from snella_jax.models.layers.attention import attend
-from snella_jax.models.layers.memory import ATTENTION, OUTPUTS, QKV, STREAM
+from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.layers.norms import normalised
 from snella_jax.models.sd3.mmdit.config import PRESETS, MMDiTConfig
-from snella_jax.ops.recompute import named
+from snella_jax.ops.names import OUTPUTS, named
 
 FREQUENCIES = 128  # of the time's embedding, cosines and then sines
 LONGEST = 10_000.0  # period in the embeddings of time and place, over 2 pi
