@@ -17,9 +17,9 @@ from jaxtyping import Array
 from snella_jax import kernels
 from snella_jax.core.layout import Layout
 from snella_jax.kernels import Factors, Kernel
+from snella_jax.ops.names import kept as marked
 from snella_jax.ops.product import around_product
 from snella_jax.ops.recompute import behind_one_barrier
-from snella_jax.ops.recompute import kept as marked
 from snella_jax.ops.sketch import Sketch
 
 if TYPE_CHECKING:
