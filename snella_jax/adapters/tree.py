@@ -34,6 +34,7 @@ from snella_jax.files.hosts import native
 Tree = dict[str, Any]
 Key = tuple[str, ...]
 COUNTS = ("budget", "allocated_at")
+KEY = "key"  # of an adapter that draws rows, for one step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Adapters:
                 budgets[key] = leaf
             else:
                 learnt = getattr(site.kernel, "learn_piece_coeff", True)
-                fixed = key[-1] == "piece_coeff" and not learnt
+                fixed = key[-1] == KEY or (key[-1] == "piece_coeff" and not learnt)
                 (frozen if fixed else trainable)[key] = leaf
         return nested(trainable), nested(budgets), nested(frozen)
 
@@ -83,6 +84,7 @@ class Adapters:
         for key, site in self.sites.items():
             factors = dict(own[adapter_key(key)])
             counts = [factors.pop(count) for count in COUNTS]
+            factors.pop(KEY, None)
             weight = layer_path(key), site, leaves[key], factors, *counts
             found.append(AdaptedWeight(*weight))
         return found

@@ -123,6 +123,15 @@ def check_path(
         )
 
 
+def no_rows(sketch: int, layer: str, expected: str) -> str:
+    """Says that a kind of layer cannot have a sketch, and what to do."""
+    return (
+        f"sketch={sketch} needs a layer that multiplies the last axes of its input by "
+        f"its weight, row by row, and {layer} need not: expected {expected}, or "
+        '{"sketch": 1} for its path in `overrides`.'
+    )
+
+
 def _check_shapes(w0: Array, factors: Factors, layout: Layout | None) -> None:
     if layout is None and w0.ndim != 2:
         raise ValueError(

@@ -22,6 +22,7 @@ from snella_jax.core.weight import Site
 from snella_jax.files.hosts import native
 from snella_jax.linen.call import Held, Place, called
 from snella_jax.linen.layers import Layer, layers_of
+from snella_jax.ops.readers import new_keys
 
 __all__ = ["Adapters", "adapt", "join", "load"]
 
@@ -44,11 +45,42 @@ class Adapters(tree.Adapters):
         Only this call uses the adapters: `module.apply` itself computes with the
         weights of the base and gives the factors no gradient. A rule that drops
         something does so if the layer has an rng `dropout`, which `nn.scan` has to
-        split.
+        split; one with a sketch does where `seed` has put keys into the parameters.
         """
+        new_keys()
         variables = {**variables, "params": self._held(variables["params"])}
         with nn.intercept_methods(functools.partial(called, self.sites)):
             return self.module.apply(variables, *args, **kwargs)
+
+    def seed(self, params: Tree, key: PRNGKeyArray) -> Tree:
+        """Returns parameters in which every adapter with a sketch has a key for a step.
+
+        A key beside the factors reaches scanned layers, too. Without one the layer is
+        the exact one, as for evaluation. Call it in the step, on the joined parameters,
+        with a fresh key every step:
+
+            params = adapters.seed(linen.join(trainable, budgets, frozen), key)
+            adapters.apply({"params": params}, x)
+
+        Raises:
+          ValueError: parameters without these adapters.
+          TypeError: no random key.
+        """
+        tree.check_key(key)
+        leaves = flat(params)
+        for index, (own, site) in enumerate(self.sites.items()):
+            place = tree.adapter_key(own)
+            if (*place, "a") not in leaves:
+                raise ValueError(
+                    f"There is no adapter of {name_of(own)}: expected the parameters "
+                    "that linen.adapt returned, joined again if they were split."
+                )
+            if site.rule.sketch > 1:
+                fresh = jax.random.fold_in(key, index)
+                stack = site.stack
+                keys = jax.random.split(fresh, stack) if stack else fresh
+                leaves[(*place, tree.KEY)] = keys
+        return nested(leaves)
 
     def _held(self, params: Tree) -> Tree:
         """Returns parameters with each adapter as a `Held`."""

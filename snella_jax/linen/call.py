@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core import lift
 from flax.linen.transforms import lift_direct_transform
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
-from snella_jax.adapters.tree import COUNTS, Key, name_of
+from snella_jax.adapters.tree import COUNTS, KEY, Key, name_of
 from snella_jax.core.dense import adapted_call, updated
 from snella_jax.core.weight import Site
 from snella_jax.kernels import Factors
@@ -25,6 +25,7 @@ from snella_jax.linen.layers import STOCK, positions
 from snella_jax.linen.trace import ADAPTABLE
 from snella_jax.ops.dtypes import widened
 from snella_jax.ops.matmul import dot_general
+from snella_jax.ops.readers import kept_once
 from snella_jax.ops.recompute import Arrays
 
 
@@ -45,7 +46,7 @@ class Held(struct.PyTreeNode):
     """An adapter on its way to its layer.
 
     Attributes:
-      values: factors and counts; their stacks where lifts expect them.
+      values: factors, counts and perhaps a key; their stacks where lifts expect them.
       key: key of the weight in `params`.
       place: way to the layer.
     """
@@ -67,10 +68,17 @@ class Held(struct.PyTreeNode):
 
     def parts(self) -> tuple[Factors, Array]:
         """Returns the factors and the budget, as the layer needs them."""
-        spare = tuple(range(_spare(self.place.axes)))
-        own = {k: jnp.squeeze(value, spare) for k, value in self.values.items()}
+        own = {k: self._of(k) for k in self.values if k != KEY}
         budget, _ = (own.pop(name) for name in COUNTS)
         return own, budget
+
+    @property
+    def random_key(self) -> PRNGKeyArray | None:
+        """Key of the layer for this step, if there is one."""
+        return self._of(KEY) if KEY in self.values else None
+
+    def _of(self, name: str) -> Array:
+        return jnp.squeeze(self.values[name], tuple(range(_spare(self.place.axes))))
 
 
 def _moved(value: Array, axes: tuple[int, ...]) -> Array:
@@ -133,14 +141,17 @@ def _product(
         params = {"kernel": w} if changes else {"kernel": w, **own}
         return plain.apply({"params": params}, x, *args, **kwargs)
 
-    rule = site.rule
-    key = None
+    rule, update = site.rule, site.update
+    key, rows = held.random_key, None
     if (rule.dropout or rule.drop_path) and layer.has_rng("dropout"):
         key = layer.make_rng("dropout")
     dtype = layer.dtype or jnp.result_type(x, weight, *own.values())
+    cast = jnp.asarray(x, dtype)
+    if key is not None and update.sketches(cast):
+        key, rows = kept_once(update.sketch, key, x, cast, update.row_axis(cast))
     without_bias = functools.partial(op, use_bias=False)
-    run = updated(op, site.update, without_bias)
-    return run(jnp.asarray(x, dtype), weight, factors, budget, key)
+    run = updated(op, update, without_bias)
+    return run(cast, weight, factors, budget, key, rows=rows)
 
 
 def _whole(

@@ -13,6 +13,7 @@ from snella_jax.adapters.tree import Key, layer_path, name_of, site
 from snella_jax.core.config import Rule
 from snella_jax.core.layout import Layout, einsum_layout
 from snella_jax.core.paths import chosen, listed, matches_or_holds
+from snella_jax.core.update import no_rows
 from snella_jax.core.weight import Site
 from snella_jax.linen.trace import ADAPTABLE, Call
 
@@ -79,10 +80,8 @@ class Layer:
                 f"{self.kind.__name__} has a call of its own, which need not "
                 'be linear in the weight: expected path="merged".'
             )
-        if rule.sketch > 1:
-            raise ValueError(
-                f"sketch={rule.sketch} needs the NNX binding: expected sketch=1."
-            )
+        if rule.sketch > 1 and not self._multiplies_rows():
+            raise ValueError(no_rows(rule.sketch, self.kind.__name__, "nn.Dense"))
         if rule.drop_path and not self._starts_with_examples():
             raise ValueError(
                 f"drop_path={rule.drop_path} drops along axis 0 of the output, which "
@@ -114,6 +113,17 @@ class Layer:
                     )
                 return Layout(self.shape[:-1], self.shape[-1:])
         return einsum_layout(self.equation, self.shape)
+
+    def _multiplies_rows(self) -> bool:
+        """Returns True if it multiplies the last axes of its input by its weight."""
+        layer = self.module
+        if self.own or not isinstance(layer, nn.Dense | nn.DenseGeneral):
+            return False
+        if isinstance(layer, nn.DenseGeneral):
+            axes = _sequence(layer.axis)
+            if _sequence(layer.batch_dims) or axes != tuple(range(-len(axes), 0)):
+                return False
+        return layer.dot_general is None and layer.dot_general_cls is None
 
     def _starts_with_examples(self) -> bool:
         if isinstance(self.module, nn.DenseGeneral):

@@ -15,6 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from snella_jax.core.config import Rule
 from snella_jax.core.layout import Layout, einsum_layout
+from snella_jax.core.update import no_rows
 from snella_jax.core.weight import AdaptedWeight, Site, Start
 from snella_jax.kernels import Factors
 from snella_jax.nnx.variables import Budget, DropKey, Factor, Frozen
@@ -154,11 +155,7 @@ def check_layer(layer: Any, rule: Rule, own: bool = False) -> None:
             'in the weight: expected path="merged".'
         )
     if rule.sketch > 1 and not _multiplies_rows(layer, own):
-        raise ValueError(
-            f"sketch={rule.sketch} needs a layer that multiplies the last axes of its "
-            f"input by its weight, row by row, and {type(layer).__name__} need not: "
-            'expected an nnx.Linear, or {"sketch": 1} for its path in `overrides`.'
-        )
+        raise ValueError(no_rows(rule.sketch, type(layer).__name__, "nnx.Linear"))
     if rule.drop_path and not _starts_with_examples(layer):
         raise ValueError(
             f"drop_path={rule.drop_path} drops along axis 0 of the output, which here "

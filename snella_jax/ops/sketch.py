@@ -136,20 +136,18 @@ class Sketch:
 
     def picked(self, draw: Int[Array, "..."], v: Array, axis: int) -> Array:
         """Returns the rows that a draw leaves of `v`, without their weights."""
-        rows, rest = v.shape[axis], v.ndim - axis - 1
-        s, k = self.factor, -(-rows // self.factor)
-        pads = [(0, s * k - rows if i == axis else 0) for i in range(v.ndim)]
-        v = jnp.pad(v, pads)
-        spread = draw.reshape(*draw.shape, *(1,) * rest)
-        lead, tail = v.shape[:axis], v.shape[axis + 1 :]
+        rows, k = v.shape[axis], -(-v.shape[axis] // self.factor)
+        spread = draw.reshape(*draw.shape, *(1,) * (v.ndim - axis - 1))
+        # Slices and selections, no gather: on a mesh nothing moves, and they fuse.
         if self.kind == "strided":
-            v = v.reshape(*lead, s, k, *tail)
-            return jnp.sum(v * spread.astype(v.dtype), axis, dtype=v.dtype)
-        # Selected and added up, not gathered: on a mesh nothing moves.
-        v = v.reshape(*lead, k, s, *tail)
-        places = lax.broadcasted_iota(jnp.int32, v.shape, axis + 1)
-        chosen = places == jnp.expand_dims(spread, axis + 1)
-        return jnp.sum(jnp.where(chosen, v, 0), axis + 1, dtype=v.dtype)
+            signs = jnp.moveaxis(spread, axis, 0).astype(v.dtype)
+            parts = (_part(v, axis, slice(i, i + k), k) for i in range(0, rows, k))
+            return sum(sign * part for sign, part in zip(signs, parts, strict=False))
+        found = _part(v, axis, slice(0, None, self.factor), k)
+        for place in range(1, min(self.factor, rows)):
+            part = _part(v, axis, slice(place, None, self.factor), k)
+            found = jnp.where(spread == place, part, found)
+        return found
 
     def _sketched(self, key: PRNGKeyArray, v: Array, axis: int, weighted: bool):
         self.count(v.shape[axis])
@@ -201,6 +199,20 @@ class Sketch:
         weight = jnp.concatenate([jnp.ones(always.shape, weight.dtype), weight], -1)
         spread = weight.reshape(*weight.shape, *(1,) * (g.ndim - axis - 1))
         return _rows_at(x, index), (_rows_at(g, index) * spread).astype(g.dtype)
+
+
+def _part(v: Array, axis: int, rows: slice, k: int) -> Array:
+    """Takes rows along an axis, filled up with zeros to `k`."""
+    part = lax.slice_in_dim(
+        v,
+        rows.start,
+        min(rows.stop or v.shape[axis], v.shape[axis]),
+        rows.step or 1,
+        axis,
+    )
+    missing = k - part.shape[axis]
+    pads = [(0, missing if i == axis else 0) for i in range(v.ndim)]
+    return jnp.pad(part, pads) if missing else part
 
 
 def _norms(v: Array, axis: int) -> Array:
