@@ -213,7 +213,8 @@ class Stream(nnx.Module):
 
         The first two alone where the stream ends.
         """
-        return jnp.split(self.modulation(condition), 2 if self.ends else 6, -1)
+        parts = named(self.modulation(condition), OUTPUTS)
+        return jnp.split(parts, 2 if self.ends else 6, -1)
 
     def normed(
         self, x: Float[Array, "B T D"], parts: list[Float[Array, "B D"]]
