@@ -15,6 +15,7 @@ from experiments.training.recipe import Recipe
 from experiments.training.rounds import Rounds
 from experiments.training.session import Scope
 from snella_jax.nnx.targets import select
+from snella_jax.ops.sketch import Kind
 
 WEIGHTS = 1000  # of a model, to check that a budget has time to move
 KernelName = Literal[
@@ -64,6 +65,14 @@ class Snella(Method):
     """Regex of targets without that dropout."""
     drop_path: float = 0.0
     """Rate of drop-path on the adapter's output; needs path=parallel."""
+    sketch: int = 1
+    """Rows (tokens) of a layer's input to one that is kept for its weight's gradient:
+    less memory and time, a noisier gradient. Needs path=merged."""
+    sketch_kind: Kind = "sample"
+    """Rows that are kept. sample: one of every run of them; strided: sums with random
+    signs; crs: all, of which the largest count on the way back (saves time alone)."""
+    keep_rows: tuple[int, ...] = ()
+    """Positions of tokens that are always kept, such as 0 for a class token."""
     metric: Metric = "sensitivity"
     """Score that matrices compete by. magnitude: that of the factors. merged_magnitude:
     that of the update (the paper's Table X)."""
@@ -194,6 +203,9 @@ class Snella(Method):
             path=self.path,
             dropout=self.dropout,
             drop_path=self.drop_path,
+            sketch=self.sketch,
+            sketch_kind=self.sketch_kind,
+            keep_rows=self.keep_rows,
             initial_density=self.initial_density,
             target_density=self.target_density,
             allocation=self.allocation,

@@ -19,6 +19,7 @@ Woodruff, 2013.
 """
 
 import dataclasses
+import functools
 from typing import Literal, get_args
 
 import jax
@@ -141,8 +142,9 @@ class Sketch:
         # Slices and selections, no gather: on a mesh nothing moves, and they fuse.
         if self.kind == "strided":
             signs = jnp.moveaxis(spread, axis, 0).astype(v.dtype)
-            parts = (_part(v, axis, slice(i, i + k), k) for i in range(0, rows, k))
-            return sum(sign * part for sign, part in zip(signs, parts, strict=False))
+            parts = [_part(v, axis, slice(i, i + k), k) for i in range(0, rows, k)]
+            signed = [sign * part for sign, part in zip(signs, parts, strict=False)]
+            return functools.reduce(jnp.add, signed)
         found = _part(v, axis, slice(0, None, self.factor), k)
         for place in range(1, min(self.factor, rows)):
             part = _part(v, axis, slice(place, None, self.factor), k)
@@ -157,7 +159,7 @@ class Sketch:
             start = row + 1
         parts.append(lax.slice_in_dim(v, start, None, axis=axis))
         rest = lax.concatenate(parts, axis) if len(parts) > 1 else v
-        kept = [lax.slice_in_dim(v, i, i + 1, axis=axis) for i in self.keep_rows]
+        kept = self._always(v, axis)
         rows = rest.shape[axis]
         if rows:
             draw = self.draw(key, v.shape[:axis], rows)
@@ -193,12 +195,16 @@ class Sketch:
         index = jnp.minimum(index, rows - 1)
         drawn = jnp.take_along_axis(size, index, -1)
         weight = jnp.where(drawn == 0, 0, whole / (k * drawn))
-        always = jnp.asarray(self.keep_rows, index.dtype)
-        always = jnp.broadcast_to(always, (*index.shape[:-1], len(self.keep_rows)))
-        index = jnp.concatenate([always, index], -1)
-        weight = jnp.concatenate([jnp.ones(always.shape, weight.dtype), weight], -1)
-        spread = weight.reshape(*weight.shape, *(1,) * (g.ndim - axis - 1))
-        return _rows_at(x, index), (_rows_at(g, index) * spread).astype(g.dtype)
+        weight = weight.reshape(*weight.shape, *(1,) * (g.ndim - axis - 1))
+        few = _rows_at(x, index), (_rows_at(g, index) * weight).astype(g.dtype)
+        small, other = (
+            lax.concatenate([*self._always(v, axis), rest], axis)
+            for v, rest in zip((x, g), few, strict=True)
+        )
+        return small, other
+
+    def _always(self, v: Array, axis: int) -> list[Array]:
+        return [lax.slice_in_dim(v, i, i + 1, axis=axis) for i in self.keep_rows]
 
 
 def _part(v: Array, axis: int, rows: slice, k: int) -> Array:
