@@ -149,6 +149,7 @@ def row(
         "remat": setting.remat,
         "memory": setting.memory,
         "activation": setting.activation,
+        "sketch": setting.rows,
         "attention": setting.attention,
         "parameters": workload.parameters(setting.model),
         "trainable": workload.size(one.arguments[0]),

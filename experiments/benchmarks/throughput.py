@@ -85,6 +85,7 @@ def compiled(setting: workload.Setting) -> tuple[dict[str, Any], Callable[[], No
 
     row = dataclasses.asdict(setting) | {
         "path": setting.path,
+        "sketch": setting.rows,
         "stacked": one.stacked,
         "attention": setting.attention,
         "compile_seconds": round(seconds, 1),

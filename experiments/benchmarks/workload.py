@@ -47,6 +47,7 @@ TEXTS = Scope(language.TARGETS, "")
 PICTURES = Scope(mmdit.MMDiT.default_targets, mmdit.MMDiT.default_trainable)
 
 VARIANTS = ("snella_parallel", "snella_stored")  # of snella, for comparison
+UNSKETCHED = (*VARIANTS, "snella_released")  # the parallel path, and what is stored
 USUAL = (
     "full",
     "linear",
@@ -80,6 +81,7 @@ class Setting:
       stacked: True if the blocks are scanned, False if they are a list.
       remat: parts that are recomputed besides delta, see `vit.ViTConfig`.
       memory, activation: fields of the model's config; None for its own activation.
+      sketch: rows of an input to one that kernelized methods keep, see `ops.sketch`.
       sequence: tokens of a text; None for images.
     """
 
@@ -107,7 +109,14 @@ class Setting:
             changes["rank"] = self.rank
         if self.method == "snella_parallel":
             changes["path"] = "parallel"
+        if isinstance(own, Snella) and self.method not in UNSKETCHED:
+            changes["sketch"] = self.sketch
         return dataclasses.replace(own, **changes)
+
+    @property
+    def rows(self) -> int:
+        """Rows of an input to one that the method keeps."""
+        return getattr(self.trained, "sketch", 1)
 
     @property
     def path(self) -> str | None:
@@ -167,6 +176,9 @@ class Options:
     +attention, +qkv, +hidden for what of it is made again."""
     activation: Literal["gelu", "gelu2", "silu", "silu2"] | None = None
     """gelu2, of a LLaMA silu2: the exact activation with a derivative by steps."""
+    sketch: int = 1
+    """Tokens to one that kernelized methods keep of a layer's input; 1: all. Not of
+    snella_parallel and snella_stored."""
 
     def settings(self, model: str) -> list[Setting]:
         """Returns a checked setting of `model` for each method.
@@ -288,7 +300,7 @@ def checked(setting: Setting) -> Setting:
         raise ValueError(
             f"method={setting.method}: expected a ViT, not a {setting.model}."
         )
-    for name in ("batch", "rank"):
+    for name in ("batch", "rank", "sketch"):
         if getattr(setting, name) < 1:
             raise ValueError(f"{name}={getattr(setting, name)}: expected at least 1.")
     if isinstance(own, Snella | MaskedSnella) and setting.rank % 2:
