@@ -81,8 +81,8 @@ class Setting:
       stacked: True if the blocks are scanned, False if they are a list.
       remat: parts that are recomputed besides delta, see `vit.ViTConfig`.
       memory, activation: fields of the model's config; None for its own activation.
-      sketch: rows of an input to one that kernelized methods keep, see `ops.sketch`.
       sequence: tokens of a text; None for images.
+      sketch: rows of an input to one that kernelized methods keep, see `ops.sketch`.
     """
 
     method: str
@@ -96,6 +96,7 @@ class Setting:
     memory: str = "usual"
     activation: str | None = None
     sequence: int | None = None
+    sketch: int = 1
 
     @property
     def trained(self) -> Method | None:

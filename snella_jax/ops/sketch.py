@@ -165,15 +165,16 @@ class Sketch:
             draw = self.draw(key, v.shape[:axis], rows)
             small = self.picked(draw, rest, axis)
             if weighted and self.kind == "sample":
-                sizes = self._sizes(rows).astype(v.dtype)
-                small *= sizes.reshape(-1, *(1,) * (v.ndim - axis - 1))
+                shape = tuple(-1 if i == axis else 1 for i in range(v.ndim))
+                small *= self._sizes(rows).astype(v.dtype).reshape(shape)
             kept.append(small)
         return lax.concatenate(kept, axis) if len(kept) > 1 else kept[0]
 
     def _sizes(self, rows: int) -> Int[Array, " k"]:
         """Returns the lengths of the runs: `s`, but for the last."""
         k = -(-rows // self.factor)
-        return jnp.minimum(self.factor, rows - self.factor * jnp.arange(k))
+        starts = self.factor * jnp.arange(k, dtype=jnp.int32)
+        return jnp.minimum(self.factor, rows - starts)
 
     def _by_size(
         self, key: PRNGKeyArray, x: Array, g: Array, axis: int
@@ -190,7 +191,7 @@ class Sketch:
         ends = jnp.cumsum(size, -1)
         whole = ends[..., -1:]
         start = jax.random.uniform(key, (*x.shape[:axis], 1), size.dtype)
-        points = (jnp.arange(k) + start) / k * whole
+        points = (jnp.arange(k, dtype=size.dtype) + start) / k * whole
         index = jnp.sum(ends[..., None, :] <= points[..., None], -1)
         index = jnp.minimum(index, rows - 1)
         drawn = jnp.take_along_axis(size, index, -1)
