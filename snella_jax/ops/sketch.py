@@ -132,8 +132,10 @@ class Sketch:
         """
         k = -(-rows // self.factor)
         if self.kind == "strided":
-            return jax.random.rademacher(key, (*batch, self.factor, k), jnp.int32)
-        return jax.random.randint(key, (*batch, k), 0, self._sizes(rows), jnp.int32)
+            bits = jax.random.bits(key, (*batch, self.factor, k), jnp.uint32)
+            return jnp.where(bits >> 31, jnp.int32(1), jnp.int32(-1))
+        ends = self._sizes(rows).reshape(*(1,) * len(batch), k)
+        return jax.random.randint(key, (*batch, k), 0, ends, jnp.int32)
 
     def picked(self, draw: Int[Array, "..."], v: Array, axis: int) -> Array:
         """Returns the rows that a draw leaves of `v`, without their weights."""
