@@ -25,6 +25,7 @@ from snella_jax.models.llama.model import SwiGLU
 from snella_jax.nnx.surgery import become, freeze, mixed_class
 from snella_jax.nnx.variables import Factor
 from snella_jax.ops.matmul import matmul
+from snella_jax.ops.names import OUTPUTS, named
 
 SCALE = 0.1
 Where = Literal["sequential", "parallel"]
@@ -74,7 +75,7 @@ class Bottleneck(nnx.Module):
         self.down, self.up = Dense(down), Dense(jnp.zeros((*stack, rank, width)))
 
     def __call__(self, x: Float[Array, "*B D"], act: Any) -> Float[Array, "*B D"]:
-        return self.up(act(self.down(x)))
+        return self.up(act(named(self.down(x), OUTPUTS)))
 
 
 class Sequential(nnx.Module):
@@ -84,6 +85,7 @@ class Sequential(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         y: Array = super().__call__(x)  # pyright: ignore[reportAttributeAccessIssue]
+        y = named(y, OUTPUTS)
         return y + self.bottleneck(y, jax.nn.gelu)
 
 

@@ -20,6 +20,7 @@ from snella_jax.nnx.surgery import become, mixed_class, plain_class
 from snella_jax.nnx.targets import select
 from snella_jax.nnx.variables import Factor
 from snella_jax.ops.matmul import matmul
+from snella_jax.ops.names import OUTPUTS, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +64,11 @@ class DoraLinear(linear_layer.OtherProduct):
         a, b = self.lora.a[...], self.lora.b[...]
         scale, dtype = self.scale().astype(x.dtype), x.dtype
         y = matmul(x, self.kernel[...].astype(dtype))
-        return (y + matmul(matmul(x, a.astype(dtype)), b.astype(dtype).T)) * scale
+        narrow = named(matmul(x, a.astype(dtype)), OUTPUTS)
+        return named(y + matmul(narrow, b.astype(dtype).T), OUTPUTS) * scale
 
     def scale(self) -> Float[Array, "*stack m"]:
         """Returns the magnitudes over the norms of the directions, in float32."""
         direction = self.kernel[...].astype(jnp.float32) + self.lora.product()
         norms = jax.lax.stop_gradient(jnp.linalg.norm(direction, axis=-2))
-        return self.magnitude[...] / norms
+        return self.magnitude[...] / named(norms, OUTPUTS)

@@ -21,6 +21,7 @@ from experiments.training.session import Scope
 from snella_jax.nnx.surgery import become, mixed_class
 from snella_jax.nnx.variables import Frozen
 from snella_jax.ops.matmul import matmul
+from snella_jax.ops.names import OUTPUTS, named
 
 WHOLE = -1
 
@@ -91,7 +92,7 @@ class Divided(nnx.Module):
         alone = jnp.where(self.part[...] == active, self.parts * kernel, 0)
         kernel = jnp.where(active == WHOLE, kernel, alone).astype(x.dtype)
         bias = self.up.bias[...].astype(x.dtype)
-        return matmul(act(self.down(x)), kernel) + bias
+        return matmul(act(named(self.down(x), OUTPUTS)), kernel) + bias
 
 
 class Drawing(nnx.Module):

@@ -18,6 +18,7 @@ from experiments.training.session import Scope
 from snella_jax.core.paths import join
 from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class, thaw
 from snella_jax.nnx.variables import Factor
+from snella_jax.ops.names import OUTPUTS, named
 
 LAYERS = (nnx.Linear, nnx.LayerNorm, nnx.Conv)
 DEVIATION = 0.02
@@ -89,6 +90,8 @@ class Modulated(nnx.Module):
     def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
         y: Array = super().__call__(x)  # pyright: ignore[reportAttributeAccessIssue]
         scale, shift = self.ssf.scale[...], self.ssf.shift[...]
+        if hasattr(self, "kernel"):  # a norm's output is cheap to make again
+            y = named(y, OUTPUTS)
         return y * scale.astype(y.dtype) + shift.astype(y.dtype)
 
 

@@ -18,8 +18,10 @@ from jaxtyping import Array, Float
 from experiments.methods import plain_vit
 from experiments.methods.prompts import Tokens, behind, drawn
 from experiments.training.session import Scope
+from snella_jax.models.layers.memory import STREAM
 from snella_jax.nnx.surgery import become, freeze, mixed_class
 from snella_jax.nnx.variables import Factor
+from snella_jax.ops.names import named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Queried(nnx.Module):
         block: Any = self
         x = behind(tokens[:, :0], self.queries[...])
         y = block.attn(block.norm1(x), block.norm1(tokens))
-        x = x + block._branch(y, "scale1", None, 0)
+        x = named(x + block._branch(y, "scale1", None, 0), STREAM)
         return x + block._branch(block.mlp(block.norm2(x)), "scale2", None, 1)
 
 
