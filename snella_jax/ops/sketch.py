@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from snella_jax.ops.dtypes import at_least_float32
-from snella_jax.ops.names import OUTPUTS, named
+from snella_jax.ops.names import sketched
 
 Kind = Literal["sample", "strided", "crs"]
 
@@ -98,7 +98,7 @@ class Sketch:
           x: input with its rows along `axis`; examples in front, features behind.
           axis: axis of the rows, from 0 on.
         """
-        return named(self.of_input(key, x, axis), OUTPUTS) if self.saves else x
+        return sketched(self.of_input(key, x, axis)) if self.saves else x
 
     def of_both(
         self, key: PRNGKeyArray, kept: Array, g: Array, axis: int

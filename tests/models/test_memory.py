@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
+import snella_jax as snella
 from snella_jax.models import llama, vit
 from snella_jax.models.convnext import ConvNeXt, ConvNeXtConfig
 from snella_jax.models.layers.memory import kept_names
@@ -118,10 +119,9 @@ def test_gradients_do_not_depend_on_what_is_kept(name, changes):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def stacked(memory, **changes):
-    """What the scanned blocks keep: counts by dtype and shape of one block's."""
-    run, state = gradient("vit", memory=memory, **changes)
-    scans, left = [], [jax.make_jaxpr(run)(state).jaxpr]
+def stacked(run, *arguments):
+    """What the scanned blocks keep: counts by dtype and numbers of a token."""
+    scans, left = [], [jax.make_jaxpr(run)(*arguments).jaxpr]
     while left:
         program = left.pop()
         for eqn in program.eqns:
@@ -140,14 +140,42 @@ def test_what_a_vit_keeps():
     """In numbers of a token: width 16, 64 in the MLP."""
     numbers = ("float32", 1.0)  # two of each norm
     bits, narrow, wide = ("uint8", 16.0), ("float32", 16.0), ("float32", 64.0)
+
+    def left(memory, **changes):
+        return stacked(*gradient("vit", memory=memory, **changes))
+
     # Input and stream, what is read of them, q, k, v, what attention found.
-    assert stacked("usual") == {numbers: 4, narrow: 8, wide: 2}
-    assert stacked("lean") == {numbers: 4, narrow: 6, wide: 1}
-    assert stacked("lean+attention") == {numbers: 4, narrow: 5, wide: 1}
-    assert stacked("lean+attention+qkv") == {numbers: 4, narrow: 2, wide: 1}
-    assert stacked("lean+hidden") == {numbers: 4, narrow: 6}
-    steps = stacked("lean", activation="gelu2")
+    assert left("usual") == {numbers: 4, narrow: 8, wide: 2}
+    assert left("lean") == {numbers: 4, narrow: 6, wide: 1}
+    assert left("lean+attention") == {numbers: 4, narrow: 5, wide: 1}
+    assert left("lean+attention+qkv") == {numbers: 4, narrow: 2, wide: 1}
+    assert left("lean+hidden") == {numbers: 4, narrow: 6}
+    steps = left("lean", activation="gelu2")
     assert steps == {numbers: 4, narrow: 6, wide: 1, bits: 1}
+
+
+@pytest.mark.parametrize(
+    ("activation", "of_mlp"),
+    [("gelu", [("float32", 64.0)]), ("gelu2", [("uint8", 16.0), ("float32", 32.0)])],
+)
+def test_what_a_sketched_vit_keeps(activation, of_mlp):
+    """Half the rows of what attention found, and with steps of the second layer's."""
+    config = snella.SnellaConfig(
+        targets=r"blocks/.*/(query|key|value|out|fc1|fc2)", rank=2, sketch=2
+    )
+    how = dataclasses.replace(VIT, memory="lean", activation=activation)
+    model = snella.adapt(vit.ViT(how, rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    graphdef, trainable, budgets, frozen = snella.partition(model)
+
+    def loss(trainable, key):
+        model = nnx.merge(graphdef, trainable, budgets, frozen, copy=True)
+        snella.seed(model, key)
+        return jnp.sin(model(*CASES["vit"][2])).sum()
+
+    found = stacked(jax.grad(loss), trainable, jax.random.key(0))
+    # Five whole arrays: input and stream, q, k, v. Five of ten rows of a sixth.
+    expected = {("float32", 1.0): 4, ("float32", 16.0): 5, ("float32", 8.0): 1}
+    assert found == expected | dict.fromkeys(of_mlp, 1)
 
 
 def test_steps_change_a_gradient_a_little():

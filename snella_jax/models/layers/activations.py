@@ -104,8 +104,10 @@ def _slopes(codes: UInt8[Array, "*B D"], steps: Steps) -> Float[Array, "*B D"]:
 
 def _interval(x: Array, steps: Steps) -> UInt8[Array, "*B D"]:
     """Returns the number of edges below each element."""
-    edges = (-steps.edge, 0.0, steps.edge)
-    return sum((x > edge).astype(jnp.uint8) for edge in edges)  # pyright: ignore[reportReturnType]
+    low, middle, high = (
+        (x > edge).astype(jnp.uint8) for edge in (-steps.edge, 0.0, steps.edge)
+    )
+    return low + middle + high
 
 
 def packed(codes: UInt8[Array, "*B D"]) -> UInt8[Array, "*B D/4"]:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from snella_jax.models.layers.activations import Gelu, activated
 from snella_jax.models.layers.norms import LayerNorm
+from snella_jax.ops.names import remade
 
 XAVIER = nnx.initializers.xavier_uniform()  # the ViT's
 SMALL = nnx.initializers.truncated_normal(0.02)  # Swin's and ConvNeXt's linear layers'
@@ -112,4 +113,7 @@ class MLP(nnx.Module):
         self.fc2 = linear(hidden, width, config, rngs, init=init)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return self.fc2(activated(self.fc1(x), self.activation))
+        with remade():
+            hidden = self.fc1(x)
+        with remade(self.activation == "gelu"):
+            return self.fc2(activated(hidden, self.activation))

@@ -30,7 +30,7 @@ from snella_jax.models.layers.memory import ATTENTION, HIDDEN, QKV, STREAM
 from snella_jax.models.layers.norms import normalised
 from snella_jax.models.llama.config import PRESETS, LlamaConfig
 from snella_jax.models.llama.rotary import Rotation, inverse_frequencies, rotation
-from snella_jax.ops.names import named
+from snella_jax.ops.names import named, remade
 from snella_jax.ops.recompute import rematerialised
 
 # Attends, given rotated queries `[B, T, H, d]`, rotated keys `[B, T, K, d]`, values and
@@ -240,7 +240,8 @@ class Attention(nnx.Module):
           look: attends to these and earlier tokens.
           earlier: what it knows of the earlier ones in this block.
         """
-        q, k, v = (self._split(f(x)) for f in (self.q, self.k, self.v))
+        with remade():
+            q, k, v = (self._split(f(x)) for f in (self.q, self.k, self.v))
         q, k, v = (named(part, QKV) for part in (turn(q), turn(k), v))
         y, kept = look(q, k, v, earlier)
         return self.o(named(y, ATTENTION).reshape(*x.shape[:2], -1)), kept
@@ -259,11 +260,12 @@ class SwiGLU(nnx.Module):
         self.down = _linear(config.mlp_dim, config.width, config, rngs)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        gate, up = self.gate(x), named(self.up(x), HIDDEN)
-        if self.activation == "silu":
-            return self.down(_gated(named(gate, HIDDEN), up))
-        # The derivative by either factor is the other: both stay, and 2 bits of `gate`.
-        return self.down(named(silu2(gate), HIDDEN) * up)
+        with remade():
+            gate, up = self.gate(x), named(self.up(x), HIDDEN)
+            if self.activation == "silu":
+                return self.down(_gated(named(gate, HIDDEN), up))
+            # The derivative by a factor is the other: both stay, and 2 bits of `gate`.
+            return self.down(named(silu2(gate), HIDDEN) * up)
 
 
 # Made again in the backward pass: else three arrays as wide as the MLP are kept.

@@ -31,7 +31,7 @@ from snella_jax.models.layers.images import (
 )
 from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.sam.neck import Neck
-from snella_jax.ops.names import named
+from snella_jax.ops.names import named, remade
 
 STRIDES = (2, 2, 1)  # of the merging behind each stage but the last
 
@@ -255,10 +255,11 @@ class WindowAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
         """Attends within each of `N` windows."""
-        q, k, v = (
-            named(layer(x).reshape(*x.shape[:2], self.heads, -1), QKV)
-            for layer in (self.q, self.k, self.v)
-        )
+        with remade():
+            q, k, v = (
+                named(layer(x).reshape(*x.shape[:2], self.heads, -1), QKV)
+                for layer in (self.q, self.k, self.v)
+            )
         bias = self.bias_table[...][:, distances(self.window)]
         y = attend(q, k, v, "xla", bias=bias[None])
         return self.proj(named(y, ATTENTION).reshape(x.shape))

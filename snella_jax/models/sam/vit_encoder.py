@@ -35,7 +35,7 @@ from snella_jax.models.layers.images import (
 from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.sam import relative
 from snella_jax.models.sam.neck import Neck
-from snella_jax.ops.names import named
+from snella_jax.ops.names import named, remade
 
 Kind = Literal["windowed", "whole"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order of a group
@@ -212,7 +212,10 @@ class Attention(nnx.Module):
         split = windows.split(padded, self.grid)
         own = split.reshape(-1, *split.shape[2:])  # [B * windows, *grid, D]
         heads = *own.shape[:3], self.heads, -1
-        q, k, v = (named(f(own).reshape(heads), QKV) for f in (self.q, self.k, self.v))
+        with remade():
+            q, k, v = (
+                named(f(own).reshape(heads), QKV) for f in (self.q, self.k, self.v)
+            )
         rows, columns = (
             table[...].astype(q.dtype) for table in (self.rel_pos_h, self.rel_pos_w)
         )

@@ -26,7 +26,7 @@ from snella_jax.models.layers.attention import attend
 from snella_jax.models.layers.images import IMAGENET_MEAN, IMAGENET_STD, ImageSizes
 from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.layers.stages import Staged, check_stages
-from snella_jax.ops.names import named
+from snella_jax.ops.names import named, remade
 
 EPS = 1e-5  # of every norm
 
@@ -204,10 +204,11 @@ class WindowAttention(nnx.Module):
         tokens = windows.split(x, (side, side))
         tokens = tokens.reshape(batch, -1, side * side, x.shape[-1])
 
-        q, k, v = (
-            named(self._split(f(tokens)), QKV)
-            for f in (self.query, self.key, self.value)
-        )
+        with remade():
+            q, k, v = (
+                named(self._split(f(tokens)), QKV)
+                for f in (self.query, self.key, self.value)
+            )
         bias = self.bias_table[...][offsets(side, self.window)].transpose(2, 0, 1)
         mask = _together(rows, columns, side, shift)[:, None, None] if shift else None
 

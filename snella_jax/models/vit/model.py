@@ -26,7 +26,7 @@ from snella_jax.models.layers.attention import Implementation, attend, attention
 from snella_jax.models.layers.images import Classifier, check_batch
 from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.vit.config import PRESETS, ViTConfig
-from snella_jax.ops.names import OUTPUTS, named
+from snella_jax.ops.names import OUTPUTS, named, remade
 
 
 def create(name: str, *, rngs: nnx.Rngs, **overrides: Any) -> "ViT":
@@ -191,8 +191,9 @@ class Attention(nnx.Module):
         With a `length`, only the first `length` of these.
         """
         seen = x if seen is None else seen
-        q = named(self._split(self.query(x)), QKV)
-        k, v = (named(self._split(f(seen)), QKV) for f in (self.key, self.value))
+        with remade():
+            q = named(self._split(self.query(x)), QKV)
+            k, v = (named(self._split(f(seen)), QKV) for f in (self.key, self.value))
         y = attend(q, k, v, self.implementation, length)
         return self.out(named(y, ATTENTION).reshape(x.shape))
 

@@ -31,7 +31,7 @@ from snella_jax.models.layers.attention import attend
 from snella_jax.models.layers.memory import ATTENTION, QKV, STREAM
 from snella_jax.models.layers.norms import normalised
 from snella_jax.models.sd3.mmdit.config import PRESETS, MMDiTConfig
-from snella_jax.ops.names import OUTPUTS, named
+from snella_jax.ops.names import OUTPUTS, named, remade
 
 FREQUENCIES = 128  # of the time's embedding, cosines and then sines
 LONGEST = 10_000.0  # period in the embeddings of time and place, over 2 pi
@@ -249,11 +249,13 @@ class Attention(nnx.Module):
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H d"]:
         """Returns the queries."""
-        return self._split(self.q(x))
+        with remade():
+            return self._split(self.q(x))
 
     def seen(self, x: Float[Array, "B T D"]) -> tuple[Array, Array]:
         """Returns keys and values, `[B, T, H, d]`."""
-        return self._split(self.k(x)), self._split(self.v(x))
+        with remade():
+            return self._split(self.k(x)), self._split(self.v(x))
 
     def _split(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], self.heads, -1)
@@ -274,8 +276,11 @@ class MLP(basic.MLP):
     """MLP of two linear layers around the tanh approximation of a GELU."""
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        y = activated(self.fc1(x), self.activation, gelu_tanh, gelu_tanh2)
-        return self.fc2(y)
+        with remade():
+            hidden = self.fc1(x)
+        with remade(self.activation == "gelu"):
+            y = activated(hidden, self.activation, gelu_tanh, gelu_tanh2)
+            return self.fc2(y)
 
 
 def modulated(
