@@ -11,7 +11,6 @@ columns, which are added up outside.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -19,8 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from snella_jax.ops.pallas import tile as tiles
 from snella_jax.ops.pallas.gpu_weight import Tile, settings, whole
-from snella_jax.ops.pallas.packed import Packed
+from snella_jax.ops.pallas.packed import Packed, result
 from snella_jax.ops.pallas.tile import Form, Scalars, make, pull, slope, tail
+from snella_jax.ops.varying import varying_alike
 
 PANEL = 512  # inputs: 22 MiB for 11008 outputs
 
@@ -70,7 +70,7 @@ def _call(kernel, own: Tile, a, b, many: int, in_specs, operands, name: str) -> 
             pl.BlockSpec((1, rank, bm), lambda i, j: (i, 0, j)),
             pl.BlockSpec((1, many, bn), lambda i, j: (j, 0, i)),
         ],
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        out_shape=[result(shape, jnp.float32, a) for shape in shapes],
         compiler_params=settings(own.interpret, "parallel", "parallel"),
         interpret=own.interpret,
         name=name,
@@ -128,6 +128,7 @@ def gradients(
         return db + more, (da, sums)
 
     db = jnp.zeros((packed.rank, packed.b.shape[1]), jnp.float32)
+    db, _ = varying_alike(db, packed.b)
     of_inputs: list[list[Array]] = [[], []]
     if done:
         db, found = lax.scan(one, db, jnp.arange(0, done, size))

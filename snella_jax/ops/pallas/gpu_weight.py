@@ -8,14 +8,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 from jaxtyping import Array, Float, Int
 
-from snella_jax.ops.pallas.packed import Packed
+from snella_jax.ops.pallas.packed import Packed, result
 from snella_jax.ops.pallas.tile import (
     Form,
     Row,
@@ -143,7 +142,7 @@ def row_stats(
     a, b = packed.a, packed.b
     grid = a.shape[1] // bn, b.shape[1] // bm
     of_tile = pl.BlockSpec((1, bn), lambda i, j: (j, i))
-    shape = jax.ShapeDtypeStruct((grid[1], a.shape[1]), jnp.float32)
+    shape = result((grid[1], a.shape[1]), jnp.float32, a)
     top, total = pl.pallas_call(
         functools.partial(_stats, form=form, tile=Tile((bn, bm), interpret)),
         grid=grid,
@@ -197,7 +196,7 @@ def counts(
             pl.BlockSpec((2, bn), lambda i, j: (0, i)),
         ],
         out_specs=pl.BlockSpec((1, k, bn), lambda i, j: (j, 0, i)),
-        out_shape=jax.ShapeDtypeStruct((grid[1], k, a.shape[1]), jnp.float32),
+        out_shape=result((grid[1], k, a.shape[1]), jnp.float32, a),
         compiler_params=settings(interpret, "parallel", "parallel"),
         interpret=interpret,
         name="snella_counts",
@@ -242,7 +241,7 @@ def merged(
             pl.BlockSpec((2, bn), lambda i, j: (0, i)),
         ],
         out_specs=pl.BlockSpec((bn, bm), lambda i, j: (i, j)),
-        out_shape=jax.ShapeDtypeStruct(w0.shape, dtype),
+        out_shape=result(w0.shape, dtype, a),
         compiler_params=settings(interpret, "parallel", "parallel"),
         interpret=interpret,
         name="snella_merged",

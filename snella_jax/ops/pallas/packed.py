@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from snella_jax.ops.pallas.tile import ALWAYS, INFINITY, Form
 from snella_jax.ops.threshold import clamped
+from snella_jax.ops.varying import varying_alike
 
 Factors = dict[str, Array]
 BITS = 4  # of tau's pattern, found in one pass
@@ -69,6 +71,14 @@ def pack(form: Form, factors: Factors, tau: Array | None, bn: int, bm: int) -> P
     return Packed(n, m, _columns(wide["a"], bn), _columns(wide["b"], bm), packed)
 
 
+def result(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
+    """Describes a kernel's result, which varies over a mesh's axes as `like`."""
+    kind = jax.typeof(like)
+    if kind.sharding.mesh.empty:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind.mat)
+
+
 def _columns(factor: Array, size: int) -> Array:
     pieces, rows, d = factor.shape
     columns = jnp.moveaxis(factor, 2, 1).reshape(pieces * d, rows)
@@ -100,7 +110,8 @@ def search(
         found = jnp.sum(reached, dtype=jnp.int32)
         return low + lax.shift_left(found, jnp.asarray(shift, jnp.int32))
 
-    low = lax.fori_loop(0, 32 // BITS, narrow, jnp.zeros((), jnp.int32))
+    low, budget = varying_alike(jnp.zeros((), jnp.int32), budget)
+    low = lax.fori_loop(0, 32 // BITS, narrow, low)
     tau = lax.bitcast_convert_type(low, jnp.float32)
     # NaN survives whatever tau is.
     return tau, jnp.where(budget == size, ALWAYS, jnp.minimum(low, INFINITY))

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -10,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from snella_jax.ops.pallas import tile as tiles
-from snella_jax.ops.pallas.packed import Packed
+from snella_jax.ops.pallas.packed import Packed, result
 from snella_jax.ops.pallas.tile import Form, Scalars, make, pull, slope, tail
 from snella_jax.ops.pallas.tpu_product import VMEM, inside, precision
 from snella_jax.ops.pallas.tpu_search import (
@@ -116,7 +115,7 @@ def gradients(
             pl.BlockSpec((bn, form.sums), lambda i, j, k: (i, 0)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct(shape, jnp.float32)
+            result(shape, jnp.float32, a)
             for shape in ((n, r1 - 1), (r1 - 1, m), (n, form.sums))
         ],
         scratch_shapes=[pltpu.VMEM((bn, bm), jnp.float32)],
@@ -175,7 +174,7 @@ def softmax_tail(
             pl.BlockSpec((bn, form.tail_sums), lambda i, j: (i, 0)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct(shape, jnp.float32)
+            result(shape, jnp.float32, a)
             for shape in ((n, r1 - 1), (r1 - 1, m), (n, form.tail_sums))
         ],
         compiler_params=pltpu.CompilerParams(

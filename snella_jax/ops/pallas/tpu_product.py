@@ -2,14 +2,13 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from snella_jax.ops.pallas.packed import Packed
+from snella_jax.ops.pallas.packed import Packed, result
 from snella_jax.ops.pallas.tile import Form, Scalars, gated, make
 from snella_jax.ops.pallas.tpu_search import (
     in_strips,
@@ -115,7 +114,7 @@ def product(
             pl.BlockSpec((bn, 2), lambda i, o, c: (at(o, c)[0], 0)),
         ],
         out_specs=pl.BlockSpec((bt, by), lambda i, o, c: (i, o)),
-        out_shape=jax.ShapeDtypeStruct((t, out), x.dtype),
+        out_shape=result((t, out), x.dtype, x),
         scratch_shapes=[
             pltpu.VMEM((bn, bm), x.dtype),
             pltpu.VMEM((bt, by), jnp.float32),

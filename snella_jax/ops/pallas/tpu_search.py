@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from snella_jax.ops.pallas.packed import Packed
+from snella_jax.ops.pallas.packed import Packed, result
 from snella_jax.ops.pallas.tile import (
     Form,
     Row,
@@ -105,7 +105,7 @@ def row_stats(
             pl.BlockSpec((b.shape[0], bm), lambda i, j: (0, j)),
         ],
         out_specs=pl.BlockSpec((bn, 2), lambda i, j: (i, 0)),
-        out_shape=jax.ShapeDtypeStruct((a.shape[0], 2), jnp.float32),
+        out_shape=result((a.shape[0], 2), jnp.float32, a),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary")
         ),
@@ -156,7 +156,7 @@ def counts(
             pl.BlockSpec((bn, 2), lambda i, j: (i, 0)),
         ],
         out_specs=pl.BlockSpec((k, bm), lambda i, j: (0, 0)),
-        out_shape=jax.ShapeDtypeStruct((k, bm), jnp.int32),
+        out_shape=result((k, bm), jnp.int32, a),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary")
         ),
