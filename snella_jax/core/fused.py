@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import get_abstract_mesh
 from jaxtyping import Array
 
 from snella_jax import kernels
@@ -94,8 +95,10 @@ def refusal(
 
     dtypes = {v.dtype for v in (x, w0, *factors.values())}
     rank = factors["a"].shape[0] * factors["a"].shape[-1]
-    mesh = jax.typeof(x).sharding.mesh
-    manual = bool(mesh.axis_names) and mesh.are_all_axes_manual
+    meshes = [
+        m for m in (get_abstract_mesh(), jax.typeof(x).sharding.mesh) if not m.empty
+    ]
+    manual = bool(meshes) and all(mesh.are_all_axes_manual for mesh in meshes)
     platform = target.current()
     narrow = {jnp.dtype(name) for name in ("bfloat16", "float16", "float32")}
     refusals = [
@@ -107,7 +110,7 @@ def refusal(
         (rank > LARGEST_RANK, f"rank={rank}: expected at most {LARGEST_RANK}"),
         (sharding is not None, "delta has a sharding: kernels work on one device"),
         (
-            bool(mesh.axis_names) and not manual,
+            bool(meshes) and not manual,
             "a mesh whose axes are not manual: expected jax.shard_map",
         ),
         (

@@ -11,6 +11,7 @@ from generic import run
 from places import GOLDEN
 
 from snella_jax import adapted_dense, kernels, sparse_delta, threshold
+from snella_jax.ops.pallas.target import Target, assumed
 
 PAPER = {
     "paper_mix_k_over_out_24x40_r8": kernels.mix_k(),
@@ -126,6 +127,32 @@ def test_paper_update(file, dtype, x64):
     assert_close(dense, gold["delta_dense"])
     assert_close(sparse, gold["delta_sparse"])
     assert np.array_equal(sparse != 0, gold["delta_sparse"] != 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "gate", "platform"),
+    [
+        ("paper_mix_k_over_out_24x40_r8", "product", "tpu"),
+        ("paper_mix_k_over_out_33x17_r4", "product", "tpu"),
+        ("released_snell_33x17_r4", "released", "tpu"),
+        ("paper_mix_k_over_out_24x40_r8", "product", "gpu"),
+        ("released_snella_24x40_r8", "released", "gpu"),
+    ],
+)
+def test_fused_kernels(file, gate, platform, caplog):
+    """The merged path by Pallas, interpreted, in float32; no layer falls back."""
+    gold = load(file, "float32")
+    w0 = gold.get("w0", np.zeros_like(gold["delta_dense"]))
+    budget = gold.get("budget", gold.get("nonzero"))
+    how = {"kernel": (PAPER | RELEASED_SPARSE)[file], "gate": gate}
+
+    def layer(x, factors):
+        how["implementation"] = "pallas"
+        return adapted_dense(x, jnp.asarray(w0), factors, int(budget), **how)
+
+    with assumed(Target(platform, interpret=True)):
+        assert_golden(gold, [layer])
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("file", PAPER)

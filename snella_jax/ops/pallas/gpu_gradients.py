@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from snella_jax.ops.pallas import tile as tiles
-from snella_jax.ops.pallas.gpu_weight import Tile, settings, whole
+from snella_jax.ops.pallas.gpu_weight import WHOLE, Tile, settings, whole
 from snella_jax.ops.pallas.packed import Packed, result
 from snella_jax.ops.pallas.tile import Form, Scalars, make, pull, slope, tail
 from snella_jax.ops.varying import varying_alike
@@ -41,7 +41,7 @@ def _gradients(s, limit, g, a, b, row, da, db, sums, *, form, tile):
     scalars = Scalars.read(form, s)
     rows, columns, valid = tile.factors(a, b)
     made = make(form, scalars, rows, columns, tile.stats(form, row), tile.root)
-    moved = slope(form, scalars, made.delta, limit[0], tile.whole(g[...]))
+    moved = slope(form, scalars, made.delta, limit[0], tile.read(g, ..., WHOLE))
     moved = jnp.where(valid, moved, 0.0)
     to = _into(tile, da, db, sums)
     pull(form, scalars, rows, columns, made, moved, to)
@@ -71,7 +71,7 @@ def _call(kernel, own: Tile, a, b, many: int, in_specs, operands, name: str) -> 
             pl.BlockSpec((1, many, bn), lambda i, j: (j, 0, i)),
         ],
         out_shape=[result(shape, jnp.float32, a) for shape in shapes],
-        compiler_params=settings(own.interpret, "parallel", "parallel"),
+        compiler_params=settings(own.interpret),
         interpret=own.interpret,
         name=name,
     )(*operands)

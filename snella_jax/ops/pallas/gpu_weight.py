@@ -54,17 +54,23 @@ class Tile:
         """Gives an array a layout."""
         return value if self.interpret else mgpu.layout_cast(value, layout)
 
+    def read(self, ref: Any, index: Any, layout: Any) -> Array:
+        """Reads an array into a layout, whatever way that goes."""
+        if self.interpret:
+            return ref[index]
+        return mgpu.load(ref, index, layout=layout, optimized=False)
+
     def whole(self, value: Array) -> Array:
         """Gives a tile its layout."""
         return self.laid_out(value, WHOLE)
 
     def of_row(self, ref: Array, k: int) -> Array:
         """Reads a number of every input, and spreads it over the outputs."""
-        return self._spread(self.laid_out(ref[k, :], OF_ROWS), 0)
+        return self._spread(self.read(ref, (k, slice(None)), OF_ROWS), 0)
 
     def of_column(self, ref: Array, k: int) -> Array:
         """Reads a number of every output, and spreads it over the inputs."""
-        return self._spread(self.laid_out(ref[k, :], OF_COLUMNS), 1)
+        return self._spread(self.read(ref, (k, slice(None)), OF_COLUMNS), 1)
 
     def over_outputs(self, value: Array) -> Array:
         """Sums every row."""
@@ -111,15 +117,11 @@ def whole(interpret: bool) -> pl.BlockSpec:
     return pl.BlockSpec(memory_space=pl.ANY if interpret else mgpu.GMEM)
 
 
-def settings(interpret: bool, *semantics: Any, **more: Any) -> Any:
+def settings(interpret: bool) -> Any:
     """Returns the compiler's parameters; None for plain JAX."""
     if interpret:
         return None
-    return mgpu.CompilerParams(
-        dimension_semantics=semantics,
-        lowering_semantics=mgpu.LoweringSemantics.Warpgroup,
-        **more,
-    )
+    return mgpu.CompilerParams(dimension_semantics=("parallel", "parallel"))
 
 
 def _stats(s, a, b, top, total, *, form, tile):
@@ -138,7 +140,7 @@ def _stats(s, a, b, top, total, *, form, tile):
 def row_stats(
     form: Form, packed: Packed, bn: int, bm: int, interpret: bool
 ) -> Float[Array, "2 N"]:
-    """Returns the maximum of every row of the logits, and 1 / the sum of `exp`."""
+    """Returns the maximum of every row of the logits, and the sum of `exp`."""
     a, b = packed.a, packed.b
     grid = a.shape[1] // bn, b.shape[1] // bm
     of_tile = pl.BlockSpec((1, bn), lambda i, j: (j, i))
@@ -153,14 +155,14 @@ def row_stats(
         ],
         out_specs=[of_tile, of_tile],
         out_shape=[shape, shape],
-        compiler_params=settings(interpret, "parallel", "parallel"),
+        compiler_params=settings(interpret),
         interpret=interpret,
         name="snella_softmax_statistics",
     )(packed.scalars, a, b)
     largest = top.max(0)
     # Inputs that only fill up a tile have no sum: 1 for those.
     sums = jnp.sum(total * jnp.exp(top - largest), 0)
-    return jnp.stack([largest, 1 / jnp.where(sums > 0, sums, 1)])
+    return jnp.stack([largest, jnp.where(sums > 0, sums, 1)])
 
 
 def _counts(s, candidates, a, b, row, out, *, form, tile, k):
@@ -197,7 +199,7 @@ def counts(
         ],
         out_specs=pl.BlockSpec((1, k, bn), lambda i, j: (j, 0, i)),
         out_shape=result((grid[1], k, a.shape[1]), jnp.float32, a),
-        compiler_params=settings(interpret, "parallel", "parallel"),
+        compiler_params=settings(interpret),
         interpret=interpret,
         name="snella_counts",
     )(packed.scalars, candidates, a, b, row)
@@ -209,7 +211,7 @@ def _merged(s, limit, w0, a, b, row, out, *, form, tile):
     rows, columns, _ = tile.factors(a, b)
     made = make(form, scalars, rows, columns, tile.stats(form, row), tile.root)
     sparse = gated(form, scalars, made.delta, limit[0])
-    base = tile.whole(w0[...]).astype(jnp.float32)
+    base = tile.read(w0, ..., WHOLE).astype(jnp.float32)
     out[...] = (base + sparse).astype(out.dtype)
 
 
@@ -242,7 +244,7 @@ def merged(
         ],
         out_specs=pl.BlockSpec((bn, bm), lambda i, j: (i, j)),
         out_shape=result(w0.shape, dtype, a),
-        compiler_params=settings(interpret, "parallel", "parallel"),
+        compiler_params=settings(interpret),
         interpret=interpret,
         name="snella_merged",
     )(packed.scalars, limit[None], w0, a, b, row)

@@ -1,8 +1,12 @@
 """An adapted matrix on the platform at hand: threshold, product and gradients.
 
-The three calls that a layer makes; what differs between platforms is behind them.
+The three calls that a layer makes; what differs between platforms is behind them. Each
+is jitted, so that layers of one shape share its traced and lowered kernels.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -48,10 +52,11 @@ def find(form: Form, factors: Factors, budget: Int[Array, ""], target: Target) -
     tau, limit = search(count, budget, n * m)
     if not form.softmax:
         return Found(tau, limit, None, None)
-    top, inverse = row.T if target.platform == "tpu" else row
-    return Found(tau, limit, top[:n], inverse[:n])
+    top, total = row.T if target.platform == "tpu" else row
+    return Found(tau, limit, top[:n], total[:n])
 
 
+@functools.partial(jax.jit, static_argnames=("form", "target", "transposed"))
 def product(
     form: Form,
     x: Float[Array, "T n"],
@@ -77,6 +82,7 @@ def product(
     return lax.dot_general(x, weight, axes, preferred_element_type=x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("form", "target"))
 def gradients(
     form: Form,
     x: Float[Array, "T n"],
@@ -129,10 +135,9 @@ def _no_stats(packed: Packed, target: Target) -> Array:
 
 def _stats(found: Found, packed: Packed, target: Target) -> Array:
     """Returns the softmax's statistics as the kernels read them."""
-    if found.top is None or found.inverse is None:
+    if found.top is None or found.total is None:
         return _no_stats(packed, target)
-    size = packed.a.shape[1]
-    rows = jnp.stack(
-        [jnp.pad(v, (0, size - v.size)) for v in (found.top, found.inverse)]
-    )
+    more = packed.a.shape[1] - found.top.size
+    ends = ((found.top, 0), (found.total, 1))  # no input has a sum of 0
+    rows = jnp.stack([jnp.pad(v, (0, more), constant_values=end) for v, end in ends])
     return rows.T if target.platform == "tpu" else rows

@@ -23,13 +23,13 @@ class Found(NamedTuple):
     Attributes:
       tau: the threshold, float32.
       limit: int32, the bit pattern that survivors exceed; negative where all survive.
-      top, inverse: the softmax's maximum and 1 / sum of every input; None without it.
+      top, total: the softmax's maximum and sum of every input; None without it.
     """
 
     tau: Float[Array, ""]
     limit: Int[Array, ""]
     top: Float[Array, " n"] | None
-    inverse: Float[Array, " n"] | None
+    total: Float[Array, " n"] | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,10 +82,10 @@ class Scalars(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Statistics of the softmax of every input: its maximum and 1 / its sum."""
+    """Statistics of the softmax of every input: its maximum and its sum."""
 
     top: Array
-    inverse: Array
+    total: Array
 
 
 class Made(NamedTuple):
@@ -159,8 +159,9 @@ def make(
     kappa = kappa_of(s, parts)
     if row is None:
         return Made(parts, kappa, None, kappa)
-    soft = jnp.exp(logits_of(form, s, kappa) - row.top) * row.inverse
-    return Made(parts, kappa, soft, kappa + s.alpha * soft + s.beta)
+    powers = jnp.exp(logits_of(form, s, kappa) - row.top)
+    delta = kappa + powers * (s.alpha / row.total) + s.beta
+    return Made(parts, kappa, powers * (1 / row.total), delta)
 
 
 def bits_of(delta: Array) -> Array:
