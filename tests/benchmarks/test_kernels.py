@@ -39,7 +39,7 @@ def test_bad_settings_are_refused(argv, message):
     [(LARGE, "bfloat16"), ("33x17x5", "float32"), ("776x1000x197", "bfloat16")],
 )
 def test_a_tpu_stores_nothing_of_a_weights_size(tmp_path, monkeypatch, layer, dtype):
-    """Compiled for a v5e by libtpu, without it; plain code takes 517 MiB for the first."""
+    """Compiled for a v5e by libtpu, without it; plain code: 517 MiB for the first."""
     monkeypatch.setattr(kernels, "METHODS", ("pallas",))
     argv = ["--target", "tpu-v5e", "--layers", layer, "--dtype", dtype]
     (row,) = kernels.main([*argv, "--out", str(tmp_path)])

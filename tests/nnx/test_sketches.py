@@ -183,7 +183,8 @@ def test_layers_that_need_not_multiply_rows_are_refused(layer):
 def test_a_sketch_is_no_part_of_an_adapters_file(tmp_path):
     """It changes how the next one trains, not what was learnt."""
     base = ViT(PLAIN, rngs=nnx.Rngs(0))
-    for config, folder in ((CONFIG, "few"), (snella.SnellaConfig(rank=4), "all")):
+    fused = dataclasses.replace(CONFIG, implementation="pallas")  # nor is that
+    for config, folder in ((fused, "few"), (snella.SnellaConfig(rank=4), "all")):
         snella.save(snella.adapt(base, config, rngs=nnx.Rngs(1)), tmp_path / folder)
     few, every = (tmp_path / f / "adapter_config.json" for f in ("few", "all"))
     assert few.read_bytes() == every.read_bytes()

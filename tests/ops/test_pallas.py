@@ -16,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 import snella_jax as snella
 from snella_jax import Layout, adapted_dense, kernels, sparse_delta, threshold
 from snella_jax.core.fused import fall_back, refusal
-from snella_jax.ops.pallas import matrix
+from snella_jax.ops.pallas import matrix, packed
 from snella_jax.ops.pallas.gpu_weight import root
 from snella_jax.ops.pallas.target import Target, assumed
 from snella_jax.ops.pallas.tile import Form
@@ -124,6 +124,32 @@ def test_exactly_the_budget_survives(target):
     assert_one_ulp(tau, expected)
     assert np.count_nonzero(delta) == budget
     assert_close(delta, sparse)
+
+
+@pytest.mark.parametrize("budget", [0, 1, 3, 6, 7, 9])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [0.5, 1.0, 1.0, 1.0, 2.0, 1e-45, 0.0, 3e38, np.inf],
+        [np.nan, np.nan, np.inf, 0.0, 0.0, 0.0, 1.0, np.nextafter(1, 2), 2.0],
+    ],
+)
+def test_a_search_of_counts(sizes, budget):
+    """Ties, zeros, subnormals, neighbours and NaN: tau, and who exceeds the limit."""
+    sizes = np.float32(sizes)
+    bits = jnp.asarray(sizes.view(np.int32))
+
+    def count(candidates):
+        return jnp.sum(bits[:, None] >= candidates, 0, dtype=jnp.int32)
+
+    tau, limit = jax.jit(packed.search, static_argnums=(0, 2))(
+        count, jnp.int32(budget), 9
+    )
+    largest_first = np.sort(sizes.view(np.int32))[::-1]
+    expected = largest_first[budget] if budget < 9 else 0
+    assert tau.view(np.int32) == expected
+    survives = (bits > expected) | np.isnan(sizes) | (budget == 9)
+    np.testing.assert_array_equal(bits > limit, survives)
 
 
 def test_a_sketch_is_the_plain_layers():

@@ -113,8 +113,14 @@ def search(
     low, budget = varying_alike(jnp.zeros((), jnp.int32), budget)
     low = lax.fori_loop(0, 32 // BITS, narrow, low)
     tau = lax.bitcast_convert_type(low, jnp.float32)
+    # One more pass: the pattern to exceed lies half-way to the least survivor's, so
+    # that no weight changes sides where a kernel rounds it otherwise than the search.
+    powers = lax.shift_left(jnp.ones_like(steps), steps - 1)
+    reached = count(low + powers)
+    gap = jnp.max(jnp.where(reached == reached[0], powers, 1))
     # NaN survives whatever tau is.
-    return tau, jnp.where(budget == size, ALWAYS, jnp.minimum(low, INFINITY))
+    limit = jnp.minimum(low + gap // 2, INFINITY)
+    return tau, jnp.where(budget == size, ALWAYS, limit)
 
 
 def unpacked(
