@@ -57,8 +57,10 @@ class Sketch:
     keep_rows: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.factor < 1:
-            raise ValueError(f"sketch={self.factor}: expected at least 1.")
+        if not isinstance(self.factor, int) or self.factor < 1:
+            raise ValueError(
+                f"sketch={self.factor}: expected a whole number of at least 1."
+            )
         if self.kind not in get_args(Kind):
             raise ValueError(
                 f"No sketch is called {self.kind!r}: expected "

@@ -106,6 +106,7 @@ def test_infinities_in_rows_that_are_not_kept_stay_out():
     "options, message",
     [
         ({"factor": 0}, "sketch=0"),
+        ({"factor": 2.5}, "whole number"),
         ({"kind": "gaussian"}, "sample, strided, crs"),
         ({"keep_rows": (-1,)}, "from 0 on"),
         ({"keep_rows": (1, 1)}, "different positions"),
