@@ -77,6 +77,10 @@ class ModelOptions:
     """float32 or bfloat16, of frozen weights; what trains is float32."""
     remat: Literal["none", "blocks"] = "blocks"
     """blocks: less memory, a forward more a step."""
+    memory: str = "usual"
+    """lean: less memory, no matmul twice; +attention, +qkv, +hidden: less still."""
+    activation: Literal["gelu", "gelu2"] = "gelu"
+    """gelu2: its derivative by steps, for less memory where inputs are sketched."""
 
 
 @dataclasses.dataclass(frozen=True)

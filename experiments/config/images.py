@@ -51,6 +51,10 @@ class ModelOptions:
     """Rate of stochastic depth in the last block, in training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32 or bfloat16, to compute in; weights stay float32."""
+    memory: str = "usual"
+    """lean: less memory, no matmul twice; +attention, +qkv, +hidden: less still."""
+    activation: Literal["gelu", "gelu2"] = "gelu"
+    """gelu2: its derivative by steps, for less memory where inputs are sketched."""
 
 
 @dataclasses.dataclass(frozen=True)

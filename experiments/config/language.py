@@ -71,6 +71,10 @@ class ModelOptions:
     """Dtype of the weights. Default: that of the file."""
     remat: Literal["none", "blocks"] = "none"
     """blocks: less memory, a forward more a step."""
+    memory: str = "usual"
+    """lean: less memory, no matmul twice; +attention, +qkv, +hidden: less still."""
+    activation: Literal["silu", "silu2"] = "silu"
+    """silu2: its derivative by steps, which takes no less memory here."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,6 +64,10 @@ class ModelOptions:
     """float32 or bfloat16, to compute in; weights stay float32."""
     remat: Literal["none", "blocks"] = "none"
     """blocks: less memory, a forward more a step."""
+    memory: str = "usual"
+    """lean: less memory, no matmul twice; +attention, +qkv, +hidden: less still."""
+    activation: Literal["gelu", "gelu2"] = "gelu"
+    """gelu2: its derivative by steps, for less memory where inputs are sketched."""
 
 
 @dataclasses.dataclass(frozen=True)

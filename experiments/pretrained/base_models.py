@@ -46,6 +46,10 @@ class Choice(Protocol):
     @property
     def drop_path(self) -> float: ...
     @property
+    def memory(self) -> str: ...
+    @property
+    def activation(self) -> str: ...
+    @property
     def crop(self) -> str: ...
     @property
     def seed(self) -> int: ...
@@ -60,6 +64,7 @@ def load(config: Choice, classes: int) -> models.ImageModel:
     """
     options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype)}
     options |= {"drop_path": config.drop_path, "num_classes": classes}
+    options |= {"memory": config.memory, "activation": config.activation}
     if config.model == small_vit.NAME:
         if config.image_size is not None:
             raise ValueError(f"image_size: {small_vit.NAME} takes 28 x 28 alone.")

@@ -41,6 +41,10 @@ class Choice(Protocol):
     @property
     def remat(self) -> str: ...
     @property
+    def memory(self) -> str: ...
+    @property
+    def activation(self) -> str: ...
+    @property
     def seed(self) -> int: ...
 
 
@@ -84,6 +88,7 @@ def load(config: Choice) -> sam.Sam:
         the weights are not finite.
     """
     options: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), "remat": config.remat}
+    options |= {"memory": config.memory, "activation": config.activation}
     if config.image_size is not None:
         options["image_size"] = config.image_size
     model = sam.load(path(config.model), **options)

@@ -24,6 +24,8 @@ OF_TOY = {  # options that it has no others for
     "dtype": "float32",
     "param_dtype": "float32",
     "remat": "none",
+    "memory": "usual",
+    "activation": "gelu",
     "encode_on": "device",
 }
 
@@ -49,6 +51,10 @@ class Choice(Protocol):
     def param_dtype(self) -> str: ...
     @property
     def remat(self) -> Literal["none", "blocks"]: ...
+    @property
+    def memory(self) -> str: ...
+    @property
+    def activation(self) -> str: ...
 
 
 def path(name: str) -> Path:
@@ -87,6 +93,8 @@ def load(config: Choice) -> Pipeline:
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         remat=config.remat,
+        memory=config.memory,
+        activation=config.activation,
     )
     base_models.check_finite(made.transformer, config.model)
     return made

@@ -161,7 +161,12 @@ def prepared(name: str, config: LanguageConfig, console: Console) -> LanguageRun
     setup.check_batch(config, task, mesh, LanguageRun.unit)
     with console.status("loading the model"):
         base = language_models.load(
-            config.model, config.dtype, config.param_dtype, remat=config.remat
+            config.model,
+            config.dtype,
+            config.param_dtype,
+            remat=config.remat,
+            memory=config.memory,
+            activation=config.activation,
         )
     setup.check_methods(config, base)
     if "generated" in config.scores:
