@@ -75,8 +75,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         device = targets.devices(config.target)[0]
         if config.target == "local" and current() is None:
             raise ValueError(
-                f"There are no kernels for {jax.default_backend()}: expected a TPU or "
-                "an NVIDIA GPU, or --target h100 or tpu-v5e, to compile only."
+                f"There are no kernels for {jax.default_backend()}: expected a TPU "
+                "from v5e or an NVIDIA GPU from Hopper on, or --target h100 or "
+                "tpu-v5e, to compile only."
             )
     console = terminal.console()
     rows = []

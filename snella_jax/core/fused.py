@@ -115,7 +115,8 @@ def refusal(
         ),
         (
             platform is None,
-            f"{jax.default_backend()}: expected a TPU or an NVIDIA GPU",
+            f"{jax.default_backend()}: expected a TPU from v5e or an NVIDIA GPU from "
+            "Hopper on",
         ),
         (
             not manual and not target.is_assumed() and jax.device_count() > 1,

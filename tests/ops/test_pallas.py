@@ -5,12 +5,14 @@ compiles them for devices that are not there.
 """
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from gpus import device
 from jax.sharding import AxisType, PartitionSpec
 
 import snella_jax as snella
@@ -18,7 +20,7 @@ from snella_jax import Layout, adapted_dense, kernels, sparse_delta, threshold
 from snella_jax.core.fused import fall_back, refusal
 from snella_jax.ops.pallas import matrix, packed
 from snella_jax.ops.pallas.gpu_weight import root
-from snella_jax.ops.pallas.target import Target, assumed
+from snella_jax.ops.pallas.target import Target, assumed, current
 from snella_jax.ops.pallas.tile import Form
 
 # Tiles that do not divide the sizes, but for the multiples of 8 that a GPU needs.
@@ -245,7 +247,7 @@ def test_square_roots():
         ({"dtype": jnp.float64}, "float64"),
         ({"rank": 66}, "rank=66"),
         ({"m": 12, "target": GPU}, "12 outputs on a GPU"),
-        ({"target": None}, "cpu: expected a TPU or an NVIDIA GPU"),
+        ({"target": None}, "cpu: expected a TPU from v5e or an NVIDIA GPU from Hopper"),
     ],
 )
 def test_what_no_kernel_serves(changes, why, x64):
@@ -277,11 +279,37 @@ def test_a_mesh_is_refused(kind):
     assert "expected jax.shard_map" in found[0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, Target("gpu")),
+        ({"capability": "10.0"}, Target("gpu")),
+        ({"capability": "8.0"}, None),
+        ({"version": "PJRT C API\nrocm 60300", "capability": "gfx942"}, None),
+    ],
+)
+def test_gpus_from_hopper_on(monkeypatch, settings, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device(**settings)])
+    assert current() == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("TPU v5 lite", Target("tpu")), ("TPU v6 lite", Target("tpu")), ("TPU v4", None)],
+)
+def test_tpus_from_v5e_on(monkeypatch, kind, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    assert current() == expected
+
+
 def test_several_devices_are_refused(monkeypatch):
     """Which of them a program runs on is not known where it is traced."""
     factors, x, w0, _ = inputs(MIX_K, 8, 16)
     how = {"kernel": MIX_K, "gate": "product", "layout": None, "path": "merged"}
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="TPU v5")])
     assert "devices: expected one" in refusal(x, w0, factors, sharding=None, **how)
 
 
@@ -297,7 +325,7 @@ def test_falling_back_is_said_once_and_is_the_plain_code(caplog):
     layer("pallas", x, w0, factors, g=g)
     assert [r.getMessage() for r in caplog.records] == [
         'implementation="pallas" falls back to "xla": there is no kernel for cpu: '
-        "expected a TPU or an NVIDIA GPU."
+        "expected a TPU from v5e or an NVIDIA GPU from Hopper on."
     ]
     jax.tree.map(np.testing.assert_array_equal, fused, plain)
 

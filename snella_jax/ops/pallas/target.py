@@ -4,9 +4,11 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+
+SMALL_TPUS = ("TPU v2", "TPU v3", "TPU v4")  # tiles do not fit their 16 or 32 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Target:
     """A platform that there are kernels for; static, equal by value.
 
     Attributes:
-      platform: "tpu" or "gpu" (NVIDIA, Hopper).
+      platform: "tpu" (from v5e on) or "gpu" (NVIDIA, from Hopper on).
       interpret: True to run the kernels as plain JAX, on any platform: for tests.
       tile: sizes of a tile, `(inputs, outputs, tokens)`; None for the kernels' own.
     """
@@ -58,8 +60,15 @@ def current() -> Target | None:
     if target is not None:
         return target
     match jax.default_backend():
-        case "tpu":
+        case "tpu" if not jax.devices()[0].device_kind.startswith(SMALL_TPUS):
             return Target("tpu")
-        case "gpu" if "nvidia" in jax.devices()[0].device_kind.lower():
+        case "gpu" if _is_hopper(jax.devices()[0]):
             return Target("gpu")
     return None
+
+
+def _is_hopper(device: Any) -> bool:
+    """Returns True for an NVIDIA GPU that copies tiles by itself: Hopper or later."""
+    if "cuda" not in device.client.platform_version.lower():
+        return False
+    return int(device.compute_capability.split(".")[0]) >= 9

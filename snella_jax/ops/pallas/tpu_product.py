@@ -17,7 +17,7 @@ from snella_jax.ops.pallas.tpu_search import (
     read_stats,
 )
 
-VMEM = 100 * 2**20
+VMEM = 60 * 2**20  # of 64 MiB or more
 
 
 def precision(dtype) -> lax.Precision | None:
