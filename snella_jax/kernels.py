@@ -15,18 +15,27 @@ size.
 """
 
 import dataclasses
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
+from snella_jax.ops.barriers import gpu_barrier
 from snella_jax.ops.distance import distance as distance
-from snella_jax.ops.distance import dot, squared_distance, weighted_distances
+from snella_jax.ops.distance import (
+    dot,
+    pull_distances,
+    squared_distance,
+    weighted_distances,
+)
 from snella_jax.ops.dtypes import at_least_float32
 
 Factors = dict[str, Array]
+Statistics = Any  # a tree of small arrays
+PullUpdate = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
 
 class Kernel(Protocol):
@@ -49,6 +58,44 @@ class Kernel(Protocol):
     def apply(self, factors: Factors) -> Float[Array, "..."]:
         """Makes the dense update, in the factors' dtype but at least float32."""
         ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A kernel that makes its update again in fewer passes, given statistics of it."""
+
+    def measured(self, factors: Factors) -> tuple[Float[Array, "..."], Statistics]:
+        """Makes the dense update, and the statistics that are kept of it."""
+        ...
+
+    def again(self, factors: Factors, statistics: Statistics) -> Float[Array, "..."]:
+        """Makes the dense update given its statistics, to the last bit."""
+        ...
+
+    def pull(
+        self, factors: Factors, statistics: Statistics, pull_update: PullUpdate
+    ) -> Factors:
+        """Returns the factors' gradients.
+
+        Args:
+          factors: factors.
+          statistics: as `measured` returned them with the update.
+          pull_update: from the dense update to its gradient, element by element; may be
+            called several times, to spare storing one of them.
+        """
+        ...
+
+
+def is_measured(kernel: Kernel) -> bool:
+    """Returns True for a `Measured` kernel whose `apply` is of the same class.
+
+    A subclass that overrides `apply` alone makes another update than `measured`.
+    """
+
+    def owner(name: str) -> type:
+        return next(c for c in type(kernel).__mro__ if name in vars(c))
+
+    return isinstance(kernel, Measured) and owner("apply") is owner("measured")
 
 
 # The names are lower-case because they are what a config and a command line say.
@@ -96,7 +143,7 @@ class piecewise_linear:
         return _init_pieces(key, shape, rank, self.pieces, dtype)
 
     def apply(self, factors: Factors) -> Float[Array, "..."]:
-        return _kappa(_at_least_float32(factors), self.learn_piece_coeff)
+        return _stored(_kappa(_at_least_float32(factors), self.learn_piece_coeff))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +177,85 @@ class sigmoid:
         return f["alpha"] * jax.nn.sigmoid(_inner(f))
 
 
+class _Softmaxed:
+    """Half of a kernel: `delta = [kappa_p +] alpha * softmax(kappa_p / gamma) + beta`.
+
+    What it keeps of an update are the maximum and the sum of the softmax's powers.
+    """
+
+    pieces: int
+    normalize_over: Literal["out", "in"]
+    learn_piece_coeff: bool
+    temperature: bool = False
+    with_kappa: ClassVar[bool] = False
+
+    def init(self, key, shape, rank, dtype=jnp.float32) -> Factors:
+        factors = _init_pieces(key, shape, rank, self.pieces, dtype)
+        factors |= _scalars(dtype, alpha=1, beta=0)
+        return factors | _scalars(dtype, gamma=1) if self.temperature else factors
+
+    def apply(self, factors: Factors) -> Float[Array, "..."]:
+        return self.measured(factors)[0]
+
+    def measured(self, factors: Factors) -> tuple[Float[Array, "..."], Statistics]:
+        f = _at_least_float32(factors)
+        kappa = _kappa(f, self.learn_piece_coeff)
+        logits, axes = self._logits(f, kappa), self._axes(f, kappa)
+        largest = jax.lax.stop_gradient(logits.max(axes, keepdims=True))
+        total = jnp.exp(logits - largest).sum(axes, keepdims=True)
+        return self._sum(f, kappa, (largest, total)), (largest, total)
+
+    def again(self, factors: Factors, statistics: Statistics) -> Float[Array, "..."]:
+        f = _at_least_float32(factors)
+        return self._sum(f, _stored(_kappa(f, self.learn_piece_coeff)), statistics)
+
+    def pull(
+        self, factors: Factors, statistics: Statistics, pull_update: PullUpdate
+    ) -> Factors:
+        f = _at_least_float32(factors)
+        kappa = _stored(_kappa(f, self.learn_piece_coeff))
+        axes = self._axes(f, kappa)
+
+        def made(largest, total):
+            gradient = pull_update(self._sum(f, kappa, (largest, total)))
+            powers = jnp.exp(self._logits(f, kappa) - largest)
+            return gradient, powers * (1 / total)
+
+        gradient, soft = made(*gpu_barrier(statistics))
+        mean = jnp.sum(gradient * soft, axes, keepdims=True)
+        # The mean is known: a second pass over kappa has the rest.
+        statistics, mean = gpu_barrier((statistics, mean))
+        gradient, soft = made(*statistics)
+        pulled = {"alpha": jnp.sum(mean), "beta": jnp.sum(gradient)}
+        of_kappa = f["alpha"] * soft * (gradient - mean)
+        if self.temperature:
+            of_kappa = of_kappa / f["gamma"]
+            pulled["gamma"] = -jnp.sum(of_kappa * kappa) / f["gamma"]
+        if self.with_kappa:
+            of_kappa = gradient + of_kappa
+        of_coeff, pulled["a"], pulled["b"] = pull_distances(
+            f["piece_coeff"], f["a"], f["b"], of_kappa
+        )
+        learnt = self.learn_piece_coeff
+        pulled["piece_coeff"] = of_coeff if learnt else jnp.zeros_like(of_coeff)
+        return {name: pulled[name].astype(factors[name].dtype) for name in factors}
+
+    def _axes(self, factors, kappa):
+        n_axes, axes = factors["a"].ndim - 2, tuple(range(kappa.ndim))
+        return axes[n_axes:] if self.normalize_over == "out" else axes[:n_axes]
+
+    def _logits(self, factors, kappa):
+        return kappa / factors["gamma"] if self.temperature else kappa
+
+    def _sum(self, factors, kappa, statistics):
+        largest, total = statistics
+        powers = jnp.exp(self._logits(factors, kappa) - largest)
+        soft = powers * (factors["alpha"] / total)  # alpha joins the few sums
+        return (kappa + soft if self.with_kappa else soft) + factors["beta"]
+
+
 @dataclasses.dataclass(frozen=True)
-class normalized_rbf:
+class normalized_rbf(_Softmaxed):
     """`delta = alpha * softmax(kappa_p) + beta`: the second half of Eq. 6 alone.
 
     Attributes:
@@ -148,18 +272,9 @@ class normalized_rbf:
     def __post_init__(self):
         _check_normalize_over(self.normalize_over)
 
-    def init(self, key, shape, rank, dtype=jnp.float32) -> Factors:
-        factors = _init_pieces(key, shape, rank, self.pieces, dtype)
-        return factors | _scalars(dtype, alpha=1, beta=0)
-
-    def apply(self, factors: Factors) -> Float[Array, "..."]:
-        f = _at_least_float32(factors)
-        kappa = _kappa(f, self.learn_piece_coeff)
-        return _softmax(kappa, f, self.normalize_over) + f["beta"]
-
 
 @dataclasses.dataclass(frozen=True)
-class mix_k:
+class mix_k(_Softmaxed):
     """`delta = kappa_p + alpha * softmax(kappa_p / gamma) + beta`: Mix-K (Eq. 6).
 
     Attributes:
@@ -171,20 +286,10 @@ class mix_k:
     normalize_over: Literal["out", "in"] = "out"
     temperature: bool = False
     learn_piece_coeff: bool = True
+    with_kappa: ClassVar[bool] = True
 
     def __post_init__(self):
         _check_normalize_over(self.normalize_over)
-
-    def init(self, key, shape, rank, dtype=jnp.float32) -> Factors:
-        factors = _init_pieces(key, shape, rank, self.pieces, dtype)
-        factors |= _scalars(dtype, alpha=1, beta=0)
-        return factors | _scalars(dtype, gamma=1) if self.temperature else factors
-
-    def apply(self, factors: Factors) -> Float[Array, "..."]:
-        f = _at_least_float32(factors)
-        kappa = _kappa(f, self.learn_piece_coeff)
-        logits = kappa / f["gamma"] if self.temperature else kappa
-        return kappa + _softmax(logits, f, self.normalize_over) + f["beta"]
 
 
 KERNELS = {
@@ -218,19 +323,13 @@ def _inner(factors: Factors) -> Array:
 def _kappa(factors: Factors, learn_piece_coeff: bool) -> Array:
     coeff, a, b = (factors[name] for name in ("piece_coeff", "a", "b"))
     coeff = coeff if learn_piece_coeff else jax.lax.stop_gradient(coeff)
+    return weighted_distances(coeff, a, b)
+
+
+def _stored(kappa: Array) -> Array:
     # Without the barrier XLA makes it again in every pass that reads it: for a GPU a
     # ViT-B/16 step then compiles in 22 to 29 s instead of 9 to 10 (two CPU cores).
-    return jax.lax.optimization_barrier(weighted_distances(coeff, a, b))
-
-
-def _softmax(logits: Array, factors: Factors, over: str) -> Array:
-    """Computes `alpha * softmax(logits)`; alpha joins the few sums."""
-    n_axes = factors["a"].ndim - 2
-    axes = tuple(range(logits.ndim))
-    axes = axes[n_axes:] if over == "out" else axes[:n_axes]
-    largest = jax.lax.stop_gradient(logits.max(axes, keepdims=True))
-    powers = jnp.exp(logits - largest)
-    return powers * (factors["alpha"] / powers.sum(axes, keepdims=True))
+    return jax.lax.optimization_barrier(kappa)
 
 
 def _at_least_float32(factors: Factors) -> Factors:

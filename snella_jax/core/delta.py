@@ -8,15 +8,21 @@
 5
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from snella_jax.core.gates import sparsify
+from snella_jax.core import gates
 from snella_jax.core.layout import Layout
-from snella_jax.kernels import Factors, Kernel
+from snella_jax.kernels import Factors, Kernel, is_measured
 from snella_jax.ops.names import kept
-from snella_jax.ops.threshold import threshold
+from snella_jax.ops.threshold import check_budget, threshold
+
+Found = dict[str, Any]  # "tau" [*slices] and "statistics" of the kernel
 
 
 def sparse_delta(
@@ -38,35 +44,97 @@ def sparse_delta(
 
     Source: Eq. 5, 6 and 13.
     """
-    return delta_and_tau(factors, budget, None, kernel, gate, layout)[0]
+    return delta_and_found(factors, budget, None, kernel, gate, layout)[0]
 
 
-def delta_and_tau(
+def delta_and_found(
     factors: Factors,
     budget: int | Int[Array, " *slices"],
-    tau: Float[Array, " *slices"] | None,
+    found: Found | None,
     kernel: Kernel,
     gate: str,
     layout: Layout | None,
-) -> tuple[Float[Array, " *weight"], Float[Array, " *slices"]]:
-    """Returns the update and its thresholds, found where `tau` is None."""
+) -> tuple[Float[Array, " *weight"], Found]:
+    """Returns the update, and what it is made again with in fewer passes.
 
-    def one(factors, budget, tau):
-        with jax.named_scope("snella_delta"):  # as profilers show it
-            dense = kernel.apply(layout.unfold(factors) if layout else factors)
-        with jax.named_scope("snella_threshold"):
-            if tau is None and gate == "none":  # nothing to search for: recomputed
-                tau = jax.lax.stop_gradient(jnp.max(dense))
-            if tau is None:
-                # Made again for the comparison, it could round across the threshold.
-                dense = jax.lax.optimization_barrier(dense)
-                tau = kept(threshold(dense, budget))
-        with jax.named_scope("snella_delta"):
-            return sparsify(dense, budget, gate, tau), tau
+    Args:
+      found: what the first call returned; None for that call.
+      factors, budget, kernel, gate, layout: as in `sparse_delta`.
+    """
 
+    check_budget(budget)
+    if not isinstance(budget, Array):  # a number may be larger than int32 holds
+        budget = jnp.asarray(np.minimum(budget, np.iinfo(np.int32).max), jnp.int32)
+    one = functools.partial(_made if is_measured(kernel) else _plain, kernel, gate)
     if layout is None:
-        return one(factors, budget, tau)
+        delta, found = one(factors, budget, found)
+        return delta, jax.tree.map(kept, found)
+
+    def unfolded(factors, budget, found):
+        return one(layout.unfold(factors), budget, found)
+
     for _ in layout.slices:
-        one = jax.vmap(one)
-    delta, tau = one(factors, budget, tau)
-    return layout.place(delta), tau
+        unfolded = jax.vmap(unfolded)
+    delta, found = unfolded(factors, budget, found)
+    return layout.place(delta), jax.tree.map(kept, found)
+
+
+def _plain(kernel, gate, factors, budget, found):
+    """Returns the update and what was found; its gradient is JAX's."""
+    with jax.named_scope("snella_delta"):  # as profilers show it
+        dense = kernel.apply(factors)
+    if found is None:
+        dense, tau = _searched(dense, budget, gate)
+        found = {"tau": tau}
+    return _gated(dense, budget, gate, found), found
+
+
+# Under jit, matrices of one shape are traced and lowered once.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _made(kernel, gate, factors, budget, found):
+    """Returns the update and what was found; its gradient is the kernel's."""
+    if found is not None:
+        with jax.named_scope("snella_delta"):
+            dense = kernel.again(factors, found["statistics"])
+        return _gated(dense, budget, gate, found), found
+    with jax.named_scope("snella_delta"):
+        dense, statistics = kernel.measured(factors)
+    dense, tau = _searched(dense, budget, gate)
+    found = {"tau": tau, "statistics": statistics}
+    return _gated(dense, budget, gate, found), found
+
+
+def _forward(kernel, gate, factors, budget, found):
+    delta, found = _made(kernel, gate, factors, budget, found)
+    return (delta, found), (factors, budget, found)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward(kernel, gate, arguments, cotangents):
+    factors, budget, found = arguments
+    cotangent, _ = cotangents
+
+    def through_gate(dense):
+        return gates.pull(dense, budget, gate, found["tau"], cotangent)
+
+    with jax.named_scope("snella_delta"):
+        pulled = kernel.pull(factors, found["statistics"], through_gate)
+    return pulled, None, None
+
+
+_made.defvjp(_forward, _backward)
+
+
+def _searched(dense, budget, gate):
+    with jax.named_scope("snella_threshold"):
+        if gate == "none":  # nothing to search for
+            return dense, jax.lax.stop_gradient(jnp.max(dense))
+        # Made again for the comparison, it could round across the threshold.
+        dense = jax.lax.optimization_barrier(dense)
+        return dense, threshold(dense, budget)
+
+
+def _gated(dense, budget, gate, found):
+    with jax.named_scope("snella_delta"):
+        return gates.sparsify(dense, budget, gate, found["tau"])

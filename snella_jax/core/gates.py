@@ -13,6 +13,7 @@ order like the numbers themselves, so ties, zeros and subnormals need no special
     [[3.0, 0.0], [0.0, -2.0]]
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -21,12 +22,33 @@ from jaxtyping import Array, Float, Int
 
 from snella_jax.ops.threshold import bit_pattern, check_budget, clamped, threshold
 
-# The value of a survivor, from delta, |delta| and tau.
-GATES: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "product": lambda delta, size, tau: delta * (size - tau),
-    "released": lambda delta, size, tau: delta * jax.lax.stop_gradient(size),
-    "soft": lambda delta, size, tau: delta - jnp.sign(delta) * tau,
-    "hard": lambda delta, size, tau: delta,
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """What becomes of a survivor.
+
+    Attributes:
+      value: its value, from delta, |delta| and tau.
+      slope: what its gradient is multiplied by, from |delta| and tau.
+    """
+
+    value: Callable[[Array, Array, Array], Array]
+    slope: Callable[[Array, Array], Array]
+
+
+GATES = {
+    "product": Gate(
+        lambda delta, size, tau: delta * (size - tau), lambda size, tau: 2 * size - tau
+    ),
+    "released": Gate(
+        lambda delta, size, tau: delta * jax.lax.stop_gradient(size),
+        lambda size, tau: size,
+    ),
+    "soft": Gate(
+        lambda delta, size, tau: delta - jnp.sign(delta) * tau,
+        lambda size, tau: jnp.ones_like(size),
+    ),
+    "hard": Gate(lambda delta, size, tau: delta, lambda size, tau: jnp.ones_like(size)),
 }
 
 
@@ -58,10 +80,37 @@ def sparsify(
     if gate == "none":
         return delta
     tau = threshold(delta, budget) if tau is None else jax.lax.stop_gradient(tau)
+    value = GATES[gate].value(delta, jnp.abs(delta), tau)
+    return jnp.where(_survives(delta, budget, tau), value, 0)
+
+
+def pull(
+    delta: Float[Array, " *axes"],
+    budget: Int[Array, ""],
+    gate: str,
+    tau: Float[Array, ""],
+    cotangent: Float[Array, " *axes"],
+) -> Float[Array, " *axes"]:
+    """Pulls a gradient back through `sparsify`: what JAX derives, in fewer operations.
+
+    Args:
+      delta, budget, gate, tau: as given to `sparsify`.
+      cotangent: gradient of its result.
+    """
+    if gate == "none":
+        return cotangent
+    slope = GATES[gate].slope(jnp.abs(delta), tau)
+    return jnp.where(_survives(delta, budget, tau), cotangent * slope, 0)
+
+
+def _survives(delta, budget, tau):
+    pattern = bit_pattern(delta)
+    # A NaN has a pattern above infinity's: it survives whatever tau is.
+    nan = bit_pattern(jnp.asarray(jnp.inf, delta.dtype)) + 1
+    least = jnp.minimum(bit_pattern(tau.astype(delta.dtype)) + 1, nan)
     # A budget that covers the matrix drops nothing, nor the gradient of a zero.
     full = clamped(budget, delta.size) == delta.size
-    survives = (bit_pattern(delta) > bit_pattern(tau)) | full | jnp.isnan(delta)
-    return jnp.where(survives, GATES[gate](delta, jnp.abs(delta), tau), 0)
+    return pattern >= jnp.where(full, 0, least)
 
 
 def check_gate(gate: str) -> None:

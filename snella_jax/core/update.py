@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from jaxtyping import Array
 
-from snella_jax.core.delta import delta_and_tau
+from snella_jax.core.delta import Found, delta_and_found
 from snella_jax.core.fused import Implementation, check_implementation, fused_call
 from snella_jax.core.gates import check_gate
 from snella_jax.core.layout import Layout
@@ -65,10 +65,11 @@ class Update:
         _check_shapes(w0, factors, self.layout)
 
     def delta(
-        self, factors: Factors, budget: Array, tau: Array | None
-    ) -> tuple[Array, Array]:
-        """Returns the sparse update and its thresholds, found where `tau` is None."""
-        return delta_and_tau(factors, budget, tau, self.kernel, self.gate, self.layout)
+        self, factors: Factors, budget: Array, found: Found | None
+    ) -> tuple[Array, Found]:
+        """Returns the sparse update and what it is made again with, as `found`."""
+        how = self.kernel, self.gate, self.layout
+        return delta_and_found(factors, budget, found, *how)
 
     def fused(
         self,

@@ -35,6 +35,19 @@ def _forward(coeff, a, b):
 
 def _backward(factors, cotangent):
     coeff, a, b = factors
+    return pull_distances(coeff, a, b, cotangent)
+
+
+weighted_distances.defvjp(_forward, _backward)
+
+
+def pull_distances(
+    coeff: Float[Array, " P"],
+    a: Float[Array, "P *n d"],
+    b: Float[Array, "P *m d"],
+    cotangent: Float[Array, "..."],
+) -> tuple[Array, Array, Array]:
+    """Pulls a gradient back through `weighted_distances` to its arguments."""
     # Distances do not see a shift; without it a large offset shared by all rows would
     # cancel only after rounding, in the inner products below.
     middle = (_row_mean(a) + _row_mean(b)) / 2
@@ -51,10 +64,7 @@ def _backward(factors, cotangent):
         jnp.sum(x * dx, tuple(range(1, x.ndim))) for x, dx in ((a, da), (b, db))
     )
     scale = [coeff.reshape(-1, *(1,) * (x.ndim - 1)) for x in (a, b)]
-    return dcoeff, scale[0] * da, scale[1] * db
-
-
-weighted_distances.defvjp(_forward, _backward)
+    return jnp.asarray(dcoeff), scale[0] * da, scale[1] * db
 
 
 def _pull_distance(cotangent: Array, a: Array, b: Array) -> tuple[Array, Array]:
