@@ -89,11 +89,15 @@ def _plain(kernel, gate, factors, budget, found):
     return _gated(dense, budget, gate, found), found
 
 
-# Under jit, matrices of one shape are traced and lowered once.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _made(kernel, gate, factors, budget, found):
+def _made(kernel, gate, factors, budget, found) -> tuple[Array, Found]:
     """Returns the update and what was found; its gradient is the kernel's."""
+    return _traced_once(kernel, gate, factors, budget, found)
+
+
+# Matrices of one shape are traced and lowered once; XLA inlines it.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _traced_once(kernel, gate, factors, budget, found):
     if found is not None:
         with jax.named_scope("snella_delta"):
             dense = kernel.again(factors, found["statistics"])
@@ -106,7 +110,7 @@ def _made(kernel, gate, factors, budget, found):
 
 
 def _forward(kernel, gate, factors, budget, found):
-    delta, found = _made(kernel, gate, factors, budget, found)
+    delta, found = _traced_once(kernel, gate, factors, budget, found)
     return (delta, found), (factors, budget, found)
 
 
