@@ -65,10 +65,9 @@ def delta_and_found(
     check_budget(budget)
     if not isinstance(budget, Array):  # a number may be larger than int32 holds
         budget = jnp.asarray(np.minimum(budget, np.iinfo(np.int32).max), jnp.int32)
-    one = functools.partial(_made if is_measured(kernel) else _plain, kernel, gate)
+    one = functools.partial(_measured if is_measured(kernel) else _plain, kernel, gate)
     if layout is None:
-        delta, found = one(factors, budget, found)
-        return delta, jax.tree.map(kept, found)
+        return one(factors, budget, found)
 
     def unfolded(factors, budget, found):
         return one(layout.unfold(factors), budget, found)
@@ -76,7 +75,7 @@ def delta_and_found(
     for _ in layout.slices:
         unfolded = jax.vmap(unfolded)
     delta, found = unfolded(factors, budget, found)
-    return layout.place(delta), jax.tree.map(kept, found)
+    return layout.place(delta), found
 
 
 def _plain(kernel, gate, factors, budget, found):
@@ -85,46 +84,56 @@ def _plain(kernel, gate, factors, budget, found):
         dense = kernel.apply(factors)
     if found is None:
         dense, tau = _searched(dense, budget, gate)
-        found = {"tau": tau}
+        found = {"tau": kept(tau)}
     return _gated(dense, budget, gate, found), found
+
+
+def _measured(kernel, gate, factors, budget, found):
+    """Returns the update and what was found; its gradient is the kernel's."""
+    dense = None
+    if found is None:
+        dense, statistics = _first(kernel, jax.lax.stop_gradient(factors))
+        dense, tau = _searched(dense, budget, gate)
+        # Outside the custom gradient, where rematerialised blocks do not see it.
+        found = jax.tree.map(kept, {"tau": tau, "statistics": statistics})
+    return _made(kernel, gate, factors, budget, found, dense), found
+
+
+# Under jit, matrices of one shape are traced and lowered once; XLA inlines it.
+@functools.partial(jax.jit, static_argnums=0)
+def _first(kernel, factors):
+    with jax.named_scope("snella_delta"):
+        return kernel.measured(factors)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _made(kernel, gate, factors, budget, found) -> tuple[Array, Found]:
-    """Returns the update and what was found; its gradient is the kernel's."""
-    return _traced_once(kernel, gate, factors, budget, found)
+def _made(kernel, gate, factors, budget, found, dense):
+    return _traced_once(kernel, gate, factors, budget, found, dense)
 
 
-# Matrices of one shape are traced and lowered once; XLA inlines it.
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _traced_once(kernel, gate, factors, budget, found):
-    if found is not None:
+def _traced_once(kernel, gate, factors, budget, found, dense):
+    if dense is None:
         with jax.named_scope("snella_delta"):
             dense = kernel.again(factors, found["statistics"])
-        return _gated(dense, budget, gate, found), found
-    with jax.named_scope("snella_delta"):
-        dense, statistics = kernel.measured(factors)
-    dense, tau = _searched(dense, budget, gate)
-    found = {"tau": tau, "statistics": statistics}
-    return _gated(dense, budget, gate, found), found
+    return _gated(dense, budget, gate, found)
 
 
-def _forward(kernel, gate, factors, budget, found):
-    delta, found = _traced_once(kernel, gate, factors, budget, found)
-    return (delta, found), (factors, budget, found)
+def _forward(kernel, gate, factors, budget, found, dense):
+    delta = _traced_once(kernel, gate, factors, budget, found, dense)
+    return delta, (factors, budget, found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _backward(kernel, gate, arguments, cotangents):
+def _backward(kernel, gate, arguments, cotangent):
     factors, budget, found = arguments
-    cotangent, _ = cotangents
 
     def through_gate(dense):
         return gates.pull(dense, budget, gate, found["tau"], cotangent)
 
     with jax.named_scope("snella_delta"):
         pulled = kernel.pull(factors, found["statistics"], through_gate)
-    return pulled, None, None
+    return pulled, None, None, None
 
 
 _made.defvjp(_forward, _backward)
