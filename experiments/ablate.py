@@ -3,13 +3,13 @@
     python -m experiments.ablate --out runs/ablations
 
 A study is a table of the paper or a question of our own: kernels, sparsity, importance,
-budgets, schedules, masks, beta, allocation, gates, rank. The base's learning rate is
-searched on validation (the lowest within a standard error of the best), and so is that
-of every variant with another kernel, gate, path or precision; the others share the
-base's. Then each variant is trained on training and validation images, once for each
-seed, and tested once. `results.json` in `--out` keeps every finished search and seed:
-the same command goes on with the others, also on another machine with only that file.
-Several processes may work in one folder. Writes `report.md`, `report.json` and a
+budgets, schedules, masks, beta, allocation, gates, rank, sketches. The base's learning
+rate is searched on validation (the lowest within a standard error of the best), and so
+is that of every variant with another kernel, gate, path or precision; the others share
+the base's. Then each variant is trained on training and validation images, once for
+each seed, and tested once. `results.json` in `--out` keeps every finished search and
+seed: the same command goes on with the others, also on another machine with only that
+file. Several processes may work in one folder. Writes `report.md`, `report.json` and a
 picture of each study with all finished seeds.
 
 The default task and model are real and small (the quickstart's ViT on dSprites'
@@ -65,6 +65,7 @@ Name = Literal[
     "gates",
     "rank",
     "frequency",
+    "sketches",
 ]
 RUN = ImageConfig(
     task="dsprites_loc_rerendered",
@@ -250,8 +251,8 @@ def measured(
       `moves` (how often budgets moved), `gradient_norms` (of the epochs), `density`,
       `dead` and `full` (shares of the matrices with less than 0.1% and with all but
       0.1% of their weights moved), `rank` (mean numerical rank of the updates: singular
-      values above 1% of the largest), `change` (mean `||delta|| / ||W0||`), `device`
-      and `versions`.
+      values above 1% of the largest), `change` (mean `||delta|| / ||W0||`), `budgets`
+      and `scores` (the last of each matrix, in one order), `device` and `versions`.
 
     Raises:
       MismatchError: rows of the folder's `metrics.jsonl` are lost.
@@ -279,9 +280,17 @@ def measured(
         "seconds_per_step": metric_log.median(fitted.rows, "seconds_per_step"),
         "gradient_norms": [row["gradient_norm"] for row in fitted.rows],
         "moves": sum(row.get("moves", 0) for row in fitted.rows),
+        "budgets": _last(fitted.rows, "budget"),
+        "scores": _last(fitted.rows, "importance"),
         **_updates(prepared, merged),
         **folder.environment(prepared.mesh),
     }
+
+
+def _last(rows: Sequence[dict[str, Any]], measure: str) -> list[float]:
+    """Returns the last measure of every matrix on record, in the order of names."""
+    known = [row[measure] for row in rows if measure in row][-1:]
+    return [value for own in known for _, value in sorted(own.items())]
 
 
 def _updates(prepared: ImageRun, merged: Any) -> dict[str, float]:

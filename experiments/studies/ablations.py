@@ -12,7 +12,7 @@ from experiments.config.images import ImageConfig
 from experiments.reports import paper
 
 BASE = "snella"
-OWN_RATE = {"kernel", "gate", "path"}  # what gets a search for its rate
+OWN_RATE = {"kernel", "gate", "path", "dtype"}  # what gets a search for its rate
 DENSE: dict[str, Any] = {"gate": "none", "initial_density": 1.0, "target_density": 1.0}
 
 
@@ -46,8 +46,7 @@ class Variant:
         return (
             self.name == BASE
             or self.method != BASE
-            or bool(self.changes.keys() & OWN_RATE)
-            or bool(self.run)
+            or bool({**self.changes, **self.run}.keys() & OWN_RATE)
         )
 
     def config(self, run: ImageConfig, seed: int, **settings: Any) -> ImageConfig:
@@ -252,6 +251,17 @@ STUDIES: dict[str, Study] = {
             _titled("every step", every="step"),
             _titled("settled, correlation 0.8", every="settled", settled=0.8),
             _titled("settled, correlation 0.95", every="settled", settled=0.95),
+        ),
+    ),
+    "sketches": Study(
+        "rows of the inputs kept for the weights' gradients, and GELU's derivative",
+        (
+            Variant("all rows, exact"),
+            _titled("1 of 2", sketch=2),
+            _titled("1 of 4", sketch=4),
+            _titled("1 of 8", sketch=8),
+            Variant("all rows, in steps", run={"activation": "gelu2"}),
+            Variant("1 of 4, in steps", {"sketch": 4}, {"activation": "gelu2"}),
         ),
     ),
 }

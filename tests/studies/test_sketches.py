@@ -1,0 +1,97 @@
+"""The comparison of sketched with exact gradients, against numbers made by hand."""
+
+import json
+
+import pytest
+
+from experiments.studies import sketches
+from experiments.studies.sketches import STUDY, compared
+
+EXACT, HALF = STUDY.variants[0].name, STUDY.variants[1].name
+
+
+def result(accuracy, budgets, scores=(1.0, 2.0, 3.0), loss=0.5):
+    own = {"test_accuracy": accuracy, "train_loss": loss}
+    return own | {"budgets": list(budgets), "scores": list(scores)}
+
+
+def runs(gaps, budgets=(1, 2, 3)):
+    """Two tasks with three seeds; exact budgets of the third seed are reversed."""
+    cells = [(task, str(seed)) for task in ("birds", "cars") for seed in range(3)]
+    exact = {
+        cell: result(0.9, (3, 2, 1) if cell[1] == "2" else (1, 2, 3)) for cell in cells
+    }
+    half = {
+        cell: result(0.9 + gap / 100, budgets, (3.0, 2.0, 1.0))
+        for cell, gap in zip(cells, gaps, strict=True)
+    }
+    names = {variant.name: {} for variant in STUDY.variants}
+    return names | {EXACT: exact, HALF: half}
+
+
+def rows(gaps, **changes):
+    first, second, *rest = compared(runs(gaps, **changes))
+    assert all(row["pairs"] == 0 and row["accuracy"] is None for row in rest)
+    return first, second
+
+
+def test_differences_are_of_pairs():
+    """Deviation 0.5, six pairs: 2.5706 * 0.5 / sqrt(6) = 0.5247."""
+    first, second = rows([0.5, -0.5, 0.5, -0.5, 0.25, -0.25])
+    deviation = (4 * 0.25 + 2 * 0.0625) / 5
+    assert second["difference"] == pytest.approx(0)
+    assert second["error"] == pytest.approx(2.570582 * (deviation / 6) ** 0.5, rel=1e-6)
+    assert first["accuracy"] == pytest.approx(90) and "difference" not in first
+
+
+def test_correlations_stand_beside_those_of_other_seeds():
+    """Of three pairs of seeds a task, one agrees: (1 - 1 - 1) / 3."""
+    first, second = rows([0.0] * 6)
+    assert first["budgets"] == pytest.approx(-1 / 3)
+    assert first["scores"] == pytest.approx(1)
+    assert second["budgets"] == pytest.approx((1 + 1 - 1) / 3)
+    assert second["scores"] == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(
+    ("gap", "budgets", "advised"),
+    [(-0.9, (1, 2, 3), True), (-1.1, (1, 2, 3), False), (0.5, (3, 2, 1), True)],
+)
+def test_a_row_is_advised_by_interval_and_budgets(gap, budgets, advised):
+    """All pairs alike, so the interval is a point; reversed budgets correlate -1/3."""
+    _, second = rows([gap] * 6, budgets=budgets)
+    assert second["advised"] is advised
+
+
+def test_a_row_whose_budgets_differ_more_than_seeds_do_is_not_advised():
+    found = runs([0.0] * 6)
+    for cell, own in found[EXACT].items():
+        own["budgets"] = [1, 2, 3]
+        found[HALF][cell]["budgets"] = [1, 3, 2]
+    assert compared(found)[1]["advised"] is False
+
+
+def test_the_command_reads_folders_of_the_ablation(tmp_path, capsys):
+    tasks: dict = {}
+    for name, cells in runs([0.5] * 6).items():
+        for (task, seed), own in cells.items():
+            seeds = tasks.setdefault(task, {}).setdefault(name, {"seeds": {}})
+            seeds["seeds"][seed] = own
+    for task, own in tasks.items():
+        (tmp_path / task).mkdir()
+        text = json.dumps({"rows": {task: own}})
+        (tmp_path / task / "results.json").write_text(text, "utf-8")
+    folders = [str(tmp_path / task) for task in tasks]
+    sketches.main(["--runs", *folders, "--out", str(tmp_path / "report")])
+    assert "+0.5" in capsys.readouterr().out
+    made = json.loads((tmp_path / "report/report.json").read_text("utf-8"))
+    assert [row["pairs"] for row in made] == [6, 6, 0, 0, 0, 0]
+    assert "1 of 2 | 6 | 90.5 | +0.5" in (tmp_path / "report/report.md").read_text(
+        "utf-8"
+    )
+
+
+def test_folders_without_exact_runs_are_refused(tmp_path):
+    (tmp_path / "results.json").write_text('{"rows": {}}', "utf-8")
+    with pytest.raises(SystemExit, match="no exact run with budgets"):
+        sketches.main(["--runs", str(tmp_path), "--out", str(tmp_path / "report")])
