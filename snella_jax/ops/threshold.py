@@ -67,7 +67,7 @@ def search(bits: int, count: Count) -> Callable[[Array, Array], UInt[Array, ""]]
             # Nothing is added, but XLA cannot know. It would move what does not depend
             # on low out of the loop, and store it.
             pattern = raw & (_magnitude(unsigned) | low >> (width - 1))
-            shift = (bits * (turns - 1 - turn)).astype(unsigned)
+            shift = jnp.asarray(bits * (turns - 1 - turn), unsigned)
             steps = jnp.arange(2**bits, dtype=unsigned) << shift
             reached = count(pattern, low + steps) > budget
             return low + (jnp.sum(reached, dtype=unsigned) << shift)
@@ -101,7 +101,7 @@ def clamped(budget: int | Array, size: int) -> Int[Array, ""]:
 def _count(pattern: UInt[Array, "..."], least: UInt[Array, " c"]) -> Int[Array, " _"]:
     # The first, which nobody asks for, makes them 16: so many columns XLA's compiler
     # for GPUs gives to whole warps.
-    reached = pattern[..., None] >= least
+    reached = pattern[..., None] >= least.reshape(*(1,) * pattern.ndim, -1)
     return jnp.sum(reached, tuple(range(pattern.ndim)), dtype=jnp.int32)[1:]
 
 
