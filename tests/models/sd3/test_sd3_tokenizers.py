@@ -33,7 +33,7 @@ TEXTS = {
 @pytest.fixture(scope="module")
 def merges(tmp_path_factory):
     path = tmp_path_factory.mktemp("merges") / "bpe.txt.gz"
-    path.write_bytes(gzip.compress((HEADER + "\n".join(LINES, mtime=0) + "\n").encode()))
+    path.write_bytes(gzip.compress((HEADER + "\n".join(LINES) + "\n").encode()))
     return path
 
 
@@ -107,7 +107,7 @@ def test_folders_give_the_same(pairs, merges, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt.gz", gzip.compress(HEADER.encode(, mtime=0))[:30], "damaged"),
+        ("a.txt.gz", gzip.compress(HEADER.encode(), mtime=0)[:30], "damaged"),
         ("a.txt", b"<html>", "it is a web page: log in"),
         ("a.txt", b"a b", "no merges: it begins with 'a b'"),
         ("a.txt", b"#version: 0.2\na b\nc\n", "line 3 is 'c': expected two parts"),
