@@ -162,7 +162,8 @@ def _correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
     """Returns Spearman's correlation; None where one of them is constant."""
     if len(set(one)) < 2 or len(set(other)) < 2:
         return None
-    return float(stats.spearmanr(one, other).statistic)
+    found: Any = stats.spearmanr(one, other)
+    return float(found.statistic)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -1,8 +1,8 @@
 """The ViT against a NumPy float64 forward pass, its shapes, and its bad inputs."""
 
 import dataclasses
-import re
 import math
+import re
 import zlib
 
 import jax
