@@ -121,9 +121,12 @@ def _check_inputs(config: Comparison) -> None:
 def _memory(path: Path | None) -> dict[str, dict[str, Any]]:
     """Returns the rows of a `memory.json` by method; none without a file."""
     rows = files.read(path) if path else []
+    found = {row["method"]: row for row in rows or ()}
     if rows is None or len({row["model"] for row in rows}) > 1:
         raise ValueError(f"{path}: expected a memory.json of one model.")
-    return {row["method"]: row for row in rows}
+    if len(found) < len(rows):
+        raise ValueError(f"{path}: expected one row for each method, of one sketch.")
+    return found
 
 
 def _searched(

@@ -11,6 +11,16 @@ from experiments.plotting import plt
 from experiments.reports.text import memory_setup
 
 
+def label(row: dict[str, Any]) -> str:
+    """Returns how tables and figures call a row: its method, and the sketch if any.
+
+    >>> label({"method": "lora"}), label({"method": "lora", "sketch": 4})
+    ('lora', 'lora, sketch 4')
+    """
+    factor = row.get("sketch", 1)  # rows of before have none
+    return row["method"] if factor == 1 else f"{row['method']}, sketch {factor}"
+
+
 def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Draws a step's memory: against the size of several models, or bars for one.
 
@@ -26,7 +36,7 @@ def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _memory_by_method(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     rows = sorted(rows, key=lambda row: row["total_bytes"])
-    names = [row["method"] for row in rows]
+    names = [label(row) for row in rows]
     height = 1.2 + 0.25 * len(rows)
     figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
     totals = [row["total_bytes"] / 2**30 for row in rows]
@@ -69,11 +79,11 @@ def _chips(row: dict[str, Any]) -> str:
 
 def _memory_by_size(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in dict.fromkeys(map(label, rows)):
         own = sorted(
             (row["parameters"] / 1e6, row["total_bytes"] / 2**30)
             for row in rows
-            if row["method"] == method
+            if label(row) == method
         )
         axes.plot(*zip(*own, strict=True), marker="o", label=method)
     axes.set_yscale("log", base=2)
@@ -107,7 +117,7 @@ def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:
       path: the PNG to write.
       rows: rows of `throughput.json`.
     """
-    names = [row["method"] for row in rows]
+    names = [label(row) for row in rows]
     medians = np.array([row["median_seconds"] for row in rows])
     ends = np.array([(min(row["seconds"]), max(row["seconds"])) for row in rows]).T
     height = 1.2 + 0.35 * len(rows)
@@ -141,7 +151,7 @@ def profile(path: Path, rows: Sequence[dict[str, Any]]) -> None:
       path: the PNG to write.
       rows: rows of `profile.json`.
     """
-    names = [row["method"] for row in rows]
+    names = [label(row) for row in rows]
     height = 1.6 + 0.5 * len(rows)
     figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
     left = np.zeros(len(rows))

@@ -149,7 +149,7 @@ def row(
         "remat": setting.remat,
         "memory": setting.memory,
         "activation": setting.activation,
-        "sketch": setting.rows,
+        "sketch": setting.sketch,
         "attention": setting.attention,
         "parameters": workload.parameters(setting.model),
         "trainable": workload.size(one.arguments[0]),
@@ -205,7 +205,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for name in (*names, last, "/lora", "/full", "compile"):
         left = name in names[:2]
         table.add_column(name, justify="left" if left else "right", no_wrap=left)
-    totals = {(r["model"], r["method"]): r["total_bytes"] for r in rows}
+    totals = {(r["model"], figures.label(r)): r["total_bytes"] for r in rows}
     for r in rows:
         ratios = [
             f"{r['total_bytes'] / totals[r['model'], other]:.3f}"
@@ -220,7 +220,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         if says_fits:
             parts[-1] = "yes" if r["fits"] else "NO"
         seconds = f"{r['compile_seconds']:.1f} s"
-        table.add_row(r["model"], r["method"], *parts, *ratios, seconds)
+        table.add_row(r["model"], figures.label(r), *parts, *ratios, seconds)
     return table
 
 
@@ -235,7 +235,7 @@ def _collectives(rows: list[dict[str, Any]]) -> Table:
         for kind, own in r.get("collectives", {}).items():
             numbers = f"{own['count']:,}", f"{own['small']:,}"
             size = f"{own['bytes'] / GIB:.3f}"
-            table.add_row(r["model"], r["method"], kind, *numbers, size)
+            table.add_row(r["model"], figures.label(r), kind, *numbers, size)
     return table
 
 

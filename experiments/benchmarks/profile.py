@@ -248,7 +248,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     )
     table.add_column("part")
     for one in rows:
-        table.add_column(one["method"], justify="right")
+        table.add_column(figures.label(one), justify="right")
     for name in first["parts"]:
         table.add_row(name, *(f"{1e3 * one['parts'][name]:.0f}" for one in rows))
     table.add_section()

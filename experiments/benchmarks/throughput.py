@@ -85,7 +85,6 @@ def compiled(setting: workload.Setting) -> tuple[dict[str, Any], Callable[[], No
 
     row = dataclasses.asdict(setting) | {
         "path": setting.path,
-        "sketch": setting.rows,
         "stacked": one.stacked,
         "attention": setting.attention,
         "compile_seconds": round(seconds, 1),
@@ -105,7 +104,8 @@ def _timed(runs: list, repetitions: int, console: Console) -> list[dict[str, Any
             start = time.perf_counter()
             runs[chosen][1]()
             seconds[chosen].append(time.perf_counter() - start)
-    first = {row["method"]: own for (row, _), own in zip(runs, seconds, strict=True)}
+    labels = [figures.label(row) for row, _ in runs]
+    first = dict(zip(labels, seconds, strict=True))
     rows = []
     for (row, _), own in zip(runs, seconds, strict=True):
         row |= {"median_seconds": statistics.median(own), "seconds": own}
@@ -134,7 +134,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         ratios = [row.get(f"of_{other}") for other in ("lora", "full")]
         table.add_row(
-            row["method"],
+            figures.label(row),
             f"{row['median_seconds']:.4g}",
             f"{min(row['seconds']):.4g}",
             *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),

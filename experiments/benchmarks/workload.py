@@ -25,6 +25,7 @@ from experiments.methods.masked import MaskedSnella
 from experiments.methods.method import Method
 from experiments.methods.noah import Noah
 from experiments.methods.sensitivity import Scored
+from experiments.methods.sketched import Sketched
 from experiments.methods.snella import Snella
 from experiments.names import unknown
 from experiments.training import step
@@ -47,7 +48,6 @@ TEXTS = Scope(language.TARGETS, "")
 PICTURES = Scope(mmdit.MMDiT.default_targets, mmdit.MMDiT.default_trainable)
 
 VARIANTS = ("snella_parallel", "snella_stored")  # of snella, for comparison
-UNSKETCHED = (*VARIANTS, "snella_released")  # the parallel path, and what is stored
 USUAL = (
     "full",
     "linear",
@@ -82,7 +82,8 @@ class Setting:
       remat: parts that are recomputed besides delta, see `vit.ViTConfig`.
       memory, activation: fields of the model's config; None for its own activation.
       sequence: tokens of a text; None for images.
-      sketch: rows of an input to one that kernelized methods keep, see `ops.sketch`.
+      sketch: rows of an input to one that the method keeps, see `ops.sketch`; 1 of a
+        method without the option.
     """
 
     method: str
@@ -110,14 +111,9 @@ class Setting:
             changes["rank"] = self.rank
         if self.method == "snella_parallel":
             changes["path"] = "parallel"
-        if isinstance(own, Snella) and self.method not in UNSKETCHED:
+        if self.sketch > 1:
             changes["sketch"] = self.sketch
         return dataclasses.replace(own, **changes)
-
-    @property
-    def rows(self) -> int:
-        """Rows of an input to one that the method keeps."""
-        return getattr(self.trained, "sketch", 1)
 
     @property
     def path(self) -> str | None:
@@ -177,9 +173,10 @@ class Options:
     +attention, +qkv, +hidden for what of it is made again."""
     activation: Literal["gelu", "gelu2", "silu", "silu2"] | None = None
     """gelu2, of a LLaMA silu2: the exact activation with a derivative by steps."""
-    sketch: int = 1
-    """Tokens to one that kernelized methods keep of a layer's input; 1: all. Not of
-    snella_parallel and snella_stored."""
+    sketch: tuple[int, ...] = (1,)
+    """Tokens to one that is kept of a layer's input; 1: all. A row for each number, of
+    full, lora, dora and the methods with kernels, but for snella_parallel,
+    snella_stored and snella_released."""
 
     def settings(self, model: str) -> list[Setting]:
         """Returns a checked setting of `model` for each method.
@@ -194,12 +191,25 @@ class Options:
         methods = usual if self.method is None else self.method
         if not methods:
             raise ValueError("--method names nothing: expected at least one.")
-        names = {field.name for field in dataclasses.fields(Options)} - {"method"}
+        if min(self.sketch, default=0) < 1:
+            raise ValueError(f"sketch={self.sketch}: expected numbers of at least 1.")
+        names = {field.name for field in dataclasses.fields(Options)}
+        names -= {"method", "sketch"}
         shared: dict[str, Any] = {name: getattr(self, name) for name in names}
         shared["remat"] = self.remat or ("blocks" if large else "none")
         if not texts:
             shared["sequence"] = None
-        return [checked(Setting(each, model, **shared)) for each in methods]
+        return [
+            checked(Setting(each, model, **shared, sketch=factor))
+            for each in methods
+            for factor in (self.sketch if has_sketch(each) else (1,))
+        ]
+
+
+def has_sketch(method: str) -> bool:
+    """Returns True if a method has the option; the name may be wrong."""
+    own = registry.METHODS.get(method)
+    return isinstance(own, Sketched) and method != "snella_released"  # in parallel
 
 
 @dataclasses.dataclass(frozen=True)

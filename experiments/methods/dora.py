@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from experiments.methods import linear_layer, lora
 from experiments.methods.method import Ranked
+from experiments.methods.sketched import Sketched
 from experiments.training.session import Scope
 from snella_jax.nnx.surgery import become, mixed_class, plain_class
 from snella_jax.nnx.targets import select
@@ -24,7 +25,7 @@ from snella_jax.ops.names import OUTPUTS, named
 
 
 @dataclasses.dataclass(frozen=True)
-class Dora(Ranked):
+class Dora(Ranked, Sketched):
     """DoRA: LoRA with magnitudes that train apart."""
 
     title: ClassVar[str] = "DoRA"
@@ -36,7 +37,8 @@ class Dora(Ranked):
           ValueError: as `lora.branched`.
         """
         targets, trainable = scope.targets, scope.trainable
-        model = lora.branched(base, targets, trainable, self.rank, scope.rngs())
+        how = trainable, self.rank, scope.rngs(), self.rows
+        model = lora.branched(base, targets, *how)
         for layer in select(model, targets).values():
             kernel = layer.kernel[...].astype(jnp.float32)
             layer.magnitude = Factor(jnp.linalg.norm(kernel, axis=-2))
@@ -59,13 +61,13 @@ class DoraLinear(linear_layer.OtherProduct):
     lora: lora.Factors
     magnitude: Factor
 
-    def product(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+    def product(
+        self, x: Float[Array, "... n"], dtype: DTypeLike
+    ) -> Float[Array, "... m"]:
         """Returns the sum of both products, times the scales."""
-        a, b = self.lora.a[...], self.lora.b[...]
-        scale, dtype = self.scale().astype(x.dtype), x.dtype
-        y = matmul(x, self.kernel[...].astype(dtype))
-        narrow = named(matmul(x, a.astype(dtype)), OUTPUTS)
-        return named(y + matmul(narrow, b.astype(dtype).T), OUTPUTS) * scale
+        scale = self.scale().astype(dtype)
+        y = matmul(x.astype(dtype), self.kernel[...].astype(dtype))
+        return named(y + self.lora(x, dtype), OUTPUTS) * scale
 
     def scale(self) -> Float[Array, "*stack m"]:
         """Returns the magnitudes over the norms of the directions, in float32."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from snella_jax.nnx.surgery import become, plain_class, thaw
 from snella_jax.nnx.targets import select
@@ -20,11 +20,18 @@ class OtherProduct(nnx.Module):
 
     def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
         dtype = self.dtype or jnp.result_type(x, self.kernel[...])
-        y = self.product(x.astype(dtype))
+        y = self.product(x, dtype)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
-    def product(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-        """Returns the output before the bias, in the dtype of `x`."""
+    def product(
+        self, x: Float[Array, "... n"], dtype: DTypeLike
+    ) -> Float[Array, "... m"]:
+        """Returns the output before the bias.
+
+        Args:
+          x: the input as it was given.
+          dtype: dtype to compute in.
+        """
         raise NotImplementedError
 
 

@@ -11,26 +11,29 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from experiments.methods import linear_layer
 from experiments.methods.method import Ranked
+from experiments.methods.sketched import Rows, Sketched
 from experiments.training.session import Scope
 from snella_jax.nnx.surgery import become, freeze, mixed_class
 from snella_jax.nnx.variables import Factor
 from snella_jax.ops.matmul import matmul
 from snella_jax.ops.names import OUTPUTS, named
+from snella_jax.ops.sketch import EVERY_ROW, Sketch
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora(Ranked):
+class Lora(Ranked, Sketched):
     """LoRA: two factors beside every targeted matrix."""
 
     title: ClassVar[str] = "LoRA"
 
     def adapt(self, base: Any, scope: Scope) -> Any:
         """Returns a copy of a model with low-rank branches; raises as `branched`."""
-        return branched(base, scope.targets, scope.trainable, self.rank, scope.rngs())
+        how = scope.trainable, self.rank, scope.rngs(), self.rows
+        return branched(base, scope.targets, *how)
 
     def merged(self, model: Any) -> Any:
         """Returns a plain copy with the branches added to the kernels."""
@@ -38,17 +41,31 @@ class Lora(Ranked):
 
 
 class Factors(nnx.Module):
-    """`a [*stack, n, r]` and `b [*stack, m, r]`."""
+    """`a [*stack, n, r]` and `b [*stack, m, r]`, and the rows for `a` if sketched."""
 
-    def __init__(self, kernel: nnx.Variable, rank: int, key: PRNGKeyArray):
+    def __init__(
+        self,
+        kernel: nnx.Variable,
+        rank: int,
+        key: PRNGKeyArray,
+        sketch: Sketch = EVERY_ROW,
+    ):
         *stack, n, m = kernel.shape
         bound = (n * rank) ** -0.5
         self.a = Factor(jax.random.uniform(key, (*stack, n, rank), None, -bound, bound))
         self.b = Factor(jnp.zeros((*stack, m, rank)))
+        self.rows = Rows(sketch, tuple(stack)) if sketch.factor > 1 else None
 
-    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
-        return matmul(named(matmul(x, a), OUTPUTS), b.T)
+    def __call__(
+        self, x: Float[Array, "... n"], dtype: DTypeLike
+    ) -> Float[Array, "... m"]:
+        """Returns `(x a) b^T`, computed in a dtype."""
+        a, b = self.a[...].astype(dtype), self.b[...].astype(dtype)
+        if self.rows is None:
+            narrow = matmul(x.astype(dtype), a)
+        else:
+            narrow = self.rows.product(x, a)
+        return matmul(named(narrow, OUTPUTS), b.T)
 
     def product(self) -> Float[Array, "*stack n m"]:
         """Returns `a b^T`."""
@@ -67,7 +84,7 @@ class LoraLinear(nnx.Module):
         if self.kernel.dtype != (self.dtype or self.kernel.dtype):
             base = jax.checkpoint(base)  # else the cast weight is kept, a copy of it
         y: Array = base(x)
-        return y + self.lora(x.astype(y.dtype))
+        return y + self.lora(x, y.dtype)
 
 
 def branched(
@@ -76,6 +93,7 @@ def branched(
     trainable: str,
     rank: int,
     rngs: nnx.Rngs,
+    sketch: Sketch = EVERY_ROW,
 ) -> Any:
     """Returns a copy of a model whose targeted layers have a low-rank branch.
 
@@ -88,14 +106,14 @@ def branched(
     key = rngs.params()
     layers = linear_layer.linear_layers(model, targets)
     for index, layer in enumerate(layers.values()):
-        join(layer, rank, jax.random.fold_in(key, index))
+        join(layer, rank, jax.random.fold_in(key, index), sketch)
     freeze(model, trainable)
     return model
 
 
-def join(layer: Any, rank: int, key: PRNGKeyArray) -> None:
+def join(layer: Any, rank: int, key: PRNGKeyArray, sketch: Sketch = EVERY_ROW) -> None:
     """Gives an `nnx.Linear` a low-rank branch, in place."""
-    layer.lora = Factors(layer.kernel, rank, key)
+    layer.lora = Factors(layer.kernel, rank, key, sketch)
     become(layer, mixed_class(LoraLinear, type(layer)))
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
 
 import snella_jax as snella
 from experiments.methods import linear_layer
@@ -135,7 +135,9 @@ class MaskedLinear(linear_layer.OtherProduct):
 
     update: Update
 
-    def product(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+    def product(
+        self, x: Float[Array, "... n"], dtype: DTypeLike
+    ) -> Float[Array, "... m"]:
         """Returns `x @ (kernel + update)`; the sum is not kept for the way back."""
         own = self.update
 
@@ -144,7 +146,7 @@ class MaskedLinear(linear_layer.OtherProduct):
             moved = kernel + _delta(own.kernel, factors, mask)
             return matmul(x, moved.astype(x.dtype))
 
-        return op(x, self.kernel[...], own.factors(), own.mask[...])
+        return op(x.astype(dtype), self.kernel[...], own.factors(), own.mask[...])
 
 
 def _delta(kernel: Kernel, factors: Factors, mask: Array) -> Float[Array, "n m"]:

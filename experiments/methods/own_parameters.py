@@ -9,6 +9,7 @@ from flax import nnx
 
 from experiments.methods import kinds
 from experiments.methods.method import Method
+from experiments.methods.sketched import Sketched, plain, sketch_kernels
 from experiments.training.session import Scope
 from snella_jax import models
 from snella_jax.models.swin.model import Pair
@@ -28,7 +29,7 @@ class OwnParameters(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Full(OwnParameters):
+class Full(OwnParameters, Sketched):
     """Full fine-tuning: everything trains, but a decoder's embedding and head, and a
     SAM's embeddings of prompts."""
 
@@ -42,13 +43,22 @@ class Full(OwnParameters):
 
         Embedding and head of a decoder train where `scope.trainable` names them, and so
         does a SAM's part besides the encoder.
+
+        Raises:
+          ValueError: sketched, `scope.targets` matches nothing, or no `nnx.Linear`.
         """
         model = nnx.clone(base)
         if kinds.is_decoder(model):
             freeze(model, f"blocks|norm|{scope.trainable}")
         elif kinds.is_sam(model):
             freeze(model, f"encoder|{scope.trainable}")
+        if self.sketch > 1:
+            sketch_kernels(model, scope.targets, self.rows)
         return model
+
+    def merged(self, model: Any) -> Any:
+        """Returns a plain copy, nothing of which is frozen or sketched."""
+        return plain(model)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,13 @@ import optax
 from flax import nnx
 
 import snella_jax as snella
-from experiments.methods.method import Method, check_counts
+from experiments.methods.method import check_counts
+from experiments.methods.sketched import Sketched
 from experiments.training.competition import Competition, Every, Metric
 from experiments.training.recipe import Recipe
 from experiments.training.rounds import Rounds
 from experiments.training.session import Scope
 from snella_jax.nnx.targets import select
-from snella_jax.ops.sketch import Kind
 
 WEIGHTS = 1000  # of a model, to check that a budget has time to move
 KernelName = Literal[
@@ -25,7 +25,7 @@ Gate = Literal["product", "released", "soft", "hard", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Snella(Method):
+class Snella(Sketched):
     """Low-rank factors under a kernel; the matrices compete for what may move."""
 
     title: ClassVar[str] = "SNELLA"
@@ -50,7 +50,8 @@ class Snella(Method):
     """Update of a weight that survives. product: the paper's Eq. 13; released:
     the authors' code; none: no competition (densities of 1)."""
     path: Literal["merged", "parallel"] = "merged"
-    """merged: added to the weight; parallel: a matmul of its own, as released."""
+    """merged: added to the weight; parallel: a matmul of its own, as released, without
+    a sketch."""
     initial_density: float = 1.0
     """Fraction of the adapted weights that may move in the first epoch."""
     target_density: float = 0.3
@@ -65,14 +66,6 @@ class Snella(Method):
     """Regex of targets without that dropout."""
     drop_path: float = 0.0
     """Rate of drop-path on the adapter's output; needs path=parallel."""
-    sketch: int = 1
-    """Rows (tokens) of a layer's input to one that is kept for its weight's gradient:
-    less memory and time, a noisier gradient. Needs path=merged."""
-    sketch_kind: Kind = "sample"
-    """Rows that are kept. sample: one of every run of them; strided: sums with random
-    signs; crs: all, of which the largest count on the way back (saves time alone)."""
-    keep_rows: tuple[int, ...] = ()
-    """Positions of tokens that are always kept, such as 0 for a class token."""
     metric: Metric = "sensitivity"
     """Score that matrices compete by. magnitude: that of the factors. merged_magnitude:
     that of the update (the paper's Table X)."""

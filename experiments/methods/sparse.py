@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from experiments.methods import linear_layer
 from snella_jax.nnx.surgery import become, mixed_class
@@ -32,7 +32,9 @@ class Sparse(linear_layer.OtherProduct):
 
     sparse: Weights
 
-    def product(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+    def product(
+        self, x: Float[Array, "... n"], dtype: DTypeLike
+    ) -> Float[Array, "... m"]:
         """Returns `x @ (kernel + values)`; the sum is not kept for the way back."""
         places = self.sparse.places[...]
 
@@ -40,7 +42,7 @@ class Sparse(linear_layer.OtherProduct):
         def op(x: Array, kernel: Array, values: Array) -> Array:
             return matmul(x, _added(kernel, places, values).astype(x.dtype))
 
-        return op(x, self.kernel[...], self.sparse.values[...])
+        return op(x.astype(dtype), self.kernel[...], self.sparse.values[...])
 
 
 def loosen(layer: Any, places: Int[np.ndarray, "*stack k"]) -> None:

@@ -11,11 +11,10 @@ from snella_jax.core.fused import Implementation, check_implementation, fused_ca
 from snella_jax.core.gates import check_gate
 from snella_jax.core.layout import Layout
 from snella_jax.kernels import Factors, Kernel
-from snella_jax.ops.sketch import Sketch
+from snella_jax.ops.sketch import EVERY_ROW, Sketch
 from snella_jax.ops.threshold import check_budget
 
 Path = Literal["merged", "parallel"]
-EVERY_ROW = Sketch()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,7 @@ from snella_jax.nnx.selection import (
     adapted_layers,
     adapted_variables,
     require_adapters,
+    seeded_parts,
     weights_of,
 )
 from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class, thaw
@@ -227,11 +228,10 @@ def seed(model: nnx.Module, key: PRNGKeyArray) -> None:
     step, or the second step is traced again.
     """
     new_keys()
-    for index, (_, adapter, _) in enumerate(adapted_variables(model)):
-        if adapter.rule.needs_key:
-            stack = adapter.stack
+    for index, part in enumerate(seeded_parts(model)):
+        if part.needs_key:
             own = jax.random.fold_in(key, index)
-            adapter.key = DropKey(jax.random.split(own, stack) if stack else own)
+            part.key = DropKey(jax.random.split(own, part.stack) if part.stack else own)
 
 
 def adapted_weights(model: nnx.Module) -> int:

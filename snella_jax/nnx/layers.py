@@ -24,7 +24,61 @@ ADAPTABLE = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv)
 STOCK = {cls.__call__ for cls in ADAPTABLE}
 
 
-class Adapter(nnx.Module):
+class Seeded(nnx.Module):
+    """A part of a layer that draws in training, with a key that `seed` gives it.
+
+    Attributes:
+      key: `DropKey` of the stack's shape, or None.
+      deterministic: switched by `model.train()`, `model.eval()` and `nnx.view`.
+    """
+
+    def __init__(self):
+        self.deterministic = False
+        self.key: DropKey | None = nnx.data(None)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Switches modes for `nnx.view`.
+
+        Args:
+          deterministic: True to switch dropout, drop-path and sketches off; None leaves
+            them.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the stack's axes here: of the whole, or of what a scan passes on."""
+        raise NotImplementedError
+
+    @property
+    def needs_key(self) -> bool:
+        """True if training draws anything."""
+        raise NotImplementedError
+
+    @property
+    def drawing(self) -> str:
+        """Names the part and what it draws, for the message on a missing key."""
+        raise NotImplementedError
+
+    def training_key(self) -> PRNGKeyArray | None:
+        """Returns this step's key if training draws anything, else None.
+
+        Raises:
+          ValueError: training needs a key and `seed` gave none.
+        """
+        if not self.needs_key or self.deterministic:
+            return None
+        if self.key is None:
+            raise ValueError(
+                f"{self.drawing} was called in training without a "
+                "key. Call snella.seed(model, key) with a fresh key in every step, or "
+                "model.eval() before evaluating."
+            )
+        return self.key[...]
+
+
+class Adapter(Seeded):
     """Factors and budgets of one weight, for `[*lead]` matrices of `[n, m]`.
 
     Attributes:
@@ -33,14 +87,11 @@ class Adapter(nnx.Module):
       budget: `Budget`, int32 `[*lead]`.
       allocated_at: `Budget`, int32 `[*lead]`: the optimizer step of the last
         reallocation, 0 for never, -1 where budgets are fixed.
-      key: `DropKey` of the stack's shape, or None.
-      deterministic: switched by `model.train()`, `model.eval()` and `nnx.view`.
     """
 
     def __init__(self, site: Site, start: Start):
+        super().__init__()
         self.site = site
-        self.deterministic = False
-        self.key: DropKey | None = nnx.data(None)
         factors, budget, allocated_at = start
         fixed = not getattr(site.kernel, "learn_piece_coeff", True)
         for name, value in factors.items():
@@ -49,15 +100,6 @@ class Adapter(nnx.Module):
         self.names = tuple(sorted(factors))
         self.budget = Budget(jnp.asarray(budget))
         self.allocated_at = Budget(jnp.asarray(allocated_at))
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """Switches modes for `nnx.view`.
-
-        Args:
-          deterministic: True to switch dropout and drop-path off; None leaves them.
-        """
-        if deterministic is not None:
-            self.deterministic = deterministic
 
     @property
     def rule(self) -> Rule:
@@ -68,6 +110,18 @@ class Adapter(nnx.Module):
     def stack(self) -> tuple[int, ...]:
         """Sizes of the stack's axes here: of the whole, or of what a scan passes on."""
         return self.budget.shape[: self.budget.ndim - len(self.site.layout.slices)]
+
+    @property
+    def needs_key(self) -> bool:
+        """True if training drops or sketches something."""
+        return self.rule.needs_key
+
+    @property
+    def drawing(self) -> str:
+        """Names the rates and the sketch of its rule."""
+        settings = ("dropout", "drop_path", "sketch")
+        own = (f"{name}={getattr(self.rule, name)}" for name in settings)
+        return f"An adapter with {', '.join(own)}"
 
     def factors(self) -> Factors:
         """Returns the factors as arrays, with their leading axes."""
@@ -93,24 +147,6 @@ class Adapter(nnx.Module):
                 "budgets are no nnx.Param: nnx.StateAxes({(nnx.Param, snella.Frozen, "
                 "snella.Budget): 0, ...: None})."
             )
-
-    def training_key(self) -> PRNGKeyArray | None:
-        """Returns this step's key if training drops or sketches something, else None.
-
-        Raises:
-          ValueError: training needs a key and `seed` gave none.
-        """
-        if not self.rule.needs_key or self.deterministic:
-            return None
-        if self.key is None:
-            settings = ("dropout", "drop_path", "sketch")
-            own = (f"{name}={getattr(self.rule, name)}" for name in settings)
-            raise ValueError(
-                f"An adapter with {', '.join(own)} was called in training without a "
-                "key. Call snella.seed(model, key) with a fresh key in every step, or "
-                "model.eval() before evaluating."
-            )
-        return self.key[...]
 
 
 class AdaptedLayer(nnx.Module):

@@ -7,7 +7,7 @@ from flax import nnx
 
 from snella_jax.core.paths import join
 from snella_jax.core.weight import AdaptedWeight
-from snella_jax.nnx.layers import AdaptedLayer, Adapter, adapters_of
+from snella_jax.nnx.layers import AdaptedLayer, Adapter, Seeded, adapters_of
 
 
 def adapted_layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
@@ -28,6 +28,13 @@ def adapted_variables(
         for name, adapter in adapters_of(layer).items():
             whole = path if name == "kernel" else f"{path}/{name}".lstrip("/")
             yield whole, adapter, getattr(layer, name)
+
+
+def seeded_parts(model: nnx.Module) -> list[Seeded]:
+    """Lists what draws with a key of its own: adapters first, in their order."""
+    adapters = [adapter for _, adapter, _ in adapted_variables(model)]
+    parts = [node for _, node in nnx.iter_graph(model) if isinstance(node, Seeded)]
+    return [*adapters, *(node for node in parts if not isinstance(node, Adapter))]
 
 
 def weights_of(model: nnx.Module) -> list[AdaptedWeight]:

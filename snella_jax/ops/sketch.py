@@ -212,6 +212,9 @@ class Sketch:
         return [lax.slice_in_dim(v, i, i + 1, axis=axis) for i in self.keep_rows]
 
 
+EVERY_ROW = Sketch()
+
+
 def _part(v: Array, axis: int, rows: slice, k: int) -> Array:
     """Takes rows along an axis, filled up with zeros to `k`."""
     part = lax.slice_in_dim(
