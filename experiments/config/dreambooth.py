@@ -217,7 +217,7 @@ def _settings(lr: float, rank: int, **rates: float) -> dict[str, Method]:
     found: dict[str, Method] = {}
     for name, usual in OF_MMDIT.items():
         changes: dict[str, Any] = {"lr": rates.get(name, lr), "weight_decay": 1e-4}
-        if isinstance(usual, Ranked | Snella):
+        if isinstance(usual, Ranked):
             changes["rank"] = rank
         found[name] = dataclasses.replace(usual, **changes)
     return found

@@ -25,7 +25,7 @@ from snella_jax.ops.names import OUTPUTS, named
 
 
 @dataclasses.dataclass(frozen=True)
-class Dora(Ranked, Sketched):
+class Dora(Sketched, Ranked):
     """DoRA: LoRA with magnitudes that train apart."""
 
     title: ClassVar[str] = "DoRA"

@@ -25,7 +25,7 @@ from snella_jax.ops.sketch import EVERY_ROW, Sketch
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora(Ranked, Sketched):
+class Lora(Sketched, Ranked):
     """LoRA: two factors beside every targeted matrix."""
 
     title: ClassVar[str] = "LoRA"

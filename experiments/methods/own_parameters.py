@@ -29,7 +29,7 @@ class OwnParameters(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Full(OwnParameters, Sketched):
+class Full(Sketched, OwnParameters):
     """Full fine-tuning: everything trains, but a decoder's embedding and head, and a
     SAM's embeddings of prompts."""
 

@@ -15,7 +15,6 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from experiments.methods import linear_layer
-from experiments.methods.method import Method
 from snella_jax.nnx.layers import Seeded
 from snella_jax.nnx.surgery import become, mixed_class
 from snella_jax.ops.matmul import matmul
@@ -24,8 +23,8 @@ from snella_jax.ops.sketch import Kind, Sketch
 
 
 @dataclasses.dataclass(frozen=True)
-class Sketched(Method):
-    """A method whose targeted layers may keep a few rows of their inputs."""
+class Sketched:
+    """Mixed into a method whose targeted layers may keep a few rows of their inputs."""
 
     sketch: int = 1
     """Rows (tokens) of a layer's input to one that is kept for its weight's gradient:
@@ -43,7 +42,7 @@ class Sketched(Method):
 
     def check(self, name: str) -> None:
         """Raises a `ValueError` on settings that would fail in the midst of a run."""
-        super().check(name)
+        super().check(name)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             _ = self.rows
         except ValueError as error:

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 import snella_jax as snella
-from experiments.methods.method import check_counts
+from experiments.methods.method import Ranked, check_counts
 from experiments.methods.sketched import Sketched
 from experiments.training.competition import Competition, Every, Metric
 from experiments.training.recipe import Recipe
@@ -25,7 +25,7 @@ Gate = Literal["product", "released", "soft", "hard", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Snella(Sketched):
+class Snella(Sketched, Ranked):
     """Low-rank factors under a kernel; the matrices compete for what may move."""
 
     title: ClassVar[str] = "SNELLA"
@@ -36,8 +36,6 @@ class Snella(Sketched):
 
     lr: float = 2e-2
     """Peak learning rate."""
-    rank: int = 8
-    """Columns of the factors."""
     kernel: KernelName = "mix_k"
     """Kernel that makes the update from the factors."""
     pieces: int = 2
@@ -147,8 +145,7 @@ class Snella(Sketched):
     def check(self, name: str) -> None:
         """Raises a `ValueError` on settings that would fail in the midst of a run."""
         super().check(name)
-        counts = {"rank": self.rank, "pieces": self.pieces}
-        check_counts(name, floor_every=self.floor_every, **counts)
+        check_counts(name, floor_every=self.floor_every, pieces=self.pieces)
         if not 0 <= self.beta_rate < math.inf:
             raise ValueError(f"{name}.beta_rate={self.beta_rate}: expected at least 0.")
         if self.beta_rate != 1 and self.kernel not in ("normalized_rbf", "mix_k"):

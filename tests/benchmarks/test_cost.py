@@ -172,6 +172,20 @@ def test_a_row_names_the_attention(model, capability, expected, monkeypatch):
     assert workload.Setting("lora", model).attention == expected
 
 
+def test_methods_are_compared_with_and_without_a_sketch():
+    """What has none is there once, and ratios are to the plain method."""
+    methods = ("bias", "lora", "full", "snella_parallel", "snella_released", "snella")
+    settings = workload.Options(methods, sketch=(1, 4)).settings("vit_ti16")
+    rows = [{"method": s.method, "sketch": s.sketch} for s in settings]
+    assert [figures.label(row) for row in rows] == [
+        "bias", "lora", "lora, sketch 4", "full", "full, sketch 4", "snella_parallel",
+        "snella_released", "snella", "snella, sketch 4",
+    ]  # fmt: skip
+    assert [getattr(s.trained, "sketch", 1) for s in settings] == [
+        row["sketch"] for row in rows
+    ]
+
+
 def test_memory_writes_rows_and_a_figure(small, tmp_path, capsys):
     methods = ("--method", "gps", "snella_stored")
     rows = memory.main([*SMALL, *methods, "--out", str(tmp_path)])
@@ -268,6 +282,7 @@ ENTRY %main (p: f32[2]) -> f32[2] {
         (("--batch", "0"), "batch=0"),
         (("--method", "lorra"), "no method is called 'lorra'; did you mean lora"),
         (("--rank", "3"), "rank=3"),
+        (("--sketch", "0", "--method", "bias"), r"sketch=\(0,\): expected numbers of"),
         (("--rank", "3", "--method", "snella_masked"), "rank=3"),
         (
             ("--model", "sam_vit_b", "--method", "gps"),

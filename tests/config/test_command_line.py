@@ -104,6 +104,21 @@ def test_a_files_source_is_kept_and_no_option(tmp_path):
     assert "no option is called '--source'" in refusal("--source", "mine")
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "full", "snella"])
+def test_a_file_of_before_sketches_is_read(tmp_path, method):
+    config = parse("--methods", method)
+    fields = json.loads(json.dumps(run_config.as_dict(config)))
+    for name in ("sketch", "sketch_kind", "keep_rows"):
+        del fields[method][name]
+    assert run_config.differing(fields, config) == []
+    sketching = parse("--methods", method, f"--{method}.sketch", "4")
+    assert len(run_config.differing(fields, sketching)) == 1
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(fields), "utf-8")
+    again = command_line.parse("vtab", presets.VTAB, ["--config", str(path)])[1]
+    assert again == config
+
+
 def test_a_files_unknown_fields_are_all_named(tmp_path):
     path = tmp_path / "mine.json"
     fields = {"epochs": 3, "speed": 1, "no_search": True, "lora": {"ranks": [1]}}
