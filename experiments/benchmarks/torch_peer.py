@@ -53,6 +53,7 @@ def lora(setting: Setting) -> tuple[dict[str, Any], Callable[[], None]]:
 
     row = dataclasses.asdict(setting) | {
         "method": "lora in torch (peft)",
+        "sketch": 1,
         "path": None,
         "compile_seconds": 0.0,
         "trainable": sum(weight.numel() for weight in trained),

@@ -12,7 +12,6 @@ from experiments.config.run_config import MethodOptions, RunConfig, RunOptions
 from experiments.methods import registry
 from experiments.methods.method import Method, Ranked
 from experiments.methods.registry import OF_MMDIT, UNTUNED
-from experiments.methods.snella import Snella
 from experiments.methods.untuned import Untuned
 from experiments.paths import Given
 from experiments.tasks.catalogue import DATA_DIR

@@ -1,26 +1,40 @@
 """Steps and micro-batches of a run draw the rows of sketches anew."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
+from flax import nnx
 from tiny import base
 
 import snella_jax as snella
+from experiments.methods.dora import Dora
+from experiments.methods.lora import Lora
+from experiments.methods.own_parameters import Full
 from experiments.methods.snella import Snella
 from experiments.training.session import Scope
 from experiments.training.step import training_step
+from snella_jax.ops.sketch import Sketch
 
 
-def test_micro_batches_and_steps_draw_apart():
+@pytest.mark.parametrize(
+    "method, part",
+    [(Snella, "adapter"), (Lora, "lora.rows"), (Dora, "lora.rows"), (Full, "rows")],
+)
+def test_micro_batches_and_steps_draw_apart(method, part):
     """The loss is a number drawn with the key of a layer in the second block."""
     scope = Scope("blocks/mlp/fc1", "head")
-    model = Snella(rank=2, sketch=4, keep_rows=(0,)).adapt(base(), scope)
-    layer = model.blocks.mlp.fc1.adapter
-    assert (layer.rule.sketch, layer.rule.keep_rows) == (4, (0,))
-    graphdef, trainable, *rest = snella.partition(model)
+    find = operator.attrgetter(f"blocks.mlp.fc1.{part}")
+    model = method(sketch=4, keep_rows=(0,)).adapt(base(), scope)
+    own = find(model)
+    sketch = own.site.update.sketch if method is Snella else own.sketch
+    assert sketch == Sketch(4, keep_rows=(0,))
+    graphdef, trainable, *rest = nnx.split(model, nnx.Param, snella.Budget, ...)
 
     def loss(model, batch, key):
-        return jax.random.uniform(model.blocks.mlp.fc1.adapter.key[...][1])
+        return jax.random.uniform(find(model).key[...][1])
 
     def value(accumulate, key):
         tx = optax.sgd(0.1)
