@@ -19,7 +19,7 @@ class DataOptions:
     """Images and labels."""
 
     task: str = "digits"
-    """Name (`python -m experiments.tasks.show --list`), folder or CSV."""
+    """Name (`python -m experiments.tasks.show --list`), folder, CSV."""
     data_dir: Path = DATA_DIR
     """Folder of TFDS sets and unpacked archives."""
     test_images: int | None = None
@@ -52,9 +52,9 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """float32 or bfloat16, to compute in; weights stay float32."""
     memory: str = "usual"
-    """lean: less memory, no matmul twice; +attention, +qkv, +hidden: less still."""
+    """lean: less memory. lean+attention, +qkv or +hidden: less still."""
     activation: Literal["gelu", "gelu2"] = "gelu"
-    """gelu2: its derivative by steps, for less memory where inputs are sketched."""
+    """gelu2: derivative by steps, for less memory with a sketch."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ class ModelOptions:
     remat: Literal["none", "blocks"] = "none"
     """blocks: less memory, a forward more a step."""
     memory: str = "usual"
-    """lean: less memory, no matmul twice; +attention, +qkv, +hidden: less still."""
+    """lean: less memory. lean+attention, +qkv or +hidden: less still."""
     activation: Literal["silu", "silu2"] = "silu"
     """silu2: its derivative by steps, which takes no less memory here."""
 

@@ -65,9 +65,9 @@ class ModelOptions:
     remat: Literal["none", "blocks"] = "none"
     """blocks: less memory, a forward more a step."""
     memory: str = "usual"
-    """lean: less memory, no matmul twice; +attention, +qkv, +hidden: less still."""
+    """lean: less memory. lean+attention, +qkv or +hidden: less still."""
     activation: Literal["gelu", "gelu2"] = "gelu"
-    """gelu2: its derivative by steps, for less memory where inputs are sketched."""
+    """gelu2: derivative by steps, for less memory with a sketch."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,8 +72,7 @@ class RunOptions:
     """Devices, and where results go."""
 
     mesh: str | None = None
-    """Devices, such as data=4,model=2 (batches are split along data, kernels along
-    model). Default: all along data."""
+    """Splits batches and kernels, as data=4,model=2. Default: batches alone."""
     distributed: bool = False
     """One of several processes, each started with this command."""
     wandb: str | None = None

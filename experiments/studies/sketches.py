@@ -77,7 +77,7 @@ def _found(folders: Iterable[Path]) -> dict[str, Results]:
     """Returns the finished runs of each row.
 
     Raises:
-      ValueError: a folder has none of the exact row, or older ones without budgets.
+      ValueError: a folder has none of the exact row, or one that is older than budgets.
     """
     found: dict[str, Results] = {variant.name: {} for variant in STUDY.variants}
     for folder in folders:
@@ -88,11 +88,11 @@ def _found(folders: Iterable[Path]) -> dict[str, Results]:
             for name in found
             for seed, result in rows.get(name, {}).get("seeds", {}).items()
         }
-        if not any(name == SNELLA.name and r.get("budgets") for (name, *_), r in
-                   runs.items()):  # fmt: skip
+        exact = any(name == SNELLA.name for name, *_ in runs)
+        if not exact or not all(run.get("budgets") for run in runs.values()):
             raise ValueError(
-                f"{folder} has no exact run with budgets: expected a folder of "
-                "python -m experiments.ablate --studies sketches."
+                f"{folder} has no exact run, or one without budgets: expected a new "
+                "folder of python -m experiments.ablate --studies sketches."
             )
         for (name, task, seed), result in runs.items():
             found[name][task, seed] = result

@@ -193,6 +193,7 @@ def test_steps_change_a_gradient_a_little():
     ("field", "value", "says"),
     [
         ("memory", "leaner", 'memory=\'leaner\': expected "usual", or "lean"'),
+        ("memory", None, 'memory=None: expected "usual", or "lean"'),
         ("memory", "lean+norms", r"besides: \+attention, \+qkv, \+hidden"),
         ("activation", "relu", "activation='relu': expected [gs]"),
     ],

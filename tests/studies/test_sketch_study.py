@@ -91,7 +91,19 @@ def test_the_command_reads_folders_of_the_ablation(tmp_path, capsys):
     )
 
 
-def test_folders_without_exact_runs_are_refused(tmp_path):
-    (tmp_path / "results.json").write_text('{"rows": {}}', "utf-8")
-    with pytest.raises(SystemExit, match="no exact run with budgets"):
+OLDER = {"test_accuracy": 0.9, "train_loss": 0.5}  # made before budgets were kept
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {},
+        {"birds": {HALF: {"seeds": {"0": result(0.9, (1, 2))}}}},
+        {"birds": {EXACT: {"seeds": {"0": result(0.9, (1, 2)), "1": OLDER}}}},
+    ],
+)
+def test_folders_without_exact_runs_or_budgets_are_refused(rows, tmp_path):
+    text = json.dumps({"rows": rows})
+    (tmp_path / "results.json").write_text(text, "utf-8")
+    with pytest.raises(SystemExit, match="no exact run, or one without budgets"):
         sketches.main(["--runs", str(tmp_path), "--out", str(tmp_path / "report")])

@@ -32,7 +32,7 @@ def kept_names(memory: str) -> tuple[str, ...] | None:
     """
     if memory == "usual":
         return None
-    lean, *again = memory.split("+")
+    lean, *again = str(memory).split("+")  # also where it is no string
     if lean != "lean" or not {*again} <= {*CHOICES} or len({*again}) < len(again):
         raise ValueError(
             f'memory={memory!r}: expected "usual", or "lean" and what is made again '
