@@ -61,7 +61,7 @@ class Rule:
     implementation: Implementation = "auto"
 
     def __post_init__(self):
-        object.__setattr__(self, "keep_rows", tuple(self.keep_rows))
+        object.__setattr__(self, "keep_rows", self.rows.keep_rows)
         kernel = kernels.named(self.kernel)
         object.__setattr__(self, "kernel", kernel)
         check_gate(self.gate)

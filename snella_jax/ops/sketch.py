@@ -20,6 +20,8 @@ Woodruff, 2013.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal, get_args
 
 import jax
@@ -66,12 +68,16 @@ class Sketch:
                 f"No sketch is called {self.kind!r}: expected "
                 f"{', '.join(get_args(Kind))}."
             )
-        rows = tuple(self.keep_rows)
-        if len(set(rows)) < len(rows) or min(rows, default=0) < 0:
+        rows = self.keep_rows
+        if not isinstance(rows, Sequence) or not all(
+            isinstance(row, Integral) and row >= 0 and rows.count(row) == 1
+            for row in rows
+        ):
             raise ValueError(
-                f"keep_rows={rows}: expected different positions from 0 on."
+                f"keep_rows={rows}: expected different positions from 0 on, such as "
+                "(0,)."
             )
-        object.__setattr__(self, "keep_rows", tuple(sorted(rows)))
+        object.__setattr__(self, "keep_rows", tuple(sorted(map(int, rows))))
 
     @property
     def saves(self) -> bool:

@@ -110,6 +110,8 @@ def test_infinities_in_rows_that_are_not_kept_stay_out():
         ({"kind": "gaussian"}, "sample, strided, crs"),
         ({"keep_rows": (-1,)}, "from 0 on"),
         ({"keep_rows": (1, 1)}, "different positions"),
+        ({"keep_rows": 0}, r"keep_rows=0: .*such as \(0,\)"),
+        ({"keep_rows": (0.0,)}, "different positions"),
     ],
 )
 def test_refused(options, message):
