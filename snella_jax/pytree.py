@@ -46,6 +46,7 @@ from snella_jax.adapters.tree import (
 )
 from snella_jax.core.binding import check_binding
 from snella_jax.core.config import Rule, SnellaConfig
+from snella_jax.core.fused import fall_back
 from snella_jax.core.layout import Layout
 from snella_jax.core.names import is_added
 from snella_jax.core.paths import chosen, listed, matches_or_holds, path_of
@@ -207,6 +208,8 @@ class _Matrices:
                 f"{path}: sketch={rule.sketch} needs a layer, of whose input it keeps "
                 "less: see snella.linen, or adapted_dense(..., sketch=, key=)."
             )
+        if rule.implementation == "pallas":
+            fall_back("weights of a pytree, which are merged")
         key = self.keys[path]
         layout = self._layout(key)
         assert layout is not None

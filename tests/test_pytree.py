@@ -12,6 +12,7 @@ from flax import nnx
 
 import snella_jax as snella
 from snella_jax import pytree
+from snella_jax.core.fused import fall_back
 
 X = jax.random.normal(jax.random.key(0), (32, 6))
 Y = jnp.argmax(X[:, :3] * X[:, 3:], -1)
@@ -286,3 +287,10 @@ def test_an_equinox_module_by_way_of_a_dict():
         y = jax.nn.relu(y) if index < 2 else y
     np.testing.assert_allclose(jax.vmap(merged)(X), y, atol=1e-5)
     assert np.abs(np.asarray(jax.vmap(mlp)(X) - y)).max() > 1e-3
+
+
+def test_there_is_no_fused_kernel_without_a_layer(caplog):
+    fall_back.cache_clear()
+    adapted(implementation="pallas")
+    (record,) = caplog.records
+    assert "there is no kernel for weights of a pytree" in record.getMessage()
