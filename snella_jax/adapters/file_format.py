@@ -34,12 +34,8 @@ from snella_jax.version import __version__
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT, READ = 2, (1, 2)
 PREFIX = "base_model.model."
-OF_TRAINING = (
-    "sketch",
-    "sketch_kind",
-    "keep_rows",
-    "implementation",
-)  # which the next may set anew
+# Fields of a rule that are not written: the next training may set them anew.
+OF_TRAINING = ("sketch", "sketch_kind", "keep_rows", "implementation")
 
 
 @dataclasses.dataclass(frozen=True)
