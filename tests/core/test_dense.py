@@ -4,6 +4,7 @@ The oracle is `naive`: the same kernel and gate (both have tests of their own) w
 any recomputation. Where memory is at stake it is also the counterexample.
 """
 
+import dataclasses
 import re
 
 import chex
@@ -87,11 +88,21 @@ def test_jit_equals_eager(kernel):
     np.testing.assert_allclose(jitted, eager, rtol=0, atol=4 * ulp)
 
 
+@dataclasses.dataclass(frozen=True)
+class Cubed(kernels.mix_k):
+    """A kernel of another update, whose statistics are its base class's."""
+
+    def apply(self, factors):
+        return super().apply(factors) ** 3
+
+
 @pytest.mark.parametrize(
     "kernel, variants",
     [(KERNELS[name], VARIANTS[:2]) for name in KERNELS if name != "mix_k"]
-    + [(KERNELS["mix_k"], VARIANTS[:2] + VARIANTS[2::2] + [("none", "parallel")])],
-    ids=[name for name in KERNELS if name != "mix_k"] + ["mix_k with every gate"],
+    + [(KERNELS["mix_k"], VARIANTS[:2] + VARIANTS[2::2] + [("none", "parallel")])]
+    + [(Cubed(), VARIANTS[:1])],
+    ids=[name for name in KERNELS if name != "mix_k"]
+    + ["mix_k with every gate", "one of the user's"],
 )
 def test_gradients_are_those_of_the_naive_layer(kernel, variants, x64):
     """They agree for `x`, `w0` (of a dense layer) and the factors in float64."""

@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from modules import Doubled, Holder
@@ -122,6 +123,37 @@ def test_one_input_has_one_draw_and_others_have_their_own():
     assert other.sum() == 16 and (own != other).any()
     step = drawn_rows(model, x, x, jax.random.key(7))[0]
     assert (step != first).any()
+
+
+def test_one_trace_trains_a_layer_that_is_called_twice():
+    """Twice on one input its gradient is twice that of a call; each step has a key."""
+    layer = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+    config = snella.SnellaConfig(rank=4, targets="layer", trainable="", sketch=4)
+    model = snella.adapt(Holder(layer), config, rngs=nnx.Rngs(1))
+    snella.seed(model, KEY)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.0), wrt=snella.Factor)
+    x = jax.random.normal(KEY, (2, 16, 6))
+    traces = []
+
+    @nnx.jit
+    def step(model, optimizer, key):
+        traces.append(key)
+        snella.seed(model, key)
+
+        def gradient(calls):
+            def loss(model):
+                return sum((x[::-1] * model(x)).sum() for _ in range(calls))
+
+            return nnx.grad(loss, argnums=nnx.DiffState(0, snella.Factor))(model)
+
+        one, two = gradient(1), gradient(2)
+        optimizer.update(model, two)
+        return [g["layer"]["adapter"]["a"][...] for g in (one, two)]
+
+    (one, two), (other, _) = (step(model, optimizer, k) for k in jax.random.split(KEY))
+    assert len(traces) == 1
+    np.testing.assert_allclose(two, 2 * one, rtol=1e-4, atol=1e-5)
+    assert np.abs(one - other).max() > 1e-2
 
 
 def test_training_without_a_key_raises_and_evaluation_is_exact():
