@@ -173,12 +173,11 @@ class Sketch:
         rows = rest.shape[axis]
         if rows:
             draw = self.draw(key, v.shape[:axis], rows)
-            small = self.picked(draw, rest, axis)
+            rest = self.picked(draw, rest, axis)
             if weighted and self.kind == "sample":
                 shape = tuple(-1 if i == axis else 1 for i in range(v.ndim))
-                small *= self._sizes(rows).astype(v.dtype).reshape(shape)
-            kept.append(small)
-        return lax.concatenate(kept, axis) if len(kept) > 1 else kept[0]
+                rest *= self._sizes(rows).astype(v.dtype).reshape(shape)
+        return lax.concatenate([*kept, rest], axis) if kept else rest
 
     def _sizes(self, rows: int) -> Int[Array, " k"]:
         """Returns the lengths of the runs: `s`, but for the last."""
