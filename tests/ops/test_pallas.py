@@ -1,7 +1,7 @@
 """Fused kernels, interpreted as plain JAX, against the plain code.
 
-On an NVIDIA GPU (`-m gpu`) they run as they are. `tests/benchmarks/test_kernels.py`
-compiles them for devices that are not there.
+On an NVIDIA GPU (`-m gpu`) they run as they are.
+`tests/benchmarks/test_fused_kernels.py` compiles them for devices that are not there.
 """
 
 import functools
