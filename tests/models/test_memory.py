@@ -175,7 +175,8 @@ def test_what_a_sketched_vit_keeps(activation, of_mlp):
     found = stacked(jax.grad(loss), trainable, jax.random.key(0))
     # Five whole arrays: input and stream, q, k, v. Five of ten rows of a sixth.
     expected = {("float32", 1.0): 4, ("float32", 16.0): 5, ("float32", 8.0): 1}
-    assert found == expected | dict.fromkeys(of_mlp, 1)
+    softmax = {("float32", 64 / (2 * TOKENS)): 2}  # of fc2's rows; of others fewer
+    assert found == expected | softmax | dict.fromkeys(of_mlp, 1)
 
 
 def test_steps_change_a_gradient_a_little():
