@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from snella_jax.core.fused import Implementation, fall_back
 from snella_jax.core.layout import Layout
@@ -117,17 +117,7 @@ def updated(
         cast = w0.astype(x.dtype)
         base, extras = opened(op, x, cast)
 
-        def changed(w0, factors, budget, tau):
-            delta, tau = update.delta(factors, budget, tau)
-            if sharding is not None:
-                delta = jax.lax.with_sharding_constraint(delta, sharding)
-            return delta, tau
-
-        def merged(w0, factors, budget, tau):
-            delta, tau = changed(w0, factors, budget, tau)
-            with jax.named_scope("snella_delta"):
-                return summed(w0, delta).astype(x.dtype), tau
-
+        changed, merged = _making(update, sharding, x.dtype)
         sketch, axis = update.sketch, update.row_axis(x)
         sketching = key is not None and update.sketches(x)
         if key is not None and sketching and rows is None:
@@ -163,6 +153,29 @@ def updated(
         return recomputed(forward)(x, w0, factors, (extras, more), budget, key)
 
     return apply
+
+
+def _making(
+    update: Update, sharding: Sharding | None, dtype: DTypeLike
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns what makes an update, and what makes a merged weight in a dtype.
+
+    Each is a function of `w0`, factors, budget and what was found (None at first), and
+    also returns what it found.
+    """
+
+    def changed(w0, factors, budget, found):
+        delta, found = update.delta(factors, budget, found)
+        if sharding is not None:
+            delta = jax.lax.with_sharding_constraint(delta, sharding)
+        return delta, found
+
+    def merged(w0, factors, budget, found):
+        delta, found = changed(w0, factors, budget, found)
+        with jax.named_scope("snella_delta"):
+            return summed(w0, delta).astype(dtype), found
+
+    return changed, merged
 
 
 def adapted_call(
