@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from snella_jax.core.gates import sparsify
 from snella_jax.nnx.layers import Adapter
 from snella_jax.nnx.selection import adapted_layers
 from snella_jax.nnx.surgery import become, plain_class
@@ -20,7 +21,10 @@ class Stored(nnx.Module):
     dtype: Any
 
     def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-        weight = self.kernel[...] + self.adapter.on("", self.kernel[...]).delta()
+        # Not `sparse_delta`, whose gradient is made of the factors again.
+        rule, budget = self.adapter.rule, self.adapter.budget[...]
+        dense = self.adapter.site.kernel.apply(self.adapter.factors())
+        weight = self.kernel[...] + sparsify(dense, budget, rule.gate)
         y = jnp.asarray(x, self.dtype) @ weight.astype(self.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
