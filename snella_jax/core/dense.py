@@ -127,11 +127,7 @@ def updated(
             y = fused(x, rows if sketching else None, w0, factors, budget, key)
             return _with_rows(y, x, axis) if sketching else y
         if sketching:
-            small = functools.partial(sketch.of_input, axis=axis)
-            few, more = opened(
-                op, rows if sketch.saves else jax.eval_shape(small, key, rows), cast
-            )
-            run = recomputed_from_rows(merged, base, few, sketch, x, axis)
+            run, more = _from_rows(op, base, merged, sketch, axis, (x, rows, cast, key))
             y = run(x, rows, w0, factors, extras, more, budget, key)
             return _with_rows(y, x, axis)
         branch, more = opened(update_op, x, cast) if parallel else (base, ())
@@ -176,6 +172,25 @@ def _making(
             return summed(w0, delta).astype(dtype), found
 
     return changed, merged
+
+
+def _from_rows(
+    op: Op, base: Callable, merged: Callable, sketch: Sketch, axis: int, like: Any
+) -> tuple[Callable[..., Array], Any]:
+    """Returns a product that keeps rows of its input, and what `op` closes over there.
+
+    Args:
+      op, base: the product, and the same as `opened` gave it.
+      merged: makes the weight, see `_making`.
+      sketch, axis: rows that are kept, and where they are.
+      like: the input, its rows, the weight and the key, or arrays like them.
+    """
+    x, rows, weight, key = like
+    if not sketch.saves:
+        few_rows = functools.partial(sketch.of_input, axis=axis)
+        rows = jax.eval_shape(few_rows, key, rows)
+    few, more = opened(op, rows, weight)
+    return recomputed_from_rows(merged, base, few, sketch, x, axis), more
 
 
 def adapted_call(
