@@ -41,6 +41,7 @@ from snella_jax.nnx.multi_adapter import combine, per_example
 from snella_jax.nnx.saving import load, save, unload
 from snella_jax.nnx.variables import Budget, Factor, Frozen
 from snella_jax.ops.threshold import threshold
+from snella_jax.tuning import Tuning
 from snella_jax.version import __version__
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "Reallocation",
     "Rule",
     "SnellaConfig",
+    "Tuning",
     "__version__",
     "adapt",
     "adapted",

@@ -2,6 +2,7 @@
 
 import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -30,25 +31,35 @@ def test_the_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert created.head.kernel.shape == (192, 10)
     losses = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 5 and float(losses[-1]) < float(losses[0]) < np.log(10)
-    assert abs(space["report"].density - 0.3) < 0.01
+    assert abs(space["state"].density - 0.3) < 0.01
     images, plain = space["x"], space["plain"]
     with pytest.raises(ValueError, match="no adapters"):
         snella.sparsity(plain)
-    adapted = called(space["adapted"], images)
+    adapted = called(space["state"].model, images)
     np.testing.assert_allclose(called(plain, images), adapted, atol=1e-4)
     loaded = snella.load(space["base"], "my_adapter")
     np.testing.assert_array_equal(called(loaded, images), adapted)
 
 
-def test_the_program_of_the_quickstart_runs(capsys):
-    (program,) = blocks("docs/quickstart.md")
-    exec(program, space := {})
+def test_the_programs_of_the_quickstart_end_with_the_same_numbers(capsys):
+    """Bit for bit: `Tuning`, and today's calls in a loop of one's own."""
+    tuned, own = blocks("docs/quickstart.md")
+    exec(tuned, space := {})
     *epochs, final = capsys.readouterr().out.splitlines()
     losses = [float(line.split()[-1]) for line in epochs]
     assert len(losses) == 10 and losses[-1] < 0.7 * losses[0]
-    assert final.startswith("{'fc1': ") and final.endswith("density 0.30")
+    assert final.startswith("{'density': 0.3, 'density/fc1': ")
     with pytest.raises(ValueError, match="no adapters"):
         snella.sparsity(space["model"])
+    state, plain = space["state"], nnx.state(space["model"])
+    exec(own, space)
+    *again, final = capsys.readouterr().out.splitlines()
+    assert again == epochs and final.startswith("{'fc1': ")
+    assert final.endswith("density 0.30")
+    for name in ("trainable", "budgets", "opt_state"):
+        numbers = map(jax.tree.leaves, (getattr(state, name), space[name]))
+        chex.assert_trees_all_equal(*numbers)
+    chex.assert_trees_all_equal(plain, nnx.state(space["model"]))
 
 
 def test_the_program_of_the_data_guide_runs():

@@ -172,18 +172,23 @@ def importance(opt_state: Any) -> dict[str, Float[Array, " *lead"]]:
 
 def importance_state(opt_state: Any) -> ImportanceState:
     """Returns the `ImportanceState` in an optax state; errors as in `importance`."""
-
-    def is_importance(node: Any) -> bool:
-        return isinstance(node, ImportanceState)
-
-    nodes = jax.tree.leaves(opt_state, is_leaf=is_importance)
-    found = [node for node in nodes if is_importance(node)]
+    found = tracked(opt_state)
     if len(found) != 1:
         raise ValueError(
             f"The optimizer state holds {len(found)} importance states: expected one. "
             "Build the optimizer as optax.chain(snella.track_importance(), ...)."
         )
     return found[0]
+
+
+def tracked(opt_state: Any) -> list[ImportanceState]:
+    """Lists every `ImportanceState` in an optax state."""
+
+    def is_importance(node: Any) -> bool:
+        return isinstance(node, ImportanceState)
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_importance)
+    return [node for node in nodes if is_importance(node)]
 
 
 @jax.jit

@@ -35,7 +35,7 @@ def beside(
     """
     if isinstance(w0, Tracer):
         return _constrained(site, start, names)
-    if not _is_placed(w0):
+    if not is_placed(w0):
         return start
     factors, budget, since = start
     placed = {}
@@ -63,17 +63,18 @@ def _constrained(site: Site, start: Start, names: PartitionSpec | None) -> Start
 
 def everywhere(value: Any, other: Any) -> Any:
     """Places a value on every device of another array, if that is committed to some."""
-    if not _is_placed(other):
+    if not is_placed(other):
         return value
     return _put(value, _named(other.sharding, PartitionSpec(), np.ndim(value)))
 
 
 def like(value: Any, other: Any) -> Any:
     """Places a new value where the old one lies, if that is committed there."""
-    return _put(value, other.sharding) if _is_placed(other) else value
+    return _put(value, other.sharding) if is_placed(other) else value
 
 
-def _is_placed(value: Any) -> bool:
+def is_placed(value: Any) -> bool:
+    """Returns True of an array that is committed to its devices, and not abstract."""
     known = isinstance(value, jax.Array) and not isinstance(value, Tracer)
     return known and value.committed
 

@@ -104,7 +104,7 @@ def reallocate(
     room = {path: np.full(old[path].shape, _capacity(state, path)) for path in old}
     counts = allocate(_flat(given), total, _flat(room), floor)
 
-    names = _names(old)
+    names = matrix_names(old)
     died = tuple(
         name
         for name, before, now in zip(names, _flat(old), counts, strict=True)
@@ -189,7 +189,8 @@ def _flat(values: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([value.ravel() for value in values.values()])
 
 
-def _names(values: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+def matrix_names(values: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Names every matrix: `values` has an array of their numbers by adapter path."""
     return tuple(
         indexed(re.sub("[/_]adapter$", "", path), index)
         for path, value in values.items()

@@ -30,7 +30,7 @@ log = logging.getLogger("snella_jax")
 
 
 class BudgetsNeverMoved(RuntimeError):
-    """Error of merging an adaptively sparse model that was never reallocated."""
+    """Error of merging an adaptively sparse model whose budgets were left behind."""
 
 
 @dataclasses.dataclass(frozen=True)

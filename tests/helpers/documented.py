@@ -37,11 +37,11 @@ def blocks(page: str) -> list[str]:
 
 
 def trained(model, config, x, y, epochs):
-    """Trains by the program of docs/quickstart.md, and returns all that it has named.
+    """Trains by the loop of docs/quickstart.md, and returns all that it has named.
 
     `adapted` is the trained model, `model` what it is merged to.
     """
-    (program,) = blocks("docs/quickstart.md")
+    _, program = blocks("docs/quickstart.md")
     _, first, rest = program.partition("graphdef, trainable, budgets, frozen =")
     space = {
         "jax": Counting(),

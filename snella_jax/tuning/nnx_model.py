@@ -1,0 +1,59 @@
+"""An adapted NNX model as `Tuning` trains it."""
+
+import dataclasses
+from pathlib import Path
+
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+from snella_jax.core.weight import AdaptedWeight
+from snella_jax.nnx.adapt import merge, seed
+from snella_jax.nnx.saving import save
+from snella_jax.nnx.selection import weights_of
+from snella_jax.nnx.variables import Budget
+from snella_jax.tuning.parts import Parts
+
+CHANGING = (nnx.RngState, nnx.BatchStat)
+
+
+@dataclasses.dataclass(frozen=True)
+class NnxModel:
+    """An adapted NNX model without its arrays; static.
+
+    Attributes:
+      graphdef: all of it that is no array.
+    """
+
+    graphdef: nnx.GraphDef
+
+    @classmethod
+    def split(cls, model: nnx.Module) -> tuple["NnxModel", Parts]:
+        """Splits an adapted model."""
+        graphdef, *states = nnx.split(model, nnx.Param, Budget, CHANGING, ...)
+        return cls(graphdef), Parts(*states)
+
+    def model(self, parts: Parts) -> nnx.Module:
+        """Returns the adapted model."""
+        return nnx.merge(self.graphdef, *parts, copy=True)
+
+    def training_model(self, parts: Parts, key: PRNGKeyArray) -> nnx.Module:
+        """Returns the model of one step; it may change."""
+        model = self.model(parts)
+        seed(model, key)
+        return model
+
+    def changed(self, model: nnx.Module) -> nnx.State:
+        """Returns the changing state of a model that was called."""
+        return nnx.state(model, CHANGING)
+
+    def weights(self, parts: Parts) -> list[AdaptedWeight]:
+        """Lists every adapted weight."""
+        return weights_of(self.model(parts))
+
+    def merged(self, parts: Parts, unmoved_budgets: bool) -> nnx.Module:
+        """Returns the plain model."""
+        return merge(self.model(parts), unmoved_budgets=unmoved_budgets)
+
+    def save(self, parts: Parts, folder: str | Path, base: str | None) -> None:
+        """Writes the adapters."""
+        save(self.model(parts), folder, base=base)

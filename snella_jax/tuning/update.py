@@ -1,0 +1,105 @@
+"""One jitted update of an adapted model: loss, mean gradient, new values."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from snella_jax.tuning.parts import Binding, Parts
+
+Loss = Callable[[Any, Any], Float[Array, ""]]
+
+
+@functools.partial(jax.jit, static_argnames=("binding", "tx", "loss_fn", "accumulate"))
+def update(
+    parts: Parts,
+    opt_state: optax.OptState,
+    steps: Int[Array, ""],
+    key: PRNGKeyArray,
+    batch: Any,
+    *,
+    binding: Binding,
+    tx: optax.GradientTransformationExtraArgs,
+    loss_fn: Loss,
+    accumulate: int,
+) -> tuple[dict[str, Any], Float[Array, ""]]:
+    """Returns new values of the fields of a `Tuning`, and the loss.
+
+    Args:
+      parts: arrays of the model.
+      opt_state: state of `tx`.
+      steps: number of steps before this one.
+      key: key of all steps.
+      batch: second argument of `loss_fn`.
+      binding: the rest of the model.
+      tx: the optimizer, with `track_importance` in it where budgets move.
+      loss_fn: function of the model and the batch.
+      accumulate: parts of the batch that are computed one after the other.
+    """
+
+    def gradient(changing, batch, key):
+        def loss(trainable):
+            own = parts._replace(trainable=trainable, changing=changing)
+            model = binding.training_model(own, key)
+            value = loss_fn(model, batch)
+            return value, binding.changed(model)
+
+        (value, changing), grads = jax.value_and_grad(loss, has_aux=True)(
+            parts.trainable
+        )
+        return changing, (value, grads)
+
+    key = jax.random.fold_in(key, steps)
+    if accumulate == 1:
+        changing, (value, grads) = gradient(parts.changing, batch, key)
+    else:
+        changing, (value, grads) = _mean_over_parts(
+            gradient, accumulate, parts.changing, batch, key
+        )
+    updates, opt_state = tx.update(grads, opt_state, parts.trainable, value=value)
+    new = {
+        "trainable": optax.apply_updates(parts.trainable, updates),
+        "opt_state": opt_state,
+        "changing": changing,
+        "steps": steps + 1,
+    }
+    return new, value
+
+
+def _mean_over_parts(
+    gradient: Callable, count: int, changing: Any, batch: Any, key: PRNGKeyArray
+) -> Any:
+    """Returns the last changing state, and the mean of losses and gradients."""
+
+    def cut(x):  # every part gets its share of each device's examples
+        return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+
+    batches = jax.tree.map(cut, batch), jax.random.split(key, count)
+    one = jax.tree.map(lambda x: x[0], batches)
+    _, shapes = jax.eval_shape(gradient, changing, *one)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(carry, batch):
+        changing, total = carry
+        changing, own = gradient(changing, *batch)
+        return (changing, jax.tree.map(jnp.add, total, own)), None
+
+    (changing, total), _ = jax.lax.scan(add, (changing, zeros), batches)
+    return changing, jax.tree.map(lambda x: x / count, total)
+
+
+def check_parts(batch: Any, accumulate: int) -> None:
+    """Raises a `ValueError` if a batch cannot be cut into as many equal parts."""
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate}: expected at least 1.")
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    odd = [shape for shape in shapes if not shape or shape[0] % accumulate]
+    if accumulate > 1 and odd:
+        raise ValueError(
+            f"accumulate={accumulate} does not divide the first axis of a batch with "
+            f"shapes {shapes}."
+        )
