@@ -38,6 +38,7 @@ from snella_jax.nnx.generation import generate, pictures
 from snella_jax.nnx.inspection import Matrix, describe, parameters, sparsity
 from snella_jax.nnx.labels import labels, stop_gradients
 from snella_jax.nnx.multi_adapter import combine, per_example
+from snella_jax.nnx.peft_loading import load_peft, merge_peft
 from snella_jax.nnx.saving import load, save, unload
 from snella_jax.nnx.variables import Budget, Factor, Frozen
 from snella_jax.ops.threshold import threshold
@@ -74,7 +75,9 @@ __all__ = [
     "kernels",
     "labels",
     "load",
+    "load_peft",
     "merge",
+    "merge_peft",
     "merged_magnitude",
     "parameters",
     "partition",

@@ -110,7 +110,7 @@ def write(
         have one key.
     """
     folder = Path(folder)
-    once(lambda: _check_free(folder))
+    once(lambda: check_free(folder))
     weights = list(weights)
     tensors = _tensors(weights, trained, stats)
     described = {weight.path: _described(weight) for weight in weights}
@@ -133,7 +133,7 @@ def write(
     metadata = {"format": "pt", "config_sha256": _sha256(content)}
 
     def save() -> None:
-        _check_free(folder)  # still
+        check_free(folder)  # still
         with whole_folder(folder) as new:
             (new / CONFIG).write_bytes(content)
             save_file(tensors, new / TENSORS, metadata)
@@ -149,20 +149,14 @@ def read(folder: str | Path) -> AdapterFile:
       CheckpointError: a file is damaged, or not what was written; says which.
     """
     folder = Path(folder)
-    for name in (CONFIG, TENSORS):
-        if not (folder / name).is_file():
-            whole = [p for p in leftovers(folder) if (p / CONFIG).is_file()]
-            beside = "".join(
-                f" A save that was cut off left {other}: move it to {folder}."
-                for other in whole
-                if (other / TENSORS).is_file()
-            )
-            raise FileNotFoundError(f"There is no {folder / name}.{beside}")
+    check_there(folder)
     path = folder / CONFIG
     config = read_json(path)
-    if config.get("peft_type") != "SNELLA":
+    if (kind := config.get("peft_type")) != "SNELLA":
         raise CheckpointError(
-            path, f"peft_type is {config.get('peft_type')!r}: expected 'SNELLA'"
+            path,
+            f"peft_type is {kind!r}: expected 'SNELLA'"
+            + (", or snella.load_peft, which reads PEFT's LoRA" * (kind == "LORA")),
         )
     if config.get("snella_format") not in READ:
         raise CheckpointError(
@@ -184,6 +178,19 @@ def read(folder: str | Path) -> AdapterFile:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise CheckpointError.damaged(path, error) from error
+
+
+def check_there(folder: Path) -> None:
+    """Raises a `FileNotFoundError` for a folder without; says where one may be."""
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            whole = [p for p in leftovers(folder) if (p / CONFIG).is_file()]
+            beside = "".join(
+                f" A save that was cut off left {other}: move it to {folder}."
+                for other in whole
+                if (other / TENSORS).is_file()
+            )
+            raise FileNotFoundError(f"There is no {folder / name}.{beside}")
 
 
 def _sha256(*parts: Any) -> str:
@@ -339,12 +346,17 @@ def _bases(own: Mapping[str, Any]) -> list[Digest | Fingerprint]:
     return [Fingerprint(dtype, shape, {**row, dtype: row[dtype]}) for row in rows]
 
 
-def _check_free(folder: Path) -> None:
+def check_free(folder: Path, *names: str) -> None:
+    """Raises a `FileExistsError` if a folder holds something else than an adapter.
+
+    Args:
+      folder: folder to write.
+      names: files that it may hold beside those of every adapter.
+    """
     check_exchangeable(folder)
     if folder.is_dir():
-        other = sorted(
-            p.name for p in folder.iterdir() if p.name not in (CONFIG, TENSORS)
-        )
+        known = {CONFIG, TENSORS, *names}
+        other = sorted(p.name for p in folder.iterdir() if p.name not in known)
         if other:
             raise FileExistsError(
                 f"{folder} holds {', '.join(other[:5])}, which is no part of an "

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from snella_jax.files.arrays import Stored
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import once
 from snella_jax.models.checkpoints.build import head_origin
@@ -106,6 +107,21 @@ def export(
     else:
         files = config_files(source, own, model.config, names)
         once(lambda: write_folder(path, tensors, files, said, max_shard_bytes))
+
+
+def tensors(model: Model, like: str | Path) -> dict[str, Stored]:
+    """Returns a model's tensors by the names that `export` writes them under.
+
+    Raises:
+      FileNotFoundError, CheckpointError, ValueError: as `export`.
+    """
+    family, source = family_of(model), read(like)
+    if family.folder is not None:
+        return dict(family.folder(model, source)[0])
+    if family.export_format is None:
+        raise ValueError(f"A {type(model).__name__} is written by no format.")
+    own = family.export_format(model, source)
+    return dict(_named(_tensors(own), source, own))
 
 
 def _check_folder(path: Path, kind: str, class_names: Sequence[str] | None) -> None:

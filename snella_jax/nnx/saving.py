@@ -21,7 +21,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -36,6 +36,7 @@ from snella_jax.core.placement import like
 from snella_jax.core.weight import Site
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models import arithmetic
+from snella_jax.nnx import peft_saving
 from snella_jax.nnx.adapt import attach, remove
 from snella_jax.nnx.selection import (
     adapted_variables,
@@ -48,31 +49,76 @@ from snella_jax.nnx.targets import layouts_of, targets_of
 from snella_jax.nnx.variables import Factor, variables_of
 
 M = TypeVar("M", bound=nnx.Module)
+Format = Literal["snella", "peft"]
 # What changes when a model is called. Statistics count where a file carries none.
 STATE = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
 
 
-def save(model: nnx.Module, folder: str | Path, *, base: str | None = None) -> None:
+def save(
+    model: nnx.Module,
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    format: Format = "snella",
+    like: str | Path | None = None,
+    names: Mapping[str, str] | None = None,
+) -> None:
     """Writes the adapters of a model, and what else trained, to a folder.
 
     `adapter_config.json` and `adapter_model.safetensors`, as PEFT names them. An
     adapter that is in the folder is replaced; a crash leaves the old one, the new one,
     or (in an instant between) both, each complete, beside the folder.
 
+    `format="peft"` writes LoRA, `kernel="linear"` with `gate="none"`, as a folder that
+    `PeftModel.from_pretrained` loads: `alpha` is the rank, and what else trained is in
+    `modules_to_save`, of a module of PyTorch's all or nothing. An MMDiT's folder also
+    has `pytorch_lora_weights.safetensors`, for `load_lora_adapter` of diffusers. What
+    PEFT's files do not say is lost: which base it was, dropout of single weights.
+
     Args:
       model: an adapted model. Its factors and budgets are written, and every other
         `nnx.Param` (the head and what `config.trainable` named) and batch statistics.
       folder: folder to write.
-      base: name of the base model, such as a path or a name on a hub.
+      base: name of the base model, such as a path or a name on a hub; None for `like`
+        in PEFT's format.
+      format: "snella", which `load` reads; or "peft", which `load_peft` reads.
+      like: for a model of `snella_jax.models` in PEFT's format, the folder of
+        transformers or diffusers that its base is in.
+      names: for another model in PEFT's format, the name of the PyTorch module for a
+        regex of paths, which may take its groups. Rows of stacked weights have an
+        index: `{r"blocks/fc1\\[(\\d+)\\]": r"layers.\\1.fc1"}`. What a module has
+        besides a weight is found by its variables' names; another variable needs the
+        name of its tensor.
 
     Raises:
-      ValueError: the model has no adapters, or a kernel that is none of ours.
+      ValueError: the model has no adapters, or a kernel that is none of ours; in PEFT's
+        format another update than LoRA's, something that the other model has no
+        module for, or neither `like` nor `names`.
+      CheckpointError, FileNotFoundError: `like` is damaged, or not of such a model.
       FileExistsError: the folder holds something else.
     """
-    weights = weights_of(model)
+    check_format(format, like, names)
+    weights, plain = weights_of(model), unload(model)
     kinds = (_trained(model), _variables(model, nnx.BatchStat))
     trained, stats = ({p: v[...] for p, v in kind.items()} for kind in kinds)
-    file_format.write(folder, weights, trained, stats, base_of(unload(model)), base)
+    if format == "snella":
+        file_format.write(folder, weights, trained, stats, base_of(plain), base)
+        return
+    if stats:
+        raise ValueError(
+            f"PEFT has no place for batch statistics ({', '.join(stats)}): "
+            "format='snella' writes them."
+        )
+    how: Any = {"like": like, "names": names, "base": base}
+    peft_saving.write(folder, plain, weights, trained, **how)
+
+
+def check_format(format: str, like: Any, names: Any) -> None:
+    """Raises a `ValueError` for an unknown format, or what it cannot take."""
+    if format not in get_args(Format):
+        raise ValueError(f"format={format!r}: expected 'snella' or 'peft'.")
+    if format == "snella" and not like is names is None:
+        raise ValueError("like= and names= are of format='peft'.")
 
 
 def load(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from snella_jax.models.checkpoints.formats import ExportFormat
+from snella_jax.models.checkpoints.formats import ExportFormat, TorchFormat
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Family:
       marks: regexes of names of tensors that every checkpoint of the family has, one
         for each format.
       load: makes a model of a checkpoint.
+      torch: returns the names that transformers or diffusers have for a model's
+        tensors, by its config.
       export_format: returns the format of a checkpoint with a model's numbers; None for
         a family whose models are written by `folder`.
       folder: returns the tensors and the other files of a folder that a model is
@@ -32,6 +34,7 @@ class Family:
     presets: Mapping[str, Any]
     marks: tuple[str, ...]
     load: Callable[..., Any]
+    torch: Callable[[Any], TorchFormat]
     export_format: Callable[..., ExportFormat] | None = None
     folder: Callable[..., tuple[dict[str, Any], dict[str, bytes]]] | None = None
     file: Callable[..., dict[str, Any]] | None = None

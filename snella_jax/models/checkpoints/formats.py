@@ -1,6 +1,6 @@
 """The format that a model is exported in: names, rules and what its files say."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,38 @@ import numpy as np
 
 from snella_jax.models.checkpoints.mapping import TensorRule
 from snella_jax.models.checkpoints.read import Checkpoint
+
+Renamed = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class TorchFormat:
+    """Names of a model's tensors in transformers or diffusers, and its rows for them.
+
+    Attributes:
+      rules: rules for the tensors in files, without a prefix.
+      stacked: regex of the modules whose variables have a leading axis, as in `fill`.
+      renamed: what names in files have, and those of the modules in memory in its
+        place, one after the other; none of the latter is in a name in a file.
+      part: path of a part in our model, as `fill` knows it, from that of the rules.
+    """
+
+    rules: Sequence[TensorRule]
+    stacked: str
+    renamed: Renamed = ()
+    part: Callable[[str], str] = str
+
+    def in_memory(self, name: str) -> str:
+        """Returns a tensor's name in memory, from that in a file."""
+        for old, new in self.renamed:
+            name = name.replace(old, new)
+        return name
+
+    def in_file(self, name: str) -> str:
+        """Returns a tensor's name in a file, from that in memory or in a file."""
+        for old, new in reversed(self.renamed):
+            name = name.replace(new, old)
+        return name
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,11 @@ from jaxtyping import DTypeLike
 
 from snella_jax.models.checkpoints import stages, torch_rules
 from snella_jax.models.checkpoints.family import Family
-from snella_jax.models.checkpoints.formats import ExportFormat, stacked
+from snella_jax.models.checkpoints.formats import (
+    ExportFormat,
+    TorchFormat,
+    stacked,
+)
 from snella_jax.models.checkpoints.mapping import TensorRule, arrange
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.checkpoints.rewrite import parts_of
@@ -145,4 +149,17 @@ def _shape(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(ConvNeXtConfig, ConvNeXt, PRESETS, MARKS, load, export_format)
+def torch_format(config: ConvNeXtConfig) -> TorchFormat:
+    """Returns the names of a `ConvNextModel`'s tensors, and where they go."""
+    return TorchFormat(RULES, r"blocks/\d+" if config.stacked else "(?!)")
+
+
+FAMILY = Family(
+    ConvNeXtConfig,
+    ConvNeXt,
+    PRESETS,
+    MARKS,
+    load,
+    torch_format,
+    export_format,
+)

@@ -13,7 +13,7 @@ from jaxtyping import DTypeLike
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints.build import configured
 from snella_jax.models.checkpoints.family import Family
-from snella_jax.models.checkpoints.formats import stacked
+from snella_jax.models.checkpoints.formats import TorchFormat, stacked
 from snella_jax.models.checkpoints.mapping import arrange, fill
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.llama import fields, formats
@@ -141,4 +141,10 @@ def _check_tied(checkpoint: Checkpoint, form: Format) -> None:
         )
 
 
-FAMILY = Family(LlamaConfig, Llama, PRESETS, MARKS, load, folder=folder)
+def torch_format(config: LlamaConfig) -> TorchFormat:
+    """Returns the names of a `LlamaForCausalLM`'s tensors, and where they go."""
+    rules = formats.rules("hugging_face", config)
+    return TorchFormat(rules, "blocks" if config.stacked else "(?!)")
+
+
+FAMILY = Family(LlamaConfig, Llama, PRESETS, MARKS, load, torch_format, folder=folder)

@@ -33,7 +33,7 @@ def folder(
         images or patches are no squares.
       CheckpointError: `like` is no such folder, or of a model of other sizes.
     """
-    config, encoder = model.config, _vit(model.config)
+    config, encoder = model.config, vit_of(model.config)
     said = config_json(config)
     parts, places = parts_of(model, formats.stacked(config)), encoder.places
     flat = {_by_number(path, places): part for path, part in parts.items()}
@@ -53,7 +53,7 @@ def folder(
 
 def config_json(config: SamConfig) -> dict[str, Any]:
     """Returns a config as transformers reads it; errors as in `folder`."""
-    encoder = _vit(config)
+    encoder = vit_of(config)
     for name, pair in (
         ("image_size", encoder.image_hw),
         ("patch_size", encoder.patch_hw),
@@ -111,13 +111,13 @@ def config_json(config: SamConfig) -> dict[str, Any]:
     }
 
 
-def _vit(config: SamConfig) -> ViTEncoderConfig:
+def vit_of(config: SamConfig) -> ViTEncoderConfig:
     """Returns the encoder's config; raises a `ValueError` for a TinyViT's."""
     if isinstance(config.encoder, ViTEncoderConfig):
         return config.encoder
     raise ValueError(
-        "transformers has no SAM with a TinyViT, only with a ViT: expected a path that "
-        "ends in .safetensors, for a file with MobileSAM's names."
+        "transformers has no SAM with a TinyViT, only with a ViT: models.export writes "
+        "one to a path that ends in .safetensors, with MobileSAM's names."
     )
 
 

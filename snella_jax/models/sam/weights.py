@@ -14,6 +14,7 @@ from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints import position_grid
 from snella_jax.models.checkpoints.build import configured
 from snella_jax.models.checkpoints.family import Family
+from snella_jax.models.checkpoints.formats import TorchFormat
 from snella_jax.models.checkpoints.mapping import TensorRule, arrange, fill
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.layers import preset
@@ -26,7 +27,7 @@ from snella_jax.models.sam import (
     relative,
 )
 from snella_jax.models.sam.config import PRESETS, SamConfig
-from snella_jax.models.sam.export import folder
+from snella_jax.models.sam.export import folder, vit_of
 from snella_jax.models.sam.model import Sam
 from snella_jax.models.sam.vit_encoder import ViTEncoderConfig
 
@@ -182,12 +183,27 @@ def _in_kind(path: str, config: ViTEncoderConfig) -> str:
     return f"encoder/blocks/{kind}/{row}/{match[2]}"
 
 
+def torch_format(config: SamConfig) -> TorchFormat:
+    """Returns the names of a `SamModel`'s tensors, and where they go.
+
+    Raises:
+      ValueError: transformers has no such model: its encoder is a TinyViT.
+    """
+    encoder = vit_of(config)
+    return TorchFormat(
+        formats.rules("hugging_face"),
+        formats.stacked(config),
+        part=lambda path: _in_kind(path, encoder),
+    )
+
+
 FAMILY = Family(
     SamConfig,
     Sam,
     PRESETS,
     formats.MARKS,
     load,
+    torch_format,
     folder=folder,
     file=mobile_export.tensors,
 )

@@ -13,7 +13,11 @@ from jaxtyping import DTypeLike
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints import position_grid, stages, torch_rules
 from snella_jax.models.checkpoints.family import Family
-from snella_jax.models.checkpoints.formats import ExportFormat, stacked
+from snella_jax.models.checkpoints.formats import (
+    ExportFormat,
+    TorchFormat,
+    stacked,
+)
 from snella_jax.models.checkpoints.mapping import TensorRule, arrange
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.checkpoints.rewrite import parts_of
@@ -224,4 +228,27 @@ def resized_tables(
     return fitted
 
 
-FAMILY = Family(SwinConfig, Swin, PRESETS, MARKS, load, export_format)
+RENAMED = (
+    ("attention.self.query", "attention.q_proj"),
+    ("attention.self.key", "attention.k_proj"),
+    ("attention.self.value", "attention.v_proj"),
+    (
+        "attention.self.relative_position_bias_table",
+        "attention.relative_position_bias.relative_position_bias_table",
+    ),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+)
+
+
+def torch_format(config: SwinConfig) -> TorchFormat:
+    """Returns the names of a `SwinModel`'s tensors, and where they go.
+
+    Source of the names in memory: `conversion_mapping` of transformers 5.24.
+    """
+    blocks = r"blocks/\d+" if config.stacked else "(?!)"
+    return TorchFormat(RULES, blocks, RENAMED, _paired)
+
+
+FAMILY = Family(SwinConfig, Swin, PRESETS, MARKS, load, torch_format, export_format)

@@ -124,6 +124,16 @@ MARKS = (
     r"patch_embed\.proj\.weight",
     r"embeddings\.patch_embeddings\.projection\.weight",
 )
+# Names of modules in transformers' files, and in its memory (DINOv2's but the first).
+RENAMED = (
+    ("encoder.layer.", "layers."),
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+)
 PRE_LOGITS = r"pre_logits/(kernel|bias)"
 IMAGENET = {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
 INCEPTION = {"pixel_mean": (0.5, 0.5, 0.5), "pixel_std": (0.5, 0.5, 0.5)}

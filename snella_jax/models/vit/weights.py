@@ -16,7 +16,12 @@ from snella_jax.models.checkpoints import position_grid
 from snella_jax.models.checkpoints.build import filled
 from snella_jax.models.checkpoints.config_fields import check_agreement, weak_size
 from snella_jax.models.checkpoints.family import Family
-from snella_jax.models.checkpoints.formats import ExportFormat, is_hugging_face, stacked
+from snella_jax.models.checkpoints.formats import (
+    ExportFormat,
+    TorchFormat,
+    is_hugging_face,
+    stacked,
+)
 from snella_jax.models.checkpoints.mapping import arrange
 from snella_jax.models.checkpoints.read import Checkpoint, read
 from snella_jax.models.checkpoints.rewrite import parts_of
@@ -292,4 +297,19 @@ def _seen(kernel: np.ndarray, pool: str, dinov2: bool) -> np.ndarray:
     return kernel
 
 
-FAMILY = Family(ViTConfig, ViT, PRESETS, formats.MARKS, load, export_format)
+def torch_format(config: ViTConfig) -> TorchFormat:
+    """Returns the names of a `ViTModel`'s, a `Dinov2Model`'s or timm's tensors.
+
+    Source of the names in memory: `conversion_mapping` of transformers 5.24.
+    """
+    dinov2 = config.layer_scale is not None
+    return TorchFormat(
+        [*formats.HUGGING_FACE, *formats.TIMM],
+        "blocks" if config.stacked else "(?!)",
+        formats.RENAMED[1:] if dinov2 else formats.RENAMED,
+    )
+
+
+FAMILY = Family(
+    ViTConfig, ViT, PRESETS, formats.MARKS, load, torch_format, export_format
+)

@@ -9,7 +9,7 @@ from jaxtyping import DTypeLike
 
 from snella_jax.models.checkpoints.build import configured
 from snella_jax.models.checkpoints.family import Family
-from snella_jax.models.checkpoints.formats import stacked
+from snella_jax.models.checkpoints.formats import TorchFormat, stacked
 from snella_jax.models.checkpoints.mapping import arrange, fill
 from snella_jax.models.checkpoints.read import Checkpoint
 from snella_jax.models.sd3.mmdit import fields, formats
@@ -67,6 +67,19 @@ def load(
     return model
 
 
+def torch_format(config: MMDiTConfig) -> TorchFormat:
+    """Returns the names of an `SD3Transformer2DModel`'s tensors, and where they go."""
+    rules = formats.rules("diffusers", config.depth)
+    return TorchFormat(rules, "blocks" if config.stacked else "(?!)")
+
+
 FAMILY = Family(
-    MMDiTConfig, MMDiT, PRESETS, formats.MARKS, load, folder=folder, stem=STEM
+    MMDiTConfig,
+    MMDiT,
+    PRESETS,
+    formats.MARKS,
+    load,
+    torch_format,
+    folder=folder,
+    stem=STEM,
 )
