@@ -61,13 +61,13 @@ def write(
     for weight in weights:
         for index, pair in _pairs(weight).items():
             pairs[row_of(weight.path, index, paths)] = pair
+    _check_all(modules, pairs, trained, names)
     loras = _loras(modules, pairs)
     moved = [
         name
         for name, tensor in modules.whole.items()
         if any(row.path in trained for row in tensor.rows)
     ]
-    _check_all(modules, pairs, trained, names)
     saved_modules = _saved_modules(moved, modules)
     _check_apart(saved_modules, loras)
     saved = {
@@ -229,7 +229,21 @@ def _saved_modules(moved: Iterable[str], modules: Modules) -> list[str]:
                 f"{name} trains, and is in no module that PEFT could save whole."
             )
         found[module] = None
+    _check_ends(found, modules.shapes)
     return list(found)
+
+
+def _check_ends(saved: Iterable[str], names: Iterable[str]) -> None:
+    """Raises a `ValueError` for a module that PEFT takes others for, too."""
+    parts = [name.split(".") for name in names]
+    known = {".".join(own[:i]) for own in parts for i in range(1, len(own))}
+    for module in saved:
+        if others := sorted(n for n in known - {module} if n.endswith(module)):
+            raise ValueError(
+                f"Something in {module} trains, and PEFT would save that whole, and "
+                f"{others[0]}, whose name ends so: leave it out of `trainable`, or "
+                "have a head, with which names begin otherwise."
+            )
 
 
 def _check_apart(saved: Iterable[str], loras: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from flax import nnx
 
 from snella_jax.adapters.base import variables_at
 from snella_jax.core.config import Rule
+from snella_jax.core.paths import listed
 from snella_jax.core.weight import indexed
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models import Model, torch_names
@@ -66,8 +67,10 @@ def by_names(model: nnx.Module, names: Names) -> Modules:
     whole: dict[str, TorchTensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     used: set[str] = set()
+    seen: dict[str, None] = {}
 
     def named(path: str) -> str | None:
+        seen[path] = None
         for regex, name in names.items():
             if match := re.fullmatch(regex, path):
                 used.add(regex)
@@ -101,8 +104,8 @@ def by_names(model: nnx.Module, names: Names) -> Modules:
             put(whole, tensor, TorchTensor(TensorRule("", (), make), [Row(path)]))
     if unused := sorted(names.keys() - used):
         raise ValueError(
-            f"names: {', '.join(map(repr, unused))} matches no path in full. There are "
-            + ", ".join(targets)
+            f"names: {', '.join(map(repr, unused))} matches no path in full. There "
+            f"are: {listed(sorted(filter(None, seen)))}"
         )
     return Modules(weights, whole, shapes, complete=False)
 

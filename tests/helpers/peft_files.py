@@ -15,7 +15,7 @@ LORA = {
 }
 
 
-def redrawn(model, scale=0.2):
+def redrawn(model, scale=0.1):
     """Draws every factor, and whatever else trains, in place."""
     key = jax.random.key(7)
     for i, (_, variable) in enumerate(variables_of(model, nnx.Param)):

@@ -1,0 +1,442 @@
+"""LoRA in PEFT's files, by products in NumPy: `alpha / r * B A` is our update."""
+
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from peft_files import LORA, redrawn
+from places import ASSETS
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import snella_jax as snella
+from snella_jax import models
+
+VIT = ASSETS / "vit/classifier"
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def adapted(base, **changes):
+    config = snella.SnellaConfig(**LORA | changes)
+    return redrawn(snella.adapt(base, config, rngs=nnx.Rngs(1)))
+
+
+def updates(folder):
+    """`alpha / r * B A` of every module, and all other tensors."""
+    config = json.loads((folder / CONFIG).read_text("utf-8"))
+    tensors = load_file(folder / TENSORS)
+    tensors = {k.removeprefix("base_model.model."): x for k, x in tensors.items()}
+    found = {}
+    for name in config["target_modules"]:
+        down, up = (tensors.pop(f"{name}.lora_{ab}.weight") for ab in "AB")
+        rank = config["rank_pattern"].get(name, config["r"])
+        alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
+        assert down.shape[0] == up.shape[1] == rank
+        product = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
+        found[name] = (alpha / rank * product).reshape(len(up), *down.shape[1:])
+    assert not [key for key in tensors if "lora" in key]
+    return config, found, tensors
+
+
+def delta(adapter, *index):
+    """Our update `[m, n]`, as PyTorch has weights."""
+    a, b = (np.asarray(getattr(adapter, name)[...])[index][0] for name in "ab")
+    return b @ a.T
+
+
+def test_a_vit_is_written_with_the_names_of_modules(tmp_path):
+    model = adapted(
+        models.load(VIT), overrides={".*/fc1": {"rank": 3}}, trainable="head|cls_token"
+    )
+    snella.save(model, tmp_path / "lora", format="peft", like=VIT)
+    config, found, rest = updates(tmp_path / "lora")
+    assert config["peft_type"] == "LORA"
+    assert config["base_model_name_or_path"] == str(VIT)
+    depth, blocks = model.config.depth, model.blocks
+    assert len(found) == 6 * depth
+    for i in range(depth):
+        start = f"vit.layers.{i}."
+        for name, layer in {
+            "attention.q_proj": blocks.attn.query,
+            "attention.k_proj": blocks.attn.key,
+            "attention.v_proj": blocks.attn.value,
+            "attention.o_proj": blocks.attn.out,
+            "mlp.fc1": blocks.mlp.fc1,
+            "mlp.fc2": blocks.mlp.fc2,
+        }.items():
+            expected = delta(layer.adapter, i)
+            np.testing.assert_allclose(found[start + name], expected, atol=1e-6)
+            rank = 3 if name == "mlp.fc1" else 2
+            assert config["rank_pattern"][start + name] == rank
+    assert config["modules_to_save"] == ["classifier", "vit.embeddings"]
+    np.testing.assert_array_equal(rest["classifier.weight"], model.head.kernel[...].T)
+    np.testing.assert_array_equal(rest["classifier.bias"], model.head.bias[...])
+    np.testing.assert_array_equal(
+        rest["vit.embeddings.cls_token"], model.cls_token[...]
+    )
+    np.testing.assert_array_equal(  # PEFT takes modules whole
+        rest["vit.embeddings.position_embeddings"], model.pos_embed[...]
+    )
+    assert len(rest) == 6
+
+    again = snella.load_peft(models.load(VIT), tmp_path / "lora")
+    same_variables(again, model)
+
+
+def same_variables(one, other):
+    """Both train the same, with the same numbers."""
+    one, other = (
+        dict(nnx.to_flat_state(nnx.state(m, nnx.Param))) for m in (one, other)
+    )
+    assert one.keys() == other.keys()
+    for path, value in one.items():
+        np.testing.assert_array_equal(value[...], other[path][...], err_msg=path)
+
+
+def test_fused_and_swapped_rows_are_those_of_the_module(tmp_path):
+    """q and v of SAM's qkv; halves of two norms of SD3; a Swin's second block."""
+    folder = ASSETS / "sam/transformers"
+    model = adapted(models.load(folder), targets="encoder/.*/(q|v)", trainable="")
+    snella.save(model, tmp_path / "sam", format="peft", like=folder)
+    config, found, rest = updates(tmp_path / "sam")
+    assert config["r"] == 4 and config["rank_pattern"] == {} and not rest
+    whole = [
+        i for i, (kind, _) in enumerate(model.config.encoder.places) if kind == "whole"
+    ]
+    attn = model.encoder.blocks["whole"].attn
+    q, v = delta(attn.q.adapter, 0), delta(attn.v.adapter, 0)
+    expected = np.concatenate([q, 0 * q, v])
+    name = f"vision_encoder.layers.{whole[0]}.attn.qkv"
+    np.testing.assert_allclose(found[name], expected, atol=1e-6)
+    again = snella.load_peft(models.load(folder), tmp_path / "sam")
+    same_variables(again, model)
+
+    folder = ASSETS / "sd3/pipeline/transformer"
+    targets = r"modulation|last/context/modulation|blocks/image/modulation"
+    model = adapted(models.load(folder), targets=targets, trainable="")
+    snella.save(model, tmp_path / "sd3", format="peft", like=folder)
+    _, found, _ = updates(tmp_path / "sd3")
+    shift, scale = np.split(delta(model.modulation.adapter), 2)
+    swapped = np.concatenate([scale, shift])
+    np.testing.assert_allclose(found["norm_out.linear"], swapped, atol=1e-6)
+    np.testing.assert_allclose(
+        found["transformer_blocks.0.norm1.linear"],
+        delta(model.blocks.image.modulation.adapter, 0),
+        atol=1e-6,
+    )
+    with safe_open(tmp_path / "sd3/pytorch_lora_weights.safetensors", "np") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert said["transformer.lora_alpha"] == said["transformer.r"] == 2
+        name = "norm_out.linear.lora_{}.weight"
+        down, up = (file.get_tensor("transformer." + name.format(ab)) for ab in "AB")
+    np.testing.assert_allclose(up @ down, swapped, atol=1e-6)
+    same_variables(snella.load_peft(models.load(folder), tmp_path / "sd3"), model)
+
+    folder = ASSETS / "staged/swin"
+    model = adapted(models.load(folder), targets="blocks/1/.*/fc2", trainable="")
+    snella.save(model, tmp_path / "swin", format="peft", like=folder)
+    _, found, _ = updates(tmp_path / "swin")
+    np.testing.assert_allclose(
+        found["swin.encoder.layers.1.blocks.3.mlp.fc2"],
+        delta(model.blocks[1].shifted.mlp.fc2.adapter, 1),
+        atol=1e-6,
+    )
+
+
+def test_a_llama_of_any_file_is_written_with_the_rows_of_hugging_face(tmp_path):
+    """Meta's files have the rows of q and k in another order; a list has no stack."""
+    base = models.load(ASSETS / "llama/meta", stacked=False)
+    model = adapted(base, targets="blocks/1/attn/(q|k)|head", trainable="norm")
+    like = ASSETS / "llama/own"
+    snella.save(model, tmp_path / "lora", format="peft", like=like, base="our/llama")
+    config, found, rest = updates(tmp_path / "lora")
+    assert config["base_model_name_or_path"] == "our/llama"
+    block = model.blocks[1].attn
+    names = {"model.layers.1.self_attn.q_proj": block.q, "lm_head": model.head}
+    for name, layer in names.items():
+        np.testing.assert_allclose(found[name], delta(layer.adapter), atol=1e-6)
+    assert len(found) == 3 and config["modules_to_save"] == ["model.norm"]
+    np.testing.assert_array_equal(rest["model.norm.weight"], model.norm.scale[...])
+    stacked = models.load(ASSETS / "llama/meta")
+    again = snella.load_peft(stacked, tmp_path / "lora")
+    adapter = again.blocks.attn.q.adapter
+    np.testing.assert_allclose(delta(adapter, 1), delta(block.q.adapter), atol=1e-6)
+    assert not delta(adapter, 0).any()
+
+
+class Net(nnx.Module):
+    """A stack, a fused qkv, heads, a convolution and an embedding, of a user's own."""
+
+    def __init__(self, rngs):
+        layer = nnx.vmap(lambda rngs: nnx.Linear(4, 6, rngs=rngs))
+        self.blocks = layer(rngs.split(3))
+        self.qkv = nnx.Linear(4, 12, rngs=rngs)
+        self.heads = nnx.LinearGeneral((2, 3), (4, 2), axis=(-2, -1), rngs=rngs)
+        self.conv = nnx.Conv(2, 5, (3, 2), rngs=rngs)
+        self.table = nnx.Embed(7, 4, rngs=rngs)
+        self.token = nnx.Param(jnp.ones((1, 4)))
+        self.out = nnx.Linear(4, 2, rngs=rngs)
+
+
+NAMES = {
+    r"blocks\[(\d+)\]": r"body.\1.fc",
+    "qkv": "body.attn.qkv",
+    "heads": "body.heads",
+    "conv": "stem.conv",
+    "table": "stem.table",
+    "token": "stem.extra.token",
+    "out": "head.out",
+}
+
+
+def test_a_model_of_ones_own_is_written_by_names(tmp_path):
+    config = {
+        "targets": "blocks|qkv|heads|conv",
+        "trainable": "out|table|token",
+        "overrides": {"qkv": {"split": 3}},
+    }
+    model = adapted(Net(nnx.Rngs(0)), **config)
+    snella.save(model, tmp_path / "lora", format="peft", names=NAMES)
+    config, found, rest = updates(tmp_path / "lora")
+    for i in range(3):
+        got = found[f"body.{i}.fc"]
+        np.testing.assert_allclose(got, delta(model.blocks.adapter, i), atol=1e-6)
+    three = np.concatenate([delta(model.qkv.adapter, i) for i in range(3)])
+    np.testing.assert_allclose(found["body.attn.qkv"], three, atol=1e-6)
+    np.testing.assert_allclose(
+        found["body.heads"], delta(model.heads.adapter), atol=1e-6
+    )
+    window = delta(model.conv.adapter).reshape(5, 3, 2, 2).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(found["stem.conv"], window, atol=1e-6)
+    assert config["modules_to_save"] == ["head.out", "stem.extra", "stem.table"]
+    np.testing.assert_array_equal(rest["head.out.weight"], model.out.kernel[...].T)
+    np.testing.assert_array_equal(rest["stem.table.weight"], model.table.embedding[...])
+    np.testing.assert_array_equal(rest["stem.extra.token"], model.token[...])
+
+    again = snella.load_peft(Net(nnx.Rngs(0)), tmp_path / "lora", names=NAMES)
+    np.testing.assert_array_equal(again.token[...], model.token[...])
+    np.testing.assert_allclose(delta(again.qkv.adapter), three, atol=1e-6)
+    merged = snella.merge_peft(Net(nnx.Rngs(0)), tmp_path / "lora", names=NAMES)
+    np.testing.assert_allclose(
+        merged.conv.kernel[...],
+        Net(nnx.Rngs(0)).conv.kernel[...] + window.transpose(2, 3, 1, 0),
+        atol=1e-6,
+    )
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file of PEFT's for `Net`, and the function that writes it with changes."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        "body.1.fc.lora_A.weight": rng.normal(size=(2, 4)),
+        "body.1.fc.lora_B.weight": rng.normal(size=(6, 2)),
+        "body.2.fc.lora_A.weight": rng.normal(size=(3, 4)),
+        "body.2.fc.lora_B.weight": rng.normal(size=(6, 3)),
+        "head.out.weight": rng.normal(size=(2, 4)),
+        "head.out.bias": rng.normal(size=2),
+    }
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 8,
+        "rank_pattern": {r"body\.2.*": 3},
+        "alpha_pattern": {"2.fc": 5},
+        "target_modules": ["fc"],
+        "modules_to_save": ["head.out"],
+    }
+
+    def write(changes=None, **fields):
+        whole = {f"base_model.model.{n}": x.astype("f4") for n, x in tensors.items()}
+        for name, value in (changes or {}).items():
+            if value is None:
+                del whole[f"base_model.model.{name}"]
+            else:
+                whole[f"base_model.model.{name}"] = np.asarray(value, "f4")
+        save_file(whole, tmp_path / TENSORS)
+        (tmp_path / CONFIG).write_text(json.dumps(config | fields), "utf-8")
+        return tmp_path, tensors
+
+    return write
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_alphas_are_read_as_peft_does(small, rslora):
+    folder, tensors = small(use_rslora=rslora)
+    model = snella.load_peft(Net(nnx.Rngs(0)), folder, names=NAMES)
+    for i, rank, alpha in ((1, 2, 8), (2, 3, 5)):
+        down, up = (tensors[f"body.{i}.fc.lora_{ab}.weight"] for ab in "AB")
+        expected = alpha / (rank**0.5 if rslora else rank) * up @ down
+        got = delta(model.blocks.adapter, i)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert not delta(model.blocks.adapter, 0).any()
+    np.testing.assert_allclose(model.out.kernel[...].T, tensors["head.out.weight"])
+    trained = {
+        "/".join(map(str, p[:-1]))
+        for p in nnx.to_flat_state(nnx.state(model, nnx.Param)).paths
+    }
+    assert trained == {"blocks/adapter", "out"}
+
+
+def test_what_is_0_in_both_factors_stays_so(small):
+    """Rows and columns that the file does not have get no gradient."""
+    folder, _ = small()
+    model = snella.load_peft(Net(nnx.Rngs(0)), folder, names=NAMES)
+    x = jnp.ones((3, 2, 4))
+
+    def loss(model):
+        run = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, 0))
+        return (run(model.blocks, x) ** 2).sum()
+
+    grads = nnx.grad(loss)(model)["blocks"]["adapter"]
+    for name in "ab":
+        rows = np.asarray(grads[name][...])[:, 0]
+        assert not rows[0].any() and not rows[1, :, 2].any()
+        assert rows[1, :, :2].all() and rows[2].all()
+
+
+def test_dora_is_merged_as_its_formula_says(small):
+    magnitude = np.linspace(0.5, 2, 6)
+    vectors = {f"body.{i}.fc.lora_magnitude_vector": magnitude for i in (1, 2)}
+    folder, tensors = small(vectors, use_dora=True)
+    base = Net(nnx.Rngs(0))
+    merged = snella.merge_peft(base, folder, names=NAMES)
+    for i, scale in ((1, 8 / 2), (2, 5 / 3)):
+        down, up = (tensors[f"body.{i}.fc.lora_{ab}.weight"] for ab in "AB")
+        moved = np.asarray(base.blocks.kernel[...])[i].T + scale * up @ down
+        norms = np.linalg.norm(moved, axis=1)
+        expected = (magnitude / norms)[:, None] * moved
+        np.testing.assert_allclose(merged.blocks.kernel[...][i].T, expected, rtol=1e-5)
+    np.testing.assert_array_equal(
+        merged.blocks.kernel[...][0], base.blocks.kernel[...][0]
+    )
+    with pytest.raises(snella.CheckpointError, match=r"snella\.merge_peft"):
+        snella.load_peft(base, folder, names=NAMES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "message"),
+    [
+        ({"body.1.fc.lora_B.weight": None}, {}, "lora_B is missing of body.1.fc"),
+        (
+            {"body.1.fc.lora_A.weight": np.ones((5, 4))},
+            {},
+            "body.1.fc has lora_A [5, 4]",
+        ),
+        ({}, {"r": 4}, "says rank 4"),
+        (
+            {"body.1.fc.lora_A.weight": np.ones((2, 9))},
+            {},
+            "body.1.fc: [9, 6] in the file, blocks[1] is [4, 6] in the model",
+        ),
+        ({"head.out.bias": np.ones(3)}, {}, "head.out.bias: [3] in the file, out/bias"),
+        (
+            {
+                "other.lora_A.weight": np.ones((2, 4)),
+                "other.lora_B.weight": np.ones((6, 2)),
+            },
+            {},
+            "no weights for \n  other.weight",
+        ),
+        ({"norm.weight": np.ones(3)}, {}, "no weights for \n  norm.weight"),
+        ({"x.lora_embedding_A": np.ones(3)}, {}, "x.lora_embedding_A: expected lora_A"),
+        ({}, {"peft_type": "LOHA"}, "peft_type is 'LOHA': expected 'LORA'"),
+        ({}, {"peft_type": "SNELLA"}, "load it with snella.load"),
+        ({}, {"use_dora": True}, "has 0 vectors of magnitudes"),
+        ({}, {"init_lora_weights": "pissa"}, "'pissa' changed the base's weights"),
+        ({}, {"trainable_token_indices": [1]}, "single tokens that train"),
+        ({}, {"lora_alpha": None}, "damaged (TypeError"),
+        ({}, {"rank_pattern": 3}, "damaged (AttributeError"),
+    ],
+)
+def test_what_does_not_fit_is_named(small, changes, fields, message):
+    folder, _ = small(changes, **fields)
+    base = Net(nnx.Rngs(0))
+    with pytest.raises(snella.CheckpointError, match=re.escape(message)):
+        snella.load_peft(base, folder, names=NAMES)
+
+
+def test_half_a_folder_is_no_adapter(small):
+    folder, _ = small()
+    (folder / TENSORS).rename(folder / "kept")
+    with pytest.raises(FileNotFoundError, match=TENSORS):
+        snella.load_peft(Net(nnx.Rngs(0)), folder, names=NAMES)
+    (folder / TENSORS).write_bytes((folder / "kept").read_bytes()[:-8])
+    with pytest.raises(snella.CheckpointError, match=TENSORS):
+        snella.load_peft(Net(nnx.Rngs(0)), folder, names=NAMES)
+
+
+def test_the_other_format_is_named(small):
+    folder, _ = small()
+    with pytest.raises(snella.CheckpointError, match=r"'LORA'.*snella\.load_peft"):
+        snella.load(Net(nnx.Rngs(0)), folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "how", "message"),
+    [
+        (
+            lambda: adapted(models.load(VIT), kernel="rbf"),
+            {"like": VIT},
+            r"blocks/attn/key has kernel=rbf.*snella\.export.*snella\.save_delta",
+        ),
+        (
+            lambda: adapted(
+                models.load(VIT), kernel=snella.kernels.linear(False), gate="product"
+            ),
+            {"like": VIT},
+            r"gate='product'.*snella\.export.*snella\.save_delta",
+        ),
+        (lambda: adapted(models.load(VIT)), {}, "like=None: expected the folder"),
+        (
+            lambda: adapted(models.load(VIT)),
+            {"like": ASSETS / "vit/original.npz"},
+            "expected a folder of transformers",
+        ),
+        (
+            lambda: adapted(models.load(ASSETS / "vit/dinov2"), trainable="cls_token"),
+            {"like": ASSETS / "vit/dinov2"},
+            "patch_embeddings, whose name ends so",
+        ),
+        (
+            lambda: adapted(models.load(VIT), trainable=".*bias"),
+            {"like": VIT},
+            "trains beside the LoRA of vit.layers",
+        ),
+        (
+            lambda: adapted(Net(nnx.Rngs(0)), targets="qkv", trainable=""),
+            {},
+            "Net is no model of snella_jax.models: expected names=",
+        ),
+        (
+            lambda: adapted(Net(nnx.Rngs(0)), targets="qkv", trainable=""),
+            {"names": {r"blocks\[.\]": "fc"}},
+            "rows of a stack perhaps",
+        ),
+        (
+            lambda: adapted(Net(nnx.Rngs(0)), targets="qkv", trainable=""),
+            {"names": {"qkv": "fc", "blocks": "x"}},
+            r"names: 'blocks' matches no path.*blocks\[2\]",
+        ),
+        (
+            lambda: adapted(Net(nnx.Rngs(0)), targets="qkv|conv", trainable="token"),
+            {"names": {"qkv": "fc"}},
+            r"names= says no tensor for conv/kernel \[\], token: expected a name",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_named(make, how, message, tmp_path):
+    with pytest.raises((ValueError, snella.CheckpointError), match=f"(?s){message}"):
+        snella.save(make(), tmp_path / "lora", format="peft", **how)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_one_format_are_none_of_the_other(tmp_path):
+    model = adapted(Net(nnx.Rngs(0)), targets="qkv", trainable="")
+    with pytest.raises(ValueError, match="like= and names= are of format='peft'"):
+        snella.save(model, tmp_path, names=NAMES)
+    with pytest.raises(ValueError, match="format='torch': expected 'snella' or 'peft'"):
+        snella.save(model, tmp_path, format="torch")
