@@ -418,8 +418,8 @@ def test_the_other_format_is_named(small):
         ),
         (
             lambda: adapted(Net(nnx.Rngs(0)), targets="qkv", trainable=""),
-            {"names": {"qkv": "fc", "blocks": "x"}},
-            r"names: 'blocks' matches no path.*blocks\[2\]",
+            {"names": {"qkv": "fc", "block": "x"}},
+            r"names: 'block' matches no path.*blocks\[2\]",
         ),
         (
             lambda: adapted(Net(nnx.Rngs(0)), targets="qkv|conv", trainable="token"),
