@@ -12,7 +12,8 @@ from jaxtyping import Array
 
 from snella_jax.core.weight import AdaptedWeight
 from snella_jax.files.hosts import to_host
-from snella_jax.nnx.selection import weights_of
+from snella_jax.nnx.coverage import coverage
+from snella_jax.nnx.selection import has_adapters, weights_of
 from snella_jax.nnx.variables import Budget, DropKey, variables_of
 
 
@@ -86,21 +87,51 @@ def sparsity(model: nnx.Module | Sequence[AdaptedWeight]) -> tuple[Matrix, ...]:
 def describe(
     model: nnx.Module | Sequence[AdaptedWeight], file: TextIO | None = None
 ) -> None:
-    """Prints a table of the adapted matrices, and how many parameters train.
+    """Prints a table of the matrices, how many parameters train, and the coverage.
+
+    Of a model without adapters the matrices that it has, by path of their weights.
+
+    >>> class Net(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.fc1 = nnx.Linear(6, 9, rngs=rngs)
+    ...         self.head = nnx.Linear(9, 2, rngs=rngs)
+    >>> describe(Net(nnx.Rngs(0)))
+    weight  matrices  shape
+    fc1            1  6 x 9
+    head           1  9 x 2
+    trainable params: 83 || all params: 83 || trainable%: 100.0000
+    0 of 2 matrices, 0.0% of the weights adapted; not adapted: fc1, head
 
     Args:
-      model: an adapted model, or the adapted weights of a tree, without the count.
+      model: any NNX model, or the adapted weights of a tree, without count and
+        coverage.
       file: stream to print to; None for standard output.
-
-    Raises:
-      ValueError: the model has no adapters.
     """
-    matrices = sparsity(model)
+    if not isinstance(model, nnx.Module):
+        _print_table(_adapted_rows(sparsity(model)), file)
+        return
+    found = coverage(model)
+    if has_adapters(model):
+        _print_table(_adapted_rows(sparsity(model)), file)
+    else:
+        rows = [(w.path, f"{w.count:,}", _by(w.shape)) for w in found.held]
+        _print_table([("weight", "matrices", "shape"), *rows], file)
+    trainable, total = parameters(model)
+    share = trainable / max(total, 1)
+    print(
+        f"trainable params: {trainable:,} || all params: {total:,} || "
+        f"trainable%: {100 * share:.4f}",
+        file=file,
+    )
+    print(found, file=file)
+
+
+def _adapted_rows(matrices: Sequence[Matrix]) -> list[tuple[str, ...]]:
     header = ("matrix", "shape", "rank", "budget", "density", "|delta|", "change")
     rows = [
         (
             m.name,
-            f"{m.shape[0]} x {m.shape[1]}",
+            _by(m.shape),
             str(m.rank),
             f"{m.budget:,}",
             f"{m.density:.2%}",
@@ -114,20 +145,18 @@ def describe(
         sum(getattr(m, name) for m in matrices) for name in ("budget", "moved")
     )
     whole = f"{budget:,}", f"{moved / weights:.2%}"
-    rows.append((f"all {len(matrices)}", "", "", *whole, "", ""))
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
+    return [header, *rows, (f"all {len(matrices)}", "", "", *whole, "", "")]
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _print_table(rows: Sequence[tuple[str, ...]], file: TextIO | None) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
         cells = [cell.rjust(n) for cell, n in zip(row, widths, strict=True)]
         print(row[0].ljust(widths[0]), *cells[1:], sep="  ", file=file)
-    if not isinstance(model, nnx.Module):
-        return
-    trainable, total = parameters(model)
-    share = trainable / total
-    print(
-        f"trainable params: {trainable:,} || all params: {total:,} || "
-        f"trainable%: {100 * share:.4f}",
-        file=file,
-    )
 
 
 def parameters(model: nnx.Module) -> tuple[int, int]:

@@ -100,7 +100,7 @@ def targets_of(model: nnx.Module, layouts: Layouts | None = None) -> dict[str, T
     layouts = layouts or {}
     found: dict[str, Target] = {}
     used = set()
-    for whole, layer, weight in _variables(model):
+    for whole, layer, weight in variables_held(model):
         *_, name = whole.split("/")
         short = _parent(whole) if name == "kernel" else whole
         axes = getattr(weight, "ndim", 0)  # of a variable that is no array
@@ -160,7 +160,7 @@ def chosen_targets(
     known = {id(target.weight) for target in targets.values()}
     missed = [
         f"{path} {list(weight.shape)}"
-        for path, layer, weight in _variables(model)
+        for path, layer, weight in variables_held(model)
         if isinstance(weight, nnx.Param)
         and id(weight) not in known
         and _matches(regex, path, _parent(path))
@@ -227,7 +227,7 @@ def _widest(module: nnx.Module) -> int:
     return max((v.ndim for v in own), default=0)
 
 
-def _variables(model: nnx.Module) -> Iterator[tuple[str, Any, nnx.Variable]]:
+def variables_held(model: nnx.Module) -> Iterator[tuple[str, Any, nnx.Variable]]:
     """Yields path, holder and variable of every variable, once for each holder."""
     for path, holder in nnx.iter_graph(model):
         match holder:

@@ -11,6 +11,7 @@ from flax import nnx
 
 import snella_jax as snella
 from snella_jax.models.vit import ViT, ViTConfig
+from snella_jax.nnx.coverage import coverage
 from snella_jax.nnx.selection import weights_of
 
 TINY = ViTConfig(
@@ -98,11 +99,11 @@ def test_a_model_is_described_in_a_table(capsys):
     model = mixed()
     snella.describe(model)
     lines = capsys.readouterr().out.splitlines()
-    assert len({len(line.rstrip()) <= len(lines[0]) for line in lines[:-1]}) == 1
+    assert len({len(line.rstrip()) <= len(lines[0]) for line in lines[:-2]}) == 1
     assert lines[0].split() == [
         "matrix", "shape", "rank", "budget", "density", "|delta|", "change",
     ]  # fmt: skip
-    assert lines[-2].split()[:3] == ["all", "7", "101"]
+    assert lines[-3].split()[:3] == ["all", "7", "101"]
     weights = 6 * 12 + 12 * 6 + 12 * 5 + 4 * 2 * 6
     biases = 12 + 6 + 5 + 12
     factors = 3 * 2 * (6 + 4) + 4 * (12 + 6 + 12 + 5 + 2 * (4 + 6))
@@ -113,9 +114,12 @@ def test_a_model_is_described_in_a_table(capsys):
         weights + biases + factors + scalars + head,
     )
     assert snella.parameters(model) == (trainable, total)
-    assert lines[-1] == (
+    assert lines[-2] == (
         f"trainable params: {trainable} || all params: {total} || "
         f"trainable%: {100 * trainable / total:.4f}"
+    )
+    assert lines[-1] == (  # 252 of 264
+        "7 of 8 matrices, 95.4% of the weights adapted; not adapted: head"
     )
     drops = mixed(path="parallel", dropout=0.5)
     before = snella.parameters(drops)
@@ -161,6 +165,63 @@ def test_what_measures_is_compiled_once():
 
 
 def test_there_has_to_be_an_adapter():
-    for function in (snella.sparsity, snella.describe):
-        with pytest.raises(ValueError, match="has no adapters"):
-            function(Mixed(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="has no adapters"):
+        snella.sparsity(Mixed(nnx.Rngs(0)))
+
+
+def test_a_model_without_adapters_is_described():
+    snella.describe(Mixed(nnx.Rngs(0)), file := io.StringIO())
+    header, *rows, _, line = file.getvalue().splitlines()
+    assert header.split() == ["weight", "matrices", "shape"]
+    assert [" ".join(row.split()) for row in rows] == [
+        "conv 1 12 x 5",
+        "experts 2 4 x 6",
+        "head 1 6 x 2",
+        "heads 1 12 x 6",
+        "qkv 1 6 x 12",
+    ]
+    assert line.startswith("0 of 6 matrices, 0.0% of the weights adapted; not adapted:")
+
+
+class Sum(nnx.Module):
+    """A weight that is no layer's, a table, a norm, and layers in a list."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.numpy.ones((6, 4)))
+        self.table = nnx.Embed(9, 6, rngs=rngs)
+        self.norm = nnx.LayerNorm(6, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(6, 6, rngs=rngs) for _ in range(2)])
+        self.tied = self.blocks[0]
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_coverage_counts_every_matrix_of_a_stack(stacked):
+    """By hand: 6 in each block of width 8, a patch embedding and a head."""
+    config = dataclasses.replace(TINY, stacked=stacked)
+    plain = ViT(config, rngs=nnx.Rngs(0))
+    targets = "blocks/.*/(query|key|value|out|fc1)"
+    found = coverage(plain, targets)
+    weights = 2 * (4 * 64 + 2 * 8 * 32)
+    assert sum(w.weights for w in found.held) == weights + 16 * 8 + 8 * 3
+    assert found.share == (weights - 2 * 256) / (weights + 152)
+    fc2 = "blocks/mlp/fc2" if stacked else "blocks/*/mlp/fc2"
+    assert str(found) == (
+        "10 of 14 matrices, 60.6% of the weights adapted; not adapted: "
+        f"{fc2}, head, patch_embed"
+    )
+    adapted = snella.adapt(
+        plain, snella.SnellaConfig(rank=4, targets=targets), rngs=nnx.Rngs(1)
+    )
+    assert coverage(adapted) == found
+
+
+def test_coverage_of_weights_of_ones_own():
+    """A layer that is reached twice counts once; all of them, and there is no rest."""
+    base = Sum(nnx.Rngs(0))
+    assert {w.path: w.count for w in coverage(base).held} == {
+        "w": 1, "blocks/0": 1, "blocks/1": 1,
+    }  # fmt: skip
+    config = snella.SnellaConfig(rank=4, targets=r"w|blocks/\d", trainable="")
+    layouts = {"w": snella.Layout((6,), (4,))}
+    model = snella.adapt(base, config, rngs=nnx.Rngs(1), layouts=layouts)
+    assert str(coverage(model)) == "3 of 3 matrices, 100.0% of the weights adapted"
