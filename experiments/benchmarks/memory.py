@@ -22,11 +22,15 @@ chip is a row that says so, with the bytes that it would take.
 
 does so for DreamBooth on Stable Diffusion 3, pictures of 512 x 512: prompts and moments
 of latents are given, so that the MMDiT alone is in memory.
+
+    python -m experiments.benchmarks.memory --target h100 --function my_steps:tuning
+
+does so for a step of your own: `tuning` in `my_steps.py` of the current folder returns
+a step (jitted with what it donates, or not) and the tuple of its arguments.
 """
 
 import dataclasses
 import math
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -38,17 +42,23 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments import terminal
-from experiments.benchmarks import collectives, figures, layout, targets, workload
+from experiments.benchmarks import (
+    allocation,
+    collectives,
+    figures,
+    layout,
+    own_step,
+    targets,
+    workload,
+)
+from experiments.benchmarks.allocation import GIB
 from experiments.benchmarks.layout import Layout
 from experiments.paths import Given, check_out
 from experiments.reports import result_files
 from snella_jax.models import llama
 
 PROGRAM = "python -m experiments.benchmarks.memory"
-GIB = 2**30
 PARTS = ("total", "argument", "temporary", "locating")
-# What the TPU's compiler says of a program that is too large.
-TOO_LARGE = re.compile(r"RESOURCE_EXHAUSTED: .*\((\d+\.\d+)G\) exceeds available HBM")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +77,9 @@ class MemoryConfig(workload.Options):
     factors: layout.Factors = "split"
     """whole: each chip has all factors. follow: they are split as their matrix is.
     split: over all of fsdp and tensor."""
+    function: str | None = None
+    """MODULE:FUNCTION of a step of your own, in place of those of methods; only
+    --target and --out count then."""
     out: Given = Path("runs/memory")
     """Folder to write memory.json and memory.png into."""
 
@@ -94,6 +107,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     config = tyro.cli(MemoryConfig, prog=PROGRAM, args=argv, description=__doc__)
     with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
+        if config.function is not None:
+            return _of_a_function(config, config.function)
         if not config.model:
             raise ValueError("--model names nothing: expected at least one.")
         settings = [each for name in config.model for each in config.settings(name)]
@@ -108,6 +123,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if isinstance(where, Layout):
         console.print(_collectives(rows))
     return rows
+
+
+def _of_a_function(config: MemoryConfig, name: str) -> list[dict[str, Any]]:
+    """Compiles a step of the user's own; returns the row of `memory.json`."""
+    console, where = terminal.console(), targets.sharding(config.target)
+    found = own_step.row(name, own_step.found(name), config.target, where)
+    table = own_step.table(found)
+    result_files.write(config.out, "memory", [found], console, table=table)
+    console.print(own_step.ADVICE, soft_wrap=True)
+    return [found]
 
 
 def row(
@@ -173,21 +198,8 @@ def _allocated(
     compiler = jax.jit(
         one.run, donate_argnums=one.donated, in_shardings=given, out_shardings=made
     )
-    try:
-        program = compiler.lower(*one.arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = TOO_LARGE.search(str(error))
-        if needed is None:
-            raise
-        return {"total_bytes": round(float(needed[1]) * GIB), "fits": False}
-    parts: Any = program.memory_analysis()
-    found: dict[str, Any] = {
-        "argument_bytes": parts.argument_size_in_bytes,
-        "temporary_bytes": parts.temp_size_in_bytes,
-        "result_bytes": parts.output_size_in_bytes - parts.alias_size_in_bytes,
-    }
-    found = {"total_bytes": sum(found.values())} | found
-    if isinstance(where, Layout):
+    found, program = allocation.compiled(compiler.lower(*one.arguments))
+    if isinstance(where, Layout) and program is not None:
         found["collectives"] = collectives.of(program.as_text() or "")
     return found
 

@@ -22,6 +22,7 @@ from experiments.training import evaluation, metric_log
 from experiments.training.fit import Fitted
 from experiments.training.objective import followed
 from experiments.training.recipe import Recipe
+from snella_jax.nnx.coverage import coverage
 from snella_jax.nnx.selection import has_adapters
 
 
@@ -66,6 +67,9 @@ def complete(prepared: Prepared, resume: bool = False) -> dict[str, Any]:
 def _run(prepared: Prepared) -> dict[str, Any]:
     config, task, out = prepared.config, prepared.task, prepared.out
     began = begin(prepared)
+    if config.adapted:
+        found = coverage(prepared.base, config.targets)
+        prepared.console.print(f"Targets: {found}", soft_wrap=True)
     done = files.read(out / "results.json") or {}
     for method in config.methods:
         if method not in done:

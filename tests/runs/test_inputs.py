@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -128,6 +129,9 @@ def test_a_run_goes_on_with_the_same_and_ends_the_same(copied, capsys):
     pathlib.Path("weights/pets/README.md").write_text("mine", "utf-8")
     summary, said = resumed(capsys)
     assert "inputs.json" not in said and "began on" not in said
+    assert re.search(
+        r"Targets: \d+ of \d+ matrices, [\d.]+% of the weights adapted", said
+    )
     result = summary["methods"]["lora"]
     for name in ("test_accuracy", "val_accuracy", "best_epoch", "seconds_per_step"):
         assert result[name] == copied["methods"]["lora"][name]
