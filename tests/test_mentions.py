@@ -13,7 +13,7 @@ FOLDERS = ("docs", "experiments", "snella_jax", "tests")
 NO_MODULES = {"snella_jax.kept"}  # mark of arrays for checkpoint policies
 MADE = {  # by tests and .ci/run
     *("dash.md", "notes.md", "report/report.md", "weights/pets/README.md"),
-    *("example.py", "program.py"),
+    *("example.py", "my_steps.py", "program.py"),
 }
 FILE = re.compile(r"(?<![\w/.$-])((?:[\w.-]+/)*[\w-]+\.(?:md|py|toml|textproto))\b")
 FOLDER = re.compile(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})(?:/[\w.*-]*[\w*])+)")

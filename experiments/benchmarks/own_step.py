@@ -56,6 +56,7 @@ def row(
     Raises:
       ValueError: the function returns something else.
     """
+    step: Any
     step, arguments = _abstract(name, function)
     given = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), arguments
