@@ -91,3 +91,13 @@ def test_the_page_on_ones_own_models_runs(capsys):
     assert "attn/kv/w[1]" in capsys.readouterr().out
     assert float(space["loss"]) < 1.2 and space["report"].density < 0.31
     assert all((v != 0).any() for v in jax.tree.leaves(space["trainable"]["attn"]))
+
+
+def test_the_page_on_flax_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    space, programs = {}, blocks("docs/recipes.md")
+    for program in programs:
+        exec(program, space)
+    assert len(programs) == 9 and space["report"].density < 0.31
+    assert "blocks/fc[1][2]" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"training", "adapted"}

@@ -73,7 +73,8 @@ def adapt(
     split like these.
 
     Args:
-      model: any NNX module, without adapters.
+      model: any NNX module, without adapters; abstract ones (`nnx.eval_shape`) get
+        factors that are drawn, and `nnx.update` gives them their weights.
       config: targets, rules and densities.
       rngs: its `params` stream draws the factors.
       layouts: the axes of weights of other layers than Flax's, by regex of the weight's
@@ -143,8 +144,8 @@ def _beside(target: Target, site: Site, start: Start) -> Adapter:
     given = target.weight.get_metadata("out_sharding", None)
     names = PartitionSpec(*getattr(given, "spec", given or ()))
     if len(names) != len(site.shape):  # a stack that metadata do not know, or none
-        return Adapter(site, beside(site, target.weight[...], start))
-    adapter = Adapter(site, beside(site, target.weight[...], start, names))
+        return Adapter(site, beside(site, target.weight.get_value(), start))
+    adapter = Adapter(site, beside(site, target.weight.get_value(), start, names))
     for name in adapter.names:
         factor = getattr(adapter, name)
         factor.set_metadata("out_sharding", (*adapter_spec(site, names, name),))

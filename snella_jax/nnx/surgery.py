@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import DTypeLike
@@ -105,7 +106,13 @@ def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) ->
         variable.set_metadata("trained_as", type(variable))
         become(variable, Frozen)
         if dtype is not None and jnp.issubdtype(variable.dtype, jnp.floating):
-            variable.set_value(variable[...].astype(dtype))
+            variable.set_value(_cast(variable.get_value(), dtype))
+
+
+def _cast(value: Any, dtype: DTypeLike) -> Any:
+    """Casts an array, or the shape of one that is to come."""
+    abstract = isinstance(value, jax.ShapeDtypeStruct)
+    return value.update(dtype=dtype) if abstract else value.astype(dtype)
 
 
 def thaw(model: nnx.Module) -> None:

@@ -350,6 +350,25 @@ def test_frozen_weights_in_another_dtype():
     assert jax.eval_shape(model, jnp.ones((2, 6))).dtype == jnp.float32
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_an_abstract_model_is_adapted_before_its_weights_exist(dtype):
+    """The factors of the model with weights; weights come in their kept dtype."""
+    config = snella.SnellaConfig(
+        rank=RANK, targets="fc.", trainable="head", frozen_dtype=dtype
+    )
+    skeleton = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+    model = snella.adapt(skeleton, config, rngs=nnx.Rngs(1))
+    expected = snella.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    for variable in (model.fc1.kernel, model.head.kernel):
+        assert isinstance(variable.get_value(), jax.ShapeDtypeStruct)
+    assert model.fc1.kernel.dtype == expected.fc1.kernel.dtype
+    factors = nnx.state(model, snella.Factor), nnx.state(expected, snella.Factor)
+    nnx.update(model, nnx.state(expected, (snella.Frozen, nnx.Param)))
+    states = nnx.state(model), nnx.state(expected)
+    for pair in (factors, states):
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), *pair))
+
+
 def test_without_a_gate_every_weight_moves_and_nothing_is_searched():
     """KLoRA: the numbers of a full budget with the hard gate, and no loop."""
     dense = net(gate="none", target_density=1.0)
