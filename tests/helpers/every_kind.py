@@ -70,24 +70,26 @@ def every(**changes):
 IMAGES = np.random.default_rng(0).normal(size=(5, 4, 4, 2)).astype(np.float32)
 
 
+# One object: the step is traced once for all models of one structure.
+TX = optax.chain(snella.track_importance(), optax.adam(1e-2))
+
+
+@nnx.jit
+def _step(model, optimizer):
+    def loss(model):
+        labels = jnp.arange(len(IMAGES)) % 3
+        return optax.softmax_cross_entropy_with_integer_labels(
+            model(IMAGES), labels
+        ).mean()
+
+    optimizer.update(model, nnx.grad(loss)(model))
+
+
 def trained(model, steps=3):
     """A few steps of Adam, batch statistics included."""
-    optimizer = nnx.Optimizer(
-        model, optax.chain(snella.track_importance(), optax.adam(1e-2)), wrt=nnx.Param
-    )
-
-    @nnx.jit
-    def step(model, optimizer):
-        def loss(model):
-            labels = jnp.arange(len(IMAGES)) % 3
-            return optax.softmax_cross_entropy_with_integer_labels(
-                model(IMAGES), labels
-            ).mean()
-
-        optimizer.update(model, nnx.grad(loss)(model))
-
+    optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
     for _ in range(steps):
-        step(model, optimizer)
+        _step(model, optimizer)
     return model
 
 
