@@ -37,6 +37,17 @@ def small(monkeypatch):
         monkeypatch.setitem(models.PRESETS, name, config)
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    """The model is narrow too, sees few patches and adapts two matrices of a block."""
+    config = dataclasses.replace(
+        models.PRESETS["vit_ti16"], width=96, depth=DEPTH, image_size=112
+    )
+    monkeypatch.setitem(models.PRESETS, "vit_ti16", config)
+    scope = dataclasses.replace(workload.SCOPE, targets=r"blocks/.*/(query|fc1)")
+    monkeypatch.setattr(workload, "SCOPE", scope)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_what_it_says(method, small):
     """Shapes alone: what trains, and that a step gives it back as it was."""
@@ -203,7 +214,7 @@ def test_memory_writes_rows_and_a_figure(small, tmp_path, capsys):
     assert "snella_stored" in capsys.readouterr().out
 
 
-def test_throughput_times_in_turns(small, tmp_path):
+def test_throughput_times_in_turns(tiny, tmp_path):
     rows = throughput.main([
         *SMALL, "--method", "lora", "snella_released", "--repetitions", "2",
         "--out", str(tmp_path),
@@ -216,7 +227,7 @@ def test_throughput_times_in_turns(small, tmp_path):
     assert rows[1]["of_lora"] == pytest.approx(np.median(paired))
 
 
-def test_profile_finds_every_part(small, tmp_path):
+def test_profile_finds_every_part(tiny, tmp_path):
     rows = profile.main([
         *SMALL, "--method", "lora", "snella", "--steps", "1", "--out", str(tmp_path),
     ])  # fmt: skip

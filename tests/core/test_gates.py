@@ -15,6 +15,8 @@ from snella_jax.core.gates import GATES
 RNG = np.random.default_rng(0)
 NORMAL = RNG.normal(size=(12, 10))
 TINY = 2.0**-1074  # the smallest float64; 2^-149 is the smallest float32
+# Tests' programs are not optimised, to compile fast; in large matrices a search is slow.
+FAST = {"xla_backend_optimization_level": 3}
 
 # Every matrix of a dtype has one size, so that one compiled search serves them all.
 MATRICES = {
@@ -149,17 +151,15 @@ def test_counts_beyond_the_integers_of_float32(count, kept):
     """2^24 + 1 ones are more than a budget of 2^24, though float32 cannot tell."""
     delta = np.full(2**24 + 3, 0.5, np.float32)
     delta[:count] = 1
-    assert_same_bits(
-        jax.jit(threshold)(delta, kept), np.float32(1 if count > kept else 0.5)
-    )
+    search = jax.jit(threshold).lower(delta, kept).compile(FAST)
+    assert_same_bits(search(delta, kept), np.float32(1 if count > kept else 0.5))
 
 
 def test_a_large_matrix():
     """45 million weights (Llama's widest): exact, and no slower than seconds."""
     delta = np.random.default_rng(1).standard_normal((4096, 11008), np.float32)
     budget = 13_527_000
-    fast = {"xla_backend_optimization_level": 3}  # tests' programs are not, to compile
-    search = jax.jit(threshold).lower(delta, budget).compile(fast)
+    search = jax.jit(threshold).lower(delta, budget).compile(FAST)
     on_device = jax.device_put(delta)
     seconds = []
     for _ in range(2):  # of all threads, as others may use this machine

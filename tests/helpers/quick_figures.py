@@ -1,4 +1,4 @@
-"""Figures of runs, most of them without a layout, whose search takes most of the time."""
+"""Figures of runs, most of them without a layout: its search takes most of the time."""
 
 import sys
 

@@ -28,7 +28,9 @@ SHORT = ["--run.epochs", "1", "--run.warmup_epochs", "0", "--search_epochs", "1"
 GRID = ["--run.grid.lr_factors", "0.1", "--run.grid.lr_extensions", "0"]
 TABLE = ["--methods", "linear", "lora", "--controls", "linear", "--seeds", "0", "1"]
 TABLE += ["--run.linear.strengths", "1"]
-OPTIONS = [*SMALL, *SHORT, *GRID, *TABLE, "--tasks", "digits"]
+# One matrix of a block: a step compiles in a third of the time.
+TARGETS = ["--run.targets", "blocks/mlp/fc1"]
+OPTIONS = [*SMALL, *TARGETS, *SHORT, *GRID, *TABLE, "--tasks", "digits"]
 
 
 @pytest.fixture
