@@ -15,7 +15,7 @@ from snella_jax.core.gates import GATES
 RNG = np.random.default_rng(0)
 NORMAL = RNG.normal(size=(12, 10))
 TINY = 2.0**-1074  # the smallest float64; 2^-149 is the smallest float32
-# Tests' programs are not optimised, to compile fast; in large matrices a search is slow.
+# Tests' programs compile fast and are slow, which a search of a large matrix shows.
 FAST = {"xla_backend_optimization_level": 3}
 
 # Every matrix of a dtype has one size, so that one compiled search serves them all.
