@@ -20,15 +20,17 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # a training step compiles in a third of the time. Fused multiply-adds round a weight
 # that is recomputed otherwise, and at the threshold it changes sides in the backward
 # pass: AVX has none. A program is one LLVM module: up to 32, in threads, cost more.
-# (An unknown flag aborts a process: jaxlib 0.10 knows these, libtpu does not.) Workers
-# inherit the flags.
+# (An unknown flag aborts a process: jaxlib 0.10 knows these, 0.12 the last, libtpu
+# none.) Workers inherit the flags.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
     + (
         "--xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX "
-        "--xla_cpu_parallel_codegen_split_count=1 "
+        * version("jaxlib").startswith("0.10.")
+        + "--xla_cpu_parallel_codegen_split_count=1 "
+        * version("jaxlib").startswith(("0.10.", "0.11.", "0.12."))
     )
-    * (version("jaxlib").startswith("0.10.") and "tpu_compile" not in sys.argv)
+    * ("tpu_compile" not in sys.argv)
 ) * ("PYTEST_XDIST_WORKER" not in os.environ) + os.environ.get("XLA_FLAGS", "")
 
 import jax

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import shutil
 import textwrap
@@ -126,6 +127,7 @@ def show(
             raise
 
 
+@functools.cache
 def _documented(cls: type) -> dict[str, str]:
     """Returns the docstrings of a dataclass's fields, in a line each."""
     texts: dict[str, str] = {}
@@ -157,7 +159,9 @@ def _struct(options: list[Option], types: Mapping[str, Any]) -> Any:
     fields = []
     for panel, own in panels.items():
         cls = dataclasses.make_dataclass(panel, own, namespace={"__doc__": ""})
-        fields.append((panel, cls, dataclasses.field(default_factory=cls)))
+        # Without a help, tyro would search the sources of modules for one.
+        titled = Annotated[cls, tyro.conf.arg(help="")]
+        fields.append((panel, titled, dataclasses.field(default_factory=cls)))
     return dataclasses.make_dataclass("Options", fields)
 
 
