@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
@@ -17,7 +18,11 @@ from experiments.methods import linear_layer
 from experiments.methods.method import Ranked
 from experiments.methods.sketched import Rows, Sketched
 from experiments.training.session import Scope
-from snella_jax.nnx.surgery import become, freeze, mixed_class
+from snella_jax.core.budgets import FIXED
+from snella_jax.core.config import Rule
+from snella_jax.nnx.adapt import attach
+from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class
+from snella_jax.nnx.targets import targets_of
 from snella_jax.nnx.variables import Factor
 from snella_jax.ops.matmul import matmul
 from snella_jax.ops.names import OUTPUTS, named
@@ -29,6 +34,7 @@ class Lora(Sketched, Ranked):
     """LoRA: two factors beside every targeted matrix."""
 
     title: ClassVar[str] = "LoRA"
+    low_rank: ClassVar[bool] = True
 
     def adapt(self, base: Any, scope: Scope) -> Any:
         """Returns a copy of a model with low-rank branches; raises as `branched`."""
@@ -38,6 +44,10 @@ class Lora(Sketched, Ranked):
     def merged(self, model: Any) -> Any:
         """Returns a plain copy with the branches added to the kernels."""
         return merge(model)
+
+    def adapter(self, model: Any) -> Any:
+        """Returns the model with its branches as adapters of the library."""
+        return as_adapters(model)
 
 
 class Factors(nnx.Module):
@@ -115,6 +125,30 @@ def join(layer: Any, rank: int, key: PRNGKeyArray, sketch: Sketch = EVERY_ROW) -
     """Gives an `nnx.Linear` a low-rank branch, in place."""
     layer.lora = Factors(layer.kernel, rank, key, sketch)
     become(layer, mixed_class(LoraLinear, type(layer)))
+
+
+def as_adapters(model: Any) -> Any:
+    """Returns a copy whose branches are adapters: SNELLA's linear kernel without gate.
+
+    With the same factors, and the same that trains besides.
+    """
+    model = nnx.clone(model)
+    branches = {}
+    for path, layer in list(nnx.iter_graph(model)):
+        if isinstance(layer, LoraLinear):
+            branches["/".join(map(str, path))] = layer.lora
+            del layer.lora
+            become(layer, plain_class(type(layer)))
+    targets = targets_of(model)
+    sites, starts = {}, {}
+    for path, own in branches.items():
+        a, b = own.a[...], own.b[...]
+        rule = Rule(rank=a.shape[-1], kernel="linear", gate="none")
+        site = sites[path] = targets[path].site(path, rule, must_move=False)
+        counts = (np.full(site.lead, n, np.int32) for n in (site.capacity, FIXED))
+        starts[path] = ({"a": a[..., None, :, :], "b": b[..., None, :, :]}, *counts)
+    attach(model, {path: targets[path] for path in sites}, sites, starts)
+    return model
 
 
 def merge(model: Any) -> Any:

@@ -16,6 +16,7 @@ from experiments.training.competition import Competition
 from experiments.training.recipe import Recipe
 from experiments.training.rounds import Rounds
 from experiments.training.session import Scope
+from snella_jax.nnx.selection import has_adapters
 from snella_jax.nnx.targets import select
 
 # Paths of what may be stacked, with that of the stack.
@@ -35,11 +36,13 @@ class Method(abc.ABC):
       title: name in tables, before the rank.
       knobs: fields that the plain `--help` leaves out.
       needs_vit: True if only a plain ViT can be adapted.
+      low_rank: True if its adapter is a LoRA, which PEFT has, too.
     """
 
     title: ClassVar[str]
     knobs: ClassVar[tuple[str, ...]] = ()
     needs_vit: ClassVar[bool] = False
+    low_rank: ClassVar[bool] = False
 
     lr: float
     """Peak learning rate."""
@@ -67,6 +70,13 @@ class Method(abc.ABC):
     def merged(self, model: Any) -> Any:
         """Returns the trained model as it is tested; by default as it is."""
         return model
+
+    def adapter(self, model: Any) -> Any:
+        """Returns the trained model with adapters of the library; None if it has none.
+
+        `snella.save` writes them.
+        """
+        return model if has_adapters(model) else None
 
     def moved(self, base: Any, merged: Any, scope: Scope) -> int:
         """Returns how many weights of the targeted kernels training changed."""

@@ -17,6 +17,7 @@ from experiments.data.photographs import Photographs, Repeated
 from experiments.data.source import Source
 from experiments.methods import registry
 from experiments.methods.snella import Snella
+from experiments.paths import at_home
 from experiments.pretrained import picture_judges, sd3_models
 from experiments.reports import dreambooth_report, dreambooth_sheet
 from experiments.runs import setup
@@ -129,6 +130,12 @@ class DreamboothRun(Prepared):
     def model(self) -> str:
         """Name or path of the model as the config gives it."""
         return self.config.model
+
+    @property
+    def published(self) -> Path | None:
+        """Folder of diffusers with the transformer; None if it is in a single file."""
+        folder = at_home(self.model) / "transformer"
+        return folder if folder.is_dir() else None
 
     @cached_property
     def inputs(self) -> fingerprint.Inputs:

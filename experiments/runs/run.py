@@ -23,7 +23,6 @@ from experiments.training.fit import Fitted
 from experiments.training.objective import followed
 from experiments.training.recipe import Recipe
 from snella_jax.nnx.coverage import coverage
-from snella_jax.nnx.selection import has_adapters
 
 
 class RunFailed(SystemExit):
@@ -173,9 +172,7 @@ def _by_steps(method: str, prepared: Prepared) -> Result:
         config = search.chosen(method, prepared)
         prepared = dataclasses.replace(prepared, config=config)
     fitted, own = tune(method, prepared), prepared.config.settings[method]
-    if has_adapters(fitted.model):
-        place = prepared.out / "adapters" / method
-        snella.save(fitted.model, place, base=prepared.model)
+    _save_adapter(method, prepared, fitted.model)
     merged, best = own.merged(fitted.model), fitted.best_row
     return Result(
         metrics=_metrics(method, prepared, fitted, merged)
@@ -188,6 +185,27 @@ def _by_steps(method: str, prepared: Prepared) -> Result:
         weights_moved=own.moved(prepared.base, merged, prepared.config.scope()),
         settings=own.searched,
     )
+
+
+def _save_adapter(method: str, prepared: Prepared, model: Any) -> None:
+    """Writes a method's adapter, if it has one: a LoRA as PEFT's, if that can be."""
+    own, like = prepared.config.settings[method], prepared.published
+    if (adapted := own.adapter(model)) is None:
+        return
+    place, base = prepared.out / "adapters" / method, prepared.model
+    if own.low_rank:
+        try:
+            snella.save(adapted, place, format="peft", like=like, base=base)
+            return
+        except ValueError as reason:
+            if like is not None:
+                prepared.console.print(
+                    f"{registry.title(method)}: {place} is in the library's own format "
+                    f"and not in PEFT's. {reason}",
+                    style="yellow",
+                    soft_wrap=True,
+                )
+    snella.save(adapted, place, base=base)
 
 
 def _metrics(

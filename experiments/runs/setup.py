@@ -72,6 +72,12 @@ class Prepared(abc.ABC):
     def model(self) -> str:
         """Name or path of the base as the config gives it."""
 
+    @property
+    def published(self) -> Path | None:
+        """Folder of transformers or diffusers with the base; None if it is in none."""
+        folder = paths.at_home(self.model)
+        return folder if (folder / "config.json").is_file() else None
+
     @cached_property
     @abc.abstractmethod
     def inputs(self) -> fingerprint.Inputs:

@@ -85,11 +85,7 @@ def export(
             lambda: write_folder(path, tensors, files, {}, max_shard_bytes, family.stem)
         )
         return
-    if source is None or family.export_format is None:
-        raise ValueError(
-            f"like=None: a {type(model).__name__} is written like a file or folder of "
-            "its format: expected one."
-        )
+    source = _given(model, source)
     if source.path.suffix == ".onnx":
         raise CheckpointError(source.path, "a model cannot be written as ONNX")
     as_file = path.suffix in (".npz", ".safetensors")
@@ -97,7 +93,7 @@ def export(
         raise ValueError(
             f"{path}: expected .npz or .safetensors, or a folder where `like` is one."
         )
-    own = family.export_format(model, source)
+    own = _format(model, source)
     _check_grid(model, path, own)
     names = _class_names(class_names, model, own, as_file)
     tensors = _named(_tensors(own), source, own)
@@ -109,19 +105,35 @@ def export(
         once(lambda: write_folder(path, tensors, files, said, max_shard_bytes))
 
 
-def tensors(model: Model, like: str | Path) -> dict[str, Stored]:
+def tensors(model: Model, like: str | Path | None) -> dict[str, Stored]:
     """Returns a model's tensors by the names that `export` writes them under.
 
     Raises:
       FileNotFoundError, CheckpointError, ValueError: as `export`.
     """
-    family, source = family_of(model), read(like)
+    family, source = family_of(model), None if like is None else read(like)
     if family.folder is not None:
         return dict(family.folder(model, source)[0])
+    own = _format(model, source)
+    return dict(_named(_tensors(own), _given(model, source), own))
+
+
+def _given(model: Model, source: Checkpoint | None) -> Checkpoint:
+    """Raises a `ValueError` where there is no checkpoint to take after."""
+    if source is None:
+        raise ValueError(
+            f"like=None: a {type(model).__name__} is written like a file or folder of "
+            "its format: expected one."
+        )
+    return source
+
+
+def _format(model: Model, source: Checkpoint | None) -> ExportFormat:
+    """Returns a model's numbers in the format of a checkpoint."""
+    given, family = _given(model, source), family_of(model)
     if family.export_format is None:
-        raise ValueError(f"A {type(model).__name__} is written by no format.")
-    own = family.export_format(model, source)
-    return dict(_named(_tensors(own), source, own))
+        raise ValueError(f"A {type(model).__name__} is written as a folder alone.")
+    return family.export_format(model, given)
 
 
 def _check_folder(path: Path, kind: str, class_names: Sequence[str] | None) -> None:

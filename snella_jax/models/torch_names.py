@@ -36,7 +36,7 @@ def shapes(model: Model, like: str | Path) -> dict[str, tuple[int, ...]]:
     return {names.in_memory(name): tuple(x.shape) for name, x in found.items()}
 
 
-def tensors(model: Model, like: str | Path) -> dict[str, Stored]:
+def tensors(model: Model, like: str | Path | None) -> dict[str, Stored]:
     """Returns a plain model's tensors, by their names in memory.
 
     As `models.export` writes them: with the name of the whole where a head is new.

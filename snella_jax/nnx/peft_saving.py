@@ -116,14 +116,12 @@ def _modules(
             if tensor.rows[0].path in values
         }
         return found, whole
-    if like is None:
-        raise ValueError(
-            "like=None: expected the folder of transformers or diffusers that the base "
-            "is in, whose modules PEFT adapts."
-        )
-    whole: Mapping[str, Any] = torch_names.tensors(plain, like) if trained else {}
-    shapes = {name: tuple(tensor.shape) for name, tensor in whole.items()}
-    shapes = shapes or torch_names.shapes(plain, like)
+    whole: Mapping[str, Any] = {}
+    if like is None or trained:
+        whole = torch_names.tensors(plain, like)
+        shapes = {name: tuple(tensor.shape) for name, tensor in whole.items()}
+    else:
+        shapes = torch_names.shapes(plain, like)
     found = torch_names.located(plain, shapes)
     return Modules(found, found, shapes, complete=True), whole
 

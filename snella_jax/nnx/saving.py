@@ -83,7 +83,8 @@ def save(
         in PEFT's format.
       format: "snella", which `load` reads; or "peft", which `load_peft` reads.
       like: for a model of `snella_jax.models` in PEFT's format, the folder of
-        transformers or diffusers that its base is in.
+        transformers or diffusers that its base is in (or of timm, for a ViT). A LLaMA,
+        a SAM or an MMDiT may do without: then the whole base is read.
       names: for another model in PEFT's format, the name of the PyTorch module for a
         regex of paths, which may take its groups. Rows of stacked weights have an
         index: `{r"blocks/fc1\\[(\\d+)\\]": r"layers.\\1.fc1"}`. What a module has

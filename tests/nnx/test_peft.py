@@ -390,7 +390,11 @@ def test_the_other_format_is_named(small):
             {"like": VIT},
             r"gate='product'.*snella\.export.*snella\.save_delta",
         ),
-        (lambda: adapted(models.load(VIT)), {}, "like=None: expected the folder"),
+        (
+            lambda: adapted(models.load(VIT)),
+            {},
+            "like=None: a ViT is written like a file or folder",
+        ),
         (
             lambda: adapted(models.load(VIT)),
             {"like": ASSETS / "vit/original.npz"},

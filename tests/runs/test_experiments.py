@@ -303,6 +303,9 @@ def test_lora_is_the_linear_kernel_without_a_threshold():
         its.a[...], its.b[...] = mine.a[...][:, None], mine.b[...][:, None]
     np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(lora.merge(ours)(x), ours(x), rtol=1e-4, atol=1e-5)
+    kept = lora.as_adapters(ours)
+    np.testing.assert_allclose(kept(x), ours(x), rtol=1e-4, atol=1e-5)
+    assert kept.blocks.mlp.fc1.adapter.a[...].any()
     trains = {
         "/".join(path) for path, _ in nnx.to_flat_state(nnx.state(ours, nnx.Param))
     }
@@ -386,12 +389,14 @@ def test_ones_own_images_and_checkpoint(tmp_path):
         *("--task", str(tmp_path / "colours.csv"), "--model", str(checkpoint)),
         *("--image-size", "24", "--batch", "8", "--epochs", "8", "--snella.rank", "4"),
         pictures.TARGETS,
-        *("--methods", "linear", "snella"),
+        *("--methods", "linear", "lora", "snella"),
     )
     assert summary["task"] == "colours"
     assert summary["methods"]["linear"]["test_accuracy"] == 1
     made = tmp_path / "run" / "adapters"
-    assert [path.name for path in made.iterdir()] == ["snella"]
+    assert sorted(path.name for path in made.iterdir()) == ["lora", "snella"]
     base = models.load(checkpoint, num_classes=3, image_size=24)
+    tuned = snella.load_peft(base, made / "lora")
+    assert tuned.head.bias.any() and tuned.blocks.mlp.fc1.adapter.b[...].any()
     assert snella.load(base, made / "snella").head.bias.any()
     assert summary["methods"]["snella"]["test_accuracy"] > 0.6
