@@ -3,6 +3,7 @@
 Every factor, and all that is trained whole, is drawn anew.
 """
 
+import re
 import warnings
 
 import jax
@@ -12,10 +13,11 @@ import pytest
 from flax import nnx
 from mmdit_files import INPUTS
 from peft_files import LORA, redrawn
-from places import ASSETS
+from places import ASSETS, ROOT
 
 import snella_jax as snella
 from snella_jax import models
+from snella_jax.models.checkpoints.read import read
 
 pytestmark = [
     pytest.mark.reference,
@@ -211,3 +213,33 @@ def test_a_loaded_adapter_trains_on_as_in_peft(tmp_path):
             got = np.asarray(own[ab][...])[1, 0]
             close(got.T if letter == "A" else got, expected, 1e-4)
     assert set(jax.tree.map(np.shape, nnx.state(model, nnx.Param))) == {"blocks"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_documented_delta_file_is_applied_by_pytorch(dtype, tmp_path):
+    """To the tensors of a file, and to a model in place, and back again."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    base = models.load(ASSETS / CASES["llama"][0], param_dtype=dtype)
+    models.export(base, tmp_path / "base")
+    model = redrawn(snella.adapt(base, snella.SnellaConfig(rank=4), rngs=nnx.Rngs(1)))
+    snella.export(model, tmp_path / "merged", unmoved_budgets=True)
+    files = [tmp_path / name / "model.safetensors" for name in ("base", "merged")]
+    arrays = [read(file.parent).tensors for file in files]
+    snella.save_delta(tmp_path / "delta.safetensors", *arrays)
+    text = (ROOT / "docs/adapters.md").read_text("utf-8")
+    (program,) = re.findall(r"```py\n(.*?)```", text, re.S)
+    exec(program, space := {})
+    before, after = map(load_file, files)
+    state = {name: tensor.clone() for name, tensor in before.items()}
+    for expected in (after, before):
+        space["apply_delta"](state, tmp_path / "delta.safetensors")
+        assert all(torch.equal(state[name], x) for name, x in expected.items())
+    kind = transformers.LlamaForCausalLM
+    theirs = [kind.from_pretrained(f.parent, dtype=dtype).eval() for f in files]
+    space["apply_delta"](theirs[0].state_dict(), tmp_path / "delta.safetensors")
+    with torch.no_grad():
+        found = [model(input_ids=torch.tensor(TOKENS)).logits for model in theirs]
+    assert torch.equal(*found)
