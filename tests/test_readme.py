@@ -79,7 +79,7 @@ def test_the_page_on_adapters_runs(tmp_path, monkeypatch, capsys):
         exec(program, space)
     assert len(programs) >= 9 and float(space["loss"]) < 1.2
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"pets", "pets.safetensors", "digits"}
+    assert files == {"pets", "pets.safetensors", "digits", "lora"}
     assert "fc1" in capsys.readouterr().out
     assert space["grads"].keys() == {"fc1", "out"}
 
