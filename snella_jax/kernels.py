@@ -221,11 +221,12 @@ class _Softmaxed:
             powers = jnp.exp(self._logits(f, kappa) - largest)
             return gradient, powers * (1 / total)
 
-        gradient, soft = made(*gpu_barrier(statistics))
+        largest, total = statistics
+        gradient, soft = made(gpu_barrier(largest), total)
         mean = jnp.sum(gradient * soft, axes, keepdims=True)
         # The mean is known: a second pass over kappa has the rest.
-        statistics, mean = gpu_barrier((statistics, mean))
-        gradient, soft = made(*statistics)
+        largest, mean = gpu_barrier((largest, mean))
+        gradient, soft = made(largest, total)
         pulled = {"alpha": jnp.sum(mean), "beta": jnp.sum(gradient)}
         of_kappa = f["alpha"] * soft * (gradient - mean)
         if self.temperature:

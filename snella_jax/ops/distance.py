@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ def distance(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Float[Array, "
 def _sum_of_distances(
     coeff: Float[Array, " P"], a: Float[Array, "P *n d"], b: Float[Array, "P *m d"]
 ) -> Float[Array, "..."]:
-    squared = (squared_distance(a[p], b[p]) for p in range(len(a)))
-    return _sum(coeff[p] * jnp.sqrt(value) for p, value in enumerate(squared))
+    values = _of_pieces(_distance, a, b)
+    return _sum(coeff[p] * value for p, value in enumerate(values))
 
 
 weighted_distances = jax.custom_vjp(_sum_of_distances)
@@ -55,9 +55,8 @@ def pull_distances(
     # Behind the barrier the distances are made again, fused into the one pass that
     # needs them: stored, they cost two n x m arrays and the time to fill them (a
     # 768 x 3072 layer, forward and backward: 36 MiB of temporaries against 72).
-    coeff, a, b = jax.lax.optimization_barrier((coeff, a, b))
-    pulled = [_pull_distance(cotangent, a[p], b[p]) for p in range(len(a))]
-    da, db = (jnp.stack(part) for part in zip(*pulled, strict=True))
+    a, b = jax.lax.optimization_barrier((a, b))
+    da, db = _through_ratios([cotangent * x for x in _of_pieces(_inverse, a, b)], a, b)
     # A distance is homogeneous of degree 1: it is the sum of its derivatives times
     # what they are taken by (Euler), which spares another pass over n x m.
     dcoeff = sum(
@@ -67,25 +66,65 @@ def pull_distances(
     return jnp.asarray(dcoeff), scale[0] * da, scale[1] * db
 
 
-def _pull_distance(cotangent: Array, a: Array, b: Array) -> tuple[Array, Array]:
+def _through_ratios(
+    ratios: list[Array], a: Float[Array, "P *n d"], b: Float[Array, "P *m d"]
+) -> tuple[Array, Array]:
     # d||a - b|| = (a - b).(da - db) / ||a - b||, expanded into inner products: two
-    # matmuls instead of an n x m reduction for each column of a and b. Rows within
-    # rounding of each other count as coincident: expanded, their difference would be
-    # noise over almost 0.
-    b_axes, n_axes = tuple(range(b.ndim - 1)), tuple(range(a.ndim - 1))
-    m_axes = tuple(range(a.ndim - 1, cotangent.ndim))
-    value = jnp.sqrt(squared_distance(a, b))
+    # matmuls instead of an n x m reduction for each column of a and b.
+    n_axes, m_axes = tuple(range(a.ndim - 2)), tuple(range(a.ndim - 2, ratios[0].ndim))
+
+    def dots(x, axes):
+        # The column of ones makes the sums of a ratio part of the same two matmuls.
+        x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
+        axes = axes, tuple(range(len(axes)))
+        pairs = zip(ratios, x, strict=True)
+        return jnp.stack([jnp.tensordot(*p, axes, precision="highest") for p in pairs])
+
+    over_m, over_n = dots(b, m_axes), dots(a, n_axes)
+    da, db = (x * y[..., -1:] - y[..., :-1] for x, y in ((a, over_m), (b, over_n)))
+    return da, db
+
+
+def _of_pieces(
+    make: Callable[[Array, Array], Array],
+    a: Float[Array, "P *n d"],
+    b: Float[Array, "P *m d"],
+) -> list[Array]:
+    """Makes an `[*n, *m]` array of each piece of two factors.
+
+    For a GPU all pieces are written as one array, which XLA fuses with what reads a
+    part of it: half of the operations to compile for two pieces. XLA's CPU backend
+    would store that array.
+    """
+
+    def at_once(a, b):
+        made = jax.vmap(make)(a, b)
+        return [made[p] for p in range(len(made))]
+
+    def one_by_one(a, b):
+        return [make(a[p], b[p]) for p in range(len(a))]
+
+    return jax.lax.platform_dependent(
+        a, b, cuda=at_once, rocm=at_once, default=one_by_one
+    )
+
+
+def _distance(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Float[Array, "..."]:
+    return jnp.sqrt(squared_distance(a, b))
+
+
+def _inverse(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Float[Array, "..."]:
+    """Returns the inverses of distances; 0 of coincident rows.
+
+    Rows within rounding of each other count as coincident: their difference, expanded
+    into inner products, would be noise over almost 0.
+    """
+    value = _distance(a, b)
     norm_a, norm_b = (jnp.sqrt(_squares(jax.lax.stop_gradient(x))) for x in (a, b))
     norm_a, norm_b = _crossed(norm_a, norm_b)
     noise = 4 * jnp.finfo(value.dtype).eps * (norm_a + norm_b)
     apart = value > noise
-    ratio = cotangent * jnp.where(apart, 1 / jnp.where(apart, value, 1), 0)
-    # The column of ones makes the sums of `ratio` part of the same two matmuls.
-    one_a, one_b = (jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1) for x in (a, b))
-    over_m = jnp.tensordot(ratio, one_b, (m_axes, b_axes), precision="highest")
-    over_n = jnp.tensordot(ratio, one_a, (n_axes, n_axes), precision="highest")
-    da, db = (x * y[..., -1:] - y[..., :-1] for x, y in ((a, over_m), (b, over_n)))
-    return da, db
+    return jnp.where(apart, 1 / jnp.where(apart, value, 1), 0)
 
 
 def squared_distance(a: Array, b: Array) -> Array:

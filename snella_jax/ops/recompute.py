@@ -115,11 +115,11 @@ def recomputed(forward: Callable) -> Callable:
         kept, extras = kept
         # The extras stay outside: a barrier would make them vary over a mesh's axes
         # inside `jax.shard_map`, where `op` was opened with ones that do not.
-        kept, cotangent = behind_one_barrier(kept, cotangent)
+        kept, cotangent = _made_anew(kept, cotangent)
         x, w0, factors, budget, key, tau = kept
-        operands = (x, w0, _unlike(factors, tau), extras)
         _, back = jax.vjp(
-            lambda *operands: forward(*operands, budget, key, tau)[0], *operands
+            lambda *operands: forward(*operands, budget, key, tau)[0],
+            *(x, w0, factors, extras),
         )
         return *back(cotangent), None, None
 
@@ -165,12 +165,10 @@ def recomputed_from_rows(
 
     def pull(kept, cotangent):
         kept, extras, more = kept
-        kept, cotangent = behind_one_barrier(kept, cotangent)
+        kept, cotangent = _made_anew(kept, cotangent)
         rows, w0, factors, budget, key, tau = kept
         merged, of_weight = jax.vjp(
-            lambda w0, factors: weight(w0, factors, budget, tau)[0],
-            w0,
-            _unlike(factors, tau),
+            lambda w0, factors: weight(w0, factors, budget, tau)[0], w0, factors
         )
         # Linear in x, whose value is not needed: XLA drops the product with zeros.
         _, back = jax.vjp(lambda x, extras: op(x, merged, extras), zeros(), extras)
@@ -192,14 +190,29 @@ def _zeros(kind: Any) -> Array:
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
-def _unlike(factors: Any, tau: Any) -> Any:
-    """Returns the factors, of which XLA cannot know that tau was found with them."""
-    # Never true, but XLA cannot know: the update made here needs tau, so it is not
-    # the update that tau was found in.
-    never = jnp.zeros((), bool)
-    for one in jax.tree.leaves(tau):
-        never |= jnp.any(jnp.isnan(one) & (one > 0))
-    return jax.tree.map(lambda v: jnp.where(never, 0, v), factors)
+def _made_anew(kept: tuple[Any, ...], cotangent: Any) -> tuple[tuple[Any, ...], Any]:
+    """Returns both so that XLA makes the update anew, and not before the cotangent.
+
+    Args:
+      kept: x or its rows, w0, factors, budget, key and tau.
+      cotangent: gradient of the output.
+    """
+    x, w0, factors, budget, key, tau = kept
+    leaves, structure = jax.tree.flatten_with_path(factors)
+    values = [value for _, value in leaves]
+    # Every array of the weight's size is made of both factors, so one of them suffices.
+    # More operations would be compiled for every matrix of a model.
+    places = [i for i, (path, _) in enumerate(leaves) if path[-1].key == "a"]
+    first = [values[i] for i in places]
+    (x, w0, first, key), cotangent = behind_one_barrier((x, w0, first, key), cotangent)
+    # Never true, but XLA cannot know: the update made here needs tau, so it is not the
+    # update that tau was found in.
+    one = min(jax.tree.leaves(tau), key=jnp.size)
+    never = jnp.any(jnp.isnan(one) & (one > 0))
+    for i, value in zip(places, first, strict=True):
+        values[i] = jnp.where(never, 0, value)
+    factors = jax.tree.unflatten(structure, values)
+    return (x, w0, factors, budget, key, tau), cotangent
 
 
 def behind_one_barrier(kept: Any, cotangent: Any) -> tuple[Any, Any]:
