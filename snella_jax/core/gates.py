@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from snella_jax.ops.threshold import bit_pattern, check_budget, clamped, threshold
+from snella_jax.ops.threshold import bit_pattern, check_budget, in_int32, threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _survives(delta, budget, tau):
     nan = bit_pattern(jnp.asarray(jnp.inf, delta.dtype)) + 1
     least = jnp.minimum(bit_pattern(tau.astype(delta.dtype)) + 1, nan)
     # A budget that covers the matrix drops nothing, nor the gradient of a zero.
-    full = clamped(budget, delta.size) == delta.size
+    full = in_int32(budget, delta.size) >= delta.size
     return pattern >= jnp.where(full, 0, least)
 
 

@@ -204,7 +204,9 @@ def _made_anew(kept: tuple[Any, ...], cotangent: Any) -> tuple[tuple[Any, ...], 
     # More operations would be compiled for every matrix of a model.
     places = [i for i, (path, _) in enumerate(leaves) if path[-1].key == "a"]
     first = [values[i] for i in places]
-    (x, w0, first, key), cotangent = behind_one_barrier((x, w0, first, key), cotangent)
+    (x, w0, first, key, tau), cotangent = behind_one_barrier(
+        (x, w0, first, key, tau), cotangent
+    )
     # Never true, but XLA cannot know: the update made here needs tau, so it is not the
     # update that tau was found in.
     one = min(jax.tree.leaves(tau), key=jnp.size)

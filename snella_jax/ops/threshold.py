@@ -34,7 +34,7 @@ def threshold(
     check_budget(budget)
     if delta.size >= 2**31:
         raise ValueError(f"delta has {delta.size} elements: expected fewer than 2^31.")
-    budget = clamped(budget, delta.size)
+    budget = in_int32(budget, delta.size)
     delta, budget = varying_alike(jax.lax.stop_gradient(delta), budget)
     low = jax.lax.platform_dependent(
         delta, budget, cpu=search(1, _count_by_parts), default=search(4, _count)
@@ -90,12 +90,21 @@ def check_budget(budget: int | Array) -> None:
 
 
 def clamped(budget: int | Array, size: int) -> Int[Array, ""]:
+    """Returns a budget as int32, at most the size of its matrix."""
+    return jnp.minimum(in_int32(budget, size), size)
+
+
+def in_int32(budget: int | Array, size: int) -> Int[Array, ""]:
+    """Returns a budget as int32: at least `size` for all that are.
+
+    An int32 array stays as it is: an operation less to compile for every matrix.
+    """
     if not isinstance(budget, Array):
         budget = min(int(budget), size)  # before it could overflow int32
     budget = jnp.asarray(budget)
-    if jnp.iinfo(budget.dtype).bits < 32:  # too few to hold the size
-        budget = budget.astype(jnp.int32)
-    return jnp.minimum(budget, size).astype(jnp.int32)
+    if jnp.iinfo(budget.dtype).bits >= 32 and budget.dtype != jnp.int32:
+        budget = jnp.minimum(budget, size)
+    return budget.astype(jnp.int32)
 
 
 def _count(pattern: UInt[Array, "..."], least: UInt[Array, " c"]) -> Int[Array, " _"]:
