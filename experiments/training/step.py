@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 import snella_jax as snella
 from experiments.training.objective import Batch
+from snella_jax.tuning.accumulation import mean_over_parts
 
 Loss = Callable[[Any, Batch, PRNGKeyArray], Float[Array, ""]]
 
@@ -45,13 +46,15 @@ def training_step(
         return loss(model, batch, key_loss)
 
     def step(trainable, opt_state, budgets, frozen, batch, key):
-        def gradient(batch, key):
-            return jax.value_and_grad(loss_fn)(trainable, budgets, frozen, batch, key)
+        def gradient(_, batch, key):
+            found = jax.value_and_grad(loss_fn)(trainable, budgets, frozen, batch, key)
+            return None, found
 
         if accumulate == 1:
-            value, grads = gradient(batch, key)
+            _, (value, grads) = gradient(None, batch, key)
         else:
-            value, grads = _mean_over_parts(gradient, accumulate, batch, key)
+            parts = accumulate, None, batch, key
+            _, (value, grads) = mean_over_parts(gradient, *parts)
         if where is not None:
             # Left to choose, XLA (jax 0.10.2, 2 x 2 CPUs) made NaN of accumulated ones.
             grads = jax.lax.with_sharding_constraint(grads, where)
@@ -62,24 +65,3 @@ def training_step(
         return optax.apply_updates(trainable, updates), opt_state, value
 
     return step
-
-
-def _mean_over_parts(
-    gradient: Callable, parts: int, batch: Batch, key: PRNGKeyArray
-) -> Any:
-    """Returns loss and gradient of a batch, computed a part of it at a time."""
-
-    def cut(x):  # every part gets its share of each device's examples
-        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
-
-    batches = jax.tree.map(cut, batch), jax.random.split(key, parts)
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype),
-        jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], batches)),
-    )
-
-    def add(total, batch):
-        return jax.tree.map(jnp.add, total, gradient(*batch)), None
-
-    total, _ = jax.lax.scan(add, zeros, batches)
-    return jax.tree.map(lambda x: x / parts, total)

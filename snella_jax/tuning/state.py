@@ -50,6 +50,7 @@ from snella_jax.core.reallocation import reallocate
 from snella_jax.core.weight import AdaptedWeight
 from snella_jax.nnx.adapt import adapt
 from snella_jax.tuning import metrics
+from snella_jax.tuning.accumulation import check_parts
 from snella_jax.tuning.linen_model import LinenModel, streams_of
 from snella_jax.tuning.nnx_model import NnxModel
 from snella_jax.tuning.optimizer import with_importance
@@ -57,7 +58,7 @@ from snella_jax.tuning.parts import Binding, Parts
 from snella_jax.tuning.plan import Plan, plan
 from snella_jax.tuning.start import copied, on_the_devices_of
 from snella_jax.tuning.tree_model import TreeModel
-from snella_jax.tuning.update import Loss, check_parts, update
+from snella_jax.tuning.update import Loss, update
 
 OWN_KEY = np.uint32(2**32 - 1)  # folded into the key that factors are drawn with
 

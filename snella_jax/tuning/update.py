@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from snella_jax.tuning.accumulation import mean_over_parts
 from snella_jax.tuning.parts import Binding, Parts
 
 Loss = Callable[[Any, Any], Float[Array, ""]]
@@ -57,7 +57,7 @@ def update(
     if accumulate == 1:
         changing, (value, grads) = gradient(parts.changing, batch, key)
     else:
-        changing, (value, grads) = _mean_over_parts(
+        changing, (value, grads) = mean_over_parts(
             gradient, accumulate, parts.changing, batch, key
         )
     updates, opt_state = tx.update(grads, opt_state, parts.trainable, value=value)
@@ -68,38 +68,3 @@ def update(
         "steps": steps + 1,
     }
     return new, value
-
-
-def _mean_over_parts(
-    gradient: Callable, count: int, changing: Any, batch: Any, key: PRNGKeyArray
-) -> Any:
-    """Returns the last changing state, and the mean of losses and gradients."""
-
-    def cut(x):  # every part gets its share of each device's examples
-        return jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
-
-    batches = jax.tree.map(cut, batch), jax.random.split(key, count)
-    one = jax.tree.map(lambda x: x[0], batches)
-    _, shapes = jax.eval_shape(gradient, changing, *one)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def add(carry, batch):
-        changing, total = carry
-        changing, own = gradient(changing, *batch)
-        return (changing, jax.tree.map(jnp.add, total, own)), None
-
-    (changing, total), _ = jax.lax.scan(add, (changing, zeros), batches)
-    return changing, jax.tree.map(lambda x: x / count, total)
-
-
-def check_parts(batch: Any, accumulate: int) -> None:
-    """Raises a `ValueError` if a batch cannot be cut into as many equal parts."""
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate}: expected at least 1.")
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
-    odd = [shape for shape in shapes if not shape or shape[0] % accumulate]
-    if accumulate > 1 and odd:
-        raise ValueError(
-            f"accumulate={accumulate} does not divide the first axis of a batch with "
-            f"shapes {shapes}."
-        )

@@ -164,22 +164,6 @@ def test_accumulated_parts_give_the_gradient_of_the_whole_batch(one_device):
         np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-4)
 
 
-def test_parts_are_all_of_the_batch_and_draw_noise_of_their_own():
-    def gradient(batch, key):
-        grads = {"x": batch["image"].sum(), "y": batch["label"].mean()}
-        return jax.random.uniform(key), grads
-
-    images, labels = jnp.arange(12.0).reshape(6, 2), jnp.arange(6.0) ** 2
-    for parts in (2, 3):
-        batch = {"image": images, "label": labels}
-        loss, grads = step._mean_over_parts(gradient, parts, batch, KEY)
-        draws = [jax.random.uniform(key) for key in jax.random.split(KEY, parts)]
-        assert len(set(map(float, draws))) == parts
-        assert float(loss) == pytest.approx(float(sum(draws)) / parts)
-        assert float(grads["x"]) == pytest.approx(66 / parts)
-        assert float(grads["y"]) == pytest.approx(55 / 6)
-
-
 def test_soft_labels_are_learnt_as_their_distribution():
     """The loss of a smoothed label is that of the mixture of all labels."""
     images = jax.random.normal(jax.random.key(0), (6, 2))
