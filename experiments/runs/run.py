@@ -66,9 +66,6 @@ def complete(prepared: Prepared, resume: bool = False) -> dict[str, Any]:
 def _run(prepared: Prepared) -> dict[str, Any]:
     config, task, out = prepared.config, prepared.task, prepared.out
     began = begin(prepared)
-    if config.adapted:
-        found = coverage(prepared.base, config.targets)
-        prepared.console.print(f"Targets: {found}", soft_wrap=True)
     done = files.read(out / "results.json") or {}
     for method in config.methods:
         if method not in done:
@@ -95,6 +92,8 @@ def _run(prepared: Prepared) -> dict[str, Any]:
 def begin(prepared: Prepared) -> dict[str, Any]:
     """Writes what runs and on what, or reads what began; gives the environment.
 
+    Prints how much of the base the targets cover.
+
     Raises:
       MismatchError: what began in the folder has other settings, data or weights, or
         a method in its midst that trained otherwise then.
@@ -109,6 +108,9 @@ def begin(prepared: Prepared) -> dict[str, Any]:
             f"of {path}. Without that folder it begins anew."
         )
     _same_inputs(prepared, begun=known is not None)
+    if config.adapted:
+        found = coverage(prepared.base, config.targets)
+        prepared.console.print(f"Targets: {found}", soft_wrap=True)
     return folder.started(prepared.out, prepared.mesh, prepared.console)
 
 
