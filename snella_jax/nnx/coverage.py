@@ -12,6 +12,8 @@ from snella_jax.nnx.selection import adapted_variables
 from snella_jax.nnx.targets import chosen_targets, is_weight, variables_held
 from snella_jax.nnx.variables import Factor, Frozen
 
+NUMBER = re.compile(r"(?<![^/])\d+(?![^/])")
+
 
 @dataclasses.dataclass(frozen=True)
 class Held:
@@ -45,26 +47,34 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Fraction of the matrices' weights that adapters reach."""
+        """Fraction of the matrices' weights that adapters reach, in thousandths: 1 if all are."""
         reached = sum(each.weights for each in self.held if each.adapted)
-        return reached / max(sum(each.weights for each in self.held), 1)
+        return 1000 * reached // max(sum(each.weights for each in self.held), 1) / 1000
 
     @property
     def left(self) -> tuple[str, ...]:
-        """Paths without an adapter; `*` stands for the numbers of blocks in a list."""
-        paths = (each.path for each in self.held if not each.adapted)
-        return tuple(
-            dict.fromkeys(re.sub(r"(?<![^/])\d+(?![^/])", "*", p) for p in paths)
+        """What has no adapter: a module, where nothing in it has one, or a layer.
+
+        `*` stands for the numbers of blocks in a list, where it is so in all of them.
+        """
+        modules = {m for each in self.held for m in _above(each.path)}
+        reached = {m for each in self.held if each.adapted for m in _above(each.path)}
+        names = dict.fromkeys(
+            next((m for m in _above(each.path) if m not in reached), each.path)
+            for each in self.held
+            if not each.adapted
         )
+        partly = {NUMBER.sub("*", m) for m in modules if m not in names}
+        starred = ((NUMBER.sub("*", name), name) for name in names)
+        return tuple(dict.fromkeys(n if s in partly else s for s, n in starred))
 
     def __str__(self) -> str:
-        """Returns the counts, the share (rounded down) and what is left."""
+        """Returns the counts, the share and what is left."""
         reached = sum(each.count for each in self.held if each.adapted)
-        share = math.floor(1000 * self.share) / 10
         left = f"; not adapted: {', '.join(self.left)}" if self.left else ""
         return (
             f"{reached:,} of {sum(each.count for each in self.held):,} matrices, "
-            f"{share:.1f}% of the weights adapted{left}"
+            f"{self.share:.1%} of the weights adapted{left}"
         )
 
 
@@ -108,6 +118,12 @@ def coverage(model: nnx.Module, targets: str | None = None) -> Coverage:
             adapted=id(weight) in sites,
         )
     return Coverage(tuple(held.values()))
+
+
+def _above(path: str) -> list[str]:
+    """Returns the modules that hold a path, the outermost first, and itself."""
+    names = path.split("/")
+    return ["/".join(names[: i + 1]) for i in range(len(names))]
 
 
 def _is_matrix(path: str, layer: Any, weight: nnx.Variable) -> bool:
