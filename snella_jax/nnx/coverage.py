@@ -47,7 +47,7 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Fraction of the matrices' weights that adapters reach, in 0.001, rounded down."""
+        """Fraction of the matrices' weights that adapters reach, rounded down."""
         reached = sum(each.weights for each in self.held if each.adapted)
         return 1000 * reached // max(sum(each.weights for each in self.held), 1) / 1000
 
