@@ -55,8 +55,13 @@ def alone(method):
         ("snella", "follow"),
     ],
 )
-def test_a_step_on_a_mesh_is_that_of_one_device(method, factors):
-    """Loss, and gradient: after a step it is ten times the first moment of Adam."""
+def test_a_step_on_a_mesh_is_that_of_one_device(method, factors, monkeypatch):
+    """Loss, and gradient: after a step it is ten times the first moment of Adam.
+
+    Of a matrix that is split by outputs, and one by inputs.
+    """
+    own = dataclasses.replace(workload.TEXTS, targets="blocks/.*/(q|down)")
+    monkeypatch.setattr(workload, "TEXTS", own)
     on = layout.make(MESH, jax.devices()[:4], 4, factors)
     spread = workload.build(setting(method), on)
     placed = jax.device_put(spread.arguments, spread.where)
