@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, PRNGKeyArray
 
 from snella_jax.adapters import file_format
 from snella_jax.adapters.base import Base
@@ -30,6 +30,7 @@ from snella_jax.core.placement import beside, like
 from snella_jax.core.specs import adapter_spec, names_in
 from snella_jax.core.weight import AdaptedWeight, Site, start
 from snella_jax.files.hosts import native
+from snella_jax.ops.dtypes import check_floating
 
 Tree = dict[str, Any]
 Key = tuple[str, ...]
@@ -115,13 +116,31 @@ class Adapters:
         """
         return self._with(params, lambda w: summed(w.w0, w.delta()).astype(w.w0.dtype))
 
-    def merge(self, params: Tree, *, unmoved_budgets: bool = False) -> Tree:
+    def merge(
+        self,
+        params: Tree,
+        *,
+        unmoved_budgets: bool = False,
+        dtype: DTypeLike | None = None,
+    ) -> Tree:
         """Returns plain parameters for good: `summed`, with `snella.merge`'s checks.
+
+        Args:
+          params: adapted parameters.
+          unmoved_budgets, dtype: as in `snella.merge`.
 
         Raises:
           BudgetsNeverMoved: they should have, unless `unmoved_budgets`.
+          ValueError: no floating-point dtype.
         """
-        return self._with(params, lambda w: w.merged(unmoved_budgets))
+        check_floating(dtype)
+        plain = self._with(params, lambda w: w.merged(unmoved_budgets, dtype))
+        if dtype is None:
+            return plain
+        leaves = arrays_of(flat(plain))
+        floats = {k for k, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        cast = {k: x.astype(dtype) if k in floats else x for k, x in leaves.items()}
+        return nested(flat(plain) | cast)
 
     def unload(self, params: Tree) -> Tree:
         """Returns plain parameters without the adapters; what else trained stays."""

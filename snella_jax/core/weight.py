@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from snella_jax.core.budgets import FIXED, allocate
 from snella_jax.core.config import Rule, SnellaConfig
@@ -153,8 +153,14 @@ class AdaptedWeight:
         one = _Threshold(self.site.kernel)
         return _for_each(self.factors, self.budget, self.budget.ndim, one)
 
-    def merged(self, unmoved_budgets: bool = False) -> Float[Array, " *weight"]:
-        """Returns `w0 + delta`, summed in at least float32, in the dtype of `w0`.
+    def merged(
+        self, unmoved_budgets: bool = False, dtype: DTypeLike | None = None
+    ) -> Float[Array, " *weight"]:
+        """Returns `w0 + delta`, summed in at least float32.
+
+        Args:
+          unmoved_budgets: allow a budget that should have moved and never did.
+          dtype: dtype of the sum; None for that of `w0`.
 
         Raises:
           BudgetsNeverMoved: its budget should have moved and never did, unless
@@ -162,7 +168,7 @@ class AdaptedWeight:
         """
         if not unmoved_budgets:
             self.check_moved()
-        return add(self.path, self.w0, self.delta())
+        return add(self.path, self.w0, self.delta(), dtype)
 
     def check_moved(self) -> None:
         """Raises `BudgetsNeverMoved` if its budget should have moved and never did."""
@@ -256,17 +262,24 @@ def _for_each(factors: Factors, budget: Array, axes: int, one: Callable) -> Any:
     return one((factors, budget))
 
 
-def add(path: str, w0: Array, delta: Array) -> Array:
-    """Returns `w0 + delta` in the dtype of `w0`; logs what rounding lost."""
-    merged = summed(w0, delta).astype(w0.dtype)
-    if w0.dtype.itemsize < delta.dtype.itemsize:
+def add(path: str, w0: Array, delta: Array, dtype: DTypeLike | None = None) -> Array:
+    """Returns `w0 + delta`, in the dtype of `w0` if none is given.
+
+    Logs what rounding lost.
+    """
+    dtype = jnp.dtype(w0.dtype if dtype is None else dtype)
+    merged = summed(w0, delta).astype(dtype)
+    if dtype.itemsize < delta.dtype.itemsize:
         moved = jnp.count_nonzero(delta)
-        unseen = jnp.count_nonzero((delta != 0) & (merged == w0))
+        unseen = jnp.count_nonzero((delta != 0) & (merged == w0.astype(dtype)))
         if unseen > 0:
             log.warning(
-                "merging %s into %s lost %.1f%% of its moved weights to rounding",
+                "merging %s into %s lost %.1f%% of its moved weights to rounding: "
+                "merge(dtype=jnp.float32) keeps them, for layers that compute in "
+                "float32; others serve the adapted model with path='parallel', which "
+                "rounds no weight",
                 path,
-                w0.dtype,
+                dtype,
                 100 * int(unseen) / int(moved),
             )
     return merged

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import PRNGKeyArray
+from jaxtyping import DTypeLike, PRNGKeyArray
 
 from snella_jax.core.binding import check_binding
 from snella_jax.core.config import SnellaConfig, check_overrides
@@ -48,6 +48,7 @@ from snella_jax.nnx.selection import (
 from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class, thaw
 from snella_jax.nnx.targets import Target, chosen_targets
 from snella_jax.nnx.variables import Budget, DropKey, variables_of
+from snella_jax.ops.dtypes import check_floating
 from snella_jax.ops.readers import new_keys
 
 log = logging.getLogger("snella_jax")
@@ -185,29 +186,37 @@ def partition(
     return graphdef, trainable, budgets, frozen
 
 
-def merge(model: M, *, unmoved_budgets: bool = False) -> M:
+def merge(
+    model: M, *, unmoved_budgets: bool = False, dtype: DTypeLike | None = None
+) -> M:
     """Returns a plain copy of an adapted model: `w0 + delta` as weights, no adapters.
 
     Its outputs equal the adapted model's to rounding. The sum is taken in at least
-    float32 and stored in the weight's dtype; if that is narrower, the share of moved
-    weights that rounding lost is logged. Code that reads `layer.kernel` itself gets no
-    update and trains none, which merging cannot know.
+    float32 and stored in the weight's dtype, or the one that is given; if that is
+    narrower, the share of moved weights that rounding lost is logged. Code that reads
+    `layer.kernel` itself gets no update and trains none, which merging cannot know.
 
     Args:
       model: an adapted model.
       unmoved_budgets: allow a model whose budgets never moved.
+      dtype: floating-point dtype of every parameter of the plain model; None leaves
+        each in its own. In what layers compute is their affair.
 
     Raises:
       BudgetsNeverMoved: the config asked for adaptive sparsity, and `reallocate` was
         never called, so the sparsity is not what the config says.
-      ValueError: the model has no adapters.
+      ValueError: the model has no adapters, or no such dtype.
     """
+    check_floating(dtype)
     weights = weights_of(model)
     model = nnx.clone(model)
     for weight, own in zip(weights, adapted_variables(model), strict=True):
         *_, variable = own
-        variable[...] = weight.merged(unmoved_budgets)
+        variable.set_value(weight.merged(unmoved_budgets, dtype))
     remove(model)
+    for _, variable in variables_of(model, nnx.Param) if dtype is not None else ():
+        if jnp.issubdtype(variable.dtype, jnp.floating):
+            variable.set_value(variable[...].astype(dtype))
     return model
 
 

@@ -19,6 +19,12 @@ def at_least_float32(*dtypes: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
+def check_floating(dtype: DTypeLike | None) -> None:
+    """Raises a `ValueError` for a dtype that is not one of floating-point numbers."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype}: expected a floating-point dtype.")
+
+
 def wider(one: DTypeLike, other: DTypeLike) -> jnp.dtype:
     """Returns the wider of two floating-point dtypes; float32 for two halves.
 

@@ -107,16 +107,6 @@ def test_output_dtype_is_the_plain_layers(path, w, dtype, x):
     assert jax.eval_shape(model, inputs).dtype == jax.eval_shape(plain, inputs).dtype
 
 
-def test_merging_into_bfloat16_reports_what_rounding_lost(caplog):
-    model = Holder(nnx.Linear(64, 64, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    config = snella.SnellaConfig(
-        rank=RANK, targets="layer", trainable="", target_density=1.0
-    )
-    merged = snella.merge(snella.adapt(model, config, rngs=nnx.Rngs(1)))
-    assert merged.layer.kernel.dtype == jnp.bfloat16
-    assert "layer into bfloat16 lost" in caplog.text
-
-
 def test_merging_budgets_that_never_moved_raises():
     with pytest.raises(snella.BudgetsNeverMoved, match=r"fc1.*reallocate"):
         snella.merge(net())

@@ -130,7 +130,7 @@ class ViT(Classifier):
         x = x.reshape(x.shape[0], -1, c.width)  # [B, grid_h * grid_w, D]
         if c.class_token:
             cls = self.cls_token[...].astype(x.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(cls, (len(x), 1, c.width)), x], 1)
+            x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, c.width)), x], 1)
         return x + self.pos_embed[...].astype(x.dtype)
 
 
