@@ -32,6 +32,7 @@ class Net(nnx.Module):
         rngs = nnx.Rngs(0)
         self.fc = nnx.Linear(16, 16, param_dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(16, 2, param_dtype=dtype, rngs=rngs)
+        self.fc.kernel[...] *= 64  # far above the update
         self.count = nnx.Param(jnp.int32(3))
 
 
