@@ -126,7 +126,8 @@ def per_example(
       The outputs, arrays or a tree of them, with the examples along axis 0.
 
     Raises:
-      ValueError: a name that `models` has not, or not one for each example.
+      ValueError: a name that `models` has not, not one for each example, or models
+        whose outputs have other shapes (heads of other widths).
     """
     chosen = np.asarray(ids)
     sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(inputs)}
@@ -138,11 +139,26 @@ def per_example(
     if unknown := sorted(set(chosen.tolist()) - set(models)):
         raise ValueError(f"No model is called {unknown}: there are {list(models)}.")
     result: Any = None
-    for name in dict.fromkeys(chosen.tolist()):
+    names = list(dict.fromkeys(chosen.tolist()))
+    for name in names:
         outputs = _run(*nnx.split(models[name]), inputs)
+        if result is not None:
+            _check_alike((names[0], result), (name, outputs))
         own = jnp.asarray(chosen == name)
         result = outputs if result is None else _where(own, outputs, result)
     return result
+
+
+def _check_alike(*named: tuple[str, Any]) -> None:
+    """Raises a `ValueError` if the outputs of two models do not fit in one array."""
+    (one, first), (other, second) = named
+    shapes = [jax.tree.map(lambda x: x.shape[1:], tree) for tree in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{one!r} returns {shapes[0]} for an example and {other!r} {shapes[1]}: "
+            "expected one shape. Where heads have other widths, call per_example for "
+            "the models of each width apart, or up to the head."
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)

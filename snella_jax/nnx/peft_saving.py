@@ -15,6 +15,7 @@ from snella_jax.files.hosts import to_host
 from snella_jax.models import torch_names
 from snella_jax.models.checkpoints.rewrite import unmade
 from snella_jax.models.checkpoints.torch_tensor import Row, TorchTensor
+from snella_jax.models.llama import Llama
 from snella_jax.models.sd3.mmdit import MMDiT
 from snella_jax.nnx.torch_modules import (
     Modules,
@@ -55,6 +56,7 @@ def write(
     weights = list(weights)
     _check_low_rank(weights)
     require_names(plain, names)
+    _check_untied(plain, trained)
     modules, whole = _modules(plain, like, names, trained)
     paths = [path for path, _ in variables_of(plain, nnx.Param)]
     pairs: dict[Row, Pair] = {}
@@ -98,6 +100,17 @@ def _check_low_rank(weights: Iterable[AdaptedWeight]) -> None:
                 "transformers or diffusers, snella.save_delta a file of the weights "
                 "that moved."
             )
+
+
+def _check_untied(plain: nnx.Module, trained: Iterable[str]) -> None:
+    """Raises a `ValueError` for an embedding that trains and is the head, too."""
+    tied = isinstance(plain, Llama) and plain.config.tied
+    if tied and any(path.startswith("embed/") for path in trained):
+        raise ValueError(
+            "embed/embedding trains and is the head, too, of which PEFT would train a "
+            "copy apart: leave it out of `trainable`, or write the whole model with "
+            "snella.export."
+        )
 
 
 def _modules(

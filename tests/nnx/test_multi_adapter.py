@@ -44,6 +44,14 @@ def test_a_batch_with_an_adapter_for_each_example(models):
     assert len({tuple(row) for row in np.asarray(found).round(4).tolist()}) == 5
 
 
+def test_heads_of_other_widths_are_refused_in_words(models):
+    wide = nnx.clone(models["pets"])
+    wide.head = nnx.Linear(8, 5, rngs=nnx.Rngs(0))
+    message = r"'pets' returns \(3,\) .*'wide' \(5,\).*models of each width apart"
+    with pytest.raises(ValueError, match=message):
+        snella.per_example({**models, "wide": wide}, ["pets", "wide"] * 2, IMAGES[:4])
+
+
 def test_adapted_and_loaded_models_share_a_program(models, tmp_path):
     snella.save(models["pets"], tmp_path / "a")
     loaded = snella.load(models["none"], tmp_path / "a")

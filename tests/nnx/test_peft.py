@@ -411,6 +411,11 @@ def test_the_other_format_is_named(small):
             "trains beside the LoRA of vit.layers",
         ),
         (
+            lambda: adapted(models.load(ASSETS / "llama/tied"), trainable="embed"),
+            {"like": ASSETS / "llama/tied"},
+            "embed/embedding trains and is the head, too",
+        ),
+        (
             lambda: adapted(Net(nnx.Rngs(0)), targets="qkv", trainable=""),
             {},
             "Net is no model of snella_jax.models: expected names=",

@@ -34,6 +34,10 @@ CASES = {  # folder, class there, targets and what trains besides
         *("staged/swin", "SwinForImageClassification"),
         *(r"blocks/.*/(query|key|value|out|fc1|fc2)|down/.*", "head|norm"),
     ),
+    "convnext": (
+        *("staged/convnext", "ConvNextForImageClassification"),
+        *(r"blocks/.*/(fc1|fc2)|down/.*|patch_embed", "head"),
+    ),
     "sam": (
         *("sam/transformers", "SamModel", r"encoder/.*/(q|v|proj|fc1)"),
         "decoder|prompts/no_mask_embed",
@@ -138,6 +142,7 @@ TARGETS = {
     "vit": ["q_proj", "v_proj", "fc1"],
     "dinov2": ["q_proj", "fc2"],
     "swin": ["q_proj", "o_proj", "reduction"],
+    "convnext": ["pwconv1", "patch_embeddings"],
     "sam": ["qkv", "lin1"],
     "llama": ["q_proj", "k_proj", "down_proj"],
     "mmdit": ["to_q", "add_k_proj", "proj_out", "norm_out.linear"],
