@@ -116,8 +116,8 @@ def vit_of(config: SamConfig) -> ViTEncoderConfig:
     if isinstance(config.encoder, ViTEncoderConfig):
         return config.encoder
     raise ValueError(
-        "transformers has no SAM with a TinyViT, only with a ViT: models.export writes "
-        "one to a path that ends in .safetensors, with MobileSAM's names."
+        "transformers has no SAM with a TinyViT, only with a ViT: expected a path that "
+        "ends in .safetensors, for a file with MobileSAM's names."
     )
 
 
