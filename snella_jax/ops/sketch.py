@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from snella_jax.ops.barriers import of_stored
 from snella_jax.ops.dtypes import at_least_float32
 from snella_jax.ops.names import sketched
 
@@ -163,6 +164,9 @@ class Sketch:
 
     def _sketched(self, key: PRNGKeyArray, v: Array, axis: int, weighted: bool):
         self.count(v.shape[axis])
+        return of_stored(lambda v: self._linear(key, v, axis, weighted), v, key)
+
+    def _linear(self, key: PRNGKeyArray, v: Array, axis: int, weighted: bool):
         parts, start = [], 0
         for row in self.keep_rows:  # static slices: nothing is gathered
             parts.append(lax.slice_in_dim(v, start, row, axis=axis))
