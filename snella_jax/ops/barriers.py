@@ -43,7 +43,7 @@ def of_stored(make: Callable[[Array], Array], x: Array, key: PRNGKeyArray) -> Ar
         # Both branches are right, so it does not matter which one runs.
         return jax.lax.cond(either, make, lambda x: -make(-x), x)
 
-    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     either = jnp.any((jax.random.key_data(key) if typed else key) != 0)
     return jax.lax.platform_dependent(
         x, either, cpu=branched, default=lambda x, either: make(x)
