@@ -236,7 +236,8 @@ TOY = DreamboothConfig(
     dtype="float32",
     param_dtype="float32",
     remat="none",
-    settings=_settings(1e-3, 4, full=1e-4),
+    settings=_settings(1e-3, 4, full=1e-4, snella=3e-3, snella_linear=3e-3),
+    source="experiments.studies.personalise, for lora, snella and snella_linear",
 )
 DREAMBOOTH: dict[str, Preset[DreamboothConfig]] = {
     "toy": Preset("a small model of emoji, minutes on two cores", TOY),

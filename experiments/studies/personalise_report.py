@@ -47,7 +47,7 @@ def made(
     for concept in concepts:
         for method, done in store.rows(concept).items():
             seeds = done.get("seeds", {})
-            if not seeds or method not in (*registry.METHODS, registry.UNTUNED):
+            if not seeds or method not in (*registry.OF_MMDIT, registry.UNTUNED):
                 continue
             group = "emoji" if concept in emoji.FAMILIES else "photographs"
             own: dict[str, Any] = {"concept": concept, "group": group, "method": method}

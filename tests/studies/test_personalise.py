@@ -73,6 +73,7 @@ def test_the_table(store, tmp_path):
         store.keep(concept, "lora", {"chosen": {"lr": 1e-3}, "seeds": seeds})
         store.keep(concept, "lora@0.001", {"seeds": {"0": result(0.0)}})
     store.keep("dog", "untuned", {"seeds": {"0": result(0.25)}})
+    store.keep("dog", "snella_linear", {"seeds": {"0": result(0.5)}})
     store.keep("dog", "snella", {"failed": {"seed 0": "loss"}})
     concepts = ("cat_face", "mailbox", "dog")
     made = personalise_report.made(store, concepts, {})
@@ -82,6 +83,7 @@ def test_the_table(store, tmp_path):
         ("mailbox", "lora"),
         ("dog", "lora"),
         ("dog", "untuned"),
+        ("dog", "snella_linear"),
     ]
     assert made["rows"][0]["image_alignment"] == pytest.approx([0.2, 0.3, 0.4])
     personalise_report.write(made, tmp_path, Console(quiet=True))
