@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from flax import nnx
 from rich.console import Console
 
 from experiments import compare, plotting
@@ -22,6 +23,7 @@ from experiments.studies import comparison, comparison_figure, table_store
 from experiments.tasks import catalogue, digits
 from experiments.training import grid, sharding
 from experiments.training.classification import Classification
+from snella_jax.models import vit
 
 SMALL = ["--run.model", "vit_fashion_mnist", "--run.image_size", "None"]
 SHORT = ["--run.epochs", "1", "--run.warmup_epochs", "0", "--search_epochs", "1"]
@@ -292,9 +294,11 @@ def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
     task = check.checked(catalogue.load("digits"), quiet)
     began = ImageConfig(methods=("lora",), settings={"lora": Lora(lr=1e-3)})
 
+    model = vit.create("vit_ti16", depth=1, image_size=16, rngs=nnx.Rngs(0))
+
     def begin(config):
         one = sharding.make("data=1")
-        return run.begin(images.ImageRun(config, task, None, one, quiet, tmp_path))
+        return run.begin(images.ImageRun(config, task, model, one, quiet, tmp_path))
 
     begin(began)
     begin(dataclasses.replace(began, mesh="data=2", data_dir=Path("elsewhere")))
