@@ -8,6 +8,7 @@ what a layer's name cannot.
 import dataclasses
 import functools
 import itertools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -156,7 +157,8 @@ class Call:
             return call(*args, **options)
         adaptable = isinstance(layer, ADAPTABLE)
         usual = adaptable and context.method_name == "__call__"
-        equation = getattr(layer, "einsum_str", None)
+        # `getattr` would be intercepted where a module has a `__getattr__` (`ToLinen`).
+        equation = vars(layer).get("einsum_str")
         if usual and isinstance(layer, nn.Einsum) and equation is None:
             equation = dict(enumerate(args)).get(1, options.get("einsum_str"))
         equation = equation and equation.replace(" ", "")
@@ -198,7 +200,10 @@ class Call:
         owners = {key[:-1] for key in self.seen}
         planted = {(*owner, WITNESS): _Witness(owner, ()) for owner in owners}
         run = functools.partial(self._run, see, self._params | planted)
-        jax.eval_shape(run, list(self.weights.values()), self._arrays)
+        with warnings.catch_warnings():  # of `nnx.bridge.ToLinen`
+            unknown = rf"(?s)Found unknown module paths.*{WITNESS}"
+            warnings.filterwarnings("ignore", unknown)
+            jax.eval_shape(run, list(self.weights.values()), self._arrays)
         return found
 
 
