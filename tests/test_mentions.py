@@ -23,6 +23,7 @@ IMPORTED = re.compile(
 )
 STARTED = re.compile(r"python -m\s+(experiments[\w.]*)")
 PUBLIC = re.compile(r"(?<![\w.-])snella\.(\w+)")
+TEST = re.compile(r"(tests/[\w/]+\.py::test_\w+)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 DOCUMENTED = re.compile(r"documented (\w+\.md) '(.+?)'")
 
@@ -100,6 +101,15 @@ def test_modules_and_their_names():
 
 def test_public_names():
     assert not missing(PUBLIC, lambda name: hasattr(snella_jax, name), only=".md")
+
+
+def is_test(name: str) -> bool:
+    path, _, function = name.partition("::")
+    return f"\ndef {function}(" in TEXTS.get(path, "")
+
+
+def test_tests():
+    assert not missing(TEST, is_test, only=".md")
 
 
 def is_link(page: str, link: str) -> bool:

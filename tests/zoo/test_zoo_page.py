@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from oracles import oracle_delta
 from places import ROOT
 from zoo import published_shapes as shapes
-from zoo.published_shapes import TOKENS, D, F, H, K, L, S
+from zoo.published_shapes import TOKENS, D, H, K, S
 
 BEGINNING, *PROGRAMS = blocks("docs/zoo.md")
 NAMES = re.findall(r"^## (\w+)$", (ROOT / "docs/zoo.md").read_text("utf-8"), re.M)
@@ -111,7 +111,7 @@ def given(name):
             given = {"model": model, "params": drawn(model), "arguments": [TOKENS]}
             return given, lambda model, x: model(x)
         case "equinox":
-            model, restored = shapes.equinox_mlp(), {}
+            model = shapes.equinox_mlp()
 
             def call(params, x):
                 *hidden, last = (params["layers"][str(i)] for i in range(3))
@@ -120,7 +120,7 @@ def given(name):
                     x = jax.nn.relu(x @ layer["weight"].T + layer["bias"])
                 return x @ last["weight"].T + last["bias"]
 
-            return {"model": model, "restored": restored}, call
+            return {"model": model}, call
         case "haiku":
             params = shapes.haiku_params()
             return {"params": params}, lambda p, x: shapes.haiku_apply(p, None, x)
@@ -147,16 +147,16 @@ def run(name):
         return jnp.square(call(model, x) - 1).mean()
 
     state, _ = here["state"].step(loss_fn, TOKENS)
-    return here, call, loss_fn, state.end_of_epoch()
+    return here, loss_fn, state.end_of_epoch()
 
 
 def test_every_section_has_a_program():
-    assert NAMES == list(PLACES) and len(PROGRAMS) == len(NAMES)
+    assert list(PLACES) == NAMES and len(PROGRAMS) == len(NAMES)
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_a_program_adapts_the_matrices_that_it_names(name):
-    here, call, loss_fn, state = run(name)
+    here, _, state = run(name)
     place, plain = PLACES[name], state.merge()
     if name in ("big_vision", "MaxText"):
         base, merged = flat(here["params"]), flat(plain["params"])
@@ -188,7 +188,7 @@ def parents(path):
 
 @pytest.mark.parametrize("name", PLACES)
 def test_what_trains_is_what_is_merged(name):
-    here, call, loss_fn, state = run(name)
+    here, loss_fn, state = run(name)
     plain = state.merge()
     if name in ("big_vision", "MaxText"):
         model = functools.partial(here["model"].apply, plain)
