@@ -202,6 +202,15 @@ def test_a_state_is_sharded_as_it_is():
     chex.assert_trees_all_close(*pairs, rtol=1e-3, atol=1e-5)
 
 
+def test_a_state_is_donated_whose_optimizer_keeps_the_parameters():
+    """Prodigy's state holds the parameters' first values: the very arrays."""
+    state = created(tx=optax.contrib.prodigy(1e-2))
+    step = functools.partial(snella.Tuning.step, loss_fn=loss_fn, batch=(X, Y))
+    _, expected = step(state)
+    _, loss = jax.jit(step, donate_argnums=0)(state)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_random_streams_and_statistics_are_carried():
     """Bit for bit as by the loop of docs/quickstart.md, which carries them itself."""
     x, net = jnp.tile(X, (8, 1)), Net(nnx.Rngs(0), rate=0.5)
