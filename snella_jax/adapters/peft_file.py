@@ -49,6 +49,9 @@ REFUSED = {
 # Ways to begin that leave the base's weights as they are; the others change them.
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
+# Of a config whose fields are of another kind than PEFT writes.
+WRONG_VALUES = (ValueError, TypeError, KeyError, AttributeError, IndexError)
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -181,7 +184,7 @@ def read(folder: str | Path) -> PeftFile:
         return _parsed(folder, config, tensors, metadata)
     except CheckpointError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (*WRONG_VALUES, re.error) as error:  # a pattern that is no regex
         raise CheckpointError.damaged(folder / CONFIG, error) from error
 
 
@@ -242,6 +245,10 @@ def _parsed(
         for name, down in downs.items()
     }
     trained = json.loads(metadata.get(TRAINED, "null"))
+    if trained is not None and (lost := sorted(set(trained) - saved.keys())):
+        raise CheckpointError(
+            folder / TENSORS, f"it has no tensor {', '.join(lost)}, which trained"
+        )
     return PeftFile(
         loras,
         saved,
@@ -262,7 +269,7 @@ def _lora(
     rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
     alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
     columns = up.shape[1] if up.ndim > 1 else 0
-    if down.ndim < 2 or not len(down) == columns == rank or up.size != len(up) * rank:
+    if down.ndim < 2 or not 0 < len(down) == columns == rank or up.size != len(up) * rank:
         raise CheckpointError(
             folder / TENSORS,
             f"{name} has lora_A {list(down.shape)} and lora_B {list(up.shape)}, and "

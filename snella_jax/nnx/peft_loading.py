@@ -33,6 +33,7 @@ from snella_jax.nnx.torch_modules import (
 from snella_jax.nnx.variables import variables_of
 
 M = TypeVar("M", bound=nnx.Module)
+OF_THE_FILE = {"rank", "kernel", "gate", "split"}  # fields of `Rule` of a LoRA
 
 
 class Matrix(NamedTuple):
@@ -66,15 +67,19 @@ def load_peft(
       base: the model without adapters, with as many classes as a head in the file.
       folder: folder with `adapter_config.json` and `adapter_model.safetensors`.
       names: as in `save`, for a model that is none of `snella_jax.models`.
-      rule: other fields of `Rule` than rank, kernel and gate, such as
+      rule: other fields of `Rule` than rank, kernel, gate and split, such as
         `path="parallel", dropout=0.05`. PEFT's dropout is not taken over.
 
     Raises:
       FileNotFoundError: there is no adapter.
       CheckpointError: a file is damaged or of another kind (DoRA: `merge_peft` takes
         it), or does not fit the model; lists what differs.
-      ValueError: the model has adapters, or needs `names`.
+      ValueError: the model has adapters, or needs `names`; a field that the file says.
     """
+    if told := sorted(OF_THE_FILE & rule.keys()):
+        raise ValueError(
+            f"{told[0]}={rule[told[0]]!r}: expected no {told[0]}, which the file says."
+        )
     file = peft_file.read(folder)
     if any(lora.magnitude is not None for lora in file.loras.values()):
         raise CheckpointError(
@@ -196,7 +201,7 @@ def _site(
     rule: Mapping[str, Any],
 ) -> Site:
     rank = max(matrix.a.shape[1] for matrix in own.values())
-    low_rank = Rule(**{**rule, "rank": rank, "kernel": "linear", "gate": "none"})
+    low_rank = Rule(rank=rank, kernel="linear", gate="none", **rule)
     return target.site(path, low_rank, must_move=False)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from peft_files import CONFIG, NAMES, TENSORS, Net, delta
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import snella_jax as snella
 
@@ -136,6 +136,15 @@ def test_dora_is_merged_as_its_formula_says(small):
         ({}, {"trainable_token_indices": [1]}, "single tokens that train"),
         ({}, {"lora_alpha": None}, "damaged (TypeError"),
         ({}, {"rank_pattern": 3}, "damaged (AttributeError"),
+        ({}, {"rank_pattern": {"(": 3}}, "unterminated subpattern"),
+        (
+            {
+                "body.1.fc.lora_A.weight": np.ones((0, 4)),
+                "body.1.fc.lora_B.weight": np.ones((6, 0)),
+            },
+            {"r": 0},
+            "body.1.fc has lora_A [0, 4]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(small, changes, fields, message):
@@ -143,6 +152,21 @@ def test_what_does_not_fit_is_named(small, changes, fields, message):
     base = Net(nnx.Rngs(0))
     with pytest.raises(snella.CheckpointError, match=re.escape(message)):
         snella.load_peft(base, folder, names=NAMES)
+
+
+def test_tensors_that_trained_and_are_lost_are_named(small):
+    folder, _ = small()
+    tensors = load_file(folder / TENSORS)
+    save_file(tensors, folder / TENSORS, {"snella_trained": '["head.out.scale"]'})
+    with pytest.raises(snella.CheckpointError, match=r"no tensor head\.out\.scale"):
+        snella.load_peft(Net(nnx.Rngs(0)), folder, names=NAMES)
+
+
+@pytest.mark.parametrize("field", [{"rank": 8}, {"kernel": "l2"}, {"split": 2}])
+def test_what_the_file_says_is_no_option(small, field):
+    folder, _ = small()
+    with pytest.raises(ValueError, match="which the file says"):
+        snella.load_peft(Net(nnx.Rngs(0)), folder, names=NAMES, **field)
 
 
 def test_half_a_folder_is_no_adapter(small):
