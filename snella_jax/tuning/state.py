@@ -265,7 +265,7 @@ class Tuning:
         parts = copied(parts)
         tx = with_importance(tx, parts.trainable, competes=course.totals is not None)
         zeros = {name: jnp.zeros((), jnp.int32) for name in ("steps", "passed")}
-        # Copied: some optimizers keep the very arrays, which could not be donated twice.
+        # Copied: some optimizers keep the very arrays, which would be donated twice.
         opt_state = jax.tree.map(jnp.copy, tx.init(parts.trainable))
         began = {"opt_state": opt_state, "key": key, **zeros}
         moving = {"trainable": parts.trainable, "changing": parts.changing, **began}
