@@ -269,7 +269,11 @@ def _lora(
     rank = _by_pattern(config.get("rank_pattern"), name, config["r"])
     alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
     columns = up.shape[1] if up.ndim > 1 else 0
-    if down.ndim < 2 or not 0 < len(down) == columns == rank or up.size != len(up) * rank:
+    if (
+        down.ndim < 2
+        or not 0 < len(down) == columns == rank
+        or up.size != len(up) * rank
+    ):
         raise CheckpointError(
             folder / TENSORS,
             f"{name} has lora_A {list(down.shape)} and lora_B {list(up.shape)}, and "

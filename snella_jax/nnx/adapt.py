@@ -18,7 +18,7 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -208,6 +208,11 @@ def merge(
       ValueError: the model has no adapters, or no such dtype.
     """
     check_floating(dtype)
+
+    def cast(x: Any) -> Any:
+        floats = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return jnp.asarray(x, dtype) if floats else x
+
     weights = weights_of(model)
     model = nnx.clone(model)
     for weight, own in zip(weights, adapted_variables(model), strict=True):
@@ -215,8 +220,7 @@ def merge(
         variable.set_value(weight.merged(unmoved_budgets, dtype))
     remove(model)
     for _, variable in variables_of(model, nnx.Param) if dtype is not None else ():
-        if jnp.issubdtype(variable.dtype, jnp.floating):
-            variable.set_value(variable[...].astype(dtype))
+        variable.set_value(jax.tree.map(cast, variable.get_value()))
     return model
 
 

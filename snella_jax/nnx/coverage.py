@@ -111,7 +111,7 @@ def coverage(model: nnx.Module, targets: str | None = None) -> Coverage:
         *parent, name = path.split("/")
         shape = _shape(layer, name, sites.get(id(weight)), weight)
         held[id(weight)] = Held(
-            path="/".join(parent) if name == "kernel" else path,
+            path="/".join(parent) if parent and name == "kernel" else path,
             shape=shape,
             count=weight.size // math.prod(shape),
             weights=weight.size,
@@ -128,6 +128,8 @@ def _above(path: str) -> list[str]:
 
 def _is_matrix(path: str, layer: Any, weight: nnx.Variable) -> bool:
     if isinstance(weight, Factor) or not isinstance(weight, nnx.Param | Frozen):
+        return False
+    if not getattr(weight, "ndim", 0):  # a number, or no array
         return False
     if path.split("/")[-1] == "kernel" and isinstance(layer, ADAPTABLE):
         return True

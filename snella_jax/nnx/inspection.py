@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import TextIO
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -164,14 +165,20 @@ def parameters(model: nnx.Module) -> tuple[int, int]:
 
     Budgets, random streams and batch statistics are no parameters.
     """
-    trainable = sum(int(v.size) for _, v in variables_of(model, nnx.Param))
+    trainable = sum(_size(v) for _, v in variables_of(model, nnx.Param))
     other = (Budget, DropKey, nnx.RngState, nnx.BatchStat)
     total = sum(
-        int(v[...].size)
+        _size(v)
         for _, v in variables_of(model, nnx.Variable)
         if not isinstance(v, other)
     )
     return trainable, total
+
+
+def _size(variable: nnx.Variable) -> int:
+    """Counts the numbers of a variable, which may hold a tree, or None."""
+    leaves = jax.tree.leaves(variable.get_value())
+    return sum(math.prod(np.shape(leaf)) for leaf in leaves)
 
 
 def matrices_of(weight: AdaptedWeight) -> list[Matrix]:

@@ -195,6 +195,8 @@ class Sum(nnx.Module):
         self.norm = nnx.LayerNorm(6, rngs=rngs)
         self.blocks = nnx.List([nnx.Linear(6, 6, rngs=rngs) for _ in range(2)])
         self.tied = self.blocks[0]
+        self.tree = nnx.Param({"scale": jax.numpy.ones((2, 3))})
+        self.nothing, self.number = nnx.Param(None), nnx.Param(1.0)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -235,3 +237,7 @@ def test_coverage_of_weights_of_ones_own():
     layouts = {"w": snella.Layout((6,), (4,))}
     model = snella.adapt(base, config, rngs=nnx.Rngs(1), layouts=layouts)
     assert str(coverage(model)) == "3 of 3 matrices, 100.0% of the weights adapted"
+    plain = 6 * 4 + 9 * 6 + 2 * 6 + 2 * (6 * 6 + 6) + 2 * 3 + 1
+    assert snella.parameters(base) == (plain, plain)
+    layer = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    assert coverage(layer).left == ("kernel",)

@@ -34,6 +34,7 @@ class Net(nnx.Module):
         self.head = nnx.Linear(16, 2, param_dtype=dtype, rngs=rngs)
         self.fc.kernel[...] *= 64  # far above the update
         self.count = nnx.Param(jnp.int32(3))
+        self.tree = nnx.Param({"scale": jnp.ones(2, dtype), "none": None})
 
 
 def sums(w0, adapter):
@@ -52,6 +53,7 @@ def test_a_merged_model_has_the_dtype_that_is_asked_for(dtype, caplog):
     floats = [plain.fc.kernel, plain.fc.bias, plain.head.kernel, plain.head.bias]
     stored = jnp.dtype(dtype or jnp.bfloat16)
     assert {variable.dtype for variable in floats} == {stored}
+    assert plain.tree.get_value()["scale"].dtype == stored
     assert plain.count.dtype == jnp.int32 and plain.count[...] == 3
     unit = jnp.finfo(stored).eps / 2
     got = np.asarray(plain.fc.kernel[...], np.float64)
