@@ -49,9 +49,6 @@ REFUSED = {
 # Ways to begin that leave the base's weights as they are; the others change them.
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
-# Of a config whose fields are of another kind than PEFT writes.
-WRONG_VALUES = (ValueError, TypeError, KeyError, AttributeError, IndexError)
-
 
 @dataclass(frozen=True)
 class Lora:
@@ -184,7 +181,11 @@ def read(folder: str | Path) -> PeftFile:
         return _parsed(folder, config, tensors, metadata)
     except CheckpointError:
         raise
-    except (*WRONG_VALUES, re.error) as error:  # a pattern that is no regex
+    except re.error as error:
+        raise CheckpointError(
+            folder / CONFIG, f"a pattern is no regex ({error})"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise CheckpointError.damaged(folder / CONFIG, error) from error
 
 
