@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 from rich.progress import Progress
 
 from experiments.methods import adapter, lora, plain_vit, prompts
@@ -257,9 +257,11 @@ class SomeColumns(nnx.Module):
     b: nnx.Variable
     size: Size
 
-    def __call__(self, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
-        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
-        return matmul(_first(matmul(x, a), self.size[...]), b.T)
+    def __call__(
+        self, x: Float[Array, "... n"], dtype: DTypeLike
+    ) -> Float[Array, "... m"]:
+        a, b = self.a[...].astype(dtype), self.b[...].astype(dtype)
+        return matmul(_first(matmul(x.astype(dtype), a), self.size[...]), b.T)
 
 
 class SomeUnits(nnx.Module):

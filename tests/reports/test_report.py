@@ -51,7 +51,7 @@ def test_runs_of_older_versions_are_read():
     results = RESULTS
     table = made(results / "quickstart")
     lora = next(c for c in table["columns"] if c["method"] == "LoRA-8")
-    assert lora["tasks"]["digits"]["mean"] == pytest.approx(97.4, abs=0.05)
+    assert lora["tasks"]["digits"]["mean"] == pytest.approx(97.24, abs=0.05)
 
 
 def test_means_of_groups_and_of_tasks_are_two_things(tmp_path):
