@@ -133,7 +133,7 @@ class PiEinsum(nn.Module):
 
 
 class PiAttention(nn.Module):
-    """Tokens of two experts, of different widths, attend to each other."""
+    """Tokens of two experts attend to each other."""
 
     @nn.compact
     def __call__(self, xs):
@@ -187,10 +187,10 @@ class Pi(nnx.Module):
 
     def __init__(self, rngs):
         llm = nnx.bridge.ToNNX(PiLanguageModel(), rngs=rngs)
-        llm.lazy_init([TOKENS, TOKENS[..., : D // 2]])
+        llm.lazy_init([TOKENS, TOKENS])
         self.PaliGemma = nnx.Dict(llm=llm)
-        self.action_in_proj = nnx.Linear(D, D // 2, rngs=rngs)
-        self.action_out_proj = nnx.Linear(D // 2, CLASSES, rngs=rngs)
+        self.action_in_proj = nnx.Linear(D, D, rngs=rngs)
+        self.action_out_proj = nnx.Linear(D, CLASSES, rngs=rngs)
 
     def __call__(self, x):
         _, actions = self.PaliGemma.llm([x, self.action_in_proj(x)])

@@ -197,3 +197,27 @@ def test_what_trains_is_what_is_merged(name):
         expected = jax.jit(lambda x: loss_fn(plain, x))(TOKENS)
     _, loss = state.step(loss_fn, TOKENS)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@pytest.mark.reference
+def test_the_program_for_equinox_trains_its_own_module():
+    import equinox as eqx
+
+    model = eqx.nn.MLP(D, 3, 12, 2, key=jax.random.key(0))
+    exec(BEGINNING + PROGRAMS[NAMES.index("equinox")], here := {"model": model})
+
+    def loss_fn(params, x):
+        return jnp.square(jax.vmap(here["restored"](params))(x) - 1).mean()
+
+    x = TOKENS[:, 0]
+    state, first = here["state"].step(loss_fn, x)
+    _, second = state.step(loss_fn, x)
+    assert second < first
+    plain = here["restored"](state.merge(unmoved_budgets=True))
+    assert isinstance(plain, eqx.nn.MLP)
+    y = x
+    for i, layer in enumerate(plain.layers):
+        y = y @ layer.weight.T + layer.bias
+        y = jax.nn.relu(y) if i < 2 else y
+    np.testing.assert_allclose(jax.vmap(plain)(x), y, atol=1e-5)
+    assert (plain.layers[0].weight != model.layers[0].weight).any()
