@@ -118,7 +118,7 @@ def check_format(format: str, like: Any, names: Any) -> None:
     """Raises a `ValueError` for an unknown format, or what it cannot take."""
     if format not in get_args(Format):
         raise ValueError(f"format={format!r}: expected 'snella' or 'peft'.")
-    if format == "snella" and not like is names is None:
+    if format == "snella" and (like is not None or names is not None):
         raise ValueError("like= and names= are of format='peft'.")
 
 
