@@ -280,17 +280,11 @@ def measured(
         "seconds_per_step": metric_log.median(fitted.rows, "seconds_per_step"),
         "gradient_norms": [row["gradient_norm"] for row in fitted.rows],
         "moves": sum(row.get("moves", 0) for row in fitted.rows),
-        "budgets": _last(fitted.rows, "budget"),
-        "scores": _last(fitted.rows, "importance"),
+        "budgets": metric_log.of_matrices(fitted.rows, "budget"),
+        "scores": metric_log.of_matrices(fitted.rows, "importance"),
         **_updates(prepared, merged),
         **folder.environment(prepared.mesh),
     }
-
-
-def _last(rows: Sequence[dict[str, Any]], measure: str) -> list[float]:
-    """Returns the last measure of every matrix on record, in the order of names."""
-    known = [row[measure] for row in rows if measure in row][-1:]
-    return [value for own in known for _, value in sorted(own.items())]
 
 
 def _updates(prepared: ImageRun, merged: Any) -> dict[str, float]:

@@ -3,14 +3,17 @@
     python -m experiments.ablate --studies sketches --out runs/sketches/dsprites
     python -m experiments.ablate --studies sketches --run.task FOLDER \
         --run.model dinov2_saliency --run.image_size 84 --out runs/sketches/birds
+    python -m experiments.polyp --methods snella --snella.sketch 4 \
+        --out runs/sketches/polyps_4_seed0
     python -m experiments.studies.sketches --runs runs/sketches/*
 
 compares every row of the study with the exact one of the same task and seed: the mean
-difference of test accuracies and its 95% interval (Student's t), the rank correlation
-(Spearman) of the last budgets, and that of the last scores. Beside the correlations
-stand those of exact runs that differ in their seeds. A row is advised if its interval
-lies above -1 point and its budgets correlate no less than those. Writes `report.md` and
-`report.json` into `--out`.
+difference of test accuracies (of masks: of Dice coefficients) and its 95% interval
+(Student's t), the rank correlation (Spearman) of the last budgets, and that of the last
+scores. A run on masks or texts is one cell; its settings say of which row. Beside the
+correlations stand those of exact runs that differ in their seeds. A row is advised if
+its interval lies above -1 point and its budgets correlate no less than those. Writes
+`report.md` and `report.json` into `--out`.
 """
 
 import dataclasses
@@ -27,8 +30,9 @@ from scipy import stats
 from experiments import files, terminal
 from experiments.paths import Given, check_out
 from experiments.reports.text import markdown_tables, number, printed_tables
-from experiments.studies.ablations import SNELLA, STUDIES
+from experiments.studies.ablations import SNELLA, STUDIES, Variant
 from experiments.studies.table_store import FILE
+from experiments.training import metric_log
 
 PROGRAM = "python -m experiments.studies.sketches"
 STUDY = STUDIES["sketches"]
@@ -53,7 +57,7 @@ class SketchesConfig:
     """Options of `python -m experiments.studies.sketches`."""
 
     runs: tuple[Given, ...]
-    """Folders of `experiments.ablate`, each of a task."""
+    """Folders of `experiments.ablate`, each of a task, or of runs with snella."""
     out: Given = Path("runs/sketches_report")
     """Folder to write report.md and report.json into."""
 
@@ -64,8 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = terminal.console()
     with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
-        rows = compared(_found(config.runs))
-    title = f"Sketched gradients, {len(config.runs)} tasks"
+        found = _found(config.runs)
+        rows = compared(found)
+    tasks = {task for results in found.values() for task, _ in results}
+    title = f"Sketched gradients; tasks: {len(tasks)}"
     tables = [(title, list(HEADER), [_cells(row) for row in rows])]
     console.print(printed_tables(tables, CAPTION))
     config.out.mkdir(parents=True, exist_ok=True)
@@ -77,26 +83,70 @@ def _found(folders: Iterable[Path]) -> dict[str, Results]:
     """Returns the finished runs of each row.
 
     Raises:
-      ValueError: a folder has none of the exact row, or one that is older than budgets.
+      ValueError: a folder has neither an ablation nor a run of a row; no run of a task
+        is exact; a run is older than budgets in results; two are of one cell.
     """
     found: dict[str, Results] = {variant.name: {} for variant in STUDY.variants}
     for folder in folders:
-        tasks = (files.read(folder / FILE) or {}).get("rows", {})
-        runs = {
-            (name, task, seed): result
-            for task, rows in tasks.items()
-            for name in found
-            for seed, result in rows.get(name, {}).get("seeds", {}).items()
-        }
-        exact = any(name == SNELLA.name for name, *_ in runs)
-        if not exact or not all(run.get("budgets") for run in runs.values()):
-            raise ValueError(
-                f"{folder} has no exact run, or one without budgets: expected a new "
-                "folder of python -m experiments.ablate --studies sketches."
-            )
-        for (name, task, seed), result in runs.items():
-            found[name][task, seed] = result
+        cells = _of_run(folder) if _is_run(folder) else _of_ablation(folder)
+        for (name, *cell), result in cells.items():
+            own = found[name].setdefault(tuple(cell), result)
+            if own is not result:
+                raise ValueError(f"{folder}: {name}, {cell} was given before.")
+    exact = {task for task, _ in found[SNELLA.name]}
+    if lacking := {task for own in found.values() for task, _ in own} - exact:
+        raise ValueError(
+            f"{sorted(lacking)} has no exact run: expected one to compare."
+        )
     return found
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "summary.json").exists()
+
+
+def _of_ablation(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Returns the results of an ablation by name of the row, task and seed."""
+    tasks = (files.read(folder / FILE) or {}).get("rows", {})
+    runs = {
+        (variant.name, task, seed): result
+        for task, rows in tasks.items()
+        for variant in STUDY.variants
+        for seed, result in rows.get(variant.name, {}).get("seeds", {}).items()
+    }
+    if not runs or not all(run.get("budgets") for run in runs.values()):
+        raise ValueError(
+            f"{folder} has no run of a row, or one without budgets: expected a new "
+            "folder of python -m experiments.ablate --studies sketches, or of a run."
+        )
+    return runs
+
+
+def _of_run(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Returns the result of a run's SNELLA by name of the row, task and seed."""
+    summary, config = (files.read(folder / f"{n}.json") for n in ("summary", "config"))
+    sketch, activation = config["snella"].get("sketch", 1), config["activation"]
+    row = Variant(
+        "",
+        {"sketch": sketch} if sketch > 1 else {},
+        {"activation": "gelu2"} if activation.endswith("2") else {},
+    )
+    rows = metric_log.of(folder, "snella")
+    budgets = metric_log.of_matrices(rows, "budget")
+    if row.name not in {variant.name for variant in STUDY.variants} or not budgets:
+        raise ValueError(
+            f"{folder}: expected a finished snella whose budgets moved, with settings "
+            f"of a row of the study; found sketch={sketch}, activation={activation}."
+        )
+    task = Path(config.get("task") or config["data"]).name
+    measure = next(own["name"] for own in summary["metrics"] if own["percent"])
+    result = {
+        "test_accuracy": summary["methods"]["snella"][f"test_{measure}"],
+        "train_loss": rows[-1]["train_loss"],
+        "budgets": budgets,
+        "scores": metric_log.of_matrices(rows, "importance"),
+    }
+    return {(row.name, task, str(summary["seed"])): result}
 
 
 def compared(found: dict[str, Results]) -> list[dict[str, Any]]:

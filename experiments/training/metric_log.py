@@ -57,6 +57,16 @@ def median(rows: list[dict[str, Any]], name: str) -> float | None:
     return float(np.median(values)) if values else None
 
 
+def of_matrices(rows: list[dict[str, Any]], name: str) -> list[float]:
+    """Returns the last value on record of every matrix, in the order of their names.
+
+    >>> of_matrices([{"budget": {"fc2": 7, "fc1": 5}}, {"epoch": 2}], "budget")
+    [5, 7]
+    """
+    known = [row[name] for row in rows if name in row][-1:]
+    return [value for own in known for _, value in sorted(own.items())]
+
+
 class Tracker:
     """Log of a method that is trained by steps.
 

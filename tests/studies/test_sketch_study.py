@@ -91,19 +91,76 @@ def test_the_command_reads_folders_of_the_ablation(tmp_path, capsys):
     )
 
 
+def finished(folder, sketch, seed, dice, budgets, activation="gelu"):
+    """Writes what the comparison reads of a run on masks."""
+    folder.mkdir()
+    config = {"task": "/data/kvasir", "activation": activation}
+    config |= {"snella": {"sketch": sketch}}
+    metrics = [{"name": "loss", "percent": False}, {"name": "dice", "percent": True}]
+    entry = {"test_loss": 0.3, "test_dice": dice}
+    summary = {"seed": seed, "metrics": metrics, "methods": {"snella": entry}}
+    moved = {"budget": budgets, "importance": {"q": 0.5, "k": 0.25}}
+    rows = [
+        {"method": "snella", "epoch": 1, "train_loss": 0.9, "budget": {"q": 1, "k": 1}},
+        {"method": "snella", "epoch": 2, "train_loss": 0.4, **moved},
+        {"method": "snella", "epoch": 3, "train_loss": 0.2},
+    ]
+    for name, content in (("config", config), ("summary", summary)):
+        (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text, "utf-8")
+    return str(folder)
+
+
+def test_the_command_reads_folders_of_runs(tmp_path, capsys):
+    """A row by its settings; budgets in the order of names, the last that moved."""
+    runs = [
+        finished(tmp_path / "0", 1, 0, 0.80, {"q": 9, "k": 2}),
+        finished(tmp_path / "1", 1, 1, 0.80, {"q": 3, "k": 2}),
+        finished(tmp_path / "2", 4, 0, 0.82, {"q": 7, "k": 1}),
+        finished(tmp_path / "3", 4, 1, 0.80, {"q": 1, "k": 4}),
+        finished(tmp_path / "4", 4, 1, 0.75, {"q": 4, "k": 1}, "gelu2"),
+    ]
+    sketches.main(["--runs", *runs, "--out", str(tmp_path / "report")])
+    assert "tasks: 1" in capsys.readouterr().out
+    made = json.loads((tmp_path / "report/report.json").read_text("utf-8"))
+    pairs = {row["title"]: row for row in made if row["pairs"]}
+    assert list(pairs) == ["all rows, exact", "1 of 4", "1 of 4, in steps"]
+    assert pairs["1 of 4"]["pairs"] == 2
+    assert pairs["1 of 4"]["difference"] == pytest.approx(1.0)
+    assert pairs["1 of 4"]["train_loss"] == pytest.approx(0.2)
+    assert pairs["1 of 4"]["budgets"] == pytest.approx(0)  # one agrees, one does not
+    assert pairs["1 of 4, in steps"]["difference"] == pytest.approx(-5.0)
+
+
+def test_a_cell_that_is_given_twice_is_refused(tmp_path):
+    runs = [finished(tmp_path / n, 1, 0, 0.8, {"q": 9, "k": 2}) for n in "ab"]
+    with pytest.raises(SystemExit, match="given before"):
+        sketches.main(["--runs", *runs, "--out", str(tmp_path / "report")])
+
+
+def test_a_run_with_settings_of_no_row_is_refused(tmp_path):
+    run = finished(tmp_path / "a", 3, 0, 0.8, {"q": 9, "k": 2})
+    with pytest.raises(SystemExit, match="found sketch=3, activation=gelu"):
+        sketches.main(["--runs", run, "--out", str(tmp_path / "report")])
+
+
 OLDER = {"test_accuracy": 0.9, "train_loss": 0.5}  # made before budgets were kept
 
 
 @pytest.mark.parametrize(
-    "rows",
+    ("rows", "match"),
     [
-        {},
-        {"birds": {HALF: {"seeds": {"0": result(0.9, (1, 2))}}}},
-        {"birds": {EXACT: {"seeds": {"0": result(0.9, (1, 2)), "1": OLDER}}}},
+        ({}, "has no run of a row"),
+        ({"birds": {HALF: {"seeds": {"0": result(0.9, (1, 2))}}}}, "no exact run"),
+        (
+            {"birds": {EXACT: {"seeds": {"0": result(0.9, (1, 2)), "1": OLDER}}}},
+            "one without budgets",
+        ),
     ],
 )
-def test_folders_without_exact_runs_or_budgets_are_refused(rows, tmp_path):
+def test_folders_without_exact_runs_or_budgets_are_refused(rows, match, tmp_path):
     text = json.dumps({"rows": rows})
     (tmp_path / "results.json").write_text(text, "utf-8")
-    with pytest.raises(SystemExit, match="no exact run, or one without budgets"):
+    with pytest.raises(SystemExit, match=match):
         sketches.main(["--runs", str(tmp_path), "--out", str(tmp_path / "report")])
