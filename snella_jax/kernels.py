@@ -130,7 +130,9 @@ class linear:
 class piecewise_linear:
     """`delta[j, i] = sum_p piece_coeff[p] * ||a_j^p - b_i^p||_2` (Eq. 6, kappa_p).
 
-    SNELL's kernel. Attributes:
+    SNELL's kernel.
+
+    Attributes:
       pieces: `P`, number of parts that the rank is cut into; divides the rank.
       learn_piece_coeff: True if the coefficients (+0.1, -0.1, ...) train; where they do
         not, they stay in the factors and get a gradient of 0.

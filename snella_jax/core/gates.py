@@ -60,13 +60,13 @@ def sparsify(
 ) -> Float[Array, " *axes"]:
     """Keeps the `budget` weights of largest magnitude and puts them through a gate.
 
-    | gate | survivor's value | gradient |
-    |---|---|---|
-    | `product` (Eq. 13) | `delta * (|delta| - tau)` | of the whole product |
-    | `released` | `delta * |delta|` | `|delta|` is detached |
-    | `soft` | `sign(delta) * (|delta| - tau)` | 1 |
-    | `hard` | `delta` | 1 |
-    | `none` | every weight's `delta`, whatever the budget: no threshold at all | 1 |
+    The gate gives the survivor's value, and the gradient is that of it:
+
+    - `product` (Eq. 13): `delta * (|delta| - tau)`;
+    - `released`: `delta * |delta|`, with the gradient of `|delta|` left out;
+    - `soft`: `sign(delta) * (|delta| - tau)`;
+    - `hard`: `delta`;
+    - `none`: `delta` of every weight, whatever the budget: no threshold at all.
 
     `tau` carries no gradient, and neither does a weight that does not survive. Fewer
     than `budget` survive where magnitudes tie with `tau`. A NaN always survives, so
