@@ -15,6 +15,7 @@ from snella_jax.adapters.base import Base, differences
 from snella_jax.adapters.file_format import OF_TRAINING, AdapterFile, Unit
 from snella_jax.adapters.fingerprint import Digest, Fingerprint, dtype_of, row_totals
 from snella_jax.core.config import Rule
+from snella_jax.core.paths import renamed
 from snella_jax.core.weight import AdaptedWeight, Site
 from snella_jax.files.errors import CheckpointError
 
@@ -136,9 +137,8 @@ def _renamed(
 
 
 def _new_name(name: str, rename: Mapping[str, str] | None) -> str:
-    rules = (rename or {}).items()
-    matches = ((re.fullmatch(regex, name), to) for regex, to in rules)
-    return next((m.expand(to) for m, to in matches if m), name)
+    found = renamed(name, rename or {})
+    return name if found is None else found[1]
 
 
 def _split(name: str) -> tuple[str, tuple[int, ...]]:

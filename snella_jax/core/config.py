@@ -91,6 +91,11 @@ class Rule:
         """True if training draws at random: what is dropped, or the rows."""
         return bool(self.dropout or self.drop_path or self.sketch > 1)
 
+    @property
+    def low_rank(self) -> bool:
+        """True if the update is the product of its two factors: LoRA's."""
+        return isinstance(self.kernel, kernels.linear) and self.gate == "none"
+
 
 class Names(NamedTuple):
     """Regexes of what is adapted, and of what trains besides."""

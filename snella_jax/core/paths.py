@@ -1,7 +1,7 @@
 """Paths of weights in models and trees of parameters, and regexes for them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -38,6 +38,30 @@ def matches_or_holds(regex: str, path: str) -> bool:
     names = path.split("/")
     parents = ("/".join(names[: i + 1]) for i in range(len(names)))
     return bool(regex) and any(re.fullmatch(regex, parent) for parent in parents)
+
+
+def renamed(path: str, names: Mapping[str, str]) -> tuple[str, str] | None:
+    """Returns the first regex that matches a path in full, and the name it gives.
+
+    Args:
+      path: a path.
+      names: name by regex, which may take its groups.
+
+    Raises:
+      ValueError: a regex does not compile, or its name takes a group that it has not.
+
+    >>> renamed("blocks/3/fc", {r"blocks/(\\d+)/fc": r"layers.\\1.fc"})[1]
+    'layers.3.fc'
+    """
+    for regex, name in names.items():
+        try:
+            if match := re.fullmatch(regex, path):
+                return regex, match.expand(name)
+        except (re.error, IndexError) as error:
+            raise ValueError(
+                f"The regex {regex!r} with the name {name!r} does not compile: {error}."
+            ) from error
+    return None
 
 
 def join(path: Any) -> str:

@@ -190,7 +190,7 @@ def check_layer(layer: Any, rule: Rule, own: bool = False) -> None:
             f"{type(layer).__name__} has a call of its own, which need not be linear "
             'in the weight: expected path="merged".'
         )
-    if rule.sketch > 1 and not _multiplies_rows(layer, own):
+    if rule.sketch > 1 and not multiplies_rows(layer, own):
         raise ValueError(no_rows(rule.sketch, type(layer).__name__, "nnx.Linear"))
     if rule.drop_path and not _starts_with_examples(layer):
         raise ValueError(
@@ -199,8 +199,13 @@ def check_layer(layer: Any, rule: Rule, own: bool = False) -> None:
         )
 
 
-def _multiplies_rows(layer: Any, own: bool) -> bool:
-    """Returns True if the layer multiplies the last axes of its input by its weight."""
+def multiplies_rows(layer: Any, own: bool) -> bool:
+    """Returns True if a layer multiplies the last axes of its input by its weight.
+
+    Args:
+      layer: any.
+      own: True if `layouts` told the axes of its weight.
+    """
     if (
         own
         or type(layer).__call__ not in STOCK

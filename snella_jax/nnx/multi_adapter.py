@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 
 from snella_jax.adapters.base import differences, variables_at
 from snella_jax.core.weight import add
+from snella_jax.nnx import grouped
 from snella_jax.nnx.saving import base_of, unload
 from snella_jax.nnx.selection import has_adapters, weights_of
 from snella_jax.nnx.variables import Factor, variables_of
@@ -114,8 +115,13 @@ def per_example(
 ) -> Any:
     """Runs `models[ids[i]]` on example `i`, for a batch of them.
 
-    Every distinct model among `ids` sees the whole batch once: the cost is that many
-    passes. Models of equal shapes share one compiled program.
+    LoRAs (kernel `linear`, gate `none`) of linear layers on one base, and the base
+    itself, take one pass together: each example is multiplied by the shared weights and
+    by the factors of its own adapter, and has the trained head of its model. Ranks and
+    targets may differ; a program is compiled for each number of models and examples.
+    Call `model.eval()` first where there is dropout. All other models see the whole
+    batch once each: the cost is that many passes, of one compiled program where shapes
+    are equal.
 
     Args:
       models: models by name; with or without adapters (the base for none).
@@ -138,6 +144,25 @@ def per_example(
         )
     if unknown := sorted(set(chosen.tolist()) - set(models)):
         raise ValueError(f"No model is called {unknown}: there are {list(models)}.")
+    names = list(dict.fromkeys(chosen.tolist()))
+    if len(names) > 1:
+        rows = np.array([names.index(name) for name in chosen.tolist()], np.int32)
+        found = grouped.run([models[name] for name in names], rows, inputs)
+        if found is not None:
+            return found
+    return pass_for_each(models, chosen, inputs)
+
+
+def pass_for_each(
+    models: Mapping[str, nnx.Module],
+    chosen: np.ndarray,
+    inputs: tuple[Any, ...],
+) -> Any:
+    """Returns what `per_example` does, by one pass for each model that is chosen.
+
+    Raises:
+      ValueError: the outputs of two models have other shapes.
+    """
     result: Any = None
     names = list(dict.fromkeys(chosen.tolist()))
     for name in names:

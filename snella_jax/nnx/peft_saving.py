@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from snella_jax import kernels
 from snella_jax.adapters import peft_file
 from snella_jax.adapters.peft_file import Lora, PeftFile
 from snella_jax.core.weight import AdaptedWeight
@@ -92,7 +91,7 @@ def _check_low_rank(weights: Iterable[AdaptedWeight]) -> None:
     """Raises a `ValueError` for updates that are no product of two factors."""
     for weight in weights:
         rule = weight.site.rule
-        if not isinstance(rule.kernel, kernels.linear) or rule.gate != "none":
+        if not rule.low_rank:
             raise ValueError(
                 f"{weight.path} has kernel={rule.kernel}, gate={rule.gate!r}: PEFT has "
                 "LoRA alone, kernel='linear' with gate='none', and another update is "

@@ -6,7 +6,6 @@ convolutions `[out, in, height, width]`.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from flax import nnx
 
 from snella_jax.adapters.base import variables_at
 from snella_jax.core.config import Rule
-from snella_jax.core.paths import listed
+from snella_jax.core.paths import listed, renamed
 from snella_jax.core.weight import indexed
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models import Model, torch_names
@@ -59,8 +58,8 @@ def by_names(model: nnx.Module, names: Names) -> Modules:
     """Finds the tensors for what a user's regexes match of a plain model.
 
     Raises:
-      ValueError: a regex matches nothing, a name stands for two weights, or a
-        convolution in groups.
+      ValueError: a regex matches nothing or does not compile, a name stands for two
+        weights, or a convolution in groups.
     """
     targets = targets_of(model)
     weights: dict[str, TorchTensor] = {}
@@ -71,11 +70,11 @@ def by_names(model: nnx.Module, names: Names) -> Modules:
 
     def named(path: str) -> str | None:
         seen[path] = None
-        for regex, name in names.items():
-            if match := re.fullmatch(regex, path):
-                used.add(regex)
-                return match.expand(name)
-        return None
+        found = renamed(path, names)
+        if found is None:
+            return None
+        used.add(found[0])
+        return found[1]
 
     def put(found: dict[str, TorchTensor], name: str, tensor: TorchTensor) -> None:
         if name in found:

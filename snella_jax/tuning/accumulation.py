@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PRNGKeyArray
 
 
@@ -48,7 +49,14 @@ def mean_over_parts(
 
 
 def check_parts(batch: Any, count: int) -> None:
-    """Raises a `ValueError` if a batch cannot be cut into as many equal parts."""
+    """Raises an error if a batch cannot be cut into as many equal parts.
+
+    Raises:
+      TypeError: the number of parts is no integer.
+      ValueError: it is below 1, or does not divide the batch.
+    """
+    if not isinstance(count, int | np.integer):
+        raise TypeError(f"accumulate={count!r}: expected an integer.")
     if count < 1:
         raise ValueError(f"accumulate={count}: expected at least 1.")
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]

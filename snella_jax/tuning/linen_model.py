@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.core
 import jax
 from jaxtyping import PRNGKeyArray
 
 from snella_jax.adapters.tree import Tree, join
 from snella_jax.core.weight import AdaptedWeight
 from snella_jax.linen.binding import Adapters
-from snella_jax.tuning.parts import Parts
+from snella_jax.tuning.parts import Dtype, Parts
 
 
 class Bound:
@@ -79,10 +80,12 @@ class LinenModel:
     adapters: Adapters
     streams: tuple[str, ...]
 
-    def split(self, params: Tree, carried: Mapping[str, Any]) -> Parts:
-        """Splits adapted parameters, and takes the other collections."""
+    def split(self, params: Tree, variables: Mapping[str, Any]) -> Parts:
+        """Splits adapted parameters, and takes the other collections of variables."""
         trainable, budgets, frozen = self.adapters.partition(params)
-        return Parts(trainable, budgets, dict(carried), frozen)
+        carried = {name: tree for name, tree in variables.items() if name != "params"}
+        carried = flax.core.unfreeze(carried)  # as a call returns them
+        return Parts(trainable, budgets, carried, frozen)
 
     def model(self, parts: Parts) -> Bound:
         """Returns the module with its adapters, to evaluate."""
@@ -104,10 +107,14 @@ class LinenModel:
         """Lists every adapted weight."""
         return self.adapters.weights(_params(parts))
 
-    def merged(self, parts: Parts, unmoved_budgets: bool) -> dict[str, Any]:
+    def merged(
+        self, parts: Parts, unmoved_budgets: bool, dtype: Dtype
+    ) -> dict[str, Any]:
         """Returns plain variables, for `module.apply`."""
         params = _params(parts)
-        plain = self.adapters.merge(params, unmoved_budgets=unmoved_budgets)
+        plain = self.adapters.merge(
+            params, unmoved_budgets=unmoved_budgets, dtype=dtype
+        )
         return {"params": plain, **parts.changing}
 
     def save(self, parts: Parts, folder: str | Path, base: str | None) -> None:

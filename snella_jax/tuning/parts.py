@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from jaxtyping import PRNGKeyArray
+from jaxtyping import DTypeLike, PRNGKeyArray
 
 from snella_jax.core.weight import AdaptedWeight
+
+Dtype = DTypeLike | None
 
 
 class Parts(NamedTuple):
@@ -43,7 +45,7 @@ class Binding(Protocol):
         """Lists every adapted weight."""
         ...
 
-    def merged(self, parts: Parts, unmoved_budgets: bool) -> Any:
+    def merged(self, parts: Parts, unmoved_budgets: bool, dtype: Dtype) -> Any:
         """Returns the plain model; raises `BudgetsNeverMoved` as `snella.merge`."""
         ...
 

@@ -31,7 +31,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -54,7 +53,7 @@ from snella_jax.tuning.accumulation import check_parts
 from snella_jax.tuning.linen_model import LinenModel, streams_of
 from snella_jax.tuning.nnx_model import NnxModel
 from snella_jax.tuning.optimizer import with_importance
-from snella_jax.tuning.parts import Binding, Parts
+from snella_jax.tuning.parts import Binding, Dtype, Parts
 from snella_jax.tuning.plan import Plan, plan
 from snella_jax.tuning.start import copied, on_the_devices_of
 from snella_jax.tuning.tree_model import TreeModel
@@ -124,7 +123,8 @@ class Tuning:
 
         Args:
           model: any NNX module, without adapters; it does not change, and its arrays
-            are shared where they do not train. In training mode (`model.train()`).
+            are shared where they do not train. Layers that `model.eval()` switched off
+            stay so in the steps, which is logged: call `model.train()` first.
           config: targets, rules and densities.
           tx: the optimizer. `track_importance()` is put in front of it where budgets
             move, unless it has one.
@@ -192,15 +192,12 @@ class Tuning:
         Raises:
           ValueError, TypeError: as `linen.adapt` and `create`.
         """
-        names = streams_of(streams)
         adapters, params = linen.adapt(
             module, variables, config, *inputs, key=key, layouts=layouts, **kwargs
         )
-        carried = {name: tree for name, tree in variables.items() if name != "params"}
-        carried = flax.core.unfreeze(carried)  # as a call returns them
-        binding = LinenModel(adapters, names)
+        binding = LinenModel(adapters, streams_of(streams))
         key, length = jax.random.fold_in(key, OWN_KEY), (epochs, steps_per_epoch)
-        parts = binding.split(params, carried)
+        parts = binding.split(params, variables)
         return cls._of(binding, parts, config, tx, key, length, schedule)
 
     @classmethod
@@ -287,7 +284,8 @@ class Tuning:
             gradient.
 
         Raises:
-          ValueError: `accumulate` does not divide the batch.
+          TypeError: `accumulate` is no integer.
+          ValueError: it does not divide the batch.
         """
         check_parts(batch, accumulate)
         arrays = self._parts, self.opt_state, self.steps, self.key, batch
@@ -326,22 +324,24 @@ class Tuning:
         after = like(jnp.asarray(passed + 1, jnp.int32), self.passed)
         return dataclasses.replace(self, budgets=budgets, passed=after)
 
-    def merge(self, *, unmoved_budgets: bool = False) -> Any:
+    def merge(self, *, unmoved_budgets: bool = False, dtype: Dtype = None) -> Any:
         """Returns the plain model, `w0 + delta` as weights; on the host.
 
         An NNX model, a Linen module's variables or nested dicts, as it was created of.
 
         Args:
           unmoved_budgets: merge the model as it is, whatever budgets did.
+          dtype: that of all floating-point parameters, as in `snella.merge`.
 
         Raises:
           BudgetsNeverMoved: the end of an epoch was left out, or none has ended yet.
+          ValueError: no such dtype.
           TypeError: inside `jax.jit`.
         """
         passed, steps = self._counts("merge")
         if not unmoved_budgets:
             self.plan.check_ended(passed, steps)
-        return self.binding.merged(self._parts, unmoved_budgets)
+        return self.binding.merged(self._parts, unmoved_budgets, dtype)
 
     @property
     def model(self) -> Any:

@@ -7,7 +7,7 @@ from jaxtyping import PRNGKeyArray
 
 from snella_jax.adapters.tree import Adapters, Tree, join
 from snella_jax.core.weight import AdaptedWeight
-from snella_jax.tuning.parts import Parts
+from snella_jax.tuning.parts import Dtype, Parts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,9 +43,11 @@ class TreeModel:
         """Lists every adapted weight."""
         return self.adapters.weights(_params(parts))
 
-    def merged(self, parts: Parts, unmoved_budgets: bool) -> Tree:
+    def merged(self, parts: Parts, unmoved_budgets: bool, dtype: Dtype) -> Tree:
         """Returns plain parameters."""
-        return self.adapters.merge(_params(parts), unmoved_budgets=unmoved_budgets)
+        return self.adapters.merge(
+            _params(parts), unmoved_budgets=unmoved_budgets, dtype=dtype
+        )
 
     def save(self, parts: Parts, folder: str | Path, base: str | None) -> None:
         """Writes the adapters."""

@@ -1,0 +1,361 @@
+"""One pass for several LoRAs on one base: every example takes factors of its own.
+
+LoRA's update of a product, `(x a) b`, is small beside `x W0`, which examples share
+whatever their adapters are. So a batch goes through the base once, by `jax.vmap` over
+its examples, and each of them picks its rows of the stacked factors.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+from snella_jax.core.paths import join
+from snella_jax.core.weight import Site
+from snella_jax.nnx.adapt import remove
+from snella_jax.nnx.layers import Seeded, adapters_of, multiplies_rows
+from snella_jax.nnx.selection import adapted_layers
+from snella_jax.nnx.surgery import become, mixed_class
+from snella_jax.nnx.variables import Frozen, variables_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """An array that all models have; by its number."""
+
+    number: int
+
+    def stacked(self, arrays: Sequence[Array]) -> Array:
+        """Returns it."""
+        return arrays[self.number]
+
+    def taken(self, stacked: Array, row: Int[Array, ""]) -> Array:
+        """Returns it, whatever the example."""
+        del row
+        return stacked
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """An array that is another one in each model, as it trained; by their numbers."""
+
+    numbers: tuple[int, ...]
+
+    def stacked(self, arrays: Sequence[Array]) -> Array:
+        """Returns those of all models, along axis 0."""
+        return jnp.stack([arrays[number] for number in self.numbers])
+
+    def taken(self, stacked: Array, row: Int[Array, ""]) -> Array:
+        """Returns that of the example's model."""
+        return stacked[row]
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """Factors of all models for one weight, which the layer itself takes a row of.
+
+    The rows of an example are not gathered until then: not for all layers at once.
+
+    Attributes:
+      numbers: array of each model; None for one without an adapter here.
+      stack: sizes of the stack's axes.
+      shape: `[parts, n or m, r]`, of the largest rank.
+    """
+
+    numbers: tuple[int | None, ...]
+    stack: tuple[int, ...]
+    shape: tuple[int, int, int]
+
+    def stacked(self, arrays: Sequence[Array]) -> Array:
+        """Returns `[*stack, K, parts, n or m, r]`: zeros for a model without."""
+        return jnp.stack([self._padded(arrays, n) for n in self.numbers], -4)
+
+    def taken(self, stacked: Array, row: Int[Array, ""]) -> Array:
+        """Returns all rows."""
+        del row
+        return stacked
+
+    def _padded(self, arrays: Sequence[Array], number: int | None) -> Array:
+        parts, size, rank = self.shape
+        if number is None:
+            return jnp.zeros((*self.stack, *self.shape))
+        own = arrays[number].reshape(*self.stack, parts, size, -1)
+        missing = rank - own.shape[-1]
+        return jnp.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, missing)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The number of an example's model, once for each block of a stack."""
+
+    stack: tuple[int, ...]
+
+    def stacked(self, arrays: Sequence[Array]) -> tuple[()]:
+        """Returns nothing."""
+        del arrays
+        return ()
+
+    def taken(self, stacked: Any, row: Int[Array, ""]) -> Array:
+        """Returns `[*stack]`."""
+        del stacked
+        return jnp.broadcast_to(row, self.stack)
+
+
+Leaf = Shared | Own | Factors | Row
+
+
+class LowRank(nnx.Module):
+    """Factors of several LoRAs of a layer, and the number of that which is added.
+
+    Attributes:
+      a, b: `[*stack, K, parts, n, r]` and `[*stack, K, parts, m, r]`.
+      row: int32 `[*stack]`.
+    """
+
+    def __init__(self, a: Any, b: Any, row: Any):
+        self.a, self.b, self.row = Frozen(a), Frozen(b), Frozen(row)
+
+
+class Grouped(nnx.Module):
+    """A linear layer that adds the update of one of several LoRAs to its product."""
+
+    low_rank: LowRank
+    kernel: nnx.Variable
+    precision: Any
+
+    def __call__(self, inputs: Array, *args: Any, **kwargs: Any) -> Array:
+        """Computes what the layer does, with the update."""
+        y = super().__call__(inputs, *args, **kwargs)  # pyright: ignore
+        row = self.low_rank.row[...]
+        a, b = (
+            factor[...][row].astype(y.dtype)
+            for factor in (self.low_rank.a, self.low_rank.b)
+        )
+        axes = _input_axes(self)
+        x = inputs.reshape(*inputs.shape[: inputs.ndim - axes], a.shape[1])
+        product = functools.partial(jnp.einsum, precision=self.precision)
+        inner = product("...n,pnr->...pr", x.astype(y.dtype), a)
+        return y + product("...pr,pmr->...pm", inner, b).reshape(y.shape)
+
+
+def _input_axes(layer: Any) -> int:
+    return len(layer.axis) if isinstance(layer, nnx.LinearGeneral) else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The model of a group without its arrays; static.
+
+    Attributes:
+      graphdef, treedef: the base's, with `Grouped` layers.
+      leaves: where its arrays come from.
+      shared, own: number of elements that models share, and that each has of its own
+        besides factors.
+    """
+
+    graphdef: nnx.GraphDef
+    treedef: Any
+    leaves: tuple[Leaf, ...]
+    shared: int
+    own: int
+
+
+def run(
+    models: Sequence[nnx.Module], rows: Int[np.ndarray, " B"], inputs: tuple[Any, ...]
+) -> Any:
+    """Runs `models[rows[i]]` on example `i` in one pass; returns None if it cannot.
+
+    It can where adapters are LoRAs of linear layers, and nothing is drawn and no
+    statistics are taken. Models have to share a base, the very arrays: what they do not
+    share has equal shapes, and is no larger when each example has its own.
+
+    Args:
+      models: with or without adapters.
+      rows: numbers of models.
+      inputs: inputs of the models, with the examples along axis 0 of every array.
+    """
+    plan, arrays = _planned(models)
+    if plan is None or len(rows) * plan.own > plan.shared:
+        return None
+    return _run(plan, arrays, jnp.asarray(rows), inputs)
+
+
+def _planned(models: Sequence[nnx.Module]) -> tuple[Plan | None, list[Array]]:
+    """Returns the plan of a group, and its arrays, each once."""
+    graphdefs, states = zip(*map(nnx.split, models), strict=True)
+    flat, treedefs = zip(*map(jax.tree.flatten, states), strict=True)
+    arrays = {id(leaf): leaf for leaves in flat for leaf in leaves}
+    numbers = {key: number for number, key in enumerate(arrays)}
+    places = tuple(tuple(numbers[id(leaf)] for leaf in leaves) for leaves in flat)
+    kinds = tuple(map(jax.typeof, arrays.values()))
+    return _plan(graphdefs, treedefs, places, kinds), list(arrays.values())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(plan: Plan, arrays: list[Array], rows: Array, inputs: tuple) -> Any:
+    stacked = [leaf.stacked(arrays) for leaf in plan.leaves]
+
+    def one(row: Array, inputs: tuple) -> Any:
+        pairs = zip(plan.leaves, stacked, strict=True)
+        leaves = [leaf.taken(own, row) for leaf, own in pairs]
+        state = jax.tree.unflatten(plan.treedef, leaves)
+        alone = jax.tree.map(lambda x: jnp.expand_dims(x, 0), inputs)
+        outputs = nnx.merge(plan.graphdef, state)(*alone)
+        return jax.tree.map(lambda y: y[0] if y.ndim else y, outputs)
+
+    return jax.vmap(one)(rows, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lora:
+    """A LoRA of one layer: its rule and axes, and the numbers of its factors."""
+
+    site: Site
+    numbers: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """A model of a group, taken apart.
+
+    Attributes:
+      plain: without adapters; numbers stand for its arrays.
+      loras: by path of the layer.
+    """
+
+    plain: nnx.Module
+    loras: dict[str, _Lora]
+
+
+@functools.cache
+def _plan(
+    graphdefs: tuple[nnx.GraphDef, ...],
+    treedefs: tuple[Any, ...],
+    places: tuple[tuple[int, ...], ...],
+    kinds: tuple[Any, ...],
+) -> Plan | None:
+    """Plans the pass of a group; None if its models cannot share one.
+
+    Args:
+      graphdefs, treedefs: those of the models and of their states.
+      places: for every leaf of every state the number of its array.
+      kinds: shape, dtype and sharding of the arrays.
+    """
+    meshes = [kind.sharding.mesh for kind in kinds]
+    if any(not (mesh.empty or mesh.are_all_axes_auto) for mesh in meshes):
+        return None  # a gather would have to say how its result lies
+    members = []
+    for graphdef, treedef, numbers in zip(graphdefs, treedefs, places, strict=True):
+        model = nnx.merge(graphdef, jax.tree.unflatten(treedef, numbers))
+        if (member := _taken_apart(model, len(numbers), kinds)) is None:
+            return None
+        members.append(member)
+    if len({nnx.graphdef(member.plain) for member in members}) > 1:
+        return None
+    base = members[0].plain
+    sizes = _fill(base, members, kinds)
+    if sizes is None or not _attach(base, [member.loras for member in members]):
+        return None
+    graphdef, state = nnx.split(base)
+    leaves, treedef = jax.tree.flatten(state)
+    return Plan(graphdef, treedef, tuple(leaves), *sizes)
+
+
+def _taken_apart(
+    model: nnx.Module, leaves: int, kinds: Sequence[Any]
+) -> _Member | None:
+    """Takes the adapters off a model, in place; None if it cannot be in a group.
+
+    Args:
+      model: numbers stand for its arrays, equal ones for the same array.
+      leaves: number of these.
+      kinds: shapes of the arrays.
+    """
+    variables = list(variables_of(model, nnx.Variable))
+    if len(variables) != leaves or _draws(model):  # an array may be no variable
+        return None
+    found = {path: adapters_of(layer) for path, layer in adapted_layers(model)}
+    remove(model)
+    layers, loras = _layers(model), {}
+    for path, adapters in found.items():
+        if set(adapters) != {"kernel"} or not multiplies_rows(layers[path], own=False):
+            return None
+        adapter = adapters["kernel"]
+        numbers = {name: getattr(adapter, name).get_value() for name in adapter.names}
+        axes = len(kinds[numbers["a"]].shape)  # more in an ensemble
+        if not adapter.rule.low_rank or axes != len(adapter.site.lead) + 3:
+            return None
+        loras[path] = _Lora(adapter.site, numbers)
+    return _Member(model, loras)
+
+
+def _layers(model: nnx.Module) -> dict[str, Any]:
+    return {join(path): node for path, node in nnx.iter_graph(model)}
+
+
+def _draws(model: nnx.Module) -> bool:
+    """Returns True if a call draws at random, or takes statistics of its batch."""
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, Seeded):
+            if node.needs_key and not node.deterministic:
+                return True
+        elif False in (
+            getattr(node, name, None)
+            for name in ("deterministic", "use_running_average")
+        ):
+            return True
+    return False
+
+
+def _fill(
+    base: nnx.Module, members: Sequence[_Member], kinds: Sequence[Any]
+) -> tuple[int, int] | None:
+    """Says in each variable of the base where it comes from, in place.
+
+    Returns:
+      The numbers of elements that models share, and that each has of its own; None if
+      the shapes of these are not the same.
+    """
+    values = [
+        {p: v.get_value() for p, v in variables_of(member.plain, nnx.Variable)}
+        for member in members
+    ]
+    sizes = [0, 0]
+    for path, variable in variables_of(base, nnx.Variable):
+        numbers = tuple(own[path] for own in values)
+        alike = len(set(numbers)) == 1
+        if len({kinds[number] for number in numbers}) > 1:
+            return None
+        sizes[not alike] += kinds[numbers[0]].size
+        variable.set_value(Shared(numbers[0]) if alike else Own(numbers))
+    return sizes[0], sizes[1]
+
+
+def _attach(base: nnx.Module, loras: Sequence[Mapping[str, _Lora]]) -> bool:
+    """Gives layers the factors of all models, in place; False if they do not fit."""
+    layers = _layers(base)
+    for path in sorted(set().union(*loras)):
+        ones = [own.get(path) for own in loras]
+        sites = [one.site for one in ones if one is not None]
+        stack, layout = sites[0].stack, sites[0].layout
+        if any((site.stack, site.layout) != (stack, layout) for site in sites):
+            return False
+        parts, rank = math.prod(layout.slices), max(site.rule.rank for site in sites)
+        factors = [
+            Factors(
+                tuple(None if one is None else one.numbers[name] for one in ones),
+                stack,
+                (parts, size, rank),
+            )
+            for name, size in (("a", layout.n), ("b", layout.m))
+        ]
+        become(layers[path], mixed_class(Grouped, type(layers[path])))
+        layers[path].low_rank = LowRank(*factors, Row(stack))
+    return True
