@@ -56,6 +56,21 @@ def test_a_round_trip_is_exact(model, saved):
     assert shared == base.qkv.kernel[...].unsafe_buffer_pointer()
 
 
+def test_budgets_of_0_are_saved_and_loaded(model, tmp_path):
+    """A matrix that lost the competition is still there, and is the base's."""
+    lost = nnx.clone(model)
+    lost.qkv.adapter.budget[...] = jnp.array([0, 5, 0])
+    lost.heads.adapter.budget[...] = jnp.zeros_like(lost.heads.adapter.budget[...])
+    snella.save(lost, tmp_path / "a")
+    loaded = snella.load(Every(nnx.Rngs(0)), tmp_path / "a")
+    assert_same(loaded, lost)
+    assert loaded.qkv.adapter.budget[...].tolist() == [0, 5, 0]
+    plain, base = snella.merge(loaded), Every(nnx.Rngs(0))
+    np.testing.assert_array_equal(plain.heads.kernel[...], base.heads.kernel[...])
+    moved = (plain.qkv.kernel[...] != base.qkv.kernel[...]).reshape(6, 3, 4).sum((0, 2))
+    assert moved.tolist() == [0, 5, 0]
+
+
 def test_training_goes_on_where_it_was(model, saved):
     loaded = snella.load(Every(nnx.Rngs(0)), saved)
     assert_same(trained(loaded, 2), trained(nnx.clone(model), 2))

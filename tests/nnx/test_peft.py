@@ -244,6 +244,16 @@ def test_a_model_of_ones_own_is_written_by_names(tmp_path):
             r"names: 'block' matches no path.*blocks\[2\]",
         ),
         (
+            lambda: adapted(Net(nnx.Rngs(0)), targets="qkv", trainable=""),
+            {"names": {"qkv(": "fc"}},
+            r"The regex 'qkv\(' with the name 'fc' does not compile: missing \)",
+        ),
+        (
+            lambda: adapted(Net(nnx.Rngs(0)), targets="qkv", trainable=""),
+            {"names": {"q(k)v": r"fc\2"}},
+            r"'q\(k\)v' with the name 'fc\\\\2' does not compile: invalid group",
+        ),
+        (
             lambda: adapted(Net(nnx.Rngs(0)), targets="qkv|conv", trainable="token"),
             {"names": {"qkv": "fc"}},
             r"names= says no tensor for conv/kernel \[\], token: expected a name",

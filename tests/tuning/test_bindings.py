@@ -71,6 +71,9 @@ def test_linen_trains_as_the_loop_of_the_documentation(tmp_path):
     assert equal(state.budgets, expected["budgets"])
     plain = state.merge()
     assert equal(plain["params"], adapters.merge(expected["params"]))
+    half = state.merge(dtype=jnp.bfloat16)["params"]
+    assert equal(half, adapters.merge(expected["params"], dtype=jnp.bfloat16))
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(net.apply(plain, X), state.model(X), atol=1e-5)
     state.save(tmp_path / "adapter")
     loading, loaded = linen.load(net, variables, tmp_path / "adapter", X)
@@ -161,5 +164,6 @@ def test_a_tree_trains_as_a_loop_of_ones_own():
     assert equal((state.trainable, state.budgets), (trainable, budgets))
     plain = adapters.merge(pytree.join(trainable, budgets, frozen))
     assert equal(state.merge(), plain)
+    assert state.merge(dtype=jnp.bfloat16)["head"].dtype == jnp.bfloat16
     assert equal(state.model["fc1"]["kernel"], plain["fc1"]["kernel"])
     assert params["head"].shape == (8, 2) and sorted(params["fc1"]) == ["kernel"]

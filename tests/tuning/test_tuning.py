@@ -5,6 +5,7 @@ import functools
 
 import chex
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -101,6 +102,12 @@ def test_the_end_of_the_last_epoch_changes_nothing():
     assert_equal(state, whole())
     np.testing.assert_allclose(state.merge()(X), state.model(X), atol=1e-6)
     assert state.density == pytest.approx(0.3, abs=0.01)
+    half, expected = (
+        state.merge(dtype=jnp.bfloat16),
+        snella.merge(state.model, dtype=jnp.bfloat16),
+    )
+    assert_equal(nnx.state(half), nnx.state(expected))
+    assert half.head.bias.dtype == jnp.bfloat16
 
 
 def test_budgets_are_those_of_the_schedule():
@@ -231,6 +238,48 @@ def test_random_streams_and_statistics_are_carried():
     assert int(state.changing["drop"]["rngs"]["count"][...]) == 2 * EPOCHS
 
 
+def test_layers_in_evaluation_mode_are_named(caplog):
+    """They stay so in training, as the user may want it."""
+    net = Net(nnx.Rngs(0), rate=0.5)
+    net.eval()
+    state = created(net=net)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith("drop, norm: in evaluation mode")
+    assert "call model.train() before Tuning.create" in message
+    assert state.model.drop.deterministic and state.model.norm.use_running_average
+    caplog.clear()
+    net.train()
+    created(net=net)
+    assert not caplog.records
+
+
+def test_no_array_of_the_base_is_a_constant_of_the_step():
+    """They are arguments: as constants they would be copied into every program."""
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (X, Y))
+    traced = jax.make_jaxpr(lambda state, batch: state.step(loss_fn, batch))
+    sizes = list(_constants(traced(start(), batch)))
+    assert max(sizes, default=0) < 16  # the smallest kernel of the base has 16 numbers
+    closed = jax.make_jaxpr(
+        lambda x: jax.jit(lambda x: x @ start().model.fc1.kernel)(x)
+    )
+    assert 48 in _constants(closed(X))  # so it would be seen
+
+
+def _constants(closed):
+    """Yields the sizes of all constants of a program, of those inside it, too."""
+    yield from (np.size(const) for const in closed.consts)
+    for eqn in closed.jaxpr.eqns:
+        for inner in jax.tree.leaves(eqn.params, is_leaf=_is_program):
+            if isinstance(inner, jax.extend.core.ClosedJaxpr):
+                yield from _constants(inner)
+            elif isinstance(inner, jax.extend.core.Jaxpr):
+                yield from _constants(jax.extend.core.ClosedJaxpr(inner, ()))
+
+
+def _is_program(value):
+    return isinstance(value, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr)
+
+
 def test_a_state_is_made_of_shapes_alone():
     """For a program that is only compiled: the shapes of the state with arrays."""
     shapes = jax.eval_shape(created)
@@ -265,8 +314,12 @@ def test_parts_of_a_batch_accumulate_to_its_mean():
     )
     assert float(mean) == pytest.approx(float(loss), rel=1e-5)
     chex.assert_trees_all_close(*map(_numbers, (parts, one)), rtol=1e-3, atol=1e-6)
-    for wrong, message in ((3, "does not divide"), (0, "expected at least 1")):
-        with pytest.raises(ValueError, match=message):
+    for wrong, error, message in (
+        (3, ValueError, "does not divide"),
+        (0, ValueError, "expected at least 1"),
+        (2.0, TypeError, r"accumulate=2\.0: expected an integer"),
+    ):
+        with pytest.raises(error, match=message):
             start().step(loss_fn, (X, Y), accumulate=wrong)
 
 
