@@ -59,36 +59,50 @@ class Own:
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """Factors of all models for one weight, which the layer itself takes a row of.
+    """A factor of all models for one weight, which the layer itself takes a row of.
 
-    The rows of an example are not gathered until then: not for all layers at once.
+    The rows of an example are not gathered until then: not for all layers at once. The
+    parts of a fused weight are one LoRA of the sum of their ranks.
 
     Attributes:
       numbers: array of each model; None for one without an adapter here.
       stack: sizes of the stack's axes.
-      shape: `[parts, n or m, r]`, of the largest rank.
+      size: inputs or outputs of the weight.
+      rank: the largest of all models.
+      up: True for `b`, False for `a`.
     """
 
     numbers: tuple[int | None, ...]
     stack: tuple[int, ...]
-    shape: tuple[int, int, int]
+    size: int
+    rank: int
+    up: bool
 
     def stacked(self, arrays: Sequence[Array]) -> Array:
-        """Returns `[*stack, K, parts, n or m, r]`: zeros for a model without."""
-        return jnp.stack([self._padded(arrays, n) for n in self.numbers], -4)
+        """Returns `[*stack, K, n, r]`, of `b` `[*stack, K, r, m]`."""
+        one = [None if n is None else arrays[n] for n in self.numbers]
+        return jnp.stack([self._whole(factor) for factor in one], -3)
 
     def taken(self, stacked: Array, row: Int[Array, ""]) -> Array:
         """Returns all rows."""
         del row
         return stacked
 
-    def _padded(self, arrays: Sequence[Array], number: int | None) -> Array:
-        parts, size, rank = self.shape
-        if number is None:
-            return jnp.zeros((*self.stack, *self.shape))
-        own = arrays[number].reshape(*self.stack, parts, size, -1)
-        missing = rank - own.shape[-1]
-        return jnp.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, missing)])
+    def _whole(self, factor: Array | None) -> Array:
+        """Returns one for the whole weight, with zeros up to the largest rank."""
+        if factor is None:
+            shape = (self.rank, self.size) if self.up else (self.size, self.rank)
+            return jnp.zeros((*self.stack, *shape))
+        parts = factor.reshape(*self.stack, -1, *factor.shape[-2:])
+        axes = "...pmr,pq->...prqm" if self.up else "...pnr->...npr"
+        own = (jnp.eye(parts.shape[-3]),) if self.up else ()
+        joined = jnp.einsum(axes, parts, *own)
+        rank = factor.shape[-1] * parts.shape[-3]
+        shape = (rank, self.size) if self.up else (self.size, rank)
+        missing = [(0, self.rank - rank), (0, 0)][:: 1 if self.up else -1]
+        return jnp.pad(
+            joined.reshape(*self.stack, *shape), [(0, 0)] * len(self.stack) + missing
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +129,7 @@ class LowRank(nnx.Module):
     """Factors of several LoRAs of a layer, and the number of that which is added.
 
     Attributes:
-      a, b: `[*stack, K, parts, n, r]` and `[*stack, K, parts, m, r]`.
+      a, b: `[*stack, K, n, r]` and `[*stack, K, r, m]`.
       row: int32 `[*stack]`.
     """
 
@@ -138,15 +152,10 @@ class Grouped(nnx.Module):
             factor[...][row].astype(y.dtype)
             for factor in (self.low_rank.a, self.low_rank.b)
         )
-        axes = _input_axes(self)
-        x = inputs.reshape(*inputs.shape[: inputs.ndim - axes], a.shape[1])
-        product = functools.partial(jnp.einsum, precision=self.precision)
-        inner = product("...n,pnr->...pr", x.astype(y.dtype), a)
-        return y + product("...pr,pmr->...pm", inner, b).reshape(y.shape)
-
-
-def _input_axes(layer: Any) -> int:
-    return len(layer.axis) if isinstance(layer, nnx.LinearGeneral) else 1
+        axes = len(self.axis) if isinstance(self, nnx.LinearGeneral) else 1
+        x = inputs.reshape(*inputs.shape[: inputs.ndim - axes], len(a)).astype(y.dtype)
+        product = functools.partial(jnp.matmul, precision=self.precision)
+        return y + product(product(x, a), b).reshape(y.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,16 +354,22 @@ def _attach(base: nnx.Module, loras: Sequence[Mapping[str, _Lora]]) -> bool:
         ones = [own.get(path) for own in loras]
         sites = [one.site for one in ones if one is not None]
         stack, layout = sites[0].stack, sites[0].layout
-        if any((site.stack, site.layout) != (stack, layout) for site in sites):
+        parts = [math.prod(site.layout.slices) for site in sites]
+        if any(site.stack != stack for site in sites):
             return False
-        parts, rank = math.prod(layout.slices), max(site.rule.rank for site in sites)
+        how = {
+            "stack": stack,
+            "rank": max(s.rule.rank * p for s, p in zip(sites, parts, strict=True)),
+        }
+        sizes = {"a": layout.n, "b": layout.m * parts[0]}
         factors = [
             Factors(
                 tuple(None if one is None else one.numbers[name] for one in ones),
-                stack,
-                (parts, size, rank),
+                size=sizes[name],
+                up=name == "b",
+                **how,
             )
-            for name, size in (("a", layout.n), ("b", layout.m))
+            for name in "ab"
         ]
         become(layers[path], mixed_class(Grouped, type(layers[path])))
         layers[path].low_rank = LowRank(*factors, Row(stack))

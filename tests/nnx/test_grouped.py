@@ -71,7 +71,7 @@ def test_each_example_has_what_its_own_model_gives(base):
     models = {
         "all": made(base, 1),
         "none": base,
-        "parts": made(base, 2, targets="qkv", overrides={"qkv": {"split": 1}}, rank=3),
+        "parts": made(base, 2, targets="qkv", overrides={"qkv": {"split": 3}}, rank=3),
         "few": made(base, 3, targets="blocks/fc", trainable=""),
     }
     ids = ["few", "all", "none", "parts", "all", "none"]
@@ -89,17 +89,6 @@ def test_each_example_has_what_its_own_model_gives(base):
     )
 
 
-def test_parts_of_a_fused_weight(base):
-    """Query, key and value with factors of their own each."""
-    models = [
-        made(base, s, targets="qkv", overrides={"qkv": {"split": 3}}) for s in (1, 2)
-    ]
-    found = grouped.run(models, np.array([1, 0] * 3, np.int32), (X,))
-    for index in range(6):
-        alone = snella.merge(models[1 - index % 2])(X)["logits"][index]
-        np.testing.assert_allclose(found["logits"][index], alone, atol=1e-5)
-
-
 def test_what_takes_a_pass_for_each(base):
     """Nothing is compiled here: a structure tells what cannot share a pass."""
     first, rows = made(base, 1), np.arange(6, dtype=np.int32) % 2
@@ -111,7 +100,6 @@ def test_what_takes_a_pass_for_each(base):
             {"kernel": "mix_k", "gate": "product"},
             {"gate": "hard"},
             {"targets": "conv"},
-            {"targets": "qkv", "overrides": {"qkv": {"split": 3}}},  # not in `first`
             {"trainable": "head|conv|norm"},  # six of these are more than the base
         )
     ]

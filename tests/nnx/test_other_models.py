@@ -104,6 +104,18 @@ def test_a_scan_by_kind_of_variable_is_told_the_kinds():
     )
 
 
+def test_a_scan_inside_lax_map():
+    """Flax scans a copy that is merged there, and no model from outside (flax#5025)."""
+    for each in scanned({(nnx.Param, snella.Frozen, snella.Budget): 0}):
+        graphdef, state = nnx.split(each)
+        found = jax.lax.map(
+            lambda x, parts=(graphdef, state): nnx.merge(*parts, copy=True)(x), X
+        )
+        np.testing.assert_allclose(found, called(each, X), atol=1e-5)
+        with pytest.raises(ValueError, match="different trace level"):
+            jax.lax.map(each, X)
+
+
 def test_a_stack_along_axis_1():
     adapters = nnx.PathContains("adapter", exact=False)
     model, adapted = scanned({adapters: 0, (nnx.Param, snella.Frozen): 1}, axis=1)

@@ -179,18 +179,20 @@ def test_orbax_goes_on_bit_for_bit(tmp_path):
     assert_equal(*(nnx.state(one.merge()) for one in ends))
 
 
-def test_a_state_is_sharded_as_it_is():
-    """Batches over `data`, weights over `model`: compiled once, close numbers."""
-    mesh = jax.make_mesh(
-        (2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
+@pytest.mark.parametrize("types", [(jax.sharding.AxisType.Auto,) * 2, None])
+def test_a_state_is_sharded_as_it_is(types):
+    """Batches over `data`, weights over `model`: compiled once, close numbers.
+
+    With the axes that `make_mesh` gives by itself, too: explicit ones in this jax.
+    """
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=types)
     net, traces = Net(nnx.Rngs(0)), 0
     for layer in (net.fc1, net.fc2, net.head):
         by = PartitionSpec(None, "model")
-        layer.kernel[...] = jax.device_put(layer.kernel[...], NamedSharding(mesh, by))
-        layer.bias[...] = jax.device_put(
-            layer.bias[...], NamedSharding(mesh, PartitionSpec("model"))
-        )
+        kernel, bias = layer.kernel[...], layer.bias[...]
+        layer.kernel.set_value(jax.device_put(kernel, NamedSharding(mesh, by)))
+        by = PartitionSpec("model")
+        layer.bias.set_value(jax.device_put(bias, NamedSharding(mesh, by)))
 
     def counted(model, batch):
         nonlocal traces
@@ -204,7 +206,9 @@ def test_a_state_is_sharded_as_it_is():
             state, _ = state.step(counted, batch)
         state = state.end_of_epoch()
     assert traces == 1
-    assert state.trainable["fc1"]["adapter"]["b"].sharding.spec[1] == "model"
+    kernel, b = state.merge().fc1.kernel, state.trainable["fc1"]["adapter"]["b"]
+    assert kernel[...].sharding.spec[1] == "model"
+    assert types is None or b.sharding.spec[1] == "model"  # explicit: whole factors
     pairs = map(_numbers, (state, whole()))
     chex.assert_trees_all_close(*pairs, rtol=1e-3, atol=1e-5)
 
