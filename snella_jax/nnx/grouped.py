@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from snella_jax.core.paths import join
-from snella_jax.core.weight import Site
 from snella_jax.nnx.adapt import remove
 from snella_jax.nnx.layers import Seeded, adapters_of, multiplies_rows
 from snella_jax.nnx.selection import adapted_layers
@@ -224,9 +223,19 @@ def _run(plan: Plan, arrays: list[Array], rows: Array, inputs: tuple) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Lora:
-    """A LoRA of one layer: its rule and axes, and the numbers of its factors."""
+    """A LoRA of one layer.
 
-    site: Site
+    Attributes:
+      stack: sizes of the stack's axes.
+      n, m: inputs and outputs of the whole weight.
+      rank: that of all parts together.
+      numbers: those of its factors.
+    """
+
+    stack: tuple[int, ...]
+    n: int
+    m: int
+    rank: int
     numbers: dict[str, int]
 
 
@@ -270,8 +279,9 @@ def _plan(
         return None
     base = members[0].plain
     sizes = _fill(base, members, kinds)
-    if sizes is None or not _attach(base, [member.loras for member in members]):
+    if sizes is None:
         return None
+    _attach(base, [member.loras for member in members])
     graphdef, state = nnx.split(base)
     leaves, treedef = jax.tree.flatten(state)
     return Plan(graphdef, treedef, tuple(leaves), *sizes)
@@ -296,12 +306,15 @@ def _taken_apart(
     for path, adapters in found.items():
         if set(adapters) != {"kernel"} or not multiplies_rows(layers[path], own=False):
             return None
-        adapter = adapters["kernel"]
+        adapter, site = adapters["kernel"], adapters["kernel"].site
         numbers = {name: getattr(adapter, name).get_value() for name in adapter.names}
         axes = len(kinds[numbers["a"]].shape)  # more in an ensemble
-        if not adapter.rule.low_rank or axes != len(adapter.site.lead) + 3:
+        in_front = site.axes == site.front and axes == len(site.lead) + 3
+        if not site.rule.low_rank or not in_front:
             return None
-        loras[path] = _Lora(adapter.site, numbers)
+        parts, layout = math.prod(site.layout.slices), site.layout
+        sizes = layout.n, parts * layout.m, parts * site.rule.rank
+        loras[path] = _Lora(site.stack, *sizes, numbers)
     return _Member(model, loras)
 
 
@@ -347,30 +360,18 @@ def _fill(
     return sizes[0], sizes[1]
 
 
-def _attach(base: nnx.Module, loras: Sequence[Mapping[str, _Lora]]) -> bool:
-    """Gives layers the factors of all models, in place; False if they do not fit."""
+def _attach(base: nnx.Module, loras: Sequence[Mapping[str, _Lora]]) -> None:
+    """Gives layers the factors of all models, in place."""
     layers = _layers(base)
     for path in sorted(set().union(*loras)):
         ones = [own.get(path) for own in loras]
-        sites = [one.site for one in ones if one is not None]
-        stack, layout = sites[0].stack, sites[0].layout
-        parts = [math.prod(site.layout.slices) for site in sites]
-        if any(site.stack != stack for site in sites):
-            return False
-        how = {
-            "stack": stack,
-            "rank": max(s.rule.rank * p for s, p in zip(sites, parts, strict=True)),
-        }
-        sizes = {"a": layout.n, "b": layout.m * parts[0]}
-        factors = [
-            Factors(
-                tuple(None if one is None else one.numbers[name] for one in ones),
-                size=sizes[name],
-                up=name == "b",
-                **how,
-            )
-            for name in "ab"
-        ]
+        there = [one for one in ones if one is not None]
+        stack, rank = there[0].stack, max(one.rank for one in there)
+
+        def of(name: str, size: int, ones=ones, stack=stack, rank=rank) -> Factors:
+            numbers = tuple(None if one is None else one.numbers[name] for one in ones)
+            return Factors(numbers, stack, size, rank, up=name == "b")
+
         become(layers[path], mixed_class(Grouped, type(layers[path])))
-        layers[path].low_rank = LowRank(*factors, Row(stack))
-    return True
+        a, b = of("a", there[0].n), of("b", there[0].m)
+        layers[path].low_rank = LowRank(a, b, Row(stack))

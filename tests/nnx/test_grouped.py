@@ -12,12 +12,20 @@ from snella_jax.nnx import grouped
 X = np.random.default_rng(0).normal(size=(6, 5, 8)).astype(np.float32)
 
 
+AXES = nnx.StateAxes({(nnx.Param, snella.Frozen, snella.Budget): 0, ...: None})
+
+
 class Row(nnx.Module):
     def __init__(self, rngs):
         self.fc = nnx.Linear(8, 8, rngs=rngs)
 
     def __call__(self, x):
         return jnp.tanh(self.fc(x))
+
+
+@nnx.scan(in_axes=(nnx.Carry, AXES), out_axes=nnx.Carry)
+def run(x, block):
+    return block(x)
 
 
 class Net(nnx.Module):
@@ -36,10 +44,7 @@ class Net(nnx.Module):
     def __call__(self, x):
         x = self.out(self.heads(jnp.tanh(self.qkv(x))))
         x = self.norm(self.drop(self.conv(x)))
-        graphdef, state = nnx.split(self.blocks)
-        x, _ = jax.lax.scan(
-            lambda x, row: (nnx.merge(graphdef, row)(x), None), x, state
-        )
+        x = run(x, self.blocks)
         return {"logits": self.head(x.mean(1)), "tokens": x}
 
 
