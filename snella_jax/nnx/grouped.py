@@ -110,7 +110,7 @@ class Row:
 
     stack: tuple[int, ...]
 
-    def stacked(self, arrays: Sequence[Array]) -> tuple[()]:
+    def stacked(self, arrays: Sequence[Array]) -> Any:
         """Returns nothing."""
         del arrays
         return ()
