@@ -8,8 +8,8 @@ process on all cores (CPU time), and ratios are medians of pairs: so is what oth
 does to the machine. Prints a table and writes `several.json` into `--out`.
 
 Expected: `K` adapters cost `K` passes one by one, and together one and a little, since
-rank 8 adds 4% of the products of a ViT-S. Measured on two CPU cores: together 1.3, for
-the update also reads and writes every activation once more.
+rank 8 adds 4% of the products of a ViT-S. Measured on two CPU cores: together 1.3, as
+these products are small, with one more sum over every output.
 """
 
 import dataclasses
