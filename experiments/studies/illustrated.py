@@ -2,8 +2,8 @@
 
     python -m experiments.studies.illustrated --out docs/how_it_works.png
 
-Factors of `--rank` columns are fitted by Adam to a random matrix of twice that rank. The
-picture has the factors, the update `delta` that Mix-K makes of them, its absolute
+Factors of `--rank` columns are fitted by Adam to a random matrix of twice that rank.
+The picture has the factors, the update `delta` that Mix-K makes of them, its absolute
 values with the threshold, and what passes it.
 """
 
