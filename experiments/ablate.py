@@ -17,7 +17,6 @@ location, a minute a run); `--run.model dinov2_saliency --run.image_size 56` tak
 larger model.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import sys
@@ -25,7 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import filelock
 import numpy as np
 from rich.console import Console
 
@@ -193,17 +191,8 @@ def _tried(
 
 def _base_choice(config: Ablation, store: table_store.Store) -> dict[str, float]:
     """Returns the base's rate; waits for a process that is searching it."""
-    task = config.run.task
-    lock = filelock.FileLock(table_store.place(config.out, task, BASE) / ".cell")
-
-    def chosen() -> dict[str, float] | None:
-        return store.rows(task).get(BASE, {}).get("chosen")
-
-    while chosen() is None:
-        with contextlib.suppress(filelock.Timeout), lock.acquire(timeout=5):
-            if chosen() is None:
-                raise RuntimeError("the base's search was not finished")
-    return {"lr": store.rows(task)[BASE]["chosen"]["lr"]}
+    chosen = table_store.awaited(store, (config.run.task, BASE), "chosen")
+    return {"lr": chosen["lr"]}
 
 
 def _searched(

@@ -14,6 +14,7 @@ Writes the table of all finished seeds into `report.md` and `report.json`, and
 
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,23 +26,33 @@ from experiments import files, paths, terminal
 from experiments.config import command_line
 from experiments.config.images import ImageConfig
 from experiments.methods.registry import LINEAR
+from experiments.names import unknown
 from experiments.pretrained import base_models
 from experiments.reports import finished, table
 from experiments.runs import images, search, setup
 from experiments.runs.run import complete
-from experiments.studies import comparison_figure, table_store
-from experiments.studies.comparison import Comparison, Row, Table
+from experiments.studies import comparison_figure, pooled, table_store
+from experiments.studies.comparison import PRESETS, Comparison, Row, Table
+from experiments.studies.pooled import Tried
+from experiments.studies.recorded import Recorded, Trial
 from snella_jax.nnx.targets import select
 
 PROGRAM = "python -m experiments.compare"
 SUMMARY = """\
 Compares methods on several tasks: rates chosen on validation, then several seeds.
+--config small (the default) or real_tasks: the values without any other words.
 --run.X: settings that all runs share. The same command goes on where it was."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is left, and writes the table."""
-    config = command_line.parse_study(PROGRAM, Comparison(), argv, SUMMARY)
+    first = command_line.parser(PROGRAM)
+    first.add_argument("--config", default="small")
+    known, words = first.parse_known_args(argv)
+    if known.config not in PRESETS:
+        text = unknown("config", known.config, PRESETS, f"{PROGRAM} --help")
+        raise SystemExit(f"{PROGRAM}: {text}")
+    config = command_line.parse_study(PROGRAM, PRESETS[known.config], words, SUMMARY)
     console = terminal.console()
     with terminal.exit_on_error(PROGRAM):
         config.check()
@@ -86,31 +97,116 @@ def _draw(
 def _tried(
     task: str, row: Row, config: Comparison, store: table_store.Store, console: Console
 ) -> str | None:
-    """Completes a cell; returns what failed."""
+    """Completes the trials of a row and a cell; returns what failed."""
+    name = config.named(task)
 
     def search(place: Path) -> table_store.Done:
+        if row.method == LINEAR:  # whose fit chooses its strength itself
+            return {"chosen": {}}
+        if config.rates:
+            return {"chosen": _taken(name, row, config.rates)}
+        if config.pool:
+            return _pooled(row, config, store)
         return _searched(task, row, config, store, place, console)
 
     def train(out: Path, seed: int, chosen: table_store.Done) -> table_store.Done:
-        own = dataclasses.replace(_config(task, row, config, seed), out=out)
-        if row.method != LINEAR:
-            settings = dataclasses.replace(own.settings[row.method], **chosen)
-            own = own.with_settings(**{row.method: settings})
-        prepared = images.prepared(task, own, console)
-        store.begin(task, prepared.inputs, console)
+        own = _with(config.config(task, row, seed), row, chosen)
+        own = dataclasses.replace(own, out=out)
+        prepared = images.prepared(task, own, console, Recorded)
+        prepared = dataclasses.replace(prepared, keep=config.keep_models)
+        store.begin(name, prepared.inputs, console)
         summary = complete(prepared, resume=(out / "config.json").exists())
         where = {name: summary[name] for name in ("device", "versions")}
         return summary["methods"][row.method] | where
 
-    cell = task, row.name
+    left = [_trial(trial, row, config, store, console) for trial in config.tried(row)]
     seeds = config.seeds[:1] if row.fixed else config.seeds
-    return table_store.attempt(PROGRAM, store, cell, seeds, search, train, console)
+    how = store, (name, row.name), seeds, search, train, console
+    left.append(table_store.attempt(PROGRAM, *how))
+    return "\n".join(filter(None, left)) or None
+
+
+def _trial(
+    trial: Tried,
+    row: Row,
+    config: Comparison,
+    store: table_store.Store,
+    console: Console,
+) -> str | None:
+    """Completes a trial of a pooled search, a cell of one seed; returns what failed."""
+    name, rate = config.named(trial.task), {"lr": trial.lr}
+
+    def train(out: Path, seed: int, chosen: table_store.Done) -> table_store.Done:
+        own = _with(config.config(trial.task, row, seed), row, chosen)
+        own = dataclasses.replace(
+            own,
+            protocol="choose",
+            epochs=config.search_epochs,
+            eval_every=config.search_epochs,
+            steps=None,
+            out=out,
+        )
+        prepared = images.prepared(trial.task, own, console, Trial)
+        store.begin(name, prepared.inputs, console)
+        return pooled.measured(row.method, prepared)
+
+    cell, seeds = (name, trial.cell[1]), (config.run.seed,)
+    how = seeds, lambda _: {"chosen": rate}, train, console
+    return table_store.attempt(PROGRAM, store, cell, *how)
+
+
+def _pooled(row: Row, config: Comparison, store: table_store.Store) -> table_store.Done:
+    """Returns the rate that a row's trials choose, and the loss at every rate.
+
+    Waits for processes that are at work on them.
+    """
+    names = "seeds", str(config.run.seed)
+    results = [
+        (t.lr, table_store.awaited(store, (config.named(t.task), t.cell[1]), *names))
+        for t in config.tried(row)
+    ]
+    losses = pooled.losses(results)
+    trials = [
+        {"lr": lr, "val_loss": loss if math.isfinite(loss) else None}
+        for lr, loss in losses.items()
+    ]
+    return {"trials": trials, "chosen": {"lr": pooled.best(losses)}}
+
+
+def _taken(task: str, row: Row, path: Path) -> dict[str, float]:
+    """Returns what another comparison chose for a row, on that task or on any.
+
+    Raises:
+      RuntimeError: it chose nothing, or on other tasks different rates.
+    """
+    cells = (files.read(path) or {}).get("rows", {})
+    found = {
+        where: own[row.name]["chosen"]
+        for where, own in cells.items()
+        if "chosen" in own.get(row.name, {})
+    }
+    every = list(found.values())
+    if task not in found and (not every or any(own != every[0] for own in every)):
+        raise RuntimeError(
+            f"{path} has no rate of {row.name} for {task}: expected a cell of that "
+            "task, or one rate for all tasks."
+        )
+    return found.get(task, every[0])
+
+
+def _with(run: ImageConfig, row: Row, chosen: table_store.Done) -> ImageConfig:
+    """Returns a config with the settings that were chosen for its method."""
+    if row.method == LINEAR:
+        return run
+    settings = dataclasses.replace(run.settings[row.method], **chosen)
+    return run.with_settings(**{row.method: settings})
 
 
 def _check_inputs(config: Comparison) -> None:
     """Raises an error if a task or the weights are missing or a method does not fit."""
     run = dataclasses.replace(config.run, methods=config.adapted())
-    tasks = [dataclasses.replace(run, task=task) for task in config.tasks]
+    own = [config.config(task, Row(LINEAR), run.seed) for task in config.all_tasks]
+    tasks = [dataclasses.replace(run, task=one.task) for one in own]
     if lacking := [text for task in tasks if (text := images.missing(task))]:
         raise ValueError("\n  ".join(["some tasks cannot be run:", *lacking]))
     base = base_models.load(run, classes=2)
@@ -138,23 +234,16 @@ def _searched(
     console: Console,
 ) -> dict[str, Any]:
     """Searches; returns the trials of a method and the best settings."""
-    if row.method == LINEAR:  # whose fit chooses its strength itself
-        return {"chosen": {}}
     console.rule(f"{task}, {row.name}, search")
-    own = _config(task, row, config, config.run.seed)
+    own = config.config(task, row, config.run.seed)
     own = dataclasses.replace(own, epochs=config.search_epochs, steps=None, out=place)
     prepared = images.prepared(task, own, console)
-    store.begin(task, prepared.inputs, console)
+    store.begin(config.named(task), prepared.inputs, console)
     best = search.chosen(row.method, prepared).settings[row.method]
     return {
         "trials": files.read(place / search.FILE)[row.method],
         "chosen": best.searched,
     }
-
-
-def _config(task: str, row: Row, config: Comparison, seed: int) -> ImageConfig:
-    own = {"task": task, "methods": (row.method,), "seed": seed}
-    return dataclasses.replace(config.run, random_weights=row.random, **own)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ class DataOptions:
     """Folder of TFDS sets and unpacked archives."""
     test_images: int | None = None
     """Maximum number of test images; the same subset for every seed."""
+    per_class: int | None = None
+    """Maximum number of training images of each class, the same for every seed; then
+    validation images are not trained on."""
     skip_corrupt: bool = False
     """Leave out images that cannot be decoded, and count them."""
     crop: Literal["resize", "random"] = "resize"
@@ -96,6 +99,11 @@ class ImageConfig(SplitConfig, TrainingOptions, ModelOptions, DataOptions):
     linear: Linear = dataclasses.field(default_factory=Linear)
     """Settings of the linear probe."""
 
+    @property
+    def trains_on_all(self) -> bool:
+        """True if what is tested is trained on training and validation images."""
+        return super().trains_on_all and self.per_class is None
+
     def mix(self, classes: int) -> Mix | None:
         """Returns how training batches are mixed; None where they are not."""
         mix = Mix(classes, self.mixup, self.cutmix, self.label_smoothing)
@@ -106,4 +114,11 @@ class ImageConfig(SplitConfig, TrainingOptions, ModelOptions, DataOptions):
         super().check()
         if self.test_images is not None and self.test_images < 1:
             raise ValueError(f"test_images={self.test_images}: expected at least 1.")
+        if self.per_class is not None and self.per_class < 1:
+            raise ValueError(f"per_class={self.per_class}: expected at least 1.")
+        if self.per_class is not None and self.protocol == "released":
+            raise ValueError(
+                "per_class with protocol=released: expected choose or final, which do "
+                "not follow the test split."
+            )
         self.mix(1)

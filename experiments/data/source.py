@@ -204,6 +204,33 @@ def split(source: Source, seed: int, *sizes: int) -> list[Arrays | Rows]:
     return [take(source, rows) for rows in np.split(order, np.cumsum(sizes))]
 
 
+def few(source: Source, count: int, seed: int = 0) -> "Arrays | Rows":
+    """Returns at most so many examples of each class, drawn once, in their order.
+
+    Fewer of them are among more of the same seed.
+
+    >>> whole = Arrays(np.zeros((6, 1, 1, 1), np.uint8), np.array([0, 1, 0, 1, 1, 1]))
+    >>> few(whole, 2).labels.tolist().count(1)
+    2
+    """
+    labels = labels_of(source)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rows = [order[labels[order] == label][:count] for label in np.unique(labels)]
+    return take(source, np.sort(np.concatenate(rows)))
+
+
+def labels_of(source: Source) -> Int[np.ndarray, " N"]:
+    """Returns the label of every example; of files without decoding them."""
+    match source:
+        case Arrays() | Files():
+            return np.asarray(source.labels)
+        case Rows():
+            return labels_of(source.source)[source.rows]
+        case Joined():
+            return np.concatenate([labels_of(source.first), labels_of(source.second)])
+    return np.array([source[index]["label"] for index in range(len(source))], int)
+
+
 def take(source: Source, rows: Int[np.ndarray, " N"]) -> "Arrays | Rows":
     """Returns some examples of a source; those of arrays are copied for workers."""
     if isinstance(source, Arrays):

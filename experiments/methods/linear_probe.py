@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -74,6 +75,7 @@ def train(
     extensions: int = 0,
     refit: bool = False,
     weights: str = "of the model",
+    look: Callable[[int, Any], None] | None = None,
 ) -> Probe:
     """Fits a head for each `C` in `strengths` and keeps the best on validation.
 
@@ -86,6 +88,7 @@ def train(
       extensions: how often to go on where the best is the lowest or the highest.
       refit: fit the head that is kept to training and validation together.
       weights: how errors call the model's weights.
+      look: called with the index and the predicted class of every test example.
 
     Raises:
       NotConverged: one of `strengths` does not in 10,000 iterations.
@@ -117,11 +120,16 @@ def train(
         both = (np.concatenate(pair) for pair in zip(train, validation, strict=True))
         kept = _fitted(kept.head.C, *both)
     head = kept.head
+    tested, labels = features(task.test)
+    predicted = head.predict(tested)
+    if look is not None:
+        for index, label in enumerate(predicted.tolist()):
+            look(index, label)
     return Probe(
         strength=head.C,
         steps=kept.steps,
         val_accuracy=accuracies[best],
-        test_accuracy=float(head.score(*features(task.test))),
+        test_accuracy=float((predicted == labels).mean()),
         trainable=head.coef_.size + head.intercept_.size,
         seconds_per_step=kept.seconds_per_step,
     )

@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from rich.console import Console
 
 from experiments import files
 from experiments.config.images import ImageConfig
-from experiments.data import check, fingerprint, segmentation_task
+from experiments.data import check, fingerprint, segmentation_task, source
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
 from experiments.methods import linear_probe
@@ -88,6 +88,7 @@ class ImageRun(Prepared):
                 config.grid.lr_extensions,
                 refit=config.trains_on_all,
                 weights=config.model,
+                look=self.look(method),
             )
         if files.is_primary():
             metric_log.keep(self.out, method, 0)
@@ -116,11 +117,17 @@ class ImageRun(Prepared):
         return table
 
 
-def prepared(name: str, config: ImageConfig, console: Console) -> ImageRun:
+Run = TypeVar("Run", bound=ImageRun)
+
+
+def prepared(
+    name: str, config: ImageConfig, console: Console, kind: type[Run] = ImageRun
+) -> Run:
     """Returns everything that a run needs; writes nothing.
 
     Args:
       name: of the folder among the runs, where `config.out` does not say it.
+      kind: class of the run.
 
     Raises:
       ValueError, OSError, ModuleNotFoundError: something is wrong or missing; says what
@@ -139,7 +146,7 @@ def prepared(name: str, config: ImageConfig, console: Console) -> ImageRun:
     setup.check_methods(config, base)
     task = check.checked(task, console, config.skip_corrupt, to_train=True)
     setup.check_batch(config, task, mesh, ImageRun.unit)
-    return ImageRun(config, task, base, mesh, console, out)
+    return kind(config, task, base, mesh, console, out)
 
 
 def _task(config: ImageConfig) -> Task:
@@ -151,7 +158,10 @@ def _task(config: ImageConfig) -> Task:
             f"{name} has masks, not classes: `python -m experiments.polyp --config "
             f"minisam --task {name}` segments its images."
         )
-    return catalogue.load(name, config.data_dir)
+    task = catalogue.load(name, config.data_dir)
+    if config.per_class is None:
+        return task
+    return dataclasses.replace(task, train=source.few(task.train, config.per_class))
 
 
 def check_classes(task: Task) -> None:

@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import importlib.util
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -143,10 +143,17 @@ class Prepared(abc.ABC):
     def tested(self, method: str, model: Any) -> dict[str, float]:
         """Returns the metrics of a method's merged model on the test split."""
         where = self.task.test, self.data.transform, self.mesh, self.objective
-        found = evaluation.evaluate(model, *where, show=SHOWN)
+        found = evaluation.evaluate(model, *where, show=SHOWN, look=self.look(method))
         if files.is_primary():
             self.draw(method, found.shown)
         return found.metrics
+
+    def look(self, method: str) -> Callable[[int, Any], None] | None:
+        """Returns what is called with index and output of every test example, if any.
+
+        A method's examples are tested once.
+        """
+        return None
 
     def besides(self, method: str, model: Any) -> dict[str, Any]:
         """Returns what else is measured of a method's merged model; usually nothing."""

@@ -10,7 +10,9 @@ from experiments.config.images import ImageConfig
 from experiments.methods import registry
 from experiments.paths import Given
 from experiments.reports import finished, table
+from experiments.studies.pooled import Tried
 from experiments.studies.table_store import FILE, Store
+from experiments.tasks import catalogue
 from experiments.training.grid import Grid
 
 TASKS = (
@@ -46,6 +48,20 @@ RUN = ImageConfig(
     },
     source="python -m experiments.compare",
 )
+REAL = dataclasses.replace(
+    RUN,
+    image_size=84,
+    epochs=15,
+    warmup_epochs=1,
+    test_images=None,
+    grid=Grid(lr_factors=(1 / 3, 3.0), lr_extensions=0, weight_decays=(), densities=()),
+    settings={
+        name: dataclasses.replace(RUN.settings[name], lr=lr)
+        for name, lr in {"adapter": 9e-3, "snell": 9e-3, "snella": 9e-3}.items()
+    }
+    | {name: RUN.settings[name] for name in ("full", "bias", "lora", "dora")},
+    source="python -m experiments.compare --config real_tasks",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +74,9 @@ class Comparison:
 
     tasks: tuple[str, ...] = TASKS
     """Columns of the table, in the order in which they run."""
+    data: Given | None = None
+    """Folder that the tasks are folders or CSV files of. Default: tasks are names or
+    paths."""
     methods: tuple[str, ...] = ImageConfig.names()
     """Rows of the table, in the order in which they run."""
     controls: tuple[str, ...] = ("linear", "full")
@@ -66,6 +85,14 @@ class Comparison:
     """Seeds of the factors, the order and random weights. (Searches have seed 0.)"""
     search_epochs: int = 10
     """Epochs of a trial of the search."""
+    pool: tuple[str, ...] = ()
+    """Tasks whose mean validation loss chooses one rate for a method, on all tasks.
+    Default: on each task its own rate, weight decay and density, by accuracy."""
+    rates: Given | None = None
+    """Results.json of another comparison, whose rates are taken; nothing is searched.
+    """
+    keep_models: bool = False
+    """Keep what training changed in each run, of methods that merge into the base."""
     run: ImageConfig = RUN
     """Config that all runs share."""
     table_only: bool = False
@@ -88,11 +115,61 @@ class Comparison:
         for name in self.own:
             if getattr(self.run, name) != getattr(RUN, name):
                 raise ValueError(f"run.{name}: the comparison sets it by itself.")
+        grid = self.run.grid
+        if self.pool and (grid.lr_extensions or grid.weight_decays or grid.densities):
+            raise ValueError(
+                "pool: only the rates of run.grid.lr_factors are tried, expected "
+                "run.grid.lr_extensions=0, no weight_decays and no densities."
+            )
+        if self.pool and self.rates:
+            raise ValueError("pool and rates both choose the rates: expected one.")
+        if self.data and (paths := [t for t in self.all_tasks if Path(t).name != t]):
+            raise ValueError(f"{', '.join(paths)}: expected names in {self.data}.")
         dataclasses.replace(self.run, methods=self.adapted(), search=True).check()
 
     def adapted(self) -> tuple[str, ...]:
         """Returns the methods of all rows."""
         return tuple(dict.fromkeys((*self.methods, *self.controls)))
+
+    @property
+    def all_tasks(self) -> tuple[str, ...]:
+        """Tasks of the table and of the search, each once."""
+        return tuple(dict.fromkeys((*self.tasks, *self.pool)))
+
+    def config(self, task: str, row: "Row", seed: int) -> ImageConfig:
+        """Returns the config of a row's run on a task."""
+        given = str(self.data / task) if self.data else task
+        own = {"task": given, "methods": (row.method,), "seed": seed}
+        return dataclasses.replace(self.run, random_weights=row.random, **own)
+
+    def named(self, task: str) -> str:
+        """Returns the name of a task in results and tables.
+
+        >>> Comparison(data=Path("data")).named("caltech101")
+        'caltech101 (own)'
+        """
+        taken = self.data is not None and task in catalogue.ENTRIES
+        return f"{task} (own)" if taken else task
+
+    def tried(self, row: "Row") -> list[Tried]:
+        """Returns the trials that choose a row's rate; none without a pool."""
+        if not self.pool or row.method == registry.LINEAR:
+            return []
+        lr = self.run.settings[row.method].lr
+        rates = [lr * factor for factor in (1.0, *self.run.grid.lr_factors)]
+        return [Tried(row.name, task, lr) for task in self.pool for lr in rates]
+
+
+REAL_TASKS = Comparison(
+    tasks=("cub-20", "cars-20", "caltech101", "dtd-10", "idrid", "rsscn7"),
+    data=Path("data"),
+    methods=("linear", "full", "bias", "adapter", "lora", "dora", "snell", "snella"),
+    controls=(),
+    search_epochs=REAL.epochs,
+    pool=("cub-20", "dtd-10"),
+    run=REAL,
+)
+PRESETS = {"small": Comparison(), "real_tasks": REAL_TASKS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,14 +222,15 @@ class Table:
         """Opens the folder; raises a `ValueError` if it holds another comparison."""
         fields = run_config.as_dict(config.run)
         shared = {k: v for k, v in fields.items() if k not in finished.IRRELEVANT}
-        shared["search_epochs"] = config.search_epochs
+        shared |= {"search_epochs": config.search_epochs, "pool": config.pool}
         known = (files.read(config.out / FILE) or {}).get("shared", {})
         for name in known.keys() & {*METHODS} - {*config.adapted()}:
             shared[name] = known[name]  # as it ran, whatever it is set to now
-        self.store = Store(config.out, shared, run_config.as_dict(RUN))
+        defaults = run_config.as_dict(RUN) | {"pool": ()}
+        self.store = Store(config.out, shared, defaults)
         self.rows = [Row(method) for method in METHODS]
         self.rows += [Row(method, random=True) for method in config.controls]
-        self.columns = config.tasks
+        self.columns = [config.named(task) for task in config.tasks]
 
     def made(self) -> dict[str, Any] | None:
         """Returns the report of all finished seeds; None if there are none."""

@@ -235,6 +235,33 @@ def _complete(
     return failed
 
 
+def awaited(store: Store, cell: tuple[str, str], *names: str) -> Any:
+    """Returns an entry of a cell; waits for a process that is at work on it.
+
+    Args:
+      store: has the cell.
+      cell: task and row.
+      names: of the entry and those that it is in, the outermost first.
+
+    Raises:
+      RuntimeError: it is not there, and no process is at work on it.
+    """
+    task, row = cell
+
+    def entry() -> Any:
+        found = store.rows(task).get(row, {})
+        for name in names:
+            found = found.get(name, {})
+        return found or None
+
+    lock = filelock.FileLock(place(store.path.parent, task, row) / ".cell")
+    while (found := entry()) is None:
+        with contextlib.suppress(filelock.Timeout), lock.acquire(timeout=5):
+            if entry() is None:
+                raise RuntimeError(f"{task}, {row}: it was not finished")
+    return found
+
+
 @contextlib.contextmanager
 def _kept(
     store: Store, cell: tuple[str, str], done: Done, step: str, failed: dict[str, str]

@@ -71,3 +71,32 @@ class Classification:
     def _name(self, label: int) -> str:
         known = label < len(self.names)
         return plotting.label(self.names[label] if known else str(label))
+
+
+@dataclasses.dataclass(frozen=True)
+class ByLoss(Classification):
+    """Classification whose mean cross entropy is followed, and then its accuracy."""
+
+    metrics = (Metric("loss", more_is_better=False), Metric("accuracy", percent=True))
+
+    def outputs(self, model: Any, batch: Batch) -> Float[Array, "B classes"]:
+        """Returns the logits, in float32."""
+        return model(batch["image"]).astype(jnp.float32)
+
+    def sums(
+        self, outputs: Float[Array, "B classes"], batch: Batch
+    ) -> dict[str, Array]:
+        """Returns the sum of the cross entropies, how many are right, of how many."""
+        entropy = optax.softmax_cross_entropy_with_integer_labels(
+            outputs, batch["label"]
+        )
+        loss = jnp.where(batch["valid"], entropy, 0).sum()
+        return {"loss": loss, **super().sums(outputs.argmax(-1), batch)}
+
+    def numbers(self, sums: Sums) -> dict[str, float]:
+        """Returns the mean cross entropy and the accuracy."""
+        return {"loss": sums["loss"] / sums["count"], **super().numbers(sums)}
+
+    def draw(self, axes: Axes, example: Example, output: Any) -> None:
+        """Draws as `Classification`; `output` is the logits."""
+        super().draw(axes, example, int(output.argmax()))

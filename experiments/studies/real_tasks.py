@@ -1,0 +1,237 @@
+"""Compares methods over tasks: paired differences, sign tests and mean ranks.
+
+    python -m experiments.compare --config real_tasks --data DATA --out runs/real_tasks
+    python -m experiments.studies.real_tasks --runs runs/real_tasks --out runs/report
+
+The first command trains and tests, and can be stopped and started again; the second
+reads what is finished, also in several folders of the same settings. A difference of
+two methods is paired by test image and seed, and its 95% interval counts both as
+samples (`experiments.studies.paired`). Writes `report.md`, `report.json` and
+`differences.png` into `--out`.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments import files, terminal
+from experiments.paths import Given, check_out
+from experiments.reports import paper
+from experiments.reports.text import markdown_tables, printed_tables
+from experiments.studies import cells, paired, real_tasks_report, table_store
+from experiments.studies.cells import Cell
+
+PROGRAM = "python -m experiments.studies.real_tasks"
+Right = dict[int, np.ndarray]  # of every test image, by seed
+Table = Mapping[str, Mapping[str, Right]]  # by label and task
+
+
+@dataclasses.dataclass(frozen=True)
+class RealTasksConfig:
+    """Options of `python -m experiments.studies.real_tasks`."""
+
+    runs: tuple[Given, ...]
+    """Folders of `experiments.compare`, of the same settings."""
+    against: tuple[str, ...] = ("lora", "bias")
+    """Methods that the others are compared with in the tables; the JSON has all pairs.
+    """
+    tasks: tuple[str, ...] = ()
+    """Tasks, in this order. Default: all that have a finished seed."""
+    out: Given = Path("runs/real_tasks_report")
+    """Folder to write report.md, report.json and differences.png into."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compares, prints, and writes the report."""
+    config = tyro.cli(RealTasksConfig, prog=PROGRAM, args=argv, description=__doc__)
+    console = terminal.console()
+    with terminal.exit_on_error(PROGRAM):
+        check_out(config.out)
+        found = cells.read(config.runs)
+        _check_shared(found)
+        report = compared(found, config.tasks) | {"searches": _searches(config.runs)}
+    labels = {cell.row.method: cell.label for cell in found}
+    against = [labels[name] for name in config.against if name in labels]
+    tables = real_tasks_report.tables(report, against)
+    caption = real_tasks_report.caption(report)
+    console.print(printed_tables(tables, caption))
+    config.out.mkdir(parents=True, exist_ok=True)
+    files.write(config.out / "report.json", report, indent=1)
+    files.replace(config.out / "report.md", markdown_tables(tables, caption))
+    if against:
+        path = config.out / "differences.png"
+        real_tasks_report.differences(path, report, against[0])
+    console.print(f"report.md and report.json are in {config.out}", soft_wrap=True)
+
+
+def _check_shared(found: Sequence[Cell]) -> None:
+    """Raises a `ValueError` where folders differ in a setting that changes numbers."""
+    first = found[0]
+    methods = {cell.row.method for cell in found}
+    for cell in found:
+        names = (first.shared.keys() & cell.shared.keys()) - {"test_images"}
+        other = [
+            name
+            for name in sorted(names)
+            if first.shared[name] != cell.shared[name]
+            and (name in methods or not isinstance(cell.shared[name], dict))
+        ]
+        if other:
+            raise ValueError(
+                f"{first.folder} and {cell.folder} differ in {', '.join(other)}: "
+                "report them separately."
+            )
+
+
+def _searches(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Returns trials and choice of every row that was searched, by row and task."""
+    rows: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        for task, own in files.read(folder / table_store.FILE)["rows"].items():
+            for name, done in own.items():
+                if done.get("trials") and name in cells.BY_NAME:
+                    kept = {key: done[key] for key in ("trials", "chosen")}
+                    rows.setdefault(name, {})[task] = kept
+    return rows
+
+
+def table(found: Sequence[Cell]) -> dict[str, dict[str, Right]]:
+    """Returns which images are right, by label and task.
+
+    A linear probe's one seed stands for all: they give the same.
+    """
+    seeds = {cell.seed for cell in found}
+    rights: dict[str, dict[str, Right]] = {}
+    for cell in found:
+        own = rights.setdefault(cell.label, {}).setdefault(cell.task, {})
+        for seed in seeds if cell.row.fixed else [cell.seed]:
+            own[seed] = cell.right
+    return rights
+
+
+def compared(found: Sequence[Cell], tasks: Sequence[str] = ()) -> dict[str, Any]:
+    """Compares methods over tasks.
+
+    Args:
+      found: finished seeds.
+      tasks: names in the order of the columns; none for all.
+
+    Returns:
+      `setup`; `tasks`, the test images of each; `methods`, each with `label`,
+      `trainable`, `tasks` (a `paired.Mean` each as a dict), `over_tasks` and `rank`
+      (None if one of its tasks is missing); `pairs`, each with `method`, `other`,
+      `tasks`, `over_tasks` (of the tasks that both have) and `signs`; `critical`, the
+      difference of ranks that is significant; `orders` of the paper.
+
+    Raises:
+      ValueError: there is no finished seed of a task.
+    """
+    rights = table(found)
+    sizes = {cell.task: cell.result["tested"] for cell in found}
+    if missing := [task for task in tasks if task not in sizes]:
+        raise ValueError(f"No finished seed of {', '.join(missing)}: {list(sizes)}.")
+    sizes = {task: sizes[task] for task in tasks or sizes}
+    means = {
+        label: {task: _mean(own[task]) for task in sizes if task in own}
+        for label, own in rights.items()
+    }
+    whole = [label for label, own in means.items() if own.keys() == sizes.keys()]
+    rank = paired.ranks(
+        {name: [m.value for m in means[name].values()] for name in whole}
+    )
+    compared_pairs = [
+        _pair(rights, pair, list(sizes)) for pair in paired.pairs([*means])
+    ]
+    return {
+        "setup": _setup(found[0].shared),
+        "tasks": sizes,
+        "methods": [
+            {
+                "label": label,
+                "trainable": _trainable(found, label),
+                "tasks": {task: mean.as_dict() for task, mean in own.items()},
+                "over_tasks": _over(own) if label in whole else None,
+                "rank": rank.get(label),
+            }
+            for label, own in means.items()
+        ],
+        "pairs": compared_pairs,
+        "critical": paired.critical(len(whole), len(sizes)),
+        "orders": _orders(found, compared_pairs),
+    }
+
+
+def _pair(rights: Table, pair: tuple[str, str], tasks: Sequence[str]) -> dict[str, Any]:
+    """Compares two methods on the tasks that both have."""
+    ours, theirs = (rights[label] for label in pair)
+    gaps = {
+        task: gap
+        for task in tasks
+        if task in ours and task in theirs
+        if (gap := paired.difference(ours[task], theirs[task])) is not None
+    }
+    return {
+        "method": pair[0],
+        "other": pair[1],
+        "tasks": {task: gap.as_dict() for task, gap in gaps.items()},
+        "over_tasks": _over(gaps) if gaps else None,
+        "signs": paired.signs([gap.value for gap in gaps.values()]),
+    }
+
+
+def _mean(rights: Right) -> paired.Mean:
+    return paired.mean(np.stack(list(rights.values())))
+
+
+def _over(means: Mapping[str, paired.Mean]) -> dict[str, Any]:
+    return paired.over_tasks(list(means.values())).as_dict() | {"tasks": len(means)}
+
+
+def _orders(found: Sequence[Cell], pairs: Sequence[Any]) -> list[dict[str, Any]]:
+    """Returns neighbours in the paper's order (Table XIII) with our difference."""
+    titles = {cell.label: cell.title for cell in found if not cell.row.random}
+    known = {label: title for label, title in titles.items() if title in paper.MEANS}
+    order = sorted(known, key=lambda label: paper.MEANS[known[label]])
+    rows = []
+    for worse, better in itertools.pairwise(order):
+        pair = next(p for p in pairs if {p["method"], p["other"]} == {better, worse})
+        sign, whole = 1 if pair["method"] == better else -1, pair["over_tasks"]
+        if whole is None:
+            continue
+        ends = sorted((sign * whole["low"], sign * whole["high"]))
+        holds = None if ends[0] <= 0 <= ends[1] else ends[0] > 0
+        theirs = paper.MEANS[known[better]] - paper.MEANS[known[worse]]
+        rows.append({
+            "better": better,
+            "worse": worse,
+            "paper": theirs,
+            "ours": sign * whole["value"],
+            "low": ends[0],
+            "high": ends[1],
+            "tasks": whole["tasks"],
+            "holds": holds,
+        })  # fmt: skip
+    return rows
+
+
+def _trainable(found: Sequence[Cell], label: str) -> list[int]:
+    sizes = {cell.result["trainable"] for cell in found if cell.label == label}
+    return [min(sizes), max(sizes)]
+
+
+def _setup(shared: dict[str, Any]) -> str:
+    size = f", {shared['image_size']} pixels" if shared["image_size"] else ""
+    length = (
+        f"{shared['steps']} steps" if shared["steps"] else f"{shared['epochs']} epochs"
+    )
+    few = f", {shared['per_class']} images a class" if shared.get("per_class") else ""
+    return f"{Path(shared['model']).stem}{size}, {length}, batch {shared['batch']}{few}"
+
+
+if __name__ == "__main__":
+    main()

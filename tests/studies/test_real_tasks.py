@@ -1,0 +1,128 @@
+"""Statistics over tasks, against numbers made by hand, and the report of made-up cells."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.studies import comparison, paired, real_tasks
+from experiments.studies.comparison import Comparison
+from experiments.studies.recorded import packed
+
+
+def test_the_error_of_a_mean_counts_images_and_seeds():
+    """Means of squares 1666.7 (seeds), 5000 (images), 1666.7 (rest), by hand."""
+    found = paired.mean(np.array([[1, 0, 1], [1, 0, 0]]))
+    assert found.value == pytest.approx(50)
+    assert found.error == pytest.approx((5000 / 6) ** 0.5)
+    assert found.freedom == pytest.approx(1.5)
+    half = 6.0763 * found.error  # Student's t of 1.5 degrees of freedom
+    assert found.interval == pytest.approx((50 - half, 50 + half), rel=1e-3)
+
+
+def test_seeds_that_differ_alone_make_the_error_theirs():
+    """Accuracies 100, 50 and 0 on every image alike: 50 / sqrt(3), and t of 2."""
+    found = paired.mean(np.repeat([[1.0], [0.5], [0.0]], 7, axis=1))
+    assert found.error == pytest.approx(50 / 3**0.5)
+    assert found.freedom == pytest.approx(2)
+
+
+def test_equal_seeds_leave_the_error_of_the_images():
+    right = np.array([1, 1, 0, 1, 0])
+    one, three = paired.mean(right[None]), paired.mean(np.tile(right, (3, 1)))
+    assert one.error == pytest.approx(100 * right.std(ddof=1) / 5**0.5)
+    assert three.error == pytest.approx(one.error)
+    assert three.freedom == pytest.approx(one.freedom) == 4
+
+
+def test_intervals_cover_the_truth():
+    """95% of them, or more, of samples of seeds and images; of images alone few do."""
+    rng, covered, by_images = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        seeds, images = rng.normal(0, 0.02, (3, 1)), rng.normal(0, 0.2, (1, 100))
+        table = seeds + images + rng.normal(0, 0.3, (3, 100))
+        low, high = paired.mean(table).interval
+        covered += low <= 0 <= high
+        by_images += abs(table[0].mean()) <= 1.96 * table[0].std() / 10
+    assert covered >= 0.94 * 300
+    assert by_images < covered
+
+
+def test_ranks_have_demsars_critical_difference():
+    """Four classifiers on 14 data sets in his paper: 1.25."""
+    assert paired.critical(4, 14) == pytest.approx(1.25, abs=5e-3)
+    assert paired.critical(4, 5) is None
+
+
+RIGHT = {  # by task, row and seed
+    "birds": {
+        "linear": {0: [1, 0, 0, 0]},
+        "lora": {0: [1, 1, 0, 0], 1: [1, 1, 1, 0]},
+        "snella": {0: [1, 1, 1, 0], 1: [1, 1, 1, 1]},
+    },
+    "cars": {
+        "linear": {0: [0, 0, 1, 1]},
+        "lora": {0: [1, 0, 1, 1], 1: [1, 0, 1, 1]},
+    },
+}
+
+
+def folder(path, epochs=15):
+    """A comparison with the cells above, and a trial."""
+    config = Comparison(out=path, run=comparison.REAL_TASKS.run)
+    store = comparison.Table(config).store
+    trials = [{"lr": lr, "val_loss": loss} for lr, loss in ((1e-3, 0.6), (3e-3, 0.5))]
+    for task, rows in RIGHT.items():
+        for row, seeds in rows.items():
+            results = {
+                str(seed): {"right": packed(right), "tested": 4, "trainable": 5}
+                for seed, right in seeds.items()
+            }
+            done = {"chosen": {}, "seeds": results}
+            if row == "lora":
+                done |= {"trials": trials, "chosen": {"lr": 3e-3}}
+            store.keep(task, row, done)
+    store.keep("birds", "lora@0.001", {"chosen": {}, "seeds": {"0": {"val_loss": 0.6}}})
+    return path
+
+
+def test_the_report_of_made_up_cells(tmp_path, capsys):
+    out = tmp_path / "out"
+    real_tasks.main(["--runs", str(folder(tmp_path / "runs")), "--out", str(out)])
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    methods = {own["label"]: own for own in report["methods"]}
+    assert list(methods) == ["linear probe", "LoRA-8", "SNELLA-8, density 0.3"]
+    lora = methods["LoRA-8"]
+    assert lora["tasks"]["birds"]["value"] == pytest.approx(62.5)
+    assert lora["tasks"]["cars"]["error"] == pytest.approx(25)  # 100 sqrt(3/16 4/3 / 4)
+    assert lora["over_tasks"]["value"] == pytest.approx(68.75)
+    assert (lora["rank"], methods["linear probe"]["rank"]) == (1, 2)
+    assert methods["SNELLA-8, density 0.3"]["rank"] is None
+    pairs = {(own["method"], own["other"]): own for own in report["pairs"]}
+    pair = pairs["LoRA-8", "linear probe"]
+    assert pair["tasks"]["birds"]["value"] == pytest.approx(37.5)
+    assert (pair["signs"]["wins"], pair["signs"]["p"]) == (2, 0.5)
+    pair = pairs["SNELLA-8, density 0.3", "LoRA-8"]
+    assert pair["tasks"].keys() == {"birds"}
+    # Seeds gain one image each, another one: means of squares 0, 1666.7 and 1666.7.
+    gap = pair["tasks"]["birds"]
+    assert gap["value"] == pytest.approx(25)
+    assert gap["error"] == pytest.approx((5000 / 3 / 8) ** 0.5)
+    orders = [(own["better"], own["worse"], own["holds"]) for own in report["orders"]]
+    assert ("LoRA-8", "linear probe", None) in orders
+    text = (out / "report.md").read_text("utf-8")
+    assert "| lora | all | 0.001: 0.600; 0.003: 0.500 | 0.003 (at an end) |" in text
+    lines = [line for line in text.splitlines() if line.startswith("| SNELLA-8")]
+    assert lines[0].count(" – ") == 3  # noqa: RUF001
+    assert (out / "differences.png").stat().st_size > 5000
+    assert "Difference from LoRA-8" in capsys.readouterr().out
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path):
+    one = folder(tmp_path / "one")
+    with pytest.raises(SystemExit, match="both have linear probe on birds, seed 0"):
+        real_tasks.main(["--runs", str(one), str(folder(tmp_path / "two"))])
+    with pytest.raises(SystemExit, match="has no finished seed"):
+        real_tasks.main(["--runs", str(tmp_path)])
+    with pytest.raises(SystemExit, match="No finished seed of dogs"):
+        real_tasks.main(["--runs", str(one), "--tasks", "dogs"])
