@@ -119,7 +119,7 @@ def test_rates_of_another_comparison_are_taken_with_few_images(folder, tmp_path)
         (["--run.grid.lr_extensions=1"], "pool: only the rates"),
         (["--rates=results.json"], "pool and rates both choose"),
         (["--tasks", "a/b"], "a/b: expected names in data"),
-        (["--run.per_class=0"], "per_class=0: expected at least 1"),
+        (["--methods=bias", "--run.per_class=0"], "per_class=0: expected at least 1"),
     ],
 )
 def test_wrong_words(words, message, tmp_path):

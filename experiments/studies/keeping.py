@@ -1,0 +1,102 @@
+"""Measures of tuned models besides their own test: what they keep, and withstand."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+from sklearn.neighbors import NearestNeighbors
+
+from experiments.data.source import Source, labels_of
+from experiments.studies import recorded
+from experiments.studies.corruptions import KINDS, SEVERITIES, Corrupted
+from experiments.studies.tuned import Tuned, added, mesh, right
+from experiments.training import evaluation
+
+NEIGHBOURS = 3
+Measured = dict[str, Any]  # `right`, as `recorded.packed`, and `tested`, how many
+
+
+def forgetting(tuned: Tuned, others: Sequence[Tuned]) -> Iterator[tuple[str, Measured]]:
+    """Yields how well features of a tuned model tell the classes of other tasks.
+
+    `before` has the same of the model before tuning. Only training images of the other
+    tasks are read: each is classified by its neighbours among the others.
+    """
+    model = tuned.model()
+    for other in others:
+        source, labels = other.task.train, labels_of(other.task.train)
+        before = _before(other)
+        after = neighbours(_features(model, source, tuned), labels)
+        texts = {"right": after, "before": before}
+        packed = {name: recorded.packed(own.tolist()) for name, own in texts.items()}
+        yield other.cell.task, packed | {"tested": len(labels)}
+
+
+@functools.cache
+def _before(tuned: Tuned) -> Bool[np.ndarray, " N"]:
+    source = tuned.task.train
+    return neighbours(_features(tuned.base, source, tuned), labels_of(source))
+
+
+def _features(model: Any, source: Source, tuned: Tuned) -> np.ndarray:
+    return evaluation.features(model, source, tuned.transform, mesh())[0]
+
+
+def neighbours(
+    features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, " N"]
+) -> Bool[np.ndarray, " N"]:
+    """Returns whether most of the nearest others, by cosine, have an example's label.
+
+    Of labels that tie, the lowest counts as found.
+
+    >>> features = np.array([[1, 0], [1, 0.1], [1, 0.2], [0, 1], [0.1, 1], [0.2, 1.0]])
+    >>> neighbours(features, np.array([0, 0, 0, 1, 1, 0])).tolist()
+    [True, True, True, False, False, False]
+    """
+    near = NearestNeighbors(n_neighbors=NEIGHBOURS, metric="cosine").fit(features)
+    found = near.kneighbors(return_distance=False)  # of each, without itself
+    return stats.mode(labels[found], axis=1).mode == labels
+
+
+def adding(tuned: Tuned, other: Tuned) -> Iterator[tuple[str, Measured]]:
+    """Yields how well two tuned models do as one, with its head on each one's test.
+
+    Their changes are added to the base; heads stay apart.
+    """
+    models = [tuned.model(), other.model()]
+    for own, model in zip((tuned, other), models, strict=True):
+        both = added(own.base, models, head=model)
+        yield own.cell.task, _tested(own, both, own.task.test)
+
+
+def robustness(tuned: Tuned) -> Iterator[tuple[str, Measured]]:
+    """Yields how well a tuned model does on its test images when they are corrupted."""
+    model = tuned.model()
+    for kind in KINDS:
+        for severity in SEVERITIES:
+            how = tuned.transform, kind, severity
+            source = Corrupted(tuned.task.test, *how)
+            yield f"{kind} {severity}", _tested(tuned, model, source)
+
+
+def sizes(tuned: Tuned) -> Measured:
+    """Returns bytes of the delta file, of the adapter's file, and weights that moved.
+
+    The adapter's is None for methods without one.
+    """
+    folder = tuned.cell.run / "adapters" / tuned.cell.row.method
+    adapter = sorted(folder.glob("*.safetensors"))
+    return {
+        "delta": tuned.delta.stat().st_size,
+        "adapter": sum(file.stat().st_size for file in adapter) or None,
+        "moved": tuned.cell.result["weights_moved"],
+    }
+
+
+def _tested(tuned: Tuned, model: Any, source: Source) -> Measured:
+    labels = labels_of(tuned.task.test).tolist()
+    text = right(model, source, tuned.transform, labels)
+    return {"right": text, "tested": len(labels)}

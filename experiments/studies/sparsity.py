@@ -1,0 +1,114 @@
+"""Measures what else tuned models do: LoRA, full, and SNELLA at several densities.
+
+    python -m experiments.compare --config real_tasks --data DATA --keep_models \
+        --methods full lora snella --seeds 0 1 --out runs/density_0.3
+    python -m experiments.compare ... --methods snella --run.snella.target_density 0.1 \
+        --rates runs/density_0.3/results.json --out runs/density_0.1
+    python -m experiments.studies.sparsity --runs runs/density_* --out runs/sparsity
+
+- forgetting: nearest neighbours on another task's training images, by the features
+  before and after tuning (leave-one-out, 3 neighbours);
+- adding: the changes of two tasks' models of one seed in one model, heads apart: test
+  accuracy of both, beside that of each model alone;
+- robustness: test images with noise, blur, low contrast and JPEG artefacts;
+- sizes of the delta file and of the adapter's.
+
+`--few FOLDERS` adds comparisons with `--run.per_class`: accuracy by the number of
+images. `measured.json` in `--out` keeps what is measured: the same command goes on with
+the rest. Writes `report.md` and `report.json`.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from experiments import files, terminal
+from experiments.paths import Given, check_out
+from experiments.reports.text import markdown_tables, printed_tables
+from experiments.studies import cells, keeping, sparsity_report
+from experiments.studies.tuned import PROGRAM, Tuned, kept
+
+Measure = Literal["forgetting", "adding", "robustness", "sizes"]
+Values = dict[str, dict[str, Any]]  # by measure, then `Tuned.key` and further names
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityConfig:
+    """Options of `python -m experiments.studies.sparsity`."""
+
+    runs: tuple[Given, ...]
+    """Folders of `experiments.compare --keep_models`."""
+    measures: tuple[Measure, ...] = ("sizes", "forgetting", "adding", "robustness")
+    """Measures to take, in this order."""
+    few: tuple[Given, ...] = ()
+    """Folders of `experiments.compare` with --run.per_class, for accuracy by images."""
+    data: Given | None = None
+    """Folder of the tasks, if they lie elsewhere than when they were run."""
+    out: Given = Path("runs/sparsity")
+    """Folder to write measured.json, report.md and report.json into."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures what is left, prints, and writes the report."""
+    config = tyro.cli(SparsityConfig, prog=PROGRAM, args=argv, description=__doc__)
+    console = terminal.console()
+    with terminal.exit_on_error(PROGRAM):
+        check_out(config.out)
+        models = kept(cells.read(config.runs), config.data)
+        few = cells.read(config.few)
+        config.out.mkdir(parents=True, exist_ok=True)
+        values = measured(models, config.measures, config.out, console)
+        report = sparsity_report.made(models, values, few)
+    tables = sparsity_report.tables(report)
+    console.print(printed_tables(tables, sparsity_report.CAPTION))
+    files.write(config.out / "report.json", report, indent=1)
+    text = markdown_tables(tables, sparsity_report.CAPTION)
+    files.replace(config.out / "report.md", text)
+    console.print(f"report.md and report.json are in {config.out}", soft_wrap=True)
+
+
+def measured(
+    models: Sequence[Tuned], measures: Iterable[Measure], out: Path, console: Console
+) -> Values:
+    """Takes the measures that `measured.json` lacks, and returns all."""
+    path = out / "measured.json"
+    values: Values = files.read(path) or {}
+    for measure in measures:
+        done = values.setdefault(measure, {})
+        for key, take in _tasks(measure, models):
+            if key not in done:
+                console.print(f"{measure}: {key}", soft_wrap=True)
+                done[key] = take()
+                files.write(path, values)
+    return values
+
+
+def _tasks(
+    measure: Measure, models: Sequence[Tuned]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yields the name of each thing to measure, and what measures it."""
+    if measure == "adding":
+        for one, other in itertools.combinations(models, 2):
+            alike = one.cell.label == other.cell.label
+            if alike and one.cell.seed == other.cell.seed:
+                key = f"{one.key} | {other.cell.task}"
+                yield key, lambda a=one, b=other: dict(keeping.adding(a, b))
+        return
+    first = {one.cell.task: one for one in reversed(models)}
+    for one in models:
+        others = [own for task, own in first.items() if task != one.cell.task]
+        take: dict[Measure, Callable[[], Any]] = {
+            "forgetting": lambda a=one, b=others: dict(keeping.forgetting(a, b)),
+            "robustness": lambda a=one: dict(keeping.robustness(a)),
+            "sizes": lambda a=one: keeping.sizes(a),
+        }
+        yield one.key, take[measure]
+
+
+if __name__ == "__main__":
+    main()

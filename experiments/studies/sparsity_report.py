@@ -1,0 +1,184 @@
+"""Tables of what tuned models keep and withstand, a row for each method."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from experiments.reports.text import MISSING, Titled
+from experiments.studies import paired
+from experiments.studies.cells import Cell
+from experiments.studies.corruptions import KINDS, SEVERITIES
+from experiments.studies.recorded import unpacked
+from experiments.studies.tuned import Tuned
+
+Values = dict[str, dict[str, Any]]
+Rights = dict[int, Bool[np.ndarray, " images"]]  # by seed
+Report = dict[str, dict[str, dict[str, Any]]]  # by table, row and column
+MEGABYTE = 1e6
+CAPTION = (
+    "Means over tasks (pairs of tasks), in points with the 95% interval, paired by "
+    "image and seed, both of which count as samples. Forgetting: accuracy of 3 nearest "
+    "neighbours on other tasks' training images after tuning, less that of the model "
+    "before. Adding: test accuracy of one model with the changes of two tasks, less "
+    "that of each task's own model. Corrupted: test accuracy, %, of the clean images "
+    "and with each corruption, mean over three severities, and what is lost on "
+    "average. Sizes: MB of the delta file and of the adapter's file, and millions of "
+    "the targeted weights that moved."
+)
+
+
+def made(models: Sequence[Tuned], values: Values, few: Sequence[Cell]) -> Report:
+    """Returns the cells of every table, by row and column, of what was measured."""
+    found = {
+        "forgetting": _by_row(models, values, _forgetting),
+        "adding": _by_row(models, values, _adding),
+        "corrupted": _by_row(models, values, _robustness),
+        "sizes": _by_row(models, values, _sizes),
+        "images a class": _few(few),
+    }
+    return {name: table for name, table in found.items() if table}
+
+
+def tables(report: Report) -> list[Titled]:
+    """Returns the tables of a report."""
+    found = []
+    for name, rows in report.items():
+        columns = list(dict.fromkeys(c for own in rows.values() for c in own))
+        lines = [
+            [label, *(_text(own.get(column)) for column in columns)]
+            for label, own in rows.items()
+        ]
+        found.append((name[0].upper() + name[1:], ["", *columns], lines))
+    return found
+
+
+def _by_row(models: Sequence[Tuned], values: Values, make: Any) -> dict[str, Any]:
+    rows: dict[str, list[Tuned]] = {}
+    for one in models:
+        rows.setdefault(one.cell.label, []).append(one)
+    made = {label: make(own, values) for label, own in rows.items()}
+    return {label: own for label, own in made.items() if own}
+
+
+def _forgetting(models: Sequence[Tuned], values: Values) -> dict[str, Any]:
+    """Returns accuracy before and after, and its mean change over pairs of tasks."""
+    after: dict[tuple[str, str], Rights] = {}
+    before: dict[tuple[str, str], Rights] = {}
+    for one in models:
+        for other, own in values.get("forgetting", {}).get(one.key, {}).items():
+            pair, seed = (one.cell.task, other), one.cell.seed
+            after.setdefault(pair, {})[seed] = _bits(own)
+            before.setdefault(pair, {})[seed] = unpacked(own["before"], own["tested"])
+    return _changes(before, after, "before", "after")
+
+
+def _adding(models: Sequence[Tuned], values: Values) -> dict[str, Any]:
+    """Returns accuracy alone and added, and its mean change over pairs of tasks."""
+    added: dict[tuple[str, str], Rights] = {}
+    alone: dict[tuple[str, str], Rights] = {}
+    own = {(one.cell.task, one.cell.seed): one for one in models}
+    for one in models:
+        for other in models:
+            key = f"{one.key} | {other.cell.task}"
+            for task, found in values.get("adding", {}).get(key, {}).items():
+                partner = other.cell.task if task == one.cell.task else one.cell.task
+                seed = one.cell.seed
+                added.setdefault((task, partner), {})[seed] = _bits(found)
+                right = own[task, seed].cell.right
+                alone.setdefault((task, partner), {})[seed] = right
+    return _changes(alone, added, "alone", "added")
+
+
+def _changes(
+    before: dict[tuple[str, str], Rights],
+    after: dict[tuple[str, str], Rights],
+    *names: str,
+) -> dict[str, Any]:
+    if not after:
+        return {}
+    gaps = [paired.difference(own, before[pair]) for pair, own in after.items()]
+    known = [gap for gap in gaps if gap is not None]
+    first, second = (
+        100 * statistics.fmean(_means(own)) for own in (before.values(), after.values())
+    )
+    change = paired.over_tasks(known).as_dict()
+    return {names[0]: first, names[1]: second, "change": change, "pairs": len(known)}
+
+
+def _robustness(models: Sequence[Tuned], values: Values) -> dict[str, Any]:
+    """Returns accuracies of clean and of corrupted images, means over tasks."""
+    found = values.get("robustness", {})
+    known = [one for one in models if one.key in found]
+    if not known:
+        return {}
+    row: dict[str, Any] = {"clean": _mean(one.cell.right.mean() for one in known)}
+    for kind in KINDS:
+        own = [found[one.key][f"{kind} {s}"] for one in known for s in SEVERITIES]
+        row[kind] = _mean(_bits(result).mean() for result in own)
+    clean: dict[str, Rights] = {}
+    corrupted: dict[str, Rights] = {}
+    for one in known:
+        task, seed = one.cell.task, one.cell.seed
+        clean.setdefault(task, {})[seed] = one.cell.right
+        every = np.stack([_bits(result) for result in found[one.key].values()])
+        corrupted.setdefault(task, {})[seed] = every.mean(0)
+    gaps = [paired.difference(own, clean[task]) for task, own in corrupted.items()]
+    change = paired.over_tasks([gap for gap in gaps if gap is not None])
+    return row | {"change": change.as_dict()}
+
+
+def _sizes(models: Sequence[Tuned], values: Values) -> dict[str, Any]:
+    own = [values["sizes"][m.key] for m in models if m.key in values.get("sizes", {})]
+    if not own:
+        return {}
+    adapters = [one["adapter"] for one in own if one["adapter"] is not None]
+    return {
+        "delta file": statistics.fmean(one["delta"] for one in own) / MEGABYTE,
+        "adapter": statistics.fmean(adapters) / MEGABYTE if adapters else None,
+        "weights moved": statistics.fmean(one["moved"] for one in own) / 1e6,
+    }
+
+
+def _few(cells: Sequence[Cell]) -> dict[str, Any]:
+    """Returns accuracies by the number of training images of each class."""
+    rows: dict[str, dict[str, dict[str, Rights]]] = {}
+    order = sorted(cells, key=lambda cell: cell.shared.get("per_class") or np.inf)
+    for cell in order:
+        column = str(cell.shared.get("per_class") or "all")
+        own = rows.setdefault(cell.label, {}).setdefault(column, {})
+        own.setdefault(cell.task, {})[cell.seed] = cell.right
+    return {
+        label: {
+            column: paired.over_tasks([
+                paired.mean(np.stack(list(rights.values()))) for rights in own.values()
+            ]).as_dict() | {"tasks": len(own)}
+            for column, own in columns.items()
+        }
+        for label, columns in rows.items()
+    }  # fmt: skip
+
+
+def _means(rights: Iterable[Rights]) -> list[float]:
+    return [float(own.mean()) for by_seed in rights for own in by_seed.values()]
+
+
+def _mean(shares: Iterable[Any]) -> float:
+    return 100 * statistics.fmean(float(share) for share in shares)
+
+
+def _bits(own: dict[str, Any]) -> Bool[np.ndarray, " images"]:
+    return unpacked(own["right"], own["tested"])
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return MISSING
+    if isinstance(value, dict):
+        sign = "+" if "tasks" not in value else ""
+        tasks = f", {value['tasks']} tasks" if "tasks" in value else ""
+        ends = f"{value['low']:{sign}.1f} to {value['high']:{sign}.1f}"
+        return f"{value['value']:{sign}.1f} ({ends}{tasks})"
+    return str(value) if isinstance(value, int) else f"{value:.1f}"

@@ -1,0 +1,175 @@
+"""Models that comparisons kept (`--keep_models`), and what they are measured with."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+import snella_jax as snella
+from experiments import files
+from experiments.config import command_line
+from experiments.config.images import ImageConfig
+from experiments.data.source import Source
+from experiments.data.task import Task
+from experiments.data.transforms import Transform
+from experiments.pretrained import base_models
+from experiments.studies import recorded
+from experiments.studies.cells import Cell
+from experiments.tasks import catalogue
+from experiments.training import evaluation, sharding
+from experiments.training.classification import Classification
+from snella_jax.nnx.variables import variables_of
+
+PROGRAM = "python -m experiments.studies.sparsity"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A finished seed whose model was kept.
+
+    Attributes:
+      cell: its results.
+      delta: file of what training changed.
+      config: the run's config.
+    """
+
+    cell: Cell
+    delta: Path
+    config: ImageConfig
+
+    @property
+    def key(self) -> str:
+        """Name among the measured."""
+        return f"{self.cell.label} | {self.cell.task} | {self.cell.seed}"
+
+    @property
+    def task(self) -> Task:
+        """The task that it was tuned on, as the run read it."""
+        return load(self.config.task, self.config.data_dir)
+
+    @property
+    def base(self) -> Any:
+        """The model before tuning, with a head for the task."""
+        fields = ("model", "image_size", "seed", "dtype", "random_weights")
+        known = tuple((name, getattr(self.config, name)) for name in fields)
+        return _base(known, self.task.classes)
+
+    @property
+    def transform(self) -> Transform:
+        """Transform of test images."""
+        return base_models.transforms(self.config, self.base)[1]
+
+    def model(self) -> Any:
+        """Returns the tuned model.
+
+        Raises:
+          CheckpointError: the file is damaged, or of another base.
+        """
+        return snella.apply_delta(self.base, self.delta)
+
+
+@functools.cache
+def load(task: str, data_dir: Path) -> Task:
+    """Loads a task, once."""
+    return catalogue.load(task, data_dir)
+
+
+@functools.cache
+def mesh() -> Mesh:
+    """Returns the devices that models are measured on."""
+    return sharding.make(None)
+
+
+@functools.lru_cache(maxsize=8)
+def _base(fields: tuple[tuple[str, Any], ...], classes: int) -> Any:
+    return base_models.load(ImageConfig(**dict(fields)), classes)
+
+
+def kept(cells: Sequence[Cell], data: Path | None = None) -> list[Tuned]:
+    """Returns the cells whose models were kept.
+
+    Args:
+      cells: finished seeds.
+      data: folder of the tasks, where they lie elsewhere now.
+
+    Raises:
+      ValueError: none was kept.
+    """
+    found = list(_kept(cells, data))
+    if not found:
+        folders = ", ".join(dict.fromkeys(str(cell.folder) for cell in cells))
+        raise ValueError(
+            f"{folders}: no model was kept, expected runs of python -m "
+            "experiments.compare --keep_models."
+        )
+    return found
+
+
+def _kept(cells: Sequence[Cell], data: Path | None) -> Iterator[Tuned]:
+    for cell in cells:
+        delta = recorded.delta(cell.run, cell.row.method)
+        if not delta.exists():
+            continue
+        path = cell.run / "config.json"
+        config = command_line.from_values(
+            PROGRAM, files.read(path), ImageConfig(), path
+        )
+        if data is not None:
+            there = str(data / Path(config.task).name)
+            config = dataclasses.replace(config, task=there)
+        yield Tuned(cell, delta, config)
+
+
+def right(
+    model: Any, source: Source, transform: Transform, classes: Sequence[int]
+) -> str:
+    """Returns which examples a model gets right, as `recorded.packed`.
+
+    Args:
+      model: a classifier.
+      source: the examples.
+      transform: of their images.
+      classes: the true class of each.
+    """
+    seen: dict[int, int] = {}
+
+    def note(index: int, output: Any) -> None:
+        seen[index] = int(output)
+
+    where = source, transform, mesh(), Classification()
+    evaluation.evaluate(model, *where, look=note)
+    return recorded.packed([seen[i] == own for i, own in enumerate(classes)])
+
+
+def added(base: Any, models: Sequence[Any], head: Any) -> Any:
+    """Returns the base with the sum of what several models changed, and one's head.
+
+    Args:
+      base: the model before tuning, with the head's number of classes.
+      models: tuned models on it; their heads count for nothing.
+      head: the model whose head is taken.
+
+    Raises:
+      ValueError: the models have other weights than the base.
+    """
+    result = nnx.clone(base)
+    every = [_weights(model) for model in models]
+    heads, before = _weights(head), _weights(base)
+    if any(own.keys() != before.keys() for own in every):
+        raise ValueError("The models have other weights than their base.")
+    for path, variable in variables_of(result, nnx.Param):
+        if path.startswith("head/"):
+            variable[...] = heads[path]
+        else:
+            changes = (own[path] - before[path] for own in every)
+            variable[...] = sum(changes, start=before[path])
+    return result
+
+
+def _weights(model: Any) -> dict[str, Array]:
+    return {path: own[...] for path, own in variables_of(model, nnx.Param)}
