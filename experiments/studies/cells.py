@@ -17,7 +17,7 @@ from experiments.studies.recorded import unpacked
 BY_NAME = {row.name: row for row in ROWS}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Cell:
     """A seed of a row on a task.
 

@@ -27,6 +27,7 @@ from experiments.studies import cells, paired, real_tasks_report, table_store
 from experiments.studies.cells import Cell
 
 PROGRAM = "python -m experiments.studies.real_tasks"
+SEARCHED = ("pool", "search_epochs")  # settings of the search alone
 Right = dict[int, np.ndarray]  # of every test image, by seed
 Table = Mapping[str, Mapping[str, Right]]  # by label and task
 
@@ -71,19 +72,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check_shared(found: Sequence[Cell]) -> None:
     """Raises a `ValueError` where folders differ in a setting that changes numbers."""
-    first = found[0]
-    methods = {cell.row.method for cell in found}
+    first: dict[str, Cell] = {}
     for cell in found:
-        names = (first.shared.keys() & cell.shared.keys()) - {"test_images"}
-        other = [
+        same = first.setdefault(cell.label, cell)
+        method = cell.row.method
+        shared = {
             name
-            for name in sorted(names)
-            if first.shared[name] != cell.shared[name]
-            and (name in methods or not isinstance(cell.shared[name], dict))
-        ]
-        if other:
+            for name, value in found[0].shared.items()
+            if name not in SEARCHED and not isinstance(value, dict)
+            if cell.shared.get(name) != value
+        }
+        own = {method} if same.shared[method] != cell.shared[method] else set()
+        if other := sorted(shared | own):
             raise ValueError(
-                f"{first.folder} and {cell.folder} differ in {', '.join(other)}: "
+                f"{found[0].folder} and {cell.folder} differ in {', '.join(other)}: "
                 "report them separately."
             )
 

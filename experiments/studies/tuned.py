@@ -28,7 +28,7 @@ from snella_jax.nnx.variables import variables_of
 PROGRAM = "python -m experiments.studies.sparsity"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tuned:
     """A finished seed whose model was kept.
 

@@ -1,5 +1,6 @@
 """Statistics over tasks against numbers made by hand, and a report of made-up cells."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -67,9 +68,10 @@ RIGHT = {  # by task, row and seed
 }
 
 
-def folder(path, epochs=15):
+def folder(path, **changes):
     """A comparison with the cells above, and a trial."""
-    config = Comparison(out=path, run=comparison.REAL_TASKS.run)
+    run = dataclasses.replace(comparison.REAL_TASKS.run, **changes)
+    config = Comparison(out=path, run=run)
     store = comparison.Table(config).store
     trials = [{"lr": lr, "val_loss": loss} for lr, loss in ((1e-3, 0.6), (3e-3, 0.5))]
     for task, rows in RIGHT.items():
@@ -122,6 +124,14 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     one = folder(tmp_path / "one")
     with pytest.raises(SystemExit, match="both have linear probe on birds, seed 0"):
         real_tasks.main(["--runs", str(one), str(folder(tmp_path / "two"))])
+    store = json.loads((one / "results.json").read_text("utf-8"))
+    store |= {"rows": {"dogs": store["rows"]["birds"]}}
+    for name, value in (("epochs", 14), ("lora", store["shared"]["lora"] | {"lr": 1})):
+        store["shared"][name], known = value, store["shared"][name]
+        (tmp_path / "two/results.json").write_text(json.dumps(store), "utf-8")
+        store["shared"][name] = known
+        with pytest.raises(SystemExit, match=f"differ in {name}: report them"):
+            real_tasks.main(["--runs", str(one), str(tmp_path / "two")])
     with pytest.raises(SystemExit, match="has no finished seed"):
         real_tasks.main(["--runs", str(tmp_path)])
     with pytest.raises(SystemExit, match="No finished seed of dogs"):
