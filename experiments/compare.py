@@ -10,6 +10,12 @@ with the others, also on another machine with only that file (an unfinished sear
 seed is resumed from the folder `runs`). Several processes may work in one folder.
 Writes the table of all finished seeds into `report.md` and `report.json`, and
 `accuracy.png` with `--memory`.
+
+    python -m experiments.compare --config real_tasks --data DATA --out runs/real_tasks
+
+takes its tasks from the folders in DATA, and one rate for a method on all of them: of
+three, that with the lowest mean validation loss on the tasks of `--pool`.
+`experiments.studies.real_tasks` makes the table of it.
 """
 
 import dataclasses
@@ -170,7 +176,7 @@ def _pooled(row: Row, config: Comparison, store: table_store.Store) -> table_sto
         {"lr": lr, "val_loss": loss if math.isfinite(loss) else None}
         for lr, loss in losses.items()
     ]
-    return {"trials": trials, "chosen": {"lr": pooled.best(losses)}}
+    return {"pooled": trials, "chosen": {"lr": pooled.best(losses)}}
 
 
 def _taken(task: str, row: Row, path: Path) -> dict[str, float]:

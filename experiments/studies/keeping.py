@@ -1,6 +1,7 @@
 """Measures of tuned models besides their own test: what they keep, and withstand."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from sklearn.neighbors import NearestNeighbors
 
-from experiments.data.source import Source, labels_of
+from experiments.data.source import Joined, Source, labels_of
 from experiments.studies import recorded
 from experiments.studies.corruptions import KINDS, SEVERITIES, Corrupted
 from experiments.studies.tuned import Tuned, added, mesh, right
@@ -69,17 +70,22 @@ def adding(tuned: Tuned, other: Tuned) -> Iterator[tuple[str, Measured]]:
     models = [tuned.model(), other.model()]
     for own, model in zip((tuned, other), models, strict=True):
         both = added(own.base, models, head=model)
-        yield own.cell.task, _tested(own, both, own.task.test)
+        source, labels = own.task.test, labels_of(own.task.test).tolist()
+        found = recorded.packed(right(both, source, own.transform, labels))
+        yield own.cell.task, {"right": found, "tested": len(labels)}
 
 
 def robustness(tuned: Tuned) -> Iterator[tuple[str, Measured]]:
     """Yields how well a tuned model does on its test images when they are corrupted."""
-    model = tuned.model()
-    for kind in KINDS:
-        for severity in SEVERITIES:
-            how = tuned.transform, kind, severity
-            source = Corrupted(tuned.task.test, *how)
-            yield f"{kind} {severity}", _tested(tuned, model, source)
+    kinds = list(itertools.product(KINDS, SEVERITIES))
+    test, labels = tuned.task.test, labels_of(tuned.task.test).tolist()
+    sources = [Corrupted(test, tuned.transform, *kind) for kind in kinds]
+    whole = functools.reduce(Joined, sources)  # whose evaluation compiles once
+    found = right(tuned.model(), whole, tuned.transform, labels * len(kinds))
+    parts = np.reshape(found, (len(kinds), len(labels)))
+    for (kind, severity), part in zip(kinds, parts, strict=True):
+        text = recorded.packed(part.tolist())
+        yield f"{kind} {severity}", {"right": text, "tested": len(labels)}
 
 
 def sizes(tuned: Tuned) -> Measured:
@@ -94,9 +100,3 @@ def sizes(tuned: Tuned) -> Measured:
         "adapter": sum(file.stat().st_size for file in adapter) or None,
         "moved": tuned.cell.result["weights_moved"],
     }
-
-
-def _tested(tuned: Tuned, model: Any, source: Source) -> Measured:
-    labels = labels_of(tuned.task.test).tolist()
-    text = right(model, source, tuned.transform, labels)
-    return {"right": text, "tested": len(labels)}

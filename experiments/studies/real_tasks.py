@@ -96,8 +96,9 @@ def _searches(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
     for folder in folders:
         for task, own in files.read(folder / table_store.FILE)["rows"].items():
             for name, done in own.items():
-                if done.get("trials") and name in cells.BY_NAME:
-                    kept = {key: done[key] for key in ("trials", "chosen")}
+                trials = done.get("pooled") or done.get("trials")
+                if trials and "chosen" in done and name in cells.BY_NAME:
+                    kept = {"trials": trials, "chosen": done["chosen"]}
                     rows.setdefault(name, {})[task] = kept
     return rows
 

@@ -33,8 +33,9 @@ Done = dict[str, Any]
 class Store:
     """`results.json`: the settings that all cells share, and the cells' results.
 
-    A cell has `trials` (of the search), `chosen` (the best settings), `seeds` (the
-    result of each) and `failed` (why a seed or the search failed).
+    A cell has `trials` (of its search; `pooled` those of a search over several tasks),
+    `chosen` (the best settings), `seeds` (the result of each) and `failed` (why a seed
+    or the search failed).
     """
 
     def __init__(self, out: Path, shared: dict[str, Any], defaults: dict[str, Any]):
@@ -102,7 +103,9 @@ class Store:
         """
         with self._open() as found:
             known = found.setdefault("inputs", {}).get(task)
-            if known is None and found["rows"].get(task):
+            cells = found["rows"].get(task, {}).values()
+            began = any(done.get("trials") or done.get("seeds") for done in cells)
+            if known is None and began:
                 console.print(
                     f"{self.path} does not say on which images {task} was begun: it "
                     "goes on, whether they are these or not.",

@@ -127,8 +127,8 @@ def _kept(cells: Sequence[Cell], data: Path | None) -> Iterator[Tuned]:
 
 def right(
     model: Any, source: Source, transform: Transform, classes: Sequence[int]
-) -> str:
-    """Returns which examples a model gets right, as `recorded.packed`.
+) -> list[bool]:
+    """Returns for every example if a model gets it right.
 
     Args:
       model: a classifier.
@@ -143,7 +143,7 @@ def right(
 
     where = source, transform, mesh(), Classification()
     evaluation.evaluate(model, *where, look=note)
-    return recorded.packed([seen[i] == own for i, own in enumerate(classes)])
+    return [seen[index] == own for index, own in enumerate(classes)]
 
 
 def added(base: Any, models: Sequence[Any], head: Any) -> Any:

@@ -62,7 +62,7 @@ def test_the_lowest_mean_loss_chooses_the_rate_of_every_task(folder):
     for own in rows.values():
         assert own["linear"]["chosen"] == {}
         assert f"bias@{own['bias']['chosen']['lr']:.3g}" == best
-        (first, second) = own["bias"]["trials"]
+        (first, second) = own["bias"]["pooled"]
         assert first["val_loss"] == pytest.approx(losses["bias@0.003"])
         assert second["val_loss"] == pytest.approx(losses["bias@0.03"])
     config = read(next(folder.glob("made/runs/birds*/bias@0.03/seed0/config.json")))

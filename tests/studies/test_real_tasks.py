@@ -82,7 +82,7 @@ def folder(path, **changes):
             }
             done = {"chosen": {}, "seeds": results}
             if row == "lora":
-                done |= {"trials": trials, "chosen": {"lr": 3e-3}}
+                done |= {"pooled": trials, "chosen": {"lr": 3e-3}}
             store.keep(task, row, done)
     store.keep("birds", "lora@0.001", {"chosen": {}, "seeds": {"0": {"val_loss": 0.6}}})
     return path

@@ -22,7 +22,7 @@ WORDS = [
     "--config=real_tasks", f"--run.model={CLASSIFIER}", "--run.image_size=24",
     "--run.mesh=data=1", "--run.batch=4", "--run.targets=blocks/mlp/fc1",
     "--run.epochs=1", "--run.warmup_epochs=0", "--search_epochs=1", "--seeds=0",
-    "--methods=full", "--keep_models", "--tasks", "birds", "cars",
+    "--methods=full", "--keep_models", "--tasks", "birds", "trees",
     "--pool",
 ]  # fmt: skip
 
@@ -31,7 +31,7 @@ WORDS = [
 def made(tmp_path_factory):
     """Full fine-tuning on two tasks, and all that is measured of it."""
     root = tmp_path_factory.mktemp("sparsity")
-    for name in ("birds", "cars"):
+    for name in ("birds", "trees"):
         draw(root / "data" / name, test=3)
     (root / "rates.json").write_text(
         json.dumps({"rows": {"birds": {"full": {"chosen": {"lr": 0.01}}}}}), "utf-8"
@@ -61,10 +61,10 @@ def test_the_sum_of_changes_is_tested_with_each_head(made):
         w0, wa, wb = (np.asarray(x[path][...]) for x in (base, a, b))
         head = path.startswith("head")
         np.testing.assert_allclose(own[...], wb if head else wa + wb - w0, atol=1e-6)
-    result = read(made / "out/measured.json")["adding"]["Full | birds | 0 | cars"]
+    result = read(made / "out/measured.json")["adding"]["Full | birds | 0 | trees"]
     images = [other.transform(other.task.test[i]["image"], None) for i in range(6)]
     guessed = np.asarray(both(jnp.stack(images)).argmax(-1))
-    right = unpacked(result["cars"]["right"], 6)
+    right = unpacked(result["trees"]["right"], 6)
     assert right.tolist() == (guessed == labels_of(other.task.test)).tolist()
 
 
@@ -73,8 +73,8 @@ def test_every_measure_is_taken_once_and_reported(made, monkeypatch, capsys):
     assert {name: len(own) for name, own in values.items()} == {
         "sizes": 2, "forgetting": 2, "adding": 1, "robustness": 2
     }  # fmt: skip
-    assert len(values["robustness"]["Full | cars | 0"]) == len(KINDS) * len(SEVERITIES)
-    forgot = values["forgetting"]["Full | birds | 0"]["cars"]
+    assert len(values["robustness"]["Full | trees | 0"]) == len(KINDS) * len(SEVERITIES)
+    forgot = values["forgetting"]["Full | birds | 0"]["trees"]
     assert forgot["tested"] == 8  # training images
     for name in ("forgetting", "adding", "robustness", "sizes"):
         monkeypatch.setattr(sparsity.keeping, name, None)
@@ -86,6 +86,17 @@ def test_every_measure_is_taken_once_and_reported(made, monkeypatch, capsys):
     assert report["sizes"]["Full"]["delta file"] == pytest.approx(size.st_size / 1e6)
     own = [one.cell.right.mean() for one in models(made)]
     assert report["corrupted"]["Full"]["clean"] == pytest.approx(100 * np.mean(own))
+
+
+def test_corrupted_images_are_tested_one_by_one(made):
+    one, _ = models(made)
+    model, transform = one.model(), one.transform
+    source = Corrupted(one.task.test, transform, "blur", 5)
+    images = [transform(source[i]["image"], None) for i in range(6)]
+    guessed = np.asarray(model(jnp.stack(images)).argmax(-1))
+    found = read(made / "out/measured.json")["robustness"][one.key]["blur 5"]
+    expected = (guessed == labels_of(one.task.test)).tolist()
+    assert unpacked(found["right"], found["tested"]).tolist() == expected
 
 
 def test_few_images_are_among_more():
