@@ -19,14 +19,13 @@ class DataOptions:
     """Images and labels."""
 
     task: str = "digits"
-    """Name (`python -m experiments.tasks.show --list`), folder, CSV."""
+    """Name (python -m experiments.tasks.show --list), folder, CSV."""
     data_dir: Path = DATA_DIR
     """Folder of TFDS sets and unpacked archives."""
     test_images: int | None = None
     """Maximum number of test images; the same subset for every seed."""
     per_class: int | None = None
-    """Maximum number of training images of each class, the same for every seed; then
-    validation images are not trained on."""
+    """Most training images of a class; validation then is not trained on."""
     skip_corrupt: bool = False
     """Leave out images that cannot be decoded, and count them."""
     crop: Literal["resize", "random"] = "resize"
