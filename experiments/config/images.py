@@ -19,7 +19,7 @@ class DataOptions:
     """Images and labels."""
 
     task: str = "digits"
-    """Name (python -m experiments.tasks.show --list), folder, CSV."""
+    """Name (`python -m experiments.tasks.show --list`), folder, CSV."""
     data_dir: Path = DATA_DIR
     """Folder of TFDS sets and unpacked archives."""
     test_images: int | None = None
@@ -32,9 +32,9 @@ class DataOptions:
     """resize: whole images, no augmentation. random: crops, flips and colour jitter in
     training, the centre in evaluation."""
     protocol: Protocol = "choose"
-    """choose: train on the training split, follow validation. final: train on both.
-    released: train on both, follow the test split, as the authors' code. In all, the
-    last epoch's test accuracy counts. With --search choose becomes final."""
+    """choose: train on the training split, follow validation; final with --search.
+    final: train on both. released: on both, follow the test split. In all, the last
+    epoch's test accuracy counts."""
 
 
 @dataclasses.dataclass(frozen=True)
