@@ -272,10 +272,10 @@ def prepared(name: str, config: DreamboothConfig, console: Console) -> Dreamboot
     concept = _concept(config, console)
     task = Learning(concept, Repeated.filling(concept.photographs, config.batch))
     setup.check_batch(config, task, mesh, DreamboothRun.unit)
-    if config.draw_batch % mesh.shape["data"]:
+    if config.draw_batch % (parts := sharding.rows_of(mesh)):
         raise ValueError(
-            f"draw_batch={config.draw_batch}: expected a multiple of the "
-            f"{mesh.shape['data']} devices along data."
+            f"draw_batch={config.draw_batch}: expected a multiple of {parts}, "
+            "into which --mesh splits batches."
         )
     _require_weights(config)
     judging = picture_judges.load(config, concept.class_name)

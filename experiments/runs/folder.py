@@ -61,6 +61,8 @@ def started(out: Path, mesh: Mesh, console: Console) -> dict[str, Any]:
     """
     path, now = out / "environment.json", environment(mesh)
     first = read(path)
+    if first is not None:
+        first["device"] = sharding.named_as_now(first["device"])
     if first is None:
         write(path, now)
         return now

@@ -26,7 +26,7 @@ from experiments.data.task import Splits
 from experiments.methods.first_stage import Staged
 from experiments.reports import figures, run_table
 from experiments.runs.result import Result, absent
-from experiments.training import evaluation
+from experiments.training import evaluation, sharding
 from experiments.training.objective import Objective
 from experiments.training.session import Followed, Session
 from experiments.training.trainer import Data
@@ -231,7 +231,7 @@ def check_batch(config: RunConfig, task: Splits, mesh: Mesh, unit: str) -> None:
     Args:
       unit: name of the examples, in the plural.
     """
-    examples, devices = len(task.train), mesh.shape["data"]
+    examples, devices = len(task.train), sharding.rows_of(mesh)
     if config.adapted and config.batch > examples:
         raise ValueError(
             f"batch={config.batch}: expected 1 to {examples} (training {unit})."

@@ -145,7 +145,7 @@ def batches(
     source: Source, transform: Preparation | Buckets, mesh: Mesh
 ) -> Iterable[dict[str, Array]]:
     """Returns every example once, as `pipeline.evaluation`; fillers are not `valid`."""
-    parts = mesh.shape["data"]
+    parts = sharding.rows_of(mesh)
     batch = -(-min(transform.evaluated, len(source)) // parts) * parts
     shard = pipeline.Shard.of_this_process()
     stream = pipeline.evaluation(source, transform, batch=batch, shard=shard)

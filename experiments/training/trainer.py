@@ -16,7 +16,7 @@ from experiments.data import pipeline
 from experiments.data.buckets import Buckets
 from experiments.data.source import Source
 from experiments.files import MismatchError
-from experiments.training import evaluation, sharding
+from experiments.training import blocks, evaluation, sharding
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.competition import Competition, Moves
 from experiments.training.objective import Objective, followed
@@ -130,6 +130,10 @@ class Trainer:
             model, nnx.Param, snella.Budget, ...
         )
         self.frozen = sharding.place(frozen, mesh)
+        pinned = nnx.merge(self.graphdef, trainable, budgets, frozen)
+        if sharding.splits_weights(mesh):
+            blocks.pin(pinned, mesh)
+        self._pinned, *_ = nnx.split(pinned, nnx.Param, snella.Budget, ...)
         # Copies: steps donate their state, and the caller keeps its model.
         trainable = jax.tree.map(jnp.copy, trainable)
         norm = optax.snapshot(NORM, _gradient_norm)
@@ -214,7 +218,7 @@ class Trainer:
         moving = {name: self.state[name] for name in self.state if name != "budgets"}
         where = jax.tree.map(lambda leaf: leaf.sharding, moving)  # and stays there
         loss, parts = self.objective.loss, self.recipe.accumulate
-        update = training_step(self.graphdef, tx, loss, parts, where["trainable"])
+        update = training_step(self._pinned, tx, loss, parts, where["trainable"])
         share = 1 - self.recipe.ema
 
         def step(state, budgets, frozen, batch, key):

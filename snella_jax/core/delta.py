@@ -9,6 +9,7 @@
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from snella_jax.core import gates
 from snella_jax.core.layout import Layout
 from snella_jax.kernels import Factors, Kernel, is_measured
 from snella_jax.ops.names import kept
-from snella_jax.ops.threshold import check_budget, threshold
+from snella_jax.ops.threshold import check_budget, threshold, thresholds
 
 Found = dict[str, Any]  # "tau" [*slices] and "statistics" of the kernel
 
@@ -76,6 +77,55 @@ def delta_and_found(
         unfolded = jax.vmap(unfolded)
     delta, found = unfolded(factors, budget, found)
     return layout.place(delta), found
+
+
+def found_together(
+    parts: Sequence[tuple[Kernel, str, Layout | None]],
+    factors: Sequence[Factors],
+    budgets: Sequence[Array],
+) -> list[Found]:
+    """Returns what each of several updates is made with, as `delta_and_found` takes it.
+
+    Their thresholds are found in one loop: where the updates are sharded, counts of all
+    of them cross devices at once. No gradient passes.
+
+    Args:
+      parts: kernel, gate and layout of each.
+      factors, budgets: as in `sparse_delta`, of each.
+    """
+    dense, found = [], []
+    for (kernel, _, layout), own in zip(parts, jax.lax.stop_gradient(factors), strict=True):
+        made, statistics = _made_first(kernel, layout)(own)
+        dense.append(made)
+        found.append({} if statistics is None else {"statistics": statistics})
+    with jax.named_scope("snella_threshold"):
+        # As in `_searched`.
+        dense = jax.lax.optimization_barrier(dense)
+        searched = [i for i, (_, gate, _) in enumerate(parts) if gate != "none"]
+        taus = thresholds(
+            [dense[i] for i in searched], [budgets[i] for i in searched]
+        )
+        for i, tau in zip(searched, taus, strict=True):
+            found[i]["tau"] = tau
+        for i in set(range(len(parts))) - {*searched}:
+            axes = tuple(range(budgets[i].ndim, dense[i].ndim))
+            found[i]["tau"] = jnp.max(dense[i], axes)
+    return jax.tree.map(kept, found)
+
+
+def _made_first(kernel: Kernel, layout: Layout | None) -> Callable[..., Any]:
+    """Returns what makes the dense updates of all slices, and their statistics."""
+
+    def one(factors):
+        factors = factors if layout is None else layout.unfold(factors)
+        if is_measured(kernel):
+            return _first(kernel, factors)
+        with jax.named_scope("snella_delta"):
+            return kernel.apply(factors), None
+
+    for _ in () if layout is None else layout.slices:
+        one = jax.vmap(one)
+    return one
 
 
 def _plain(kernel, gate, factors, budget, found):

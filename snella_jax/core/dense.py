@@ -29,6 +29,7 @@ from snella_jax.core.update import Path, Update
 from snella_jax.kernels import Factors, Kernel
 from snella_jax.ops.dropout import drop_path, dropout
 from snella_jax.ops.dtypes import at_least_float32
+from snella_jax.ops.explicit import lying_as
 from snella_jax.ops.matmul import matmul
 from snella_jax.ops.recompute import opened, recomputed, recomputed_from_rows
 from snella_jax.ops.sketch import Kind, Sketch
@@ -161,7 +162,8 @@ def _making(
     """
 
     def changed(w0, factors, budget, found):
-        delta, found = update.delta(factors, budget, found)
+        make = lying_as(w0, update.delta)
+        delta, found = make(factors, budget, found)
         if sharding is not None:
             delta = jax.lax.with_sharding_constraint(delta, sharding)
         return delta, found
@@ -242,7 +244,8 @@ def adapted_call(
             merged, found = {}, {}
             for name, update in updates.items():
                 tau = None if taus is None else taus[name]
-                delta, found[name] = update.delta(factors[name], budgets[name], tau)
+                make = lying_as(w0[name], update.delta)
+                delta, found[name] = make(factors[name], budgets[name], tau)
                 with jax.named_scope("snella_delta"):
                     merged[name] = summed(w0[name], delta).astype(w0[name].dtype)
             return run(x, merged, extras), found

@@ -1,7 +1,8 @@
 """The exact magnitude threshold, by a search over bit patterns (Eq. 13)."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +32,49 @@ def threshold(
     Raises:
       ValueError: `budget` is negative or no integer, or `delta` is too large.
     """
-    check_budget(budget)
-    if delta.size >= 2**31:
-        raise ValueError(f"delta has {delta.size} elements: expected fewer than 2^31.")
-    budget = in_int32(budget, delta.size)
-    delta, budget = varying_alike(jax.lax.stop_gradient(delta), budget)
-    low = jax.lax.platform_dependent(
-        delta, budget, cpu=search(1, _count_by_parts), default=search(4, _count)
+    return thresholds([delta], [budget])[0]
+
+
+def thresholds(
+    deltas: Sequence[Float[Array, "..."]], budgets: Sequence[int | Int[Array, "..."]]
+) -> list[Float[Array, "..."]]:
+    """Returns the thresholds of several arrays, found in one loop.
+
+    Where the arrays are sharded, XLA's compilers for accelerators send the counts of
+    all of them together.
+
+    Args:
+      deltas: as `threshold` takes them, each behind the axes of its budgets.
+      budgets: numbers of weights that are to survive.
+
+    Raises:
+      ValueError: as `threshold`.
+
+    >>> thresholds([jnp.arange(4.0), jnp.ones((2, 3))], [1, jnp.array([0, 3])])
+    [Array(2., dtype=float32), Array([1., 0.], dtype=float32)]
+    """
+    wide = at_least_float32(*(delta.dtype for delta in deltas))
+    pairs = [_checked(*pair) for pair in zip(deltas, budgets, strict=True)]
+    lows = jax.lax.platform_dependent(
+        [delta.astype(wide) for delta, _ in pairs],
+        [budget for _, budget in pairs],
+        cpu=_searches(1, _count_by_parts),
+        default=_searches(4, _count),
     )
-    found = jax.lax.bitcast_convert_type(low, at_least_float32(delta.dtype))
-    return found.astype(delta.dtype)
+    return [
+        jax.lax.bitcast_convert_type(low, wide).astype(delta.dtype)
+        for low, (delta, _) in zip(lows, pairs, strict=True)
+    ]
+
+
+def _checked(delta: Array, budget: int | Array) -> tuple[Array, Array]:
+    """Returns an array and its budgets; raises as `threshold`."""
+    check_budget(budget)
+    size = math.prod(delta.shape[jnp.ndim(budget) :])
+    if size >= 2**31:
+        raise ValueError(f"delta has {size} elements: expected fewer than 2^31.")
+    budget = in_int32(budget, size)
+    return varying_alike(jax.lax.stop_gradient(delta), budget)
 
 
 Count = Callable[[UInt[Array, "..."], UInt[Array, " c"]], Int[Array, " _"]]
@@ -54,16 +88,23 @@ def search(bits: int, count: Count) -> Callable[[Array, Array], UInt[Array, ""]]
       count: numbers of patterns at least as large as each but the first of some.
     """
 
-    def find(delta: Float[Array, "..."], budget: Int[Array, ""]) -> UInt[Array, ""]:
-        raw = _raw(delta)
-        unsigned = raw.dtype
+    find = _searches(bits, count)
+    return lambda delta, budget: find([delta], [budget])[0]
+
+
+def _searches(bits: int, count: Count) -> Callable[..., list[Array]]:
+    """Makes a search in several arrays of one dtype, each behind its budgets' axes."""
+
+    def find(deltas: list[Array], budgets: list[Array]) -> list[Array]:
+        raws = [_raw(delta) for delta in deltas]
+        unsigned = raws[0].dtype
         width = jnp.iinfo(unsigned).bits
         turns = -(-(width - 1) // bits)
 
         # More than budget magnitudes reach low (or it is 0), and not so many reach low
         # plus what the bits below make up. NaN has the patterns just above infinity's,
         # so it counts as the largest.
-        def narrow(turn, low):
+        def narrow(turn, raw, low, budget):
             # Nothing is added, but XLA cannot know. It would move what does not depend
             # on low out of the loop, and store it.
             pattern = raw & (_magnitude(unsigned) | low >> (width - 1))
@@ -72,9 +113,21 @@ def search(bits: int, count: Count) -> Callable[[Array, Array], UInt[Array, ""]]
             reached = count(pattern, low + steps) > budget
             return low + (jnp.sum(reached, dtype=unsigned) << shift)
 
-        low = jnp.zeros((), unsigned)
-        low, raw, budget = varying_alike(low, raw, budget)
-        return jax.lax.fori_loop(0, turns, narrow, low)
+        def each(turn, lows):
+            new = []
+            for raw, low, budget in zip(raws, lows, budgets, strict=True):
+                one = functools.partial(narrow, turn)
+                for _ in range(budget.ndim):
+                    one = jax.vmap(one)
+                new.append(one(raw, low, budget))
+            return new
+
+        operands = [
+            varying_alike(jnp.zeros(budget.shape, unsigned), raw, budget)
+            for raw, budget in zip(raws, budgets, strict=True)
+        ]
+        lows, raws, budgets = (list(own) for own in zip(*operands, strict=True))
+        return jax.lax.fori_loop(0, turns, each, lows)
 
     return find
 

@@ -1,26 +1,60 @@
-"""Meshes: what their text means, and what it cannot be."""
+"""Meshes: what their text means, what lies where on them, and what they cannot be."""
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from experiments.training import sharding
 
 
 def test_what_no_mesh_can_be():
-    assert sharding.make().shape == {"data": 4, "model": 1}
-    assert sharding.make("model=2").shape == {"data": 1, "model": 2}
-    assert sharding.describe(sharding.make("data=2")) == "2 x cpu (data=2, model=1)"
+    assert sharding.make().shape == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert sharding.make("tensor=2") == sharding.make("model=2")
+    assert sharding.make("fsdp=2,data=2").shape == {"data": 2, "fsdp": 2, "tensor": 1}
+    shown = sharding.describe(sharding.make("data=2"))
+    assert shown == "2 x cpu (data=2, fsdp=1, tensor=1)"
     assert sharding.describe(sharding.make("data=1")) == "cpu"
-    for text in ("data", "data=", "data=0", "data=x", "rows=1", "data=2;model=2"):
-        with pytest.raises(ValueError, match="expected data=N, model=N"):
+    wrong = ("data", "data=", "data=0", "data=x", "rows=1", "data=2;model=2")
+    for text in (*wrong, "model=2,tensor=2", "data=1,data=2"):
+        with pytest.raises(ValueError, match="expected data=N, fsdp=N, tensor=N"):
             sharding.make(text)
     with pytest.raises(ValueError, match="takes 6 devices: there are 4"):
-        sharding.make("data=3,model=2")
+        sharding.make("data=3,tensor=2")
 
 
-@pytest.mark.parametrize("text", ["data=2", "model=4", "data=1,model=4"])
+@pytest.mark.parametrize("text", ["data=2", "model=4", "data=1,tensor=4"])
 def test_every_process_has_devices_and_images_of_its_own(text, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="2 processes with 4 devices need all of"):
         sharding.make(text)
-    assert sharding.make("data=2,model=2").size == sharding.make().size == 4
+    for text in ("data=2,model=2", "fsdp=2,tensor=2", "fsdp=4"):
+        assert sharding.make(text).size == sharding.make().size == 4
+
+
+@pytest.mark.parametrize(
+    "path, shape, spec",
+    [
+        ("blocks/mlp/fc1/kernel", (3, 8, 12), P(None, "fsdp", "tensor")),
+        ("blocks/mlp/fc2/kernel", (3, 12, 8), P(None, "tensor", "fsdp")),
+        ("0/mu/blocks/attn/out/kernel", (8, 8), P("tensor", "fsdp")),
+        ("blocks/mlp/fc1/adapter/a", (3, 2, 8, 4), P(None, None, ("fsdp", "tensor"))),
+        ("blocks/mlp/fc1/adapter/b", (2, 6, 4), P(None, "fsdp")),
+        ("blocks/mlp/fc1/adapter/piece_coeff", (2,), P()),
+        ("blocks/mlp/fc1/bias", (12,), P()),
+        ("head/kernel", (8, 5), P("fsdp")),
+        ("patch_embed/kernel", (4, 4, 3, 8), P(None, None, None, "tensor")),
+        ("cls_token", (1, 1, 8), P()),
+    ],
+)
+def test_what_lies_where(path, shape, spec):
+    """Closing matrices are split the other way; what is not divided is whole."""
+    mesh = sharding.make("fsdp=2,tensor=2")
+    leaf = np.arange(np.prod(shape)).reshape(shape)
+    *modules, name = path.split("/")
+    tree = {name: leaf}
+    for module in reversed(modules):
+        tree = {module: tree}
+    (placed,) = jax.tree.leaves(sharding.place(tree, mesh))
+    assert placed.sharding == jax.NamedSharding(mesh, spec)
+    np.testing.assert_array_equal(placed, leaf)

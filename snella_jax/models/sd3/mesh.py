@@ -1,12 +1,14 @@
 """Places models and batches on a mesh of devices."""
 
+import math
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "model")
+AXES = ("data", "fsdp", "tensor", "model")
+EXAMPLES, WEIGHTS = AXES[:2], AXES[2:]
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -27,16 +29,17 @@ def automatic(mesh: Mesh) -> Mesh:
 def placed(model: Any, mesh: Mesh | None) -> Any:
     """Returns a model on a mesh; as it is without one.
 
-    The axis `model` splits weights by their last axis, where it divides them; the axis
-    `data` has them whole.
+    The axis `tensor`, or `model`, splits weights by their last axis, and `fsdp` by the
+    one before it, where they divide them; along `data` they are whole.
     """
     if mesh is None:
         return model
-    parts = mesh.shape.get("model", 1)
 
     def sharding(leaf: Any) -> NamedSharding:
-        splits = parts > 1 and leaf.ndim > 1 and leaf.shape[-1] % parts == 0
-        axes = [None] * (leaf.ndim - 1) + ["model"] if splits else []
+        axes: list[Any] = [None] * leaf.ndim
+        if leaf.ndim > 1:
+            axes[-1] = _dividing(WEIGHTS, leaf.shape[-1], mesh)
+            axes[-2] = _dividing(("fsdp",), leaf.shape[-2], mesh)
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     graphdef, state = nnx.split(model)
@@ -44,18 +47,26 @@ def placed(model: Any, mesh: Mesh | None) -> Any:
 
 
 def split(batch: Any, mesh: Mesh | None) -> Any:
-    """Returns arrays split by their rows over the axis `data`; as they are without one.
+    """Returns arrays split by their rows over `data` and `fsdp`; as is without a mesh.
 
     Raises:
-      ValueError: it does not divide their number.
+      ValueError: these do not divide their number.
     """
     if mesh is None:
         return batch
-    parts = mesh.shape.get("data", 1)
+    axes = tuple(axis for axis in EXAMPLES if axis in mesh.shape)
+    parts = math.prod(mesh.shape[axis] for axis in axes)
     if any(len(leaf) % parts for leaf in jax.tree.leaves(batch)):
         raise ValueError(
-            f"{len(jax.tree.leaves(batch)[0])} pictures on a mesh with data={parts}: "
-            "expected a multiple."
+            f"{len(jax.tree.leaves(batch)[0])} pictures on a mesh with "
+            f"{', '.join(f'{axis}={mesh.shape[axis]}' for axis in axes)}: expected a "
+            "multiple."
         )
-    axis = "data" if "data" in mesh.shape else None
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(axis)))
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(axes or None)))
+
+
+def _dividing(axes: tuple[str, ...], size: int, mesh: Mesh) -> Any:
+    """Returns those of the mesh's axes that split this size evenly; None if none do."""
+    found = tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+    split = math.prod(mesh.shape[axis] for axis in found)
+    return found if found and size % split == 0 else None

@@ -57,8 +57,9 @@ class Pipeline:
 
         Args:
           transformer, vae, encoders, shift: see the attributes.
-          mesh: its axis `data` splits a batch of pictures, its axis `model` the weights
-            by their last axis, where it divides them; either may be missing.
+          mesh: its axes `data` and `fsdp` split a batch of pictures, its axis `tensor`
+            (or `model`) the weights by their last axis and `fsdp` by the one before it,
+            where they divide them; each may be missing.
 
         Raises:
           ValueError: the transformer has adapters (`snella.merge` it, or call

@@ -1,0 +1,123 @@
+"""Blocks of a model on a mesh: what lies how inside a training step.
+
+Left to choose, XLA may split the features between blocks as an embedding's, and move
+activations to where the rows of split factors are.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from experiments.training import sharding
+from experiments.training.sharding import Factors
+from snella_jax.nnx.surgery import become, mixed_class
+from snella_jax.nnx.together import merge_together
+from snella_jax.nnx.variables import Factor, variables_of
+
+
+def pin(model: nnx.Module, mesh: Mesh, factors: Factors = "split") -> None:
+    """Fixes what lies how inside the blocks of a model, in place.
+
+    Args:
+      model: any of `snella_jax.models`, perhaps adapted.
+      mesh: the devices.
+      factors: as in `sharding.of_parameter`.
+    """
+    config = getattr(model, "config", None)
+    remat = getattr(config, "remat", "none") == "blocks"
+    lies = Lies(mesh, factors, together=remat and mesh.shape["fsdp"] > 1)
+    for node in [*_blocks(model)]:
+        become(node, mixed_class(Pinned, type(node)))
+        vars(node)["lies"] = lies
+
+
+@dataclasses.dataclass(frozen=True)
+class Lies:
+    """How a block lies on a mesh.
+
+    Attributes:
+      mesh: the devices.
+      factors: as in `sharding.of_parameter`.
+      together: True if its adapted matrices are merged before it is called, see
+        `snella_jax.nnx.together`.
+    """
+
+    mesh: Mesh
+    factors: Factors
+    together: bool
+
+
+class Pinned(nnx.Module):
+    """Mixed into an embedding or a block: its output is split by examples alone.
+
+    Factors of layout "split" are whole where it uses them. Their gradient is summed as
+    their matrix lies, or XLA moves that of the matrix instead (16 H100: 2.1 GiB more).
+    """
+
+    lies: Lies
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mesh = self.lies.mesh
+        if self.lies.factors == "split":
+            for path, factor in variables_of(self, Factor):
+                names = path.split("/")
+                following = sharding.of_parameter(names, factor.shape, mesh, "follow")
+                here = _gathered(factor[...], sharding.whole(mesh), following)
+                factor.set_value(here)
+        if self.lies.together:
+            merge_together(self, functools.partial(_in_use, mesh))
+        y: Any = super().__call__(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return jax.lax.with_sharding_constraint(y, sharding.of_batches(mesh))
+
+
+def _blocks(model: nnx.Module) -> Iterator[nnx.Module]:
+    """Yields the blocks of a model, or stacks of them, and an embedding of tokens."""
+    if isinstance(embed := getattr(model, "embed", None), nnx.Module):
+        yield embed
+    owners = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module))
+    for owner in owners:
+        if isinstance(blocks := vars(owner).get("blocks"), nnx.Module):
+            yield from _modules(blocks)
+
+
+def _modules(blocks: Any) -> Iterator[nnx.Module]:
+    """Yields what lists and dictionaries hold."""
+    if isinstance(blocks, nnx.List):
+        for each in blocks:
+            yield from _modules(each)
+    elif isinstance(blocks, nnx.Dict):
+        for each in vars(blocks).values():
+            if isinstance(each, nnx.Module):
+                yield from _modules(each)
+    else:
+        yield blocks
+
+
+def _in_use(mesh: Mesh, layer: str, weight: Array) -> Array:
+    """Gathers a merged matrix along `fsdp`; its gradient is scattered."""
+    lying = sharding.of_parameter([*layer.split("/"), "kernel"], weight.shape, mesh)
+    used = (None if axis == "fsdp" else axis for axis in lying.spec)
+    return _gathered(weight, NamedSharding(mesh, PartitionSpec(*used)), lying)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: Array, used: NamedSharding, of_gradient: NamedSharding) -> Array:
+    """Lays out an array in one way, and its gradient in another."""
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _gathered_forward(x, used, of_gradient):
+    return _gathered(x, used, of_gradient), None
+
+
+def _gathered_backward(_, of_gradient, residuals, cotangent):
+    return (jax.lax.with_sharding_constraint(cotangent, of_gradient),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)

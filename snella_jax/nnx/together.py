@@ -1,0 +1,66 @@
+"""Merges the adapted layers of a block inside a step, their thresholds in one search.
+
+For blocks that are recomputed in the backward pass, on several devices: a merged weight
+is there from the recomputed forward pass to the gradient of its input, so it is gathered
+once for both, and the counts of all thresholds cross devices together.
+"""
+
+from collections.abc import Callable
+
+from flax import nnx
+from jaxtyping import Array
+
+from snella_jax.core.delta import found_together
+from snella_jax.core.dense import summed
+from snella_jax.nnx.layers import Adapter, adapter_of, adapters_of
+from snella_jax.nnx.selection import adapted_layers
+from snella_jax.nnx.surgery import become, plain_class
+
+Place = Callable[[str, Array], Array]
+
+
+def merge_together(block: nnx.Module, place: Place) -> None:
+    """Makes the adapted layers of a block plain ones with merged weights, in place.
+
+    Call it on a block that was merged from its states for this call alone; the
+    gradients of the factors pass. Layers whose update is added in parallel, or that
+    draw or keep a sketch, stay as they are.
+
+    Args:
+      block: module with adapters, none of them of a stack.
+      place: puts a weight, given with the path of its layer in the block, where the
+        layer needs it.
+    """
+    layers = [
+        (path, layer)
+        for path, layer in adapted_layers(block)
+        if all(map(_is_merged, adapters_of(layer).values()))
+    ]
+    weights = [
+        (path, layer, name, adapter)
+        for path, layer in layers
+        for name, adapter in adapters_of(layer).items()
+    ]
+    updates = [adapter.site.update for *_, adapter in weights]
+    factors = [adapter.factors() for *_, adapter in weights]
+    budgets = [adapter.budget[...] for *_, adapter in weights]
+    parts = [(update.kernel, update.gate, update.layout) for update in updates]
+    found = found_together(parts, factors, budgets) if parts else []
+    for (path, layer, name, _), update, *own in zip(
+        weights, updates, factors, budgets, found, strict=True
+    ):
+        variable = getattr(layer, name)
+        delta, _ = update.delta(*own)
+        dtype = getattr(layer, "dtype", None) or variable.dtype
+        merged = summed(variable[...], delta).astype(dtype)
+        variable.set_value(place(path, merged))
+    for _, layer in layers:
+        for name in adapters_of(layer):
+            delattr(layer, adapter_of(name))
+        become(layer, plain_class(type(layer)))
+
+
+def _is_merged(adapter: Adapter) -> bool:
+    update = adapter.site.update
+    plain = update.path == "merged" and update.implementation != "pallas"
+    return plain and not adapter.needs_key and not adapter.stack
