@@ -73,8 +73,8 @@ def make(
       factors: as in `Layout`.
 
     Raises:
-      ValueError: no such axis, no such number, not as many devices, or a batch that
-        cannot be split evenly.
+      ValueError: no such axis, no such number, not as many devices, a batch that
+        cannot be split evenly, or `factors` "local" on a mesh with an axis `tensor`.
     """
     text = f"fsdp={len(devices)}" if text is None else text
     sizes = sharding.sizes(text)
@@ -84,5 +84,9 @@ def make(
     if batch % (parts := sizes["data"] * sizes["fsdp"]):
         raise ValueError(
             f"mesh={text!r}: expected data * fsdp = {parts} to divide batch={batch}."
+        )
+    if factors == "local" and sizes["tensor"] > 1:
+        raise ValueError(
+            f"mesh={text!r} and factors=local: expected a mesh of data and fsdp alone."
         )
     return Layout(sharding.of_sizes(sizes, devices), factors)

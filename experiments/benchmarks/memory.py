@@ -14,9 +14,9 @@ stage where it takes more (`locating_bytes`).
     python -m experiments.benchmarks.memory --target tpu-v5e --model llama2_7b \
         --chips 16 --mesh fsdp=4,tensor=4
 
-does so for a language model on a mesh of chips, see `layout`: bytes are those of one
-chip, and a second table has the collectives of a step. A step that does not fit the
-chip is a row that says so, with the bytes that it would take.
+does so on a mesh of chips, see `layout`: bytes are those of one chip, and a second
+table has the collectives of a step. A step that does not fit the chip is a row that
+says so, with the bytes that it would take.
 
     python -m experiments.benchmarks.memory --target h100 --model sd3_medium --batch 1
 
@@ -53,6 +53,9 @@ from experiments.benchmarks import (
 )
 from experiments.benchmarks.allocation import GIB
 from experiments.benchmarks.layout import Layout
+from experiments.methods import registry
+from experiments.methods.noah import Noah
+from experiments.methods.sensitivity import Scored
 from experiments.paths import Given, check_out
 from experiments.reports import result_files
 from snella_jax.models import llama
@@ -71,12 +74,13 @@ class MemoryConfig(workload.Options):
     model: tuple[str, ...] = ("vit_b16",)
     """Presets of snella_jax.models."""
     chips: int = 1
-    """Chips that a language model's step runs on."""
+    """Chips that a step runs on."""
     mesh: str | None = None
     """Axes of the chips: data=N,fsdp=N,tensor=N. Default: all of them along fsdp."""
     factors: layout.Factors = "split"
     """whole: each chip has all factors. follow: they are split as their matrix is.
-    split: over all of fsdp and tensor."""
+    split: over all of fsdp and tensor. local: so, too, and every chip works on whole
+    matrices; without an axis tensor."""
     function: str | None = None
     """MODULE:FUNCTION of a step of your own, in place of those of methods; only
     --target and --out count then."""
@@ -84,22 +88,30 @@ class MemoryConfig(workload.Options):
     """Folder to write memory.json and memory.png into."""
 
     def where(self) -> SingleDeviceSharding | Layout:
-        """Returns the device of the step, or of a language model its layout.
+        """Returns the device of the step, or its layout on several.
+
+        A language model has a layout on one device, too.
 
         Raises:
-          ValueError: several chips for another model, or as `layout.make`.
+          ValueError: language models and others at once, methods with a first stage on
+            several chips, or as `layout.make`.
           ModuleNotFoundError: as `targets.devices`.
         """
         texts = [name for name in self.model if name in llama.PRESETS]
-        if len(texts) == len(self.model):
-            chips = targets.devices(self.target, self.chips)
-            return layout.make(self.mesh, chips, self.batch, self.factors)
-        if texts or self.chips > 1 or self.mesh is not None:
+        if texts and len(texts) < len(self.model):
             raise ValueError(
-                "--chips and --mesh: expected language models alone in --model, not "
-                f"{', '.join(name for name in self.model if name not in texts)}."
+                "--model: expected language models alone, or none, not "
+                f"{', '.join(name for name in self.model if name not in texts)} too."
             )
-        return targets.sharding(self.target)
+        if not texts and self.chips == 1 and self.mesh is None:
+            return targets.sharding(self.target)
+        if located := [*filter(_has_first_stage, self.method or ())]:
+            raise ValueError(
+                f"--method {' '.join(located)}: expected methods without a first stage "
+                "on a mesh."
+            )
+        chips = targets.devices(self.target, self.chips)
+        return layout.make(self.mesh, chips, self.batch, self.factors)
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -123,6 +135,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if isinstance(where, Layout):
         console.print(_collectives(rows))
     return rows
+
+
+def _has_first_stage(method: str) -> bool:
+    return isinstance(registry.METHODS.get(method), Scored | Noah)
 
 
 def _of_a_function(config: MemoryConfig, name: str) -> list[dict[str, Any]]:

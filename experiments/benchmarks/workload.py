@@ -237,7 +237,7 @@ def build(setting: Setting, layout: Layout | None = None) -> Step:
 
     Args:
       setting: method and model.
-      layout: how a language model's step lies on several devices; None for on one.
+      layout: how the step lies on several devices; None for on one.
     """
     return _training(setting, _model(setting), layout)
 

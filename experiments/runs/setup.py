@@ -13,12 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 
-from experiments import files, paths
+from experiments import files, paths, processes
 from experiments.config.run_config import RunConfig
 from experiments.data import fingerprint
 from experiments.data.source import Source, split
@@ -249,8 +248,8 @@ def check_batch(config: RunConfig, task: Splits, mesh: Mesh, unit: str) -> None:
 def join_processes(config: RunConfig, console: Console) -> None:
     """Finds the other processes of a distributed run, before any device is used.
 
-    One of them prints.
+    Each says what it sees; then one of them prints.
     """
     if config.distributed:
-        jax.distributed.initialize()
+        processes.join()
         console.quiet = not files.is_primary()

@@ -16,6 +16,8 @@ from jaxtyping import Array
 
 from experiments.training import sharding
 from experiments.training.sharding import Factors
+from snella_jax.nnx.layers import adapters_of
+from snella_jax.nnx.selection import adapted_layers
 from snella_jax.nnx.surgery import become, mixed_class
 from snella_jax.nnx.together import merge_together
 from snella_jax.nnx.variables import Factor, variables_of
@@ -58,6 +60,7 @@ class Pinned(nnx.Module):
 
     Factors of layout "split" are whole where it uses them. Their gradient is summed as
     their matrix lies, or XLA moves that of the matrix instead (16 H100: 2.1 GiB more).
+    Of layout "local" every device works on whole matrices, see `Local`.
     """
 
     lies: Lies
@@ -70,10 +73,65 @@ class Pinned(nnx.Module):
                 following = sharding.of_parameter(names, factor.shape, mesh, "follow")
                 here = _gathered(factor[...], sharding.whole(mesh), following)
                 factor.set_value(here)
-        if self.lies.together:
+        if self.lies.factors == "local":
+            _localise(self, mesh)
+        elif self.lies.together:
             merge_together(self, functools.partial(_in_use, mesh))
         y: Any = super().__call__(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return jax.lax.with_sharding_constraint(y, sharding.of_batches(mesh))
+
+
+class Local(nnx.Module):
+    """Mixed into an adapted layer: every device works on its examples and whole matrix.
+
+    So counts of thresholds and gradients of a matrix never cross devices, but those of
+    the factors; every device makes the whole update.
+
+    Attributes:
+      own: class of the adapted layer.
+      mesh: devices, all along `data` and `fsdp`.
+      kernel_lies: spec of its kernel.
+    """
+
+    own: type
+    mesh: Mesh
+    kernel_lies: PartitionSpec
+
+    def __call__(self, x: Array) -> Array:
+        graphdef, state = nnx.split(self)
+
+        def spec(key_path, _):
+            is_kernel = sharding.names_of(key_path) == ["kernel"]
+            return self.kernel_lies if is_kernel else PartitionSpec()
+
+        def run(state: nnx.State, x: Array) -> Array:
+            layer: Any = nnx.merge(graphdef, state)
+            become(layer, self.own)
+            if "fsdp" in self.kernel_lies:
+                axis = self.kernel_lies.index("fsdp")
+                whole = jax.lax.all_gather(
+                    layer.kernel[...], "fsdp", axis=axis, tiled=True
+                )
+                layer.kernel.set_value(whole)
+            return layer(x)
+
+        specs = jax.tree_util.tree_map_with_path(spec, state)
+        rows = PartitionSpec(sharding.EXAMPLES)
+        spread = jax.shard_map(
+            run, mesh=self.mesh, in_specs=(specs, rows), out_specs=rows
+        )
+        return spread(state, x)
+
+
+def _localise(block: nnx.Module, mesh: Mesh) -> None:
+    """Makes the adapted layers of a block `Local`, in place, but those that draw."""
+    for path, layer in list(adapted_layers(block)):
+        if any(own.needs_key for own in adapters_of(layer).values()):
+            continue
+        names = [*path.split("/"), "kernel"]
+        lies = sharding.of_parameter(names, layer.kernel.shape, mesh)
+        vars(layer).update(own=type(layer), mesh=mesh, kernel_lies=lies.spec)
+        become(layer, mixed_class(Local, type(layer)))
 
 
 def _blocks(model: nnx.Module) -> Iterator[nnx.Module]:

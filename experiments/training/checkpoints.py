@@ -134,8 +134,9 @@ class Checkpoints:
             state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
         )
         try:
-            # Orbax would find another shape halfway, with other reads under way.
-            _check_shapes(self.manager.item_metadata(passed)["state"], shapes)
+            # Orbax would find another shape halfway, with other reads under way, and
+            # may restore into a smaller tree as if nothing was wrong.
+            _check(self.manager.item_metadata(passed)["state"], shapes)
             return self.manager.restore(passed, args=what)
         except Exception as error:  # Orbax's and TensorStore's are of many kinds
             reason = textwrap.shorten(str(error) or type(error).__name__, 250)
@@ -155,7 +156,8 @@ def _linked(folder: Path) -> Iterator[Path]:
         yield link
 
 
-def _check_shapes(saved: Any, wanted: Any) -> None:
+def _check(saved: Any, wanted: Any) -> None:
+    """Raises a `ValueError` if a leaf is missing, surplus or of another shape."""
     if saved is None:
         raise ValueError("it has no state")
     found, expected = (
@@ -165,8 +167,14 @@ def _check_shapes(saved: Any, wanted: Any) -> None:
         }
         for leaves in map(jax.tree_util.tree_leaves_with_path, (saved, wanted))
     )
+    for names, said in (
+        (expected.keys() - found.keys(), "it lacks"),
+        (found.keys() - expected.keys(), "nothing here is called as its"),
+    ):
+        if names:
+            raise ValueError(f"{said} {', '.join(sorted(names))}")
     for name, shape in expected.items():
-        if name in found and found[name] != shape:
+        if found[name] != shape:
             raise ValueError(f"{name} is of {found[name]} and should be of {shape}")
 
 

@@ -1,10 +1,11 @@
 """Placement of a run's arrays, on one device or on a mesh of them.
 
-The axes `data` and `fsdp` split every batch by its examples. Every matrix of the base is
-split along `fsdp` and `tensor` (fully sharded data parallelism, and Megatron's tensor
-parallelism, Shoeybi et al., arXiv 1909.08053): its outputs along `tensor`, or its inputs
-where it closes a block's hidden features. Factors, with their optimizer state and
-importance, are split by their rows along both; all else is whole on each device.
+The axes `data` and `fsdp` split every batch by its examples. Every matrix of the base
+is split along `fsdp` and `tensor` (fully sharded data parallelism, and Megatron's
+tensor parallelism, Shoeybi et al., arXiv 1909.08053): its outputs along `tensor`, or
+its inputs where it closes a block's hidden features. Factors, with their optimizer
+state and importance, are split by their rows along both; all else is whole on each
+device.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ FACTORS = ("a", "b", "magnitude")
 
 OLD_NAMES = {"model": "tensor"}
 
-Factors = Literal["whole", "follow", "split"]
+Factors = Literal["whole", "follow", "split", "local"]
 
 
 def make(text: str | None = None) -> Mesh:
@@ -139,7 +140,8 @@ def of_parameter(
       shape: its shape.
       mesh: the devices.
       factors: layout of factors: "whole" on each device; "follow": rows as the inputs
-        or outputs of their matrix; "split": rows along `fsdp` and `tensor`.
+        or outputs of their matrix; "split": rows along `fsdp` and `tensor`; "local":
+        so, too, see `blocks`.
     """
     *modules, name = path
     layer = next((own for own in reversed(modules) if not _is_adapter(own)), "")

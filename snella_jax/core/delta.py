@@ -94,7 +94,9 @@ def found_together(
       factors, budgets: as in `sparse_delta`, of each.
     """
     dense, found = [], []
-    for (kernel, _, layout), own in zip(parts, jax.lax.stop_gradient(factors), strict=True):
+    for (kernel, _, layout), own in zip(
+        parts, jax.lax.stop_gradient(factors), strict=True
+    ):
         made, statistics = _made_first(kernel, layout)(own)
         dense.append(made)
         found.append({} if statistics is None else {"statistics": statistics})
@@ -102,14 +104,11 @@ def found_together(
         # As in `_searched`.
         dense = jax.lax.optimization_barrier(dense)
         searched = [i for i, (_, gate, _) in enumerate(parts) if gate != "none"]
-        taus = thresholds(
-            [dense[i] for i in searched], [budgets[i] for i in searched]
-        )
-        for i, tau in zip(searched, taus, strict=True):
-            found[i]["tau"] = tau
-        for i in set(range(len(parts))) - {*searched}:
+        operands = ([own[i] for i in searched] for own in (dense, budgets))
+        taus = iter(thresholds(*operands) if searched else ())
+        for i, own in enumerate(found):
             axes = tuple(range(budgets[i].ndim, dense[i].ndim))
-            found[i]["tau"] = jnp.max(dense[i], axes)
+            own["tau"] = next(taus) if i in searched else jnp.max(dense[i], axes)
     return jax.tree.map(kept, found)
 
 

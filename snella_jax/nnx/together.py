@@ -1,8 +1,8 @@
 """Merges the adapted layers of a block inside a step, their thresholds in one search.
 
 For blocks that are recomputed in the backward pass, on several devices: a merged weight
-is there from the recomputed forward pass to the gradient of its input, so it is gathered
-once for both, and the counts of all thresholds cross devices together.
+is there from the recomputed forward pass to the gradient of its input, so it is
+gathered once for both, and the counts of all thresholds cross devices together.
 """
 
 from collections.abc import Callable

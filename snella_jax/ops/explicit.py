@@ -27,7 +27,9 @@ def lying_as(weight: Array, make: Callable[..., tuple[Array, Any]]) -> Callable:
     def run(*args: Any) -> tuple[Array, Any]:
         small = jax.eval_shape(make, *args)[1]
         shardings = where, jax.tree.map(lambda _: whole, small)
-        return jax.sharding.auto_axes(make, axes=explicit, out_sharding=shardings)(*args)
+        return jax.sharding.auto_axes(make, axes=explicit, out_sharding=shardings)(
+            *args
+        )
 
     return run
 

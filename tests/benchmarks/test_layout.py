@@ -53,6 +53,7 @@ def alone(method):
         ("dora", "split"),
         ("snella", "split"),
         ("snella", "follow"),
+        ("snella", "local"),
     ],
 )
 def test_a_step_on_a_mesh_is_that_of_one_device(method, factors, monkeypatch):
@@ -62,7 +63,8 @@ def test_a_step_on_a_mesh_is_that_of_one_device(method, factors, monkeypatch):
     """
     own = dataclasses.replace(workload.TEXTS, targets="blocks/.*/(q|down)")
     monkeypatch.setattr(workload, "TEXTS", own)
-    on = layout.make(MESH, jax.devices()[:4], 4, factors)
+    mesh = "data=2,fsdp=2" if factors == "local" else MESH
+    on = layout.make(mesh, jax.devices()[:4], 4, factors)
     spread = workload.build(setting(method), on)
     placed = jax.device_put(spread.arguments, spread.where)
     run = jax.jit(spread.run, out_shardings=(*spread.where[:2], on.whole))
@@ -160,12 +162,13 @@ def test_the_command_has_a_row_for_what_does_not_fit(monkeypatch, tmp_path, caps
     [
         (("--chips", "3"), "fsdp = 3 to divide batch=4"),
         (("--chips", "4", "--mesh", "fsdp=2"), "a mesh of chips=4"),
-        (("--chips", "4", "--mesh", "model=2"), "expected data=N, fsdp=N, tensor=N"),
+        (("--chips", "4", "--mesh", "rows=2"), "expected data=N, fsdp=N, tensor=N"),
         (("--chips", "64"), "there are 4 devices here"),
         (("--target", "h100", "--chips", "3"), "expected 1, 4, 16 for h100"),
         (("--method", "vqt"), "method=vqt: expected one of full"),
         (("--sequence", "1"), "sequence=1"),
         (("--model", NAME, "vit_b16"), "not vit_b16"),
+        (("--chips", "4", "--factors", "local", "--mesh", "tensor=4"), "data and fsdp"),
     ],
 )
 def test_bad_meshes_are_refused_before_anything_runs(argv, message):
@@ -173,9 +176,9 @@ def test_bad_meshes_are_refused_before_anything_runs(argv, message):
         memory.main([*COMMAND, *argv])
 
 
-def test_images_have_no_mesh():
-    with pytest.raises(SystemExit, match="not vit_b16"):
-        memory.main(["--chips", "4"])
+def test_methods_with_a_first_stage_have_no_mesh():
+    with pytest.raises(SystemExit, match="--method spt_lora noah: expected methods"):
+        memory.main(["--chips", "4", "--method", "lora", "spt_lora", "noah"])
 
 
 @pytest.mark.tpu_compile

@@ -141,7 +141,7 @@ def test_bad_command_lines_list_what_is_valid(argv, message):
         (["--seed", "-1"], "seed=-1"),
         (["--mesh", "data=3"], "3 devices and accumulate=1 do not divide it"),
         (["--mesh", "data=8"], "takes 8 devices: there are 4"),
-        (["--mesh", "rows=2"], "expected data=N, model=N or data=N,model=N"),
+        (["--mesh", "rows=2"], "expected data=N, fsdp=N, tensor=N or several"),
         (["--no_decay", "hed"], "matches nothing that decays: blocks/attn/key/"),
     ],
 )

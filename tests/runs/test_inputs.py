@@ -194,7 +194,7 @@ def test_other_devices_are_allowed_and_said_aloud(copied, capsys):
     values["mesh"] = "data=2,model=2"
     pathlib.Path("run/config.json").write_text(json.dumps(values), "utf-8")
     summary, said = resumed(capsys)
-    assert "The run began on" in said and "4 x cpu (data=2, model=2)" in said
+    assert "The run began on" in said and "4 x cpu (data=2, fsdp=1, tensor=2)" in said
     assert summary["methods"]["lora"]["val_accuracy"] == pytest.approx(
         copied["methods"]["lora"]["val_accuracy"], abs=0.13
     )

@@ -184,7 +184,7 @@ def test_a_mesh_draws_the_same_pictures(axes):
 
 
 def test_a_mesh_has_the_axes_data_and_model():
-    with pytest.raises(ValueError, match="axes x: expected data, model"):
+    with pytest.raises(ValueError, match="axes x: expected data, fsdp, tensor, model"):
         made(mesh=jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]))
 
 
