@@ -93,6 +93,27 @@ def test_the_page_on_ones_own_models_runs(capsys):
     assert all((v != 0).any() for v in jax.tree.leaves(space["trainable"]["attn"]))
 
 
+def test_the_page_on_scaling_runs():
+    """Its step on four devices is that of one, and so is its layer."""
+    space, programs = {}, blocks("docs/scaling.md")
+    exec(programs[0], space)
+    names = ("trainable", "budgets", "frozen")
+    trainable, *rest = (jax.tree.map(np.asarray, space[name]) for name in names)
+    for program in programs[1:]:
+        exec(program, space)
+    assert len(programs) == 3
+    x = np.asarray(space["x"])
+    step, opt_state = jax.jit(space["step"]), space["tx"].init(trainable)
+    for expected in space["losses"]:
+        arguments = trainable, opt_state, *rest, x, np.sin(x[:, :2])
+        trainable, opt_state, loss = step(*arguments)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert space["losses"][-1] < space["losses"][0]
+    w0, factors = np.ones((8, 32), np.float32), space["factors"]
+    y = snella.adapted_dense(x, w0, factors, 100, kernel=space["mix_k"])
+    np.testing.assert_allclose(space["y"], y, rtol=1e-5, atol=1e-5)
+
+
 def test_the_page_on_flax_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     space, programs = {}, blocks("docs/recipes.md")

@@ -124,9 +124,13 @@ class Local(nnx.Module):
 
 
 def _localise(block: nnx.Module, mesh: Mesh) -> None:
-    """Makes the adapted layers of a block `Local`, in place, but those that draw."""
+    """Makes the adapted layers of a block `Local`, in place.
+
+    Not those that draw, or have a weight that is no kernel.
+    """
     for path, layer in list(adapted_layers(block)):
-        if any(own.needs_key for own in adapters_of(layer).values()):
+        own = adapters_of(layer)
+        if [*own] != ["kernel"] or own["kernel"].needs_key:
             continue
         names = [*path.split("/"), "kernel"]
         lies = sharding.of_parameter(names, layer.kernel.shape, mesh)

@@ -130,10 +130,11 @@ class Trainer:
             model, nnx.Param, snella.Budget, ...
         )
         self.frozen = sharding.place(frozen, mesh)
-        pinned = nnx.merge(self.graphdef, trainable, budgets, frozen)
+        self._pinned = self.graphdef
         if sharding.splits_weights(mesh):
+            pinned = nnx.merge(self.graphdef, trainable, budgets, frozen)
             blocks.pin(pinned, mesh)
-        self._pinned, *_ = nnx.split(pinned, nnx.Param, snella.Budget, ...)
+            self._pinned, *_ = nnx.split(pinned, nnx.Param, snella.Budget, ...)
         # Copies: steps donate their state, and the caller keeps its model.
         trainable = jax.tree.map(jnp.copy, trainable)
         norm = optax.snapshot(NORM, _gradient_norm)

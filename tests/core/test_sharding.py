@@ -84,15 +84,23 @@ def test_there_are_four_devices():
     assert len(jax.devices()) == 4
 
 
-@pytest.mark.parametrize("path", ["merged", "parallel"])
-def test_values_and_gradients(path, x64):
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+
+
+@pytest.mark.parametrize(
+    "path, kind", [("merged", AUTO), ("parallel", AUTO), ("merged", EXPLICIT)]
+)
+def test_values_and_gradients(path, kind, x64):
     """The output, the loss and every factor's gradient, to float64's rounding."""
     arrays = inputs(jnp.float64)
     x, w0, factors, budget = arrays
     step = value_and_grad(path)
     expected = step(factors, x, w0, budget)
     for name in ("w0 by outputs", "w0 by inputs"):
-        x, w0, (factors, budget) = sharded(arrays, SHARDINGS[name], mesh())
+        of_x, of_w0 = SHARDINGS[name]
+        if kind == EXPLICIT:  # which splits no sum by itself
+            of_x = P("data", None)
+        x, w0, (factors, budget) = sharded(arrays, (of_x, of_w0), mesh(kind))
         got = step(factors, x, w0, budget)
         (_, y), _ = got
         assert len(y.sharding.device_set) == 4
@@ -100,10 +108,18 @@ def test_values_and_gradients(path, x64):
         chex.assert_trees_all_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", ["merged", "parallel"])
-def test_no_weight_is_gathered(path):
-    """With w0 sharded by outputs nothing as large as a device's part of it moves."""
-    x, w0, (factors, budget) = sharded(inputs(), SHARDINGS["w0 by outputs"], mesh())
+@pytest.mark.parametrize(
+    "path, axes",
+    [("merged", mesh()), ("parallel", mesh()), ("merged", None), ("parallel", None)],
+    ids=str,
+)
+def test_no_weight_is_gathered(path, axes):
+    """With w0 sharded by outputs nothing as large as a device's part of it moves.
+
+    None: the mesh that `jax.make_mesh` gives by default, of `Explicit` axes.
+    """
+    axes = axes or jax.make_mesh((2, 2), ("data", "model"))
+    x, w0, (factors, budget) = sharded(inputs(), SHARDINGS["w0 by outputs"], axes)
     hlo = value_and_grad(path).lower(factors, x, w0, budget).compile().as_text()
     assert max(gathered(hlo), default=0) < N * M // 2
 

@@ -165,7 +165,9 @@ def test_one_program_is_compiled_for_a_shape():
 
 
 @pytest.mark.parametrize(
-    "axes", [{"data": 4}, {"data": 2, "model": 2}, {"model": 2}], ids=str
+    "axes",
+    [{"data": 4}, {"data": 2, "model": 2}, {"model": 2}, {"fsdp": 2, "tensor": 2}],
+    ids=str,
 )
 def test_a_mesh_draws_the_same_pictures(axes):
     devices = jax.devices()[: int(np.prod(list(axes.values())))]
@@ -175,9 +177,10 @@ def test_a_mesh_draws_the_same_pictures(axes):
     found = drawn(texts, key=key(), **options)
     same(found, made()(texts, key=key(), **options))
     rows = found.addressable_shards[0].data.shape[0]
-    assert rows == 4 // axes.get("data", 1)
+    assert rows == 4 // axes.get("data", axes.get("fsdp", 1))
     kernel = drawn.transformer.kernel[...].addressable_shards[0].data
-    assert kernel.shape == (4, 2 // axes.get("model", 1))
+    outputs = 2 // axes.get("model", axes.get("tensor", 1))
+    assert kernel.shape == (4 // axes.get("fsdp", 1), outputs)
     if "data" in axes:
         with pytest.raises(ValueError, match="3 pictures on a mesh with data="):
             drawn(texts[:3], key=key(), **options)
