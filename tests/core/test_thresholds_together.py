@@ -67,6 +67,7 @@ def test_a_block_merged_together_is_the_adapted_block(kernel, gate):
     config = snella.SnellaConfig(
         rank=4, kernel=kernel, gate=gate, targets="qkv|up|down|plain", trainable="",
         overrides={"qkv": {"split": 3}, "plain": {"path": "parallel"}},
+        target_density=1.0 if gate == "none" else 0.3,
     )  # fmt: skip
     model = snella.adapt(Block(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
     for path, value in nnx.to_flat_state(nnx.state(model, snella.Budget)):
