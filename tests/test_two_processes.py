@@ -1,5 +1,6 @@
 """Two processes with two devices each, against one with four: `helpers/joined.py`."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -19,7 +20,9 @@ pytestmark = pytest.mark.slow
 PROGRAM = ROOT / "tests/helpers/joined.py"
 
 
+@contextlib.contextmanager
 def started(folder, role):
+    """Yields two processes and the files of what they say; kills them at the end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -28,16 +31,22 @@ def started(folder, role):
     flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
     own["XLA_FLAGS"] = " ".join(flags)
     said = [folder / f"{role}{number}.log" for number in (0, 1)]
-    pair = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(folder), role],
-            env=os.environ | own | {"JAX_PROCESS_ID": str(number)},
-            stdout=path.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for number, path in enumerate(said)
-    ]
-    return pair, said
+    pair = []
+    for number, path in enumerate(said):
+        with path.open("w") as file:
+            one = subprocess.Popen(
+                [sys.executable, str(PROGRAM), str(folder), role],
+                env=os.environ | own | {"JAX_PROCESS_ID": str(number)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        pair.append(one)
+    try:
+        yield pair, said
+    finally:
+        for one in pair:
+            one.kill()
+            one.wait()
 
 
 def until_done(pair, said):
@@ -59,13 +68,9 @@ def folder(tmp_path_factory):
         run.train(0, joined.STEPS)
         np.savez(folder / f"{name}_one.npz", **run.values())
         run.write(folder / "one")
-    pair, said = started(folder, "start")
-    try:
+    with started(folder, "start") as (pair, said):
         until_done(pair, said)
-    finally:
-        for one in pair:
-            one.send_signal(signal.SIGKILL)
-            one.wait()
+    assert [one.returncode for one in pair] == [-signal.SIGKILL] * 2
     for number, path in enumerate(said, 1):
         assert f"process {number} of 2 on " in path.read_text()
         assert ": 2 x cpu of 4\n" in path.read_text()
@@ -100,9 +105,9 @@ def test_two_processes_train_what_one_does(folder, name):
 
 
 def test_a_pair_that_was_killed_goes_on_bit_for_bit(folder):
-    pair, said = started(folder, "resume")
-    until_done(pair, said)
-    assert [one.wait() for one in pair] == [0, 0]
+    with started(folder, "resume") as (pair, said):
+        until_done(pair, said)
+        assert [one.wait() for one in pair] == [0, 0]
     for name in joined.TARGETS:
         whole, again = (load(folder / f"{name}_{o}.npz") for o in ("whole", "resumed"))
         assert whole.keys() == again.keys()
@@ -111,12 +116,12 @@ def test_a_pair_that_was_killed_goes_on_bit_for_bit(folder):
 
 
 def test_an_error_in_one_process_ends_both_within_a_minute(tmp_path: Path):
-    pair, said = started(tmp_path, "fail")
-    deadline = time.monotonic() + 600
-    while all(one.poll() is None for one in pair):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    first = time.monotonic()
-    codes = [one.wait(timeout=600) for one in pair]
+    with started(tmp_path, "fail") as (pair, said):
+        deadline = time.monotonic() + 600
+        while all(one.poll() is None for one in pair):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        first = time.monotonic()
+        codes = [one.wait(timeout=600) for one in pair]
     assert time.monotonic() - first < 60 and 0 not in codes
     assert "the second process has had enough" in said[1].read_text()
