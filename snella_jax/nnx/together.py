@@ -46,11 +46,9 @@ def merge_together(block: nnx.Module, place: Place) -> None:
     budgets = [adapter.budget[...] for *_, adapter in weights]
     parts = [(update.kernel, update.gate, update.layout) for update in updates]
     found = found_together(parts, factors, budgets) if parts else []
-    for (path, layer, name, _), update, *own in zip(
-        weights, updates, factors, budgets, found, strict=True
-    ):
+    for index, (path, layer, name, _) in enumerate(weights):
         variable = getattr(layer, name)
-        delta, _ = update.delta(*own)
+        delta, _ = updates[index].delta(factors[index], budgets[index], found[index])
         dtype = getattr(layer, "dtype", None) or variable.dtype
         merged = summed(variable[...], delta).astype(dtype)
         variable.set_value(place(path, merged))

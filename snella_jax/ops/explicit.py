@@ -27,9 +27,9 @@ def lying_as(weight: Array, make: Callable[..., tuple[Array, Any]]) -> Callable:
     def run(*args: Any) -> tuple[Array, Any]:
         small = jax.eval_shape(make, *args)[1]
         shardings = where, jax.tree.map(lambda _: whole, small)
-        return jax.sharding.auto_axes(make, axes=explicit, out_sharding=shardings)(
-            *args
-        )
+        how: Any = {"axes": explicit, "out_sharding": shardings}
+        free: Any = jax.sharding.auto_axes(make, **how)
+        return free(*args)
 
     return run
 

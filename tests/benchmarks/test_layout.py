@@ -13,6 +13,7 @@ from snella_jax import models
 
 NAME = "llama2_7b"
 MESH = "fsdp=2,tensor=2"
+SUMS = ("all-reduce", "reduce-scatter")
 COMMAND = ("--model", NAME, "--batch", "4", "--sequence", "12", "--rank", "4")
 
 
@@ -189,3 +190,42 @@ def test_a_tpu_has_no_room_for_full_fine_tuning(monkeypatch):
     full = workload.Setting("full", NAME, batch=8, remat="blocks", sequence=256)
     row = memory.row(full, "tpu-v5e", on)
     assert not row["fits"] and row["total_bytes"] > 12 * row["parameters"]
+
+
+@pytest.mark.tpu_compile
+def test_what_crosses_chips_beyond_loras(monkeypatch):
+    """Two recomputed blocks of width 512 on four v5e: counts, and each gradient once.
+
+    Nothing is gathered a third time, and a block's thresholds share 8 rounds of counts.
+    """
+    monkeypatch.undo()
+    config = dataclasses.replace(
+        models.PRESETS[NAME],
+        vocab_size=1024,
+        width=512,
+        depth=2,
+        heads=4,
+        kv_heads=4,
+        head_dim=128,
+        mlp_dim=1408,
+    )
+    monkeypatch.setitem(models.PRESETS, NAME, config)
+    on = layout.make("fsdp=4", targets.devices("tpu-v5e", 4), 8)
+    lora, snella = (
+        memory.row(
+            workload.Setting(m, NAME, batch=8, remat="blocks", sequence=256),
+            *("tpu-v5e", on),
+        )["collectives"]
+        for m in ("lora", "snella")
+    )
+    assert snella.keys() - lora.keys() == {"reduce-scatter"}
+    gathered = [each["all-gather"]["bytes"] for each in (lora, snella)]
+    assert gathered[1] < 1.03 * gathered[0]
+    small = [each["all-reduce"]["small"] for each in (lora, snella)]
+    assert 2 * 8 <= small[1] - small[0] <= 2 * 8 + 4
+    gradients = 2 * 2 * (3 * 512 * 512 + 2 * 512 * 1408)  # q, k, v, up, down; bfloat16
+    summed = [
+        sum(each.get(kind, {"bytes": 0})["bytes"] for kind in SUMS)
+        for each in (lora, snella)
+    ]
+    assert gradients < summed[1] - summed[0] < 1.05 * gradients
