@@ -368,17 +368,27 @@ def test_a_mesh_gives_the_numbers_of_one_device(one_device):
     assert_numbers(got, losses, one_device)
 
 
-def test_the_model_axis_splits_kernels_by_their_outputs(one_device):
+@pytest.mark.parametrize(
+    "mesh, kernel_spec, factor_spec",
+    [
+        ("data=2,model=2", P(None, None, "tensor"), P(None, None, "tensor")),
+        (
+            "fsdp=2,tensor=2",
+            P(None, "fsdp", "tensor"),
+            P(None, None, ("fsdp", "tensor")),
+        ),
+    ],
+)
+def test_a_mesh_splits_kernels_and_factors(mesh, kernel_spec, factor_spec, one_device):
     """It gives the numbers of one device, also from accumulated parts."""
     recipe = dataclasses.replace(RECIPE, accumulate=2)
-    with training(recipe, "data=2,model=2", follow=SOURCE) as trainer:
+    with training(recipe, mesh, follow=SOURCE) as trainer:
         kernel = trainer.frozen["blocks"]["mlp"]["fc1"]["kernel"][...]
-        assert kernel.sharding.spec == P(None, None, "model")
-        assert kernel.sharding.shard_shape(kernel.shape) == (2, 8, 16)
+        assert kernel.sharding.spec == kernel_spec
         factor = trainer.state["trainable"]["blocks"]["mlp"]["fc1"]["adapter"]["a"]
-        assert factor[...].sharding.spec == P()
+        assert factor[...].sharding.spec == factor_spec
         (got, *_), losses = run(trainer)
         assert len(jax.tree.leaves(trainer.state)[0].sharding.device_set) == 4
-        assert kernel.sharding.spec == P(None, None, "model")
+        assert kernel.sharding.spec == kernel_spec
         assert trainer.step._cache_size() == 1  # budgets moved, nothing recompiled
     assert_numbers(got, losses, one_device)
