@@ -1,6 +1,7 @@
 """A comparison on folders, with one rate a method by pooled validation losses."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from experiments import compare
 from experiments.config.images import ImageConfig
 from experiments.data.source import labels_of
 from experiments.pretrained import base_models
+from experiments.studies import pooled
 from experiments.studies.recorded import unpacked
 from experiments.tasks import catalogue
 from experiments.training import evaluation, sharding
@@ -23,6 +25,13 @@ WORDS = [
     "--run.epochs=1", "--run.warmup_epochs=0", "--search_epochs=1", "--seeds=0",
     "--run.grid.lr_factors=10",
 ]  # fmt: skip
+
+
+SUMMARY = {
+    "methods": {"bias": {"test_accuracy": 0.5, "trainable": 5}},
+    "device": "here",
+    "versions": {},
+}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +119,30 @@ def test_rates_of_another_comparison_are_taken_with_few_images(folder, tmp_path)
         compare.main(
             [*WORDS, *how, "--methods=lora", *rates, f"--out={tmp_path / 'b'}"]
         )
+
+
+def test_a_rate_that_diverges_is_not_chosen(folder, tmp_path, monkeypatch):
+    """Nor tried again: a search that found no rate says so at once."""
+    tried = []
+
+    def tune(method, prepared):
+        tried.append(prepared.config.settings[method].lr)
+        if tried[-1] > 0.01 or len(tried) > 2:
+            raise FloatingPointError("the loss is nan")
+        row = {"val_loss": 0.7, "val_accuracy": 0.5, "train_loss": 0.6}
+        return SimpleNamespace(last_row=row)
+
+    monkeypatch.setattr(pooled, "tune", tune)
+    monkeypatch.setattr(compare, "complete", lambda *_, **__: {**SUMMARY})
+    how = [*WORDS, "--tasks=birds", "--pool=birds", f"--data={folder / 'data'}"]
+    compare.main([*how, "--methods=bias", f"--out={tmp_path}"])
+    own = read(tmp_path / "results.json")["rows"]["birds"]["bias"]
+    assert own["chosen"] == {"lr": 0.003}
+    assert [trial["val_loss"] for trial in own["pooled"]] == [0.7, None]
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="lora, search: training diverged at"):
+            compare.main([*how, "--methods=lora", f"--out={tmp_path}"])
+    assert tried == pytest.approx([0.003, 0.03, 0.001, 0.01])
 
 
 @pytest.mark.parametrize(
