@@ -135,9 +135,7 @@ def prepared(
     """
     out = setup.folder(name, config)
     mesh = sharding.make(config.mesh)
-    task = _task(config)
-    tested = setup.sampled(task.test, config.test_images)
-    task = dataclasses.replace(task, test=tested)
+    task = loaded(config)
     check_classes(task)
     if said := base_models.taken(config):
         console.print(said, style="yellow", markup=False, soft_wrap=True)
@@ -149,8 +147,13 @@ def prepared(
     return kind(config, task, base, mesh, console, out)
 
 
-def _task(config: ImageConfig) -> Task:
-    """Loads the task; says which command takes one with masks."""
+def loaded(config: ImageConfig) -> Task:
+    """Loads a run's task, with the images that it trains on and is tested on.
+
+    Raises:
+      ValueError, OSError, ModuleNotFoundError: there is none, or one with masks; says
+        which command takes that.
+    """
     name, path = config.task, at_home(config.task)
     masks = name in segmentation_catalogue.ENTRIES and not path.exists()
     if masks or segmentation_task.is_folder(path):
@@ -159,9 +162,10 @@ def _task(config: ImageConfig) -> Task:
             f"minisam --task {name}` segments its images."
         )
     task = catalogue.load(name, config.data_dir)
-    if config.per_class is None:
-        return task
-    return dataclasses.replace(task, train=source.few(task.train, config.per_class))
+    test, train = setup.sampled(task.test, config.test_images), task.train
+    if config.per_class is not None:
+        train = source.few(train, config.per_class)
+    return dataclasses.replace(task, train=train, test=test)
 
 
 def check_classes(task: Task) -> None:
@@ -177,7 +181,7 @@ def check_classes(task: Task) -> None:
 def missing(config: ImageConfig) -> str | None:
     """Returns why a task cannot be run; None if it can."""
     try:
-        task = _task(config)
+        task = loaded(config)
         check_classes(task)
         setup.check_batch(config, task, sharding.make(config.mesh), ImageRun.unit)
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -31,6 +31,7 @@ from experiments import files, terminal
 from experiments.paths import Given, check_out
 from experiments.reports.text import markdown_tables, printed_tables
 from experiments.studies import cells, keeping, sparsity_report
+from experiments.studies.cells import Cell
 from experiments.studies.tuned import PROGRAM, Tuned, kept
 
 Measure = Literal["forgetting", "adding", "robustness", "sizes"]
@@ -45,6 +46,10 @@ class SparsityConfig:
     """Folders of `experiments.compare --keep_models`."""
     measures: tuple[Measure, ...] = ("sizes", "forgetting", "adding", "robustness")
     """Measures to take, in this order."""
+    methods: tuple[str, ...] = ("full", "lora", "snella")
+    """Methods to measure; others in the folders are left out."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds to measure."""
     few: tuple[Given, ...] = ()
     """Folders of `experiments.compare` with --run.per_class, for accuracy by images."""
     data: Given | None = None
@@ -59,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = terminal.console()
     with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
-        models = kept(cells.read(config.runs), config.data)
-        few = cells.read(config.few)
+        models = kept(_wanted(config.runs, config), config.data)
+        few = _wanted(config.few, config)
         config.out.mkdir(parents=True, exist_ok=True)
         values = measured(models, config.measures, config.out, console)
         report = sparsity_report.made(models, values, few)
@@ -70,6 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = markdown_tables(tables, sparsity_report.CAPTION)
     files.replace(config.out / "report.md", text)
     console.print(f"report.md and report.json are in {config.out}", soft_wrap=True)
+
+
+def _wanted(folders: Sequence[Path], config: SparsityConfig) -> list[Cell]:
+    return [
+        cell
+        for cell in cells.read(folders)
+        if cell.row.method in config.methods and cell.seed in config.seeds
+    ]
 
 
 def measured(

@@ -18,9 +18,9 @@ from experiments.data.source import Source
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
 from experiments.pretrained import base_models
+from experiments.runs import images
 from experiments.studies import recorded
 from experiments.studies.cells import Cell
-from experiments.tasks import catalogue
 from experiments.training import evaluation, sharding
 from experiments.training.classification import Classification
 from snella_jax.nnx.variables import variables_of
@@ -49,8 +49,20 @@ class Tuned:
 
     @property
     def task(self) -> Task:
-        """The task that it was tuned on, as the run read it."""
-        return load(self.config.task, self.config.data_dir)
+        """The task that it was tuned on, as the run read it.
+
+        Raises:
+          ValueError: it has other test images now.
+        """
+        names = "task", "data_dir", "per_class", "test_images"
+        found = _task(tuple((name, getattr(self.config, name)) for name in names))
+        tested = self.cell.result["tested"]
+        if len(found.test) != tested:
+            raise ValueError(
+                f"{self.config.task} has {len(found.test)} test images, "
+                f"{self.cell.folder} was tested on {tested}: expected the same data."
+            )
+        return found
 
     @property
     def base(self) -> Any:
@@ -74,9 +86,8 @@ class Tuned:
 
 
 @functools.cache
-def load(task: str, data_dir: Path) -> Task:
-    """Loads a task, once."""
-    return catalogue.load(task, data_dir)
+def _task(fields: tuple[tuple[str, Any], ...]) -> Task:
+    return images.loaded(ImageConfig(**dict(fields)))
 
 
 @functools.cache
@@ -102,10 +113,9 @@ def kept(cells: Sequence[Cell], data: Path | None = None) -> list[Tuned]:
     """
     found = list(_kept(cells, data))
     if not found:
-        folders = ", ".join(dict.fromkeys(str(cell.folder) for cell in cells))
         raise ValueError(
-            f"{folders}: no model was kept, expected runs of python -m "
-            "experiments.compare --keep_models."
+            f"Of {len(cells)} finished seeds of these methods and seeds no model was "
+            "kept: expected runs of python -m experiments.compare --keep_models."
         )
     return found
 

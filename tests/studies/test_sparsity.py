@@ -22,7 +22,8 @@ WORDS = [
     "--config=real_tasks", f"--run.model={CLASSIFIER}", "--run.image_size=24",
     "--run.mesh=data=1", "--run.batch=4", "--run.targets=blocks/mlp/fc1",
     "--run.epochs=1", "--run.warmup_epochs=0", "--search_epochs=1", "--seeds=0",
-    "--methods=full", "--keep_models", "--tasks", "birds", "trees",
+    "--methods=full", "--keep_models", "--run.test_images=6",
+    "--tasks", "birds", "trees",
     "--pool",
 ]  # fmt: skip
 
@@ -32,7 +33,7 @@ def made(tmp_path_factory):
     """Full fine-tuning on two tasks, and all that is measured of it."""
     root = tmp_path_factory.mktemp("sparsity")
     for name in ("birds", "trees"):
-        draw(root / "data" / name, test=3)
+        draw(root / "data" / name, test=4)
     (root / "rates.json").write_text(
         json.dumps({"rows": {"birds": {"full": {"chosen": {"lr": 0.01}}}}}), "utf-8"
     )
@@ -86,6 +87,22 @@ def test_every_measure_is_taken_once_and_reported(made, monkeypatch, capsys):
     assert report["sizes"]["Full"]["delta file"] == pytest.approx(size.st_size / 1e6)
     own = [one.cell.right.mean() for one in models(made)]
     assert report["corrupted"]["Full"]["clean"] == pytest.approx(100 * np.mean(own))
+
+
+def test_other_test_images_are_refused(made, tmp_path):
+    for name in ("birds", "trees"):
+        draw(tmp_path / name, test=2)
+    one, _ = tuned.kept(sparsity.cells.read([made / "made"]), tmp_path)
+    with pytest.raises(ValueError, match=r"has 4 test images, .* was tested on 6"):
+        _ = one.task
+
+
+def test_without_a_model_nothing_is_measured(made, tmp_path):
+    words = ["--runs", str(made / "made"), "--out", str(tmp_path / "out")]
+    for more in (["--methods", "lora"], ["--seeds", "1"]):
+        with pytest.raises(SystemExit, match=r"Of 0 finished seeds .* no model was"):
+            sparsity.main([*words, *more])
+    assert not (tmp_path / "out").exists()
 
 
 def test_corrupted_images_are_tested_one_by_one(made):
