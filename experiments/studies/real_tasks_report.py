@@ -24,7 +24,9 @@ def tables(report: Report, against: Sequence[str]) -> list[Titled]:
 def caption(report: Report) -> str:
     """Returns what the numbers are."""
     methods = report["methods"]
-    fewer = " Seeds in parentheses where fewer." if len(_seeds(report)) > 1 else ""
+    seeds = _seeds(report)
+    fewer = " Seeds in parentheses where fewer." * (len(seeds) > 1)
+    fewer += " The error of one seed is that of the images alone." * (1 in seeds)
     lacking = any(own["tasks"].keys() != report["tasks"].keys() for own in methods)
     missing = f" {MISSING}: not finished; no mean and no rank without all tasks."
     critical = report["critical"]
