@@ -1,22 +1,22 @@
-"""A comparison on folders, with one rate a method by pooled validation losses."""
+"""A comparison on folders: pooled rates, right test images, and models it keeps."""
 
 import json
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from pictures import CLASSIFIER, draw
 
-import snella_jax as snella
 from experiments import compare
-from experiments.config.images import ImageConfig
 from experiments.data.source import labels_of
-from experiments.pretrained import base_models
-from experiments.studies import pooled
+from experiments.studies import cells, pooled, sparsity, tuned
+from experiments.studies.corruptions import KINDS, SEVERITIES, Corrupted
 from experiments.studies.recorded import unpacked
-from experiments.tasks import catalogue
 from experiments.training import evaluation, sharding
-from experiments.training.classification import ByLoss, Classification
+from experiments.training.classification import ByLoss
+from snella_jax.nnx.variables import variables_of
 
 # One matrix of each block: a step compiles in a third of the time.
 WORDS = [
@@ -42,8 +42,10 @@ def folder(tmp_path_factory):
         draw(root / "data" / name, test=5)
     tasks = ["--tasks", "birds", "caltech101", "--pool", "birds", "caltech101"]
     how = ["--methods", "linear", "bias", "--keep_models", f"--data={root / 'data'}"]
-    how += ["--run.linear.strengths=1"]
+    how += ["--run.linear.strengths=1", "--run.test_images=8"]
     compare.main([*WORDS, *tasks, *how, f"--out={root / 'made'}"])
+    words = ["--runs", str(root / "made"), "--few", str(root / "made")]
+    sparsity.main([*words, "--methods=bias", "--out", str(root / "out")])
     return root
 
 
@@ -51,11 +53,8 @@ def read(path):
     return json.loads(path.read_text("utf-8"))
 
 
-def model(folder, task, method):
-    """The model that a run kept."""
-    config = ImageConfig(model=str(CLASSIFIER), image_size=24)
-    (path,) = folder.glob(f"made/runs/{task}*/{method}/seed0/{method}.delta*")
-    return config, snella.apply_delta(base_models.load(config, 2), path)
+def models(folder):
+    return tuned.kept(cells.read([folder / "made"]))
 
 
 def test_the_lowest_mean_loss_chooses_the_rate_of_every_task(folder):
@@ -78,31 +77,23 @@ def test_the_lowest_mean_loss_chooses_the_rate_of_every_task(folder):
     assert (config["protocol"], config["bias"]["lr"]) == ("choose", 0.03)
 
 
-@pytest.mark.parametrize("name", ["birds", "caltech101 (own)"])
-def test_every_test_image_is_right_or_wrong(folder, name):
+def guessed(model, source, transform):
+    """Classes of all images at once, without a pipeline."""
+    images = [transform(source[i]["image"], None) for i in range(len(source))]
+    return np.asarray(model(jnp.stack(images)).argmax(-1))
+
+
+def test_every_test_image_is_right_or_wrong(folder):
     """As the model that is kept says, image by image."""
-    own = read(folder / "made/results.json")["rows"][name]
-    short = name.removesuffix(" (own)")
-    config, tuned = model(folder, short, "bias")
-    task = catalogue.load(str(folder / "data" / short))
-    seen = {}
-    evaluation.evaluate(
-        tuned,
-        task.test,
-        base_models.transforms(config, tuned)[1],
-        sharding.make("data=1"),
-        Classification(),
-        look=seen.__setitem__,
-    )
-    result = own["bias"]["seeds"]["0"]
-    right = unpacked(result["right"], result["tested"])
-    truth = labels_of(task.test)
-    assert result["tested"] == 10
-    assert right.tolist() == [seen[i] == truth[i] for i in range(10)]
-    linear = own["linear"]["seeds"]["0"]
-    for one in (result, linear):
-        whole = unpacked(one["right"], one["tested"])
-        assert one["test_accuracy"] == pytest.approx(whole.mean())
+    rows = read(folder / "made/results.json")["rows"]
+    for one in models(folder):
+        test = one.task.test
+        found = guessed(one.model(), test, one.transform) == labels_of(test)
+        assert one.cell.right.tolist() == found.tolist() and len(found) == 8
+    for own in rows.values():
+        for result in (own[name]["seeds"]["0"] for name in ("linear", "bias")):
+            right = unpacked(result["right"], result["tested"])
+            assert result["test_accuracy"] == pytest.approx(right.mean())
 
 
 def test_rates_of_another_comparison_are_taken_with_few_images(folder, tmp_path):
@@ -162,17 +153,77 @@ def test_wrong_words(words, message, tmp_path):
 
 
 def test_loss_is_the_mean_cross_entropy(folder):
-    config, tuned = model(folder, "birds", "bias")
-    task = catalogue.load(str(folder / "data/birds"))
-    transform = base_models.transforms(config, tuned)[1]
-    found = evaluation.evaluate(
-        tuned, task.test, transform, sharding.make("data=1"), ByLoss()
-    ).metrics
-    images = [transform.prepare(task.test[i], None)["image"] for i in range(10)]
-    logits = np.asarray(tuned(np.stack(images)), np.float64)
+    one, _ = models(folder)
+    model, test = one.model(), one.task.test
+    where = test, one.transform, sharding.make("data=1"), ByLoss()
+    found = evaluation.evaluate(model, *where).metrics
+    images = [one.transform(test[i]["image"], None) for i in range(8)]
+    logits = np.asarray(model(jnp.stack(images)), np.float64)
     logits -= logits.max(1, keepdims=True)
     chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    truth = labels_of(task.test)
-    loss = -np.log(chances[np.arange(10), truth]).mean()
+    truth = labels_of(test)
+    loss = -np.log(chances[np.arange(8), truth]).mean()
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert found["accuracy"] == pytest.approx((logits.argmax(1) == truth).mean())
+
+
+def test_the_sum_of_changes_is_tested_with_each_head(folder):
+    """By the weights themselves: W0 + (A - W0) + (B - W0), and A's or B's head."""
+    one, other = models(folder)
+    base, a, b = (dict(variables_of(model, nnx.Param))
+                  for model in (one.base, one.model(), other.model()))  # fmt: skip
+    both = tuned.added(one.base, [one.model(), other.model()], head=other.model())
+    for path, own in variables_of(both, nnx.Param):
+        w0, wa, wb = (np.asarray(x[path][...]) for x in (base, a, b))
+        head = path.startswith("head")
+        np.testing.assert_allclose(own[...], wb if head else wa + wb - w0, atol=1e-6)
+    key = f"{one.key} | {other.cell.task}"
+    result = read(folder / "out/measured.json")["adding"][key][other.cell.task]
+    right = guessed(both, other.task.test, other.transform)
+    right = right == labels_of(other.task.test)
+    assert unpacked(result["right"], 8).tolist() == right.tolist()
+
+
+def test_every_measure_is_taken_once_and_reported(folder, monkeypatch, capsys):
+    values = read(folder / "out/measured.json")
+    assert {name: len(own) for name, own in values.items()} == {
+        "sizes": 2, "forgetting": 2, "adding": 1, "robustness": 2
+    }  # fmt: skip
+    assert len(values["robustness"]["Bias | birds | 0"]) == len(KINDS) * len(SEVERITIES)
+    forgot = values["forgetting"]["Bias | birds | 0"]["caltech101 (own)"]
+    assert forgot["tested"] == 8  # training images
+    for name in ("forgetting", "adding", "robustness", "sizes"):
+        monkeypatch.setattr(sparsity.keeping, name, None)
+    words = ["--runs", str(folder / "made"), "--out", str(folder / "out")]
+    sparsity.main([*words, "--methods=bias"])
+    assert "Bias" in capsys.readouterr().out
+    report = read(folder / "out/report.json")
+    sizes = [one.delta.stat().st_size for one in models(folder)]
+    assert report["sizes"]["Bias"]["delta file"] == pytest.approx(np.mean(sizes) / 1e6)
+    right = [one.cell.right.mean() for one in models(folder)]
+    assert report["corrupted"]["Bias"]["clean"] == pytest.approx(100 * np.mean(right))
+
+
+def test_corrupted_images_are_tested_one_by_one(folder):
+    one, _ = models(folder)
+    source = Corrupted(one.task.test, one.transform, "blur", 5)
+    right = guessed(one.model(), source, one.transform) == labels_of(one.task.test)
+    found = read(folder / "out/measured.json")["robustness"][one.key]["blur 5"]
+    assert unpacked(found["right"], found["tested"]).tolist() == right.tolist()
+
+
+def test_other_test_images_are_refused(folder, tmp_path):
+    for name in ("birds", "caltech101"):
+        draw(tmp_path / name, test=2)
+    one, _ = tuned.kept(cells.read([folder / "made"]), tmp_path)
+    with pytest.raises(ValueError, match=r"has 4 test images, .* was tested on 8"):
+        _ = one.task
+
+
+def test_without_a_model_nothing_is_measured(folder, tmp_path):
+    words = ["--runs", str(folder / "made"), "--out", str(tmp_path / "out")]
+    for more, count in ((["--methods", "linear"], 2), (["--seeds", "1"], 0)):
+        said = f"Of {count} finished seeds .* no model was"
+        with pytest.raises(SystemExit, match=said):
+            sparsity.main([*words, *more])
+    assert not (tmp_path / "out").exists()
