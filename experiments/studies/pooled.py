@@ -70,8 +70,8 @@ def losses(results: Sequence[tuple[float, dict[str, Any]]]) -> dict[float, float
     found: dict[float, list[float]] = {}
     for lr, result in results:
         loss = result["val_loss"]
-        diverged = loss is None or not math.isfinite(loss)
-        found.setdefault(lr, []).append(math.inf if diverged else loss)
+        whole = loss if loss is not None and math.isfinite(loss) else math.inf
+        found.setdefault(lr, []).append(whole)
     return {lr: statistics.fmean(own) for lr, own in found.items()}
 
 
