@@ -14,6 +14,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # A worker for each core is enough: more threads fight over them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# XLA's threads for the CPU: at one a core those of four devices, which wait in a
+# collective, leave none for the collective that others wait in, and it aborts.
+os.environ.setdefault("NPROC", "16")
 # Each may compile for a TPU: libtpu's lock is for those that run on one.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # Tests compile more than they compute: without LLVM's optimisations and MLIR's fusions

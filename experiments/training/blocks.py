@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -21,6 +23,7 @@ from snella_jax.nnx.selection import adapted_layers
 from snella_jax.nnx.surgery import become, mixed_class
 from snella_jax.nnx.together import merge_together
 from snella_jax.nnx.variables import Factor, variables_of
+from snella_jax.ops.threshold import thresholds
 
 
 def pin(model: nnx.Module, mesh: Mesh, factors: Factors = "split") -> None:
@@ -76,7 +79,8 @@ class Pinned(nnx.Module):
         if self.lies.factors == "local":
             _localise(self, mesh)
         elif self.lies.together:
-            merge_together(self, functools.partial(_in_use, mesh))
+            how = functools.partial(_in_use, mesh), functools.partial(_search, mesh)
+            merge_together(self, *how)
         y: Any = super().__call__(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return jax.lax.with_sharding_constraint(y, sharding.of_batches(mesh))
 
@@ -166,6 +170,41 @@ def _in_use(mesh: Mesh, layer: str, weight: Array) -> Array:
     lying = sharding.of_parameter([*layer.split("/"), "kernel"], weight.shape, mesh)
     used = (None if axis == "fsdp" else axis for axis in lying.spec)
     return _gathered(weight, NamedSharding(mesh, PartitionSpec(*used)), lying)
+
+
+def _search(
+    mesh: Mesh, layers: list[str], deltas: list[Array], budgets: list[Array]
+) -> list[Array]:
+    """Finds thresholds; the counts of all matrices cross devices as one array."""
+    specs = [
+        sharding.of_parameter([*layer.split("/"), "kernel"], delta.shape, mesh).spec
+        for layer, delta in zip(layers, deltas, strict=True)
+    ]
+    split = {axis for spec in specs for axis in spec} - {None}
+    axes = tuple(axis for axis in mesh.axis_names if axis in split)
+    if not axes or any(budget.ndim for budget in budgets):
+        return thresholds(deltas, budgets)
+
+    def total(counts: list[Array]) -> list[Array]:
+        parts = []
+        for spec, own in zip(specs, counts, strict=True):
+            # Of a matrix that an axis leaves whole the axis's first device counts.
+            others = [axis for axis in axes if axis not in spec]
+            for axis in others:
+                own = jnp.where(jax.lax.axis_index(axis) == 0, own, 0)
+            parts.append(own)
+        ends = np.cumsum([own.size for own in counts])[:-1]
+        return jnp.split(jax.lax.psum(jnp.concatenate(parts), axes), ends)
+
+    whole = [PartitionSpec()] * len(deltas)
+    run = jax.shard_map(
+        lambda deltas, budgets: thresholds(deltas, budgets, total),
+        mesh=mesh,
+        in_specs=(specs, whole),
+        out_specs=whole,
+        check_vma=False,
+    )
+    return run(deltas, budgets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

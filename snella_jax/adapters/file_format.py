@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from snella_jax import kernels
 from snella_jax.adapters import fingerprint
@@ -29,6 +28,7 @@ from snella_jax.files.atomic import check_exchangeable, leftovers, whole_folder
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import once, to_host
 from snella_jax.files.readers import read_json, read_safetensors
+from snella_jax.files.tensors import write_tensors
 from snella_jax.version import __version__
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -136,7 +136,7 @@ def write(
         check_free(folder)  # still
         with whole_folder(folder) as new:
             (new / CONFIG).write_bytes(content)
-            save_file(tensors, new / TENSORS, metadata)
+            write_tensors(tensors, new / TENSORS, metadata)
 
     once(save)
 

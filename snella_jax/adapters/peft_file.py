@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from snella_jax.adapters.file_format import (
     CONFIG,
@@ -31,6 +30,7 @@ from snella_jax.files.atomic import whole_folder
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import once
 from snella_jax.files.readers import read_json, read_safetensors
+from snella_jax.files.tensors import write_tensors
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 TRANSFORMER = "transformer"  # the part of a pipeline that it is for
@@ -119,10 +119,10 @@ def write(folder: Path, file: PeftFile, *, dropout: float, diffusers: bool) -> N
         with whole_folder(folder) as new:
             text = json.dumps(config, indent=2) + "\n"
             (new / CONFIG).write_text(text, "utf-8")
-            save_file(whole, new / TENSORS, metadata)
+            write_tensors(whole, new / TENSORS, metadata)
             if diffusers:
                 said = {f"{TRANSFORMER}.{name}": x for name, x in config.items()}
-                save_file(
+                write_tensors(
                     {f"{TRANSFORMER}.{name}": x for name, x in tensors.items()},
                     new / DIFFUSERS,
                     {"format": "pt", "lora_adapter_metadata": json.dumps(said)},

@@ -21,7 +21,7 @@ from snella_jax.core import gates
 from snella_jax.core.layout import Layout
 from snella_jax.kernels import Factors, Kernel, is_measured
 from snella_jax.ops.names import kept
-from snella_jax.ops.threshold import check_budget, threshold, thresholds
+from snella_jax.ops.threshold import check_budget, threshold
 
 Found = dict[str, Any]  # "tau" [*slices] and "statistics" of the kernel
 
@@ -79,19 +79,24 @@ def delta_and_found(
     return layout.place(delta), found
 
 
+Search = Callable[[list[int], list[Array], list[Array]], list[Array]]
+
+
 def found_together(
     parts: Sequence[tuple[Kernel, str, Layout | None]],
     factors: Sequence[Factors],
     budgets: Sequence[Array],
+    search: Search,
 ) -> list[Found]:
     """Returns what each of several updates is made with, as `delta_and_found` takes it.
 
-    Their thresholds are found in one loop: where the updates are sharded, counts of all
-    of them cross devices at once. No gradient passes.
+    No gradient passes.
 
     Args:
       parts: kernel, gate and layout of each.
       factors, budgets: as in `sparse_delta`, of each.
+      search: finds the thresholds of those of some positions, given their dense updates
+        and budgets, as `thresholds` does.
     """
     dense, found = [], []
     for (kernel, _, layout), own in zip(
@@ -105,7 +110,7 @@ def found_together(
         dense = jax.lax.optimization_barrier(dense)
         searched = [i for i, (_, gate, _) in enumerate(parts) if gate != "none"]
         operands = ([own[i] for i in searched] for own in (dense, budgets))
-        taus = iter(thresholds(*operands) if searched else ())
+        taus = iter(search(searched, *operands) if searched else ())
         for i, own in enumerate(found):
             axes = tuple(range(budgets[i].ndim, dense[i].ndim))
             own["tau"] = next(taus) if i in searched else jnp.max(dense[i], axes)

@@ -26,13 +26,13 @@ from typing import Any, TypeVar, cast
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from snella_jax.adapters.fingerprint import sha256
 from snella_jax.files.atomic import whole_file
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import once, to_host
 from snella_jax.files.readers import read_safetensors
+from snella_jax.files.tensors import write_tensors
 from snella_jax.nnx.variables import Factor, variables_of
 
 log = logging.getLogger("snella_jax")
@@ -95,7 +95,7 @@ def save_delta(
 
     def write() -> None:
         with whole_file(Path(path)) as made:
-            save_file(tensors, made, metadata)
+            write_tensors(tensors, made, metadata)
 
     once(write)
 

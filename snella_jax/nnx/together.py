@@ -6,6 +6,7 @@ gathered once for both, and the counts of all thresholds cross devices together.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from flax import nnx
 from jaxtyping import Array
@@ -15,11 +16,15 @@ from snella_jax.core.dense import summed
 from snella_jax.nnx.layers import Adapter, adapter_of, adapters_of
 from snella_jax.nnx.selection import adapted_layers
 from snella_jax.nnx.surgery import become, plain_class
+from snella_jax.ops.threshold import thresholds
 
 Place = Callable[[str, Array], Array]
+Search = Callable[[list[str], list[Array], list[Array]], list[Array]]
 
 
-def merge_together(block: nnx.Module, place: Place) -> None:
+def merge_together(
+    block: nnx.Module, place: Place, search: Search | None = None
+) -> None:
     """Makes the adapted layers of a block plain ones with merged weights, in place.
 
     Call it on a block that was merged from its states for this call alone; the
@@ -30,6 +35,8 @@ def merge_together(block: nnx.Module, place: Place) -> None:
       block: module with adapters, none of them of a stack.
       place: puts a weight, given with the path of its layer in the block, where the
         layer needs it.
+      search: finds the thresholds of layers, given their paths, dense updates and
+        budgets; None for `ops.threshold.thresholds`.
     """
     layers = [
         (path, layer)
@@ -45,7 +52,13 @@ def merge_together(block: nnx.Module, place: Place) -> None:
     factors = [adapter.factors() for *_, adapter in weights]
     budgets = [adapter.budget[...] for *_, adapter in weights]
     parts = [(update.kernel, update.gate, update.layout) for update in updates]
-    found = found_together(parts, factors, budgets) if parts else []
+
+    def searched(places: list[int], dense: list[Array], own: list[Array]) -> Any:
+        if search is None:
+            return thresholds(dense, own)
+        return search([weights[i][0] for i in places], dense, own)
+
+    found = found_together(parts, factors, budgets, searched) if parts else []
     for index, (path, layer, name, _) in enumerate(weights):
         variable = getattr(layer, name)
         delta, _ = updates[index].delta(factors[index], budgets[index], found[index])

@@ -35,17 +35,21 @@ def threshold(
     return thresholds([delta], [budget])[0]
 
 
+Total = Callable[[list[Int[Array, "..."]]], list[Int[Array, "..."]]]
+
+
 def thresholds(
-    deltas: Sequence[Float[Array, "..."]], budgets: Sequence[int | Int[Array, "..."]]
+    deltas: Sequence[Float[Array, "..."]],
+    budgets: Sequence[int | Int[Array, "..."]],
+    total: Total = list,
 ) -> list[Float[Array, "..."]]:
     """Returns the thresholds of several arrays, found in one loop.
-
-    Where the arrays are sharded, XLA's compilers for accelerators send the counts of
-    all of them together.
 
     Args:
       deltas: as `threshold` takes them, each behind the axes of its budgets.
       budgets: numbers of weights that are to survive.
+      total: sums the counts of all of them over devices, inside `jax.shard_map` with
+        parts of the arrays; there, with types of what varies unchecked.
 
     Raises:
       ValueError: as `threshold`.
@@ -58,8 +62,8 @@ def thresholds(
     lows = jax.lax.platform_dependent(
         [delta.astype(wide) for delta, _ in pairs],
         [budget for _, budget in pairs],
-        cpu=_searches(1, _count_by_parts),
-        default=_searches(4, _count),
+        cpu=_searches(1, _count_by_parts, total),
+        default=_searches(4, _count, total),
     )
     return [
         jax.lax.bitcast_convert_type(low, wide).astype(delta.dtype)
@@ -92,7 +96,9 @@ def search(bits: int, count: Count) -> Callable[[Array, Array], UInt[Array, ""]]
     return lambda delta, budget: find([delta], [budget])[0]
 
 
-def _searches(bits: int, count: Count) -> Callable[..., list[Array]]:
+def _searches(
+    bits: int, count: Count, total: Total = list
+) -> Callable[..., list[Array]]:
     """Makes a search in several arrays of one dtype, each behind its budgets' axes."""
 
     def find(deltas: list[Array], budgets: list[Array]) -> list[Array]:
@@ -101,26 +107,31 @@ def _searches(bits: int, count: Count) -> Callable[..., list[Array]]:
         width = jnp.iinfo(unsigned).bits
         turns = -(-(width - 1) // bits)
 
+        def shift(turn):
+            return jnp.asarray(bits * (turns - 1 - turn), unsigned)
+
         # More than budget magnitudes reach low (or it is 0), and not so many reach low
         # plus what the bits below make up. NaN has the patterns just above infinity's,
         # so it counts as the largest.
-        def narrow(turn, raw, low, budget):
+        def counts(turn, raw, low):
             # Nothing is added, but XLA cannot know. It would move what does not depend
             # on low out of the loop, and store it.
             pattern = raw & (_magnitude(unsigned) | low >> (width - 1))
-            shift = jnp.asarray(bits * (turns - 1 - turn), unsigned)
-            steps = jnp.arange(2**bits, dtype=unsigned) << shift
-            reached = count(pattern, low + steps) > budget
-            return low + (jnp.sum(reached, dtype=unsigned) << shift)
+            steps = jnp.arange(2**bits, dtype=unsigned) << shift(turn)
+            return count(pattern, low + steps)
+
+        def narrow(turn, low, reached, budget):
+            return low + (jnp.sum(reached > budget, dtype=unsigned) << shift(turn))
 
         def each(turn, lows):
-            new = []
-            for raw, low, budget in zip(raws, lows, budgets, strict=True):
-                one = functools.partial(narrow, turn)
-                for _ in range(budget.ndim):
-                    one = jax.vmap(one)
-                new.append(one(raw, low, budget))
-            return new
+            reached = [
+                _mapped(functools.partial(counts, turn), low.ndim)(raw, low)
+                for raw, low in zip(raws, lows, strict=True)
+            ]
+            return [
+                _mapped(functools.partial(narrow, turn), low.ndim)(low, *own)
+                for low, *own in zip(lows, total(reached), budgets, strict=True)
+            ]
 
         operands = [
             varying_alike(jnp.zeros(budget.shape, unsigned), raw, budget)
@@ -130,6 +141,13 @@ def _searches(bits: int, count: Count) -> Callable[..., list[Array]]:
         return jax.lax.fori_loop(0, turns, each, lows)
 
     return find
+
+
+def _mapped(function: Callable, axes: int) -> Callable:
+    """Maps a function over that many leading axes."""
+    for _ in range(axes):
+        function = jax.vmap(function)
+    return function
 
 
 def check_budget(budget: int | Array) -> None:

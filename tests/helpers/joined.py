@@ -115,8 +115,6 @@ class Run:
                 self.batch, jax.random.fold_in(jax.random.key(0), index),
             )  # fmt: skip
             self.state |= {"trainable": trainable, "opt_state": opt_state}
-            # On few cores XLA ends a process whose devices wait 40 s for each other.
-            jax.block_until_ready(self.state)
 
     def values(self) -> dict[str, np.ndarray]:
         """All of the state, whole, on the host."""

@@ -1,11 +1,13 @@
 """Meshes: what their text means, what lies where on them, and what they cannot be."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments.training import sharding
+from experiments.training import blocks, sharding
 
 
 def test_what_no_mesh_can_be():
@@ -58,3 +60,23 @@ def test_what_lies_where(path, shape, spec):
     (placed,) = jax.tree.leaves(sharding.place(tree, mesh))
     assert placed.sharding == jax.NamedSharding(mesh, spec)
     np.testing.assert_array_equal(placed, leaf)
+
+
+def test_a_block_s_thresholds_cross_devices_as_one_array():
+    """Of matrices split both ways, and of one that `tensor` does not divide."""
+    mesh, rng = sharding.make("fsdp=2,tensor=2"), np.random.default_rng(0)
+    layers, sizes = ["mlp/fc1", "mlp/fc2", "up"], [(8, 12), (12, 8), (6, 5)]
+    deltas = [np.float32(rng.normal(size=size)) for size in sizes]
+    placed = [
+        jax.device_put(
+            delta, sharding.of_parameter([layer, "kernel"], delta.shape, mesh)
+        )
+        for layer, delta in zip(layers, deltas, strict=True)
+    ]
+    budgets = [jax.numpy.int32(n) for n in (0, 50, 7)]
+    search = jax.jit(functools.partial(blocks._search, mesh, layers))
+    program = search.lower(placed, budgets).compile()
+    found = [float(tau) for tau in program(placed, budgets)]
+    pairs = zip(deltas, (0, 50, 7), strict=True)
+    assert found == [float(np.sort(-np.abs(d), axis=None)[n]) * -1 for d, n in pairs]
+    assert program.as_text().count(" all-reduce(") == 1

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from snella_jax.files.arrays import Stored
 from snella_jax.files.atomic import whole_file, whole_folder
 from snella_jax.files.hosts import to_host
+from snella_jax.files.tensors import write_tensors
 
 
 def write_file(
@@ -31,7 +31,7 @@ def write_file(
             with made.open("wb") as file:
                 np.savez(file, **tensors)  # pyright: ignore[reportArgumentType]
         else:
-            save_file(_in_order(tensors), made, {"format": "pt", **metadata})
+            write_tensors(_in_order(tensors), made, {"format": "pt", **metadata})
 
 
 def write_folder(
@@ -57,7 +57,7 @@ def write_folder(
         for name, content in files.items():
             (new / name).write_bytes(content)
         if len(shards) == 1:
-            save_file(_in_order(shards[0]), new / f"{stem}.safetensors", metadata)
+            write_tensors(_in_order(shards[0]), new / f"{stem}.safetensors", metadata)
             return
         index: dict[str, Any] = {
             "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
@@ -65,7 +65,7 @@ def write_folder(
         }
         for i, shard in enumerate(shards, 1):
             name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-            save_file(_in_order(shard), new / name, metadata)
+            write_tensors(_in_order(shard), new / name, metadata)
             index["weight_map"] |= dict.fromkeys(shard, name)
         text = json.dumps(index, indent=2)
         (new / f"{stem}.safetensors.index.json").write_text(text + "\n", "utf-8")
