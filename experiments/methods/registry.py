@@ -17,6 +17,7 @@ from experiments.methods.snella import (
     Klora,
     LinearSnella,
     MixK,
+    PlusSnella,
     ReleasedSnella,
     Snell,
     Snella,
@@ -55,6 +56,7 @@ METHODS: dict[str, Method] = {  # that are trained by steps, with their usual se
     "snella": Snella(),
     "snella_masked": MaskedSnella(),
     "snella_released": ReleasedSnella(),
+    "snella_plus": PlusSnella(),
 }
 OF_MMDIT: dict[str, Method] = {  # of runs that learn to draw a concept
     "full": FullFloat32(),
@@ -83,6 +85,8 @@ _NOT_OF_MMDIT = {
     "klora": "is snell with --snell.gate none and --snell.target_density 1",
     "mixk": "is snella with --snella.gate none and --snella.target_density 1",
     "snella_released": "is snella with other settings, of a ViT's released code",
+    "snella_plus": "is snella with --snella.centred both --snella.start zero "
+    "--snella.gate hard",
 }
 
 

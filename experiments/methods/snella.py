@@ -22,6 +22,8 @@ KernelName = Literal[
     "linear", "piecewise_linear", "rbf", "sigmoid", "normalized_rbf", "mix_k"
 ]
 Gate = Literal["product", "released", "soft", "hard", "none"]
+Centred = Literal["none", "rows", "columns", "both"]
+Start = Literal["kernel", "zero"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Snella(Sketched, Ranked):
     """Learn mix_k's temperature, as the released code does."""
     learn_piece_coeff: bool = True
     """Learn the coefficients of the pieces; the released code does not."""
+    centred: Centred = "none"
+    """Means that are taken out of the update: of its rows (an input's weights), its
+    columns, or both."""
+    start: Start = "kernel"
+    """kernel: as the factors are drawn. zero: b starts at 0, and the update with it;
+    needs gate=hard, soft or none and initial_density=1."""
     gate: Gate = "product"
     """Update of a weight that survives. product: the paper's Eq. 13; released:
     the authors' code; none: no competition (densities of 1)."""
@@ -148,8 +156,12 @@ class Snella(Sketched, Ranked):
         check_counts(name, floor_every=self.floor_every, pieces=self.pieces)
         if not 0 <= self.beta_rate < math.inf:
             raise ValueError(f"{name}.beta_rate={self.beta_rate}: expected at least 0.")
-        if self.beta_rate != 1 and self.kernel not in ("normalized_rbf", "mix_k"):
-            raise ValueError(f"{name}.beta_rate: kernel={self.kernel} has no beta.")
+        has_beta = self.kernel in ("normalized_rbf", "mix_k") and self.centred == "none"
+        if self.beta_rate != 1 and not has_beta:
+            raise ValueError(
+                f"{name}.beta_rate: kernel={self.kernel}, centred={self.centred} has "
+                "no beta."
+            )
         if not (0 <= self.floor <= 1 and 0 <= self.exponent < math.inf):
             raise ValueError(
                 f"{name}.floor={self.floor}, {name}.exponent={self.exponent}: expected "
@@ -228,6 +240,8 @@ class Snella(Sketched, Ranked):
             "pieces": (self.pieces, Snella.pieces),
             "temperature": (self.temperature, Snella.temperature),
             "learn_piece_coeff": (self.learn_piece_coeff, Snella.learn_piece_coeff),
+            "centred": (self.centred, Snella.centred),
+            "start": (self.start, Snella.start),
         }
         changes = {
             name: value for name, (value, usual) in options.items() if value != usual
@@ -294,3 +308,16 @@ class ReleasedSnella(Snella):
     dropout: float = 0.1
     undropped: str = r".*/out"
     drop_path: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class PlusSnella(Snella):
+    """SNELLA as `SnellaConfig.plus()`: from 0, without means, at LoRA's rate."""
+
+    title: ClassVar[str] = "SNELLA+"
+
+    lr: float = 1e-3
+    """Peak learning rate: that of LoRA, to which the update is close at first."""
+    centred: Centred = "both"
+    start: Start = "zero"
+    gate: Gate = "hard"

@@ -36,6 +36,9 @@ FORMAT, READ = 2, (1, 2)
 PREFIX = "base_model.model."
 # Fields of a rule that are not written: the next training may set them anew.
 OF_TRAINING = ("sketch", "sketch_kind", "keep_rows", "implementation")
+# Fields of kernels that are written only where they differ from these values, so that
+# files without them stay as they were.
+LATER = {"centred": "none", "start": "kernel"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +266,12 @@ def _rule_as_json(rule: Rule) -> dict[str, Any]:
         )
     names = [f.name for f in dataclasses.fields(Rule) if f.name not in OF_TRAINING]
     fields = {name: getattr(rule, name) for name in names}
-    return fields | {"kernel": {"name": name} | dataclasses.asdict(kernel)}
+    settings = {
+        field: value
+        for field, value in dataclasses.asdict(kernel).items()
+        if LATER.get(field) != value
+    }
+    return fields | {"kernel": {"name": name} | settings}
 
 
 def _rule(given: Mapping[str, Any]) -> Rule:

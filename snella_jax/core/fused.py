@@ -103,7 +103,11 @@ def refusal(
     narrow = {jnp.dtype(name) for name in ("bfloat16", "float16", "float32")}
     refusals = [
         (path != "merged", f'path={path!r}: expected "merged"'),
-        (not _has_form(kernel), f'{kernel}: expected mix_k or piecewise_linear, "out"'),
+        (
+            not _has_form(kernel),
+            f'{kernel}: expected mix_k or piecewise_linear over "out", with all means '
+            'and start="kernel"',
+        ),
         (gate not in tile.GATES, f"gate={gate!r}: expected {', '.join(tile.GATES)}"),
         (not _is_matrix(layout), f"{layout}: expected one matrix [n, m]"),
         (not dtypes <= narrow, f"{_names(dtypes)}: expected at most float32"),
@@ -139,8 +143,10 @@ def fall_back(why: str) -> None:
 
 
 def _has_form(kernel: Kernel) -> bool:
-    over = getattr(kernel, "normalize_over", "out")
-    return type(kernel) in (kernels.mix_k, kernels.piecewise_linear) and over == "out"
+    needed = {"normalize_over": "out", "centred": "none", "start": "kernel"}
+    return type(kernel) in (kernels.mix_k, kernels.piecewise_linear) and all(
+        getattr(kernel, name, value) == value for name, value in needed.items()
+    )
 
 
 def _is_matrix(layout: Layout | None) -> bool:

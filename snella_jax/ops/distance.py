@@ -41,6 +41,44 @@ def _backward(factors, cotangent):
 weighted_distances.defvjp(_forward, _backward)
 
 
+def _sum_beyond_origin(
+    coeff: Float[Array, " P"], a: Float[Array, "P *n d"], b: Float[Array, "P *m d"]
+) -> Float[Array, "..."]:
+    values = _of_pieces(_beyond_norm, a, b)
+    return _sum(coeff[p] * value for p, value in enumerate(values))
+
+
+# Weighted distances less what they are at `b = 0`: `||a_j - b_i|| - ||a_j||`, exactly 0
+# where `b_i` is.
+beyond_origin = jax.custom_vjp(_sum_beyond_origin)
+
+
+def _beyond_forward(coeff, a, b):
+    return _sum_beyond_origin(coeff, a, b), (coeff, a, b)
+
+
+def _beyond_backward(factors, cotangent):
+    coeff, a, b = factors
+    dcoeff, da, db = pull_distances(coeff, a, b, cotangent)
+    sums = jnp.sum(cotangent, tuple(range(a.ndim - 2, cotangent.ndim)))
+    of_coeff, of_a = pull_norms(coeff, a, sums)
+    return dcoeff - of_coeff, da - of_a, db
+
+
+beyond_origin.defvjp(_beyond_forward, _beyond_backward)
+
+
+def pull_norms(
+    coeff: Float[Array, " P"], a: Float[Array, "P *n d"], cotangent: Float[Array, "*n"]
+) -> tuple[Array, Array]:
+    """Pulls a gradient back through `sum_p coeff[p] * ||a_j^p||` to its arguments."""
+    norm = jnp.sqrt(_squares(a))
+    dcoeff = jnp.sum(norm * cotangent, tuple(range(1, norm.ndim)))
+    scale = coeff.reshape(-1, *(1,) * cotangent.ndim) * cotangent
+    ratio = jnp.where(norm > 0, scale / jnp.where(norm > 0, norm, 1), 0)
+    return dcoeff, ratio[..., None] * a
+
+
 def pull_distances(
     coeff: Float[Array, " P"],
     a: Float[Array, "P *n d"],
@@ -111,6 +149,19 @@ def _of_pieces(
 
 def _distance(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Float[Array, "..."]:
     return jnp.sqrt(squared_distance(a, b))
+
+
+def _beyond_norm(
+    a: Float[Array, "*n d"], b: Float[Array, "*m d"]
+) -> Float[Array, "..."]:
+    # ||a - b|| - ||a|| by the difference of the squares, b.(b - 2 a): nothing cancels
+    # where b is small, and of b = 0 nothing is left, however it is rounded.
+    columns = range(a.shape[-1])
+    pairs = (_crossed(a[..., i], b[..., i]) for i in columns)
+    squares = _sum(y * (y - 2 * x) for x, y in pairs)
+    norm = jnp.sqrt(_squares(a))
+    both = _distance(a, b) + norm.reshape(*norm.shape, *(1,) * (b.ndim - 1))
+    return jnp.where(both > 0, squares / jnp.where(both > 0, both, 1), 0)
 
 
 def _inverse(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Float[Array, "..."]:
