@@ -26,6 +26,7 @@ from snella_jax import Layout, adapted, adapted_dense, kernels, sparse_delta, sp
 from snella_jax.core.gates import GATES as SPARSE_GATES
 
 KERNELS = {name: kernels.named(name) for name in kernels.KERNELS}
+PLUS = kernels.mix_k(centred="both", start="zero")
 PATHS = ("merged", "parallel")
 GATES = (*SPARSE_GATES, "none")
 VARIANTS = [(gate, path) for gate in GATES for path in PATHS]
@@ -108,9 +109,11 @@ class Cubed(kernels.mix_k):
     "kernel, variants",
     [(KERNELS[name], VARIANTS[:2]) for name in KERNELS if name != "mix_k"]
     + [(KERNELS["mix_k"], VARIANTS[:2] + VARIANTS[2::2] + [("none", "parallel")])]
-    + [(Cubed(), VARIANTS[:1])],
+    + [(Cubed(), VARIANTS[:1]), (PLUS, [("product", "merged"), ("hard", "parallel")])]
+    + [(kernels.piecewise_linear(centred="columns", start="zero"), [VARIANTS[0]])],
     ids=[name for name in KERNELS if name != "mix_k"]
-    + ["mix_k with every gate", "one of the user's"],
+    + ["mix_k with every gate", "one of the user's"]
+    + ["centred", "centred and piecewise"],
 )
 def test_gradients_are_those_of_the_naive_layer(kernel, variants, x64):
     """They agree for `x`, `w0` (of a dense layer) and the factors in float64."""
@@ -219,11 +222,11 @@ def residuals(layer, x, w0, factors, **settings):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", ["piecewise_linear", "mix_k"])
+@pytest.mark.parametrize("name", ["piecewise_linear", "mix_k", "centred"])
 def test_no_update_among_the_residuals(name, dtype):
     """Nothing as large as the weight is kept but `w0` itself."""
     x, w0 = generic_inputs()
-    x, kernel = x.astype(dtype), KERNELS[name]
+    x, kernel = x.astype(dtype), {**KERNELS, "centred": PLUS}[name]
     factors = generic_factors(kernel)
     for gate, path in VARIANTS:
         settings = {"kernel": kernel, "gate": gate, "path": path}

@@ -146,24 +146,29 @@ def test_nothing_of_the_inputs_size_is_kept():
         assert 3 * 16 * N in sizes(dtype)
 
 
-def test_under_transformations():
+@pytest.mark.parametrize("kernel", [KERNEL, kernels.mix_k(centred="both")])
+def test_under_transformations(kernel):
     """The same draw rematerialised, scanned and mapped over keys."""
     x, keys = drawn(2, 7, N), jax.random.split(KEY, 3)
+    own = generic_factors(kernel)
+    layer = functools.partial(LAYER, kernel=kernel, sketch=4)
 
     def loss(factors, key, remat=False):
-        layer = lambda f: jnp.sin(LAYER(x, W0, f, 90, sketch=4, key=key)).sum()  # noqa: E731
-        return (jax.checkpoint(layer) if remat else layer)(factors)
+        def total(f):
+            return jnp.sin(layer(x, W0, f, 90, key=key)).sum()
+
+        return (jax.checkpoint(total) if remat else total)(factors)
 
     every_key = list(keys)
 
     @jax.jit
     def every():
         one = jax.grad(loss)
-        loop = [one(FACTORS, key) for key in every_key]
+        loop = [one(own, key) for key in every_key]
         looped = jax.tree.map(lambda *v: jnp.stack(v), *loop)
-        mapped = jax.vmap(one, (None, 0))(FACTORS, keys)
-        scanned = jax.lax.scan(lambda c, key: (c, one(FACTORS, key)), 0, keys)[1]
-        again = jax.vmap(lambda key: one(FACTORS, key, True))(keys)
+        mapped = jax.vmap(one, (None, 0))(own, keys)
+        scanned = jax.lax.scan(lambda c, key: (c, one(own, key)), 0, keys)[1]
+        again = jax.vmap(lambda key: one(own, key, True))(keys)
         return looped, mapped, scanned, again
 
     looped, *others = every()

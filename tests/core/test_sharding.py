@@ -27,6 +27,7 @@ from snella_jax import (
 
 N, M, BATCH = 24, 40, 8
 KERNEL = kernels.mix_k()
+CENTRED = kernels.mix_k(centred="both", start="zero")
 # How x and w0 lie on a (data, model) mesh.
 SHARDINGS = {
     "w0 by outputs": (P("data", None), P(None, "model")),
@@ -58,9 +59,9 @@ def sharded(arrays, specs, mesh):
     ]
 
 
-def value_and_grad(path, sharding=None):
+def value_and_grad(path, sharding=None, kernel=KERNEL):
     def loss(factors, x, w0, budget):
-        settings = {"kernel": KERNEL, "path": path, "sharding": sharding}
+        settings = {"kernel": kernel, "path": path, "sharding": sharding}
         y = adapted_dense(x, w0, factors, budget, **settings)
         return jnp.sin(y).sum(), y
 
@@ -88,13 +89,20 @@ AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
 
 @pytest.mark.parametrize(
-    "path, kind", [("merged", AUTO), ("parallel", AUTO), ("merged", EXPLICIT)]
+    "path, kind, kernel",
+    [
+        ("merged", AUTO, KERNEL),
+        ("parallel", AUTO, KERNEL),
+        ("merged", EXPLICIT, KERNEL),
+        ("merged", AUTO, CENTRED),
+        ("merged", EXPLICIT, CENTRED),
+    ],
 )
-def test_values_and_gradients(path, kind, x64):
+def test_values_and_gradients(path, kind, kernel, x64):
     """The output, the loss and every factor's gradient, to float64's rounding."""
     arrays = inputs(jnp.float64)
     x, w0, factors, budget = arrays
-    step = value_and_grad(path)
+    step = value_and_grad(path, kernel=kernel)
     expected = step(factors, x, w0, budget)
     for name in ("w0 by outputs", "w0 by inputs"):
         of_x, of_w0 = SHARDINGS[name]
@@ -109,18 +117,25 @@ def test_values_and_gradients(path, kind, x64):
 
 
 @pytest.mark.parametrize(
-    "path, axes",
-    [("merged", mesh()), ("parallel", mesh()), ("merged", None), ("parallel", None)],
+    "path, axes, kernel",
+    [
+        ("merged", mesh(), KERNEL),
+        ("parallel", mesh(), KERNEL),
+        ("merged", None, KERNEL),
+        ("parallel", None, KERNEL),
+        ("merged", mesh(), CENTRED),
+    ],
     ids=str,
 )
-def test_no_weight_is_gathered(path, axes):
+def test_no_weight_is_gathered(path, axes, kernel):
     """With w0 sharded by outputs nothing as large as a device's part of it moves.
 
     None: the mesh that `jax.make_mesh` gives by default, of `Explicit` axes.
     """
     axes = axes or jax.make_mesh((2, 2), ("data", "model"))
     x, w0, (factors, budget) = sharded(inputs(), SHARDINGS["w0 by outputs"], axes)
-    hlo = value_and_grad(path).lower(factors, x, w0, budget).compile().as_text()
+    step = value_and_grad(path, kernel=kernel)
+    hlo = step.lower(factors, x, w0, budget).compile().as_text()
     assert max(gathered(hlo), default=0) < N * M // 2
 
 
@@ -343,7 +358,12 @@ LAYERS = {
     "own call in Linen": lambda: of_linen(Tanh(6)),
     "Linear": lambda: of_nnx(nnx.Linear(8, 4, rngs=RNGS)),
     "frozen bias": lambda: of_nnx(nnx.Linear(8, 4, rngs=RNGS), trainable=""),
-    "parallel": lambda: of_nnx(nnx.Linear(8, 4, rngs=RNGS), path="parallel"),
+    "parallel": lambda: of_nnx(
+        nnx.Linear(8, 4, rngs=RNGS),
+        path="parallel",
+        gate="hard",
+        kernel=kernels.mix_k(centred="both"),
+    ),
     "heads": lambda: of_nnx(nnx.LinearGeneral(8, (2, 2), rngs=RNGS)),
     "einsum": lambda: of_nnx(nnx.Einsum("bi,io->bo", (8, 4), (4,), rngs=RNGS)),
     "own call": lambda: of_nnx(Doubled(8, 4, rngs=RNGS)),

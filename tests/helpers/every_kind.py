@@ -60,7 +60,9 @@ def every(**changes):
         "overrides": {
             "qkv": {"split": 3, "rank": 2, "kernel": snella.kernels.mix_k(pieces=1)},
             "conv": {"kernel": "rbf", "gate": "soft", "path": "parallel"},
-            "heads": {"kernel": snella.kernels.mix_k(learn_piece_coeff=False)},
+            "heads": {
+                "kernel": snella.kernels.mix_k(learn_piece_coeff=False, centred="both")
+            },
         },
     }
     config = snella.SnellaConfig(**(settings | changes))

@@ -88,6 +88,7 @@ def config(**changes):
         "targets": TARGETS,
         "trainable": "head|cls",
         "allocation": "fixed",
+        "overrides": {".*/out": {"kernel": snella.kernels.mix_k(centred="both")}},
     }
     return snella.SnellaConfig(**(settings | changes))
 
