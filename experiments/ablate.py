@@ -3,10 +3,10 @@
     python -m experiments.ablate --out runs/ablations
 
 A study is a table of the paper or a question of our own: kernels, sparsity, importance,
-budgets, schedules, masks, beta, allocation, gates, rank, sketches. The base's learning
-rate is searched on validation (the lowest within a standard error of the best), and so
-is that of every variant with another kernel, gate, path or precision; the others share
-the base's. Then each variant is trained on training and validation images, once for
+budgets, schedules, masks, beta, allocation, gates, rank, sketches, means. The base's
+learning rate is searched on validation (the lowest within a standard error of the
+best), and so is that of every variant with another kernel, gate, path, precision, start
+or means; the others share the base's. Then each variant is trained on training and validation images, once for
 each seed, and tested once. `results.json` in `--out` keeps every finished search and
 seed: the same command goes on with the others, also on another machine with only that
 file. Several processes may work in one folder. Writes `report.md`, `report.json` and a
@@ -64,6 +64,7 @@ Name = Literal[
     "rank",
     "frequency",
     "sketches",
+    "centred",
 ]
 RUN = ImageConfig(
     task="dsprites_loc_rerendered",

@@ -23,7 +23,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,10 @@ class PassesConfig:
     """Rank of the factors."""
     kernel: str = "mix_k"
     """Kernel of the update."""
+    centred: Literal["none", "rows", "columns", "both"] = "none"
+    """Means that the kernel takes out."""
+    start: Literal["kernel", "zero"] = "kernel"
+    """Where the update starts (not of linear)."""
     gate: str = "product"
     """Gate of the update."""
     out: Given = Path("runs/passes")
@@ -115,7 +119,10 @@ def compiled(config: PassesConfig, chips: list[Any]) -> str:
                 f"tokens={tokens}: expected a number for which no activation has as "
                 "many numbers as a whole number of weights."
             )
-    kernel = kernels.named(config.kernel)
+    usual: Any = kernels.named(config.kernel)
+    own = {"centred": config.centred}
+    own |= {} if config.start == "kernel" else {"start": config.start}
+    kernel: Any = dataclasses.replace(usual, **own)
 
     def layer(x, w0, factors, budget, cotangent):
         def adapted(x, factors):

@@ -12,7 +12,9 @@ from experiments.config.images import ImageConfig
 from experiments.reports import paper
 
 BASE = "snella"
-OWN_RATE = {"kernel", "gate", "path", "dtype"}  # what gets a search for its rate
+# What gets a search for its rate.
+OWN_RATE = {"kernel", "gate", "path", "dtype", "centred", "start"}
+FROM_ZERO: dict[str, Any] = {"gate": "hard", "start": "zero"}
 DENSE: dict[str, Any] = {"gate": "none", "initial_density": 1.0, "target_density": 1.0}
 
 
@@ -262,6 +264,34 @@ STUDIES: dict[str, Study] = {
             _titled("1 of 8", sketch=8),
             Variant("all rows, in steps", run={"activation": "gelu2"}),
             Variant("1 of 4, in steps", {"sketch": 4}, {"activation": "gelu2"}),
+        ),
+    ),
+    "centred": Study(
+        "updates from 0, and without the means of their rows and columns",
+        (
+            Variant("the paper's"),
+            _titled("hard gate", gate="hard"),
+            _titled("hard gate, beta frozen", gate="hard", beta_rate=0.0),
+            _titled("from 0", **FROM_ZERO),
+            _titled("from 0, without rows' means", centred="rows", **FROM_ZERO),
+            _titled("from 0, without columns' means", centred="columns", **FROM_ZERO),
+            _titled("from 0, without both", centred="both", **FROM_ZERO),
+            _titled(
+                "from 0, without both, all weights",
+                centred="both",
+                target_density=1.0,
+                **FROM_ZERO,
+            ),
+            _titled("hard gate, without both", centred="both", gate="hard"),
+            _titled("product gate, without both", centred="both"),
+            _kernel(
+                "piecewise_linear",
+                "P-Linear, from 0, without both",
+                centred="both",
+                **FROM_ZERO,
+            ),
+            _kernel("linear", "linear, dense", **DENSE),
+            _kernel("linear", "linear, dense, without both", centred="both", **DENSE),
         ),
     ),
 }

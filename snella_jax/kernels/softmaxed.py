@@ -73,9 +73,12 @@ class _Softmaxed(Pieces):
         logits, axes = self._logits(f, kappa), self._axes(f, kappa)
         largest = jax.lax.stop_gradient(logits.max(axes, keepdims=True))
         total = jnp.exp(logits - largest).sum(axes, keepdims=True)
-        whole = self._sum(f, kappa, (largest, total))
-        taken = means(whole, f["a"].ndim - 2, self.centred)
-        return without(whole, taken), (largest, total, *taken)
+        statistics = largest, total
+        if self.centred != "none":
+            whole = self._sum(f, kappa, statistics)
+            taken = means(whole, f["a"].ndim - 2, self.centred)
+            statistics = gpu_barrier((*statistics, *taken))
+        return self._sum(f, kappa, statistics), statistics
 
     def again(self, factors: Factors, statistics: Statistics) -> Float[Array, "..."]:
         f = widened(factors)

@@ -66,7 +66,7 @@ def test_every_method_trains_what_it_says(method, small):
     behind = DEPTH * sum(c * (2 * 8 * m + 8 + m) for c, _, m in matrices.values())
     block = sum(c * (n + 1) * m for c, n, m in matrices.values()) + 4 * width
     own = head + width
-    piecewise, mix, temperature = (DEPTH * 6 * count for count in (2, 4, 3))
+    piecewise, mix, three = (DEPTH * 6 * count for count in (2, 4, 3))
     expected = {
         "full": total,
         "linear": head,
@@ -85,7 +85,7 @@ def test_every_method_trains_what_it_says(method, small):
         "lora": own + low_rank,
         "dora": own + low_rank + outputs,
         **dict.fromkeys(("klora", "snell"), own + low_rank + piecewise),
-        "snella_released": own + low_rank + temperature,
+        **dict.fromkeys(("snella_released", "snella_plus"), own + low_rank + three),
     }
     assert size == expected.get(method, own + low_rank + mix)
     kernelized = ("snell", "snella", "klora", "mixk")

@@ -74,6 +74,10 @@ TRAINS = {  # all that trains, and how many numbers; None for what places say
         rf"{MATRICES}/adapter/(a|b|alpha|beta|gamma)",
         FACTORS + 10 * 3,
     ),
+    "snella_plus": (
+        rf"{MATRICES}/adapter/(a|b|alpha|piece_coeff)",
+        FACTORS + 10 * 3,
+    ),
 }
 REFUSED = {
     "mlp3": "MLP-3 trains a new head over classes",

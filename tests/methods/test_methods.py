@@ -64,6 +64,7 @@ TRAINS = {  # all that trains, and nothing else
     "snella": rf"{OWN}|{FACTORS}",
     "snella_masked": rf"{OWN}|{TARGETS}/update/(a|b|alpha|beta|piece_coeff)",
     "snella_released": rf"{OWN}|{TARGETS}/adapter/(a|b|alpha|beta|gamma)",
+    "snella_plus": rf"{OWN}|{TARGETS}/adapter/(a|b|alpha|piece_coeff)",
 }
 MOVED = {  # of them, where not all do
     "partial1": WEIGHTS // 2,
@@ -72,7 +73,8 @@ MOVED = {  # of them, where not all do
     "gps": 2 * (5 * 8 + 32),
     "noah": 3 * 8 * 8,
     **dict.fromkeys(
-        ("snell", "snella", "snella_masked", "snella_released"), 0.3 * WEIGHTS
+        ("snell", "snella", "snella_masked", "snella_released", "snella_plus"),
+        0.3 * WEIGHTS,
     ),
 }
 
@@ -149,7 +151,7 @@ def test_what_is_tested_computes_what_was_trained(name):
         expected = MOVED.get(name, WEIGHTS)
         assert expected * 0.98 <= moved <= expected + 1
     densities = [row.density for row in rows]
-    if name in ("snella", "snella_released"):
+    if name in ("snella", "snella_released", "snella_plus"):
         assert densities[0] == 1 and densities[-1] == pytest.approx(0.3, abs=1e-3)
     elif name == "snell":
         assert densities == [pytest.approx(0.3, abs=1e-3)] * 3

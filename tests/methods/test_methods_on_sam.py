@@ -52,6 +52,7 @@ TRAINS = {  # besides OWN; {} for the stacks of blocks
     "snella": FACTORS,
     "snella_masked": f"{ATTENDED}/update/(a|b|alpha|beta|piece_coeff)",
     "snella_released": f"{ATTENDED}/adapter/(a|b|alpha|beta|gamma)",
+    "snella_plus": f"{ATTENDED}/adapter/(a|b|alpha|piece_coeff)",
 }
 REFUSED = {
     "partial1": "Partial-1 trains the block before a head or a vocabulary",
