@@ -6,11 +6,11 @@ A study is a table of the paper or a question of our own: kernels, sparsity, imp
 budgets, schedules, masks, beta, allocation, gates, rank, sketches, means. The base's
 learning rate is searched on validation (the lowest within a standard error of the
 best), and so is that of every variant with another kernel, gate, path, precision, start
-or means; the others share the base's. Then each variant is trained on training and validation images, once for
-each seed, and tested once. `results.json` in `--out` keeps every finished search and
-seed: the same command goes on with the others, also on another machine with only that
-file. Several processes may work in one folder. Writes `report.md`, `report.json` and a
-picture of each study with all finished seeds.
+or means; the others share the base's. Then each variant is trained on training and
+validation images, once for each seed, and tested once. `results.json` in `--out` keeps
+every finished search and seed: the same command goes on with the others, also on
+another machine with only that file. Several processes may work in one folder. Writes
+`report.md`, `report.json` and a picture of each study with all finished seeds.
 
 The default task and model are real and small (the quickstart's ViT on dSprites'
 location, a minute a run); `--run.model dinov2_saliency --run.image_size 56` takes a
