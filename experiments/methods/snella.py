@@ -314,7 +314,7 @@ class ReleasedSnella(Snella):
 class PlusSnella(Snella):
     """SNELLA as `SnellaConfig.plus()`: from 0, without means, at LoRA's rate."""
 
-    title: ClassVar[str] = "SNELLA+"
+    title: ClassVar[str] = "Plus SNELLA"
 
     lr: float = 1e-3
     """Peak learning rate: that of LoRA, to which the update is close at first."""
