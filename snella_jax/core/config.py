@@ -93,8 +93,9 @@ class Rule:
     @property
     def low_rank(self) -> bool:
         """True if the update is the product of its two factors: LoRA's."""
-        whole = kernels.linear(zero_init=True), kernels.linear(zero_init=False)
-        return self.kernel in whole and self.gate == "none"
+        kernel = self.kernel
+        product = isinstance(kernel, kernels.linear) and kernel.centred == "none"
+        return product and self.gate == "none"
 
 
 class Names(NamedTuple):
