@@ -22,6 +22,7 @@ from experiments.training import evaluation, metric_log
 from experiments.training.fit import Fitted
 from experiments.training.objective import followed
 from experiments.training.recipe import Recipe
+from experiments.training.stopping import Stopped, at_once
 from snella_jax.nnx.coverage import coverage
 
 
@@ -42,10 +43,16 @@ def run(prepared: Prepared, resume: bool = False) -> dict[str, Any]:
         what began in the folder had other data or weights.
       SystemExit: the folder holds something already or cannot be written to, or the run
         was interrupted; says how to go on.
+      Stopped: a signal told it to stop.
     """
     out = prepared.out
     try:
-        return complete(prepared, resume)
+        with at_once():
+            return complete(prepared, resume)
+    except Stopped as stop:
+        again = f"{stop} Go on with it by --resume {out}"
+        prepared.console.print(again, soft_wrap=True)
+        raise
     except files.MismatchError as error:
         raise RunFailed(str(error)) from error
     except OSError as error:

@@ -1,11 +1,12 @@
 """Checkpoints of a run (Orbax), one at each round's end, from which it goes on.
 
 A checkpoint appears whole or not at all. The newest stays, and the best on what is
-followed.
+followed. One in the midst of a round is there only if the run was told to stop.
 """
 
 import contextlib
 import logging
+import shutil
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -17,8 +18,15 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from experiments import paths
-from experiments.files import MismatchError
+from experiments.files import MismatchError, is_primary
 from experiments.training.objective import Metric
+
+
+class _Manager(ocp.CheckpointManager):
+    """Manager whose own questions do not count as steps of `stopping.Stop`."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpoints:
@@ -52,13 +60,8 @@ class Checkpoints:
         place = folder.absolute()
         if paths.is_unreadable(place):
             place = self._link.enter_context(_linked(place))
-        handlers = {
-            "state": ocp.StandardCheckpointHandler(),
-            "position": ocp.JsonCheckpointHandler(),
-        }
-        self.manager = ocp.CheckpointManager(
-            place, item_handlers=handlers, options=options
-        )
+        self.manager = _manager(place, options)
+        self._interrupted, self._is_stale = place / "interrupted", False
 
     def save(
         self, passed: int, state: Any, position: dict[str, Any], value: float | None
@@ -76,15 +79,28 @@ class Checkpoints:
           OSError: the checkpoint before it could not be written; so do the methods
             below.
         """
-        what = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
-        )
         metrics = None if value is None else {self.metric.name: value}
         with self._writing():
-            self.manager.save(passed, args=what, metrics=metrics)
+            self.manager.save(passed, args=_both(state, position), metrics=metrics)
+        self._is_stale = True
+
+    def interrupt(self, updates: int, state: Any, position: dict[str, Any]) -> None:
+        """Saves the state in the midst of a round; returns once it is written.
+
+        Args:
+          updates: number of updates so far.
+          state: as `save` takes it.
+          position: that of the stream; under `round` what the round needs to go on,
+            with `passed`, the number of rounds before it.
+        """
+        with self._writing(), self._in_midst() as manager:
+            manager.save(updates, args=_both(state, position))
+        self._is_stale = False
 
     def newest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Returns rounds passed, state and position of the newest, or None.
+
+        The position is as `interrupt` took it if a round was interrupted.
 
         Args:
           like: a state of the same structure, shapes, dtypes and shardings.
@@ -93,9 +109,17 @@ class Checkpoints:
           MismatchError: it is of another state, or damaged; so does `best`.
         """
         passed = self.manager.latest_step()
+        if self._interrupted.exists():
+            with self._in_midst() as manager:
+                updates = manager.latest_step()
+                if updates is not None:
+                    found = self._restored(updates, like, manager)
+                    before = found["position"]["round"]["passed"]
+                    if before == (passed or 0):
+                        return before, found["state"], found["position"]
         if passed is None:
             return None
-        found = self._restored(passed, like)
+        found = self._restored(passed, like, self.manager)
         return passed, found["state"], found["position"]
 
     def best(self, like: Any) -> tuple[int, Any] | None:
@@ -105,7 +129,7 @@ class Checkpoints:
         passed = self.manager.best_step()
         if passed is None:
             return None
-        return passed, self._restored(passed, like)["state"]
+        return passed, self._restored(passed, like, self.manager)["state"]
 
     def last(self) -> int | None:
         """Returns the round of the newest one, once everything is written."""
@@ -117,6 +141,17 @@ class Checkpoints:
         """Waits until everything is written."""
         with self._link, self._writing():
             self.manager.close()
+            if self._is_stale and is_primary():
+                shutil.rmtree(self._interrupted, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _in_midst(self) -> Iterator[_Manager]:
+        """Opens the checkpoint of a round that was interrupted."""
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=1, cleanup_tmp_directories=True
+        )
+        with contextlib.closing(_manager(self._interrupted, options)) as manager:
+            yield manager
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -128,7 +163,7 @@ class Checkpoints:
                 f"A checkpoint could not be written into {self.folder}: {reason}"
             ) from error
 
-    def _restored(self, passed: int, like: Any) -> Any:
+    def _restored(self, number: int, like: Any, manager: _Manager) -> Any:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         what = ocp.args.Composite(
             state=ocp.args.StandardRestore(shapes), position=ocp.args.JsonRestore()
@@ -136,14 +171,28 @@ class Checkpoints:
         try:
             # Orbax would find another shape halfway, with other reads under way, and
             # may restore into a smaller tree as if nothing was wrong.
-            _check(self.manager.item_metadata(passed)["state"], shapes)
-            return self.manager.restore(passed, args=what)
+            _check(manager.item_metadata(number)["state"], shapes)
+            return manager.restore(number, args=what)
         except Exception as error:  # Orbax's and TensorStore's are of many kinds
             reason = textwrap.shorten(str(error) or type(error).__name__, 250)
             raise MismatchError(
-                f"Checkpoint {passed} in {self.folder} is of another model or of other "
+                f"Checkpoint {number} in {self.folder} is of another model or of other "
                 f"data, or is damaged: {reason}"
             ) from error
+
+
+def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> _Manager:
+    handlers = {
+        "state": ocp.StandardCheckpointHandler(),
+        "position": ocp.JsonCheckpointHandler(),
+    }
+    return _Manager(folder, item_handlers=handlers, options=options)
+
+
+def _both(state: Any, position: dict[str, Any]) -> ocp.args.Composite:
+    return ocp.args.Composite(
+        state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+    )
 
 
 @contextlib.contextmanager

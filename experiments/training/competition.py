@@ -91,6 +91,28 @@ class Moves:
         self.count = 0
         self.last: snella.Reallocation | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """Returns what later steps of the round and its row need, for `take_up`."""
+        seen = self.seen and {path: own.tolist() for path, own in self.seen.items()}
+        last = self.last and {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in dataclasses.asdict(self.last).items()
+        }
+        return {"count": self.count, "seen": seen, "last": last}
+
+    def take_up(self, found: dict[str, Any]) -> None:
+        """Begins with the moves of a round that was interrupted."""
+        self.count = found["count"]
+        if (seen := found["seen"]) is not None:
+            self.seen = {path: np.asarray(own, float) for path, own in seen.items()}
+        if (last := found["last"]) is not None:
+            kinds = {"scores": np.float64, "budgets": np.int64, "capacities": np.int64}
+            arrays = {
+                name: np.asarray(last[name], kind) for name, kind in kinds.items()
+            }
+            texts = {name: tuple(last[name]) for name in ("names", "died")}
+            self.last = snella.Reallocation(**(last | arrays | texts))
+
     def before(
         self, step: int, budgets: Any, opt_state: Any, model: Callable[[], Any]
     ) -> Any:

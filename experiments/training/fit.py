@@ -21,6 +21,7 @@ from experiments.training.competition import Competition
 from experiments.training.metric_log import Tracker
 from experiments.training.objective import Metric, followed
 from experiments.training.session import Session
+from experiments.training.stopping import deferred
 from experiments.training.trainer import Round, Trainer
 
 SPLITS = {"validation": "val", "test": "test"}  # in the names of metrics, as val_NAME
@@ -66,8 +67,10 @@ def fit(
 
     Raises:
       FloatingPointError: a loss or update that is not finite.
+      Stopped: a signal told the run to stop; what it has done is saved.
     """
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(deferred())
         metric = followed(session.objective)
         saved = Checkpoints(session.out / "checkpoints" / name, metric)
         stack.callback(saved.close)
@@ -80,6 +83,7 @@ def fit(
             watch=watch,
             competition=competition,
             checkpoints=saved,
+            stop=stop,
         )
         stack.callback(trainer.close)
         tracker = Tracker(session.out, name, trainer.passed, session.wandb)

@@ -42,6 +42,18 @@ class Readings:
         self._waiting: tuple[jax.Array, jax.Array, Any] | None = None
         self._last = time.perf_counter()
 
+    def as_json(self) -> dict[str, list[float]]:
+        """Returns what was read, for `take_up`."""
+        return {"losses": self.losses, "norms": self.norms, "seconds": self.seconds}
+
+    def take_up(self, found: dict[str, list[float]]) -> None:
+        """Begins with the readings of a round that was interrupted."""
+        self.losses, self.norms, self.seconds = (
+            list(found[name]) for name in ("losses", "norms", "seconds")
+        )
+        for loss in self.losses:
+            self._on_step(loss)
+
     def add(self, loss: jax.Array, norm: jax.Array, examples: jax.Array) -> None:
         """Takes a step that was begun, and reads the one before it.
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from experiments.training.objective import Objective, followed
 from experiments.training.recipe import Recipe
 from experiments.training.step import training_step
 from experiments.training.step_metrics import NotFinite, Readings
+from experiments.training.stopping import Stop, Stopped
 from snella_jax.core.factors import factor_leaves
 
 NORM = "gradient_norm"
@@ -103,6 +104,7 @@ class Trainer:
         watch: tuple[optax.GradientTransformation, ...] = (),
         competition: Competition | None = None,
         checkpoints: Checkpoints | None = None,
+        stop: Stop | None = None,
     ):
         """Goes on where the newest checkpoint was, if there is one.
 
@@ -117,6 +119,7 @@ class Trainer:
           competition: when and how budgets move; None where nothing has budgets, or
             they stay.
           checkpoints: where each round's end is saved.
+          stop: asked before every step; None for one that no signal sets.
 
         Raises:
           MismatchError: there is one of another model or of other data.
@@ -125,6 +128,7 @@ class Trainer:
         self.data, self.objective = data, objective
         self.recipe, self.mesh = recipe, mesh
         self.competition, self.checkpoints = competition, checkpoints
+        self.stop = stop or Stop()
         self.rounds = recipe.rounds(len(data.train))
         self.graphdef, trainable, budgets, frozen = nnx.split(
             model, nnx.Param, snella.Budget, ...
@@ -156,6 +160,7 @@ class Trainer:
         self.key = jax.random.key(recipe.seed)
         self.stream = iter(self._batches())
         self.passed = 0
+        self.begun: dict[str, Any] | None = None  # the round that was interrupted
         if checkpoints and (found := checkpoints.newest(self.state)):
             self.passed, self.state, position = found
             self._seek(position)
@@ -190,6 +195,7 @@ class Trainer:
         Raises:
           FloatingPointError: a loss or update that is not finite; names the step, the
             examples and the last good checkpoint, which stays.
+          Stopped: the run was told to stop, and what it has done is saved.
         """
         for index in range(self.passed, self.rounds.count):
             steps = self._train(index, on_step)
@@ -254,7 +260,10 @@ class Trainer:
         moves = rules.begin(index, self.rounds) if rules else None
         start, end = self.rounds.span(index)
         try:
-            for step in range(end - start):
+            for step in range(self._take_up(readings, moves), end - start):
+                if self.stop.agreed():
+                    readings.read()
+                    self._leave(start, step, readings, moves)
                 self._take(start, step, moves, readings)
             readings.read()
         except NotFinite as error:
@@ -272,9 +281,36 @@ class Trainer:
             "moved": moves.last if moves else None,
         }
 
+    def _take_up(self, readings: Readings, moves: Moves | None) -> int:
+        """Returns how many steps of the round are done, and takes up what it had."""
+        begun, self.begun = self.begun, None
+        if begun is None:
+            return 0
+        readings.take_up(begun["readings"])
+        if moves is not None:
+            moves.take_up(begun["moves"])
+        return len(readings.losses)
+
+    def _leave(
+        self, start: int, step: int, readings: Readings, moves: Moves | None
+    ) -> NoReturn:
+        """Saves the round that is interrupted before a step, and stops."""
+        if self.checkpoints is not None and step:  # else the one before is saved
+            begun = {"passed": self.passed, "readings": readings.as_json()}
+            begun["moves"] = moves and moves.as_json()
+            position = {**self.stream.get_state(), "round": begun}
+            self.checkpoints.interrupt(start + step, self.state, position)
+        raise Stopped(
+            f"Stopped as it was told to, {step} steps into {self.recipe.unit} "
+            f"{self.passed + 1}."
+        )
+
     def _seek(self, position: dict[str, Any]) -> None:
         """Goes on in the stream where a checkpoint was."""
         taken, (expected, _) = position.get("next_index"), self.rounds.span(self.passed)
+        self.begun = position.pop("round", None)
+        if self.begun is not None:
+            expected += len(self.begun["readings"]["losses"])
         if taken != expected:
             raise MismatchError(
                 f"Checkpoint {self.passed} was made after {taken} updates, expected "

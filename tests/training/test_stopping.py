@@ -1,0 +1,112 @@
+"""A training that is told to stop saves in the midst of a round, and ends as if not."""
+
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pictures
+import pytest
+
+from experiments import vtab
+from experiments.training import metric_log, stopping
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.classification import Classification
+from experiments.training.trainer import Trainer
+
+(ACCURACY,) = Classification().metrics
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+
+def handlers():
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+def stopped(monkeypatch, words, number, at):
+    """Runs; the signal comes while a step begins, the last of so many."""
+    inner, count = Trainer._take, [0]
+
+    def take(*given):
+        inner(*given)
+        count[0] += 1
+        if count[0] == at:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_take", take)
+        with pytest.raises(SystemExit) as end:
+            vtab.main(words)
+    assert end.value.code == 75 and count[0] == at
+    return str(end.value)
+
+
+def weights(out):
+    manager = Checkpoints(out / "checkpoints" / "snella", ACCURACY).manager
+    found = manager.restore(manager.latest_step())
+    manager.close()
+    return found["state"]
+
+
+def test_a_run_that_is_told_to_stop_goes_on_at_its_step(tmp_path, monkeypatch, capsys):
+    """Twice within one epoch, after its budgets moved; then at an epoch's last step."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    # 16 images in batches of 4.
+    own = ["--epochs=3", "--methods", "snella"]
+    words = pictures.short(tmp_path, *own, each=8)
+    vtab.main([*words, f"--out={whole}"])
+    before, resume = handlers(), ["--resume", str(broken)]
+    said = stopped(monkeypatch, [*words, f"--out={broken}"], signal.SIGTERM, at=6)
+    assert said == "Stopped as it was told to, 2 steps into epoch 2."
+    assert f"Go on with it by --resume {broken}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    midst = broken / "checkpoints/snella/interrupted"
+    assert [path.name for path in midst.iterdir()] == ["6"]
+    stopped(monkeypatch, resume, signal.SIGUSR2, at=1)
+    assert [path.name for path in midst.iterdir()] == ["7"]
+    said = stopped(monkeypatch, resume, signal.SIGTERM, at=1)
+    assert "0 steps into epoch 3" in said and not midst.exists()
+    summary = vtab.main(resume)
+    assert handlers() == before
+    rows = [metric_log.of(out, "snella") for out in (whole, broken)]
+    for row in (*rows[0], *rows[1]):
+        row.pop("seconds_per_step")
+    assert rows[0] == rows[1] and [row["moves"] for row in rows[0][1:]] == [1, 1]
+    for one, other in zip(
+        *(jax.tree.leaves(weights(out)) for out in (whole, broken)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert summary["methods"]["snella"]["val_accuracy"] is not None
+
+
+def test_a_signal_outside_of_training_is_an_exit():
+    before = handlers()
+    with pytest.raises(stopping.Stopped, match=r"Stopped by SIGUSR2\.") as end:
+        with stopping.at_once():
+            os.kill(os.getpid(), signal.SIGUSR2)
+            raise AssertionError("it went on")
+    assert end.value.code == 75 and handlers() == before
+
+
+def test_a_wish_that_was_not_granted_is_at_the_end():
+    with pytest.raises(stopping.Stopped, match="by SIGTERM, after the last step"):
+        with stopping.deferred() as stop:
+            assert not stop.agreed()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.agreed()
+            passed = True
+    assert passed
+
+
+def test_other_threads_leave_the_handlers_alone():
+    before, seen = handlers(), []
+
+    def train():
+        with stopping.deferred():
+            seen.append(handlers())
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert seen == [before]
