@@ -9,8 +9,9 @@ best), and so is that of every variant with another kernel, gate, path, precisio
 or means; the others share the base's. Then each variant is trained on training and
 validation images, once for each seed, and tested once. `results.json` in `--out` keeps
 every finished search and seed: the same command goes on with the others, also on
-another machine with only that file. Several processes may work in one folder. Writes
-`report.md`, `report.json` and a picture of each study with all finished seeds.
+another machine with only that file. Several processes may work in one folder
+(`--cluster local --workers 4` starts four). Writes `report.md`, `report.json` and a
+picture of each study with all finished seeds.
 
 The default task and model are real and small (the quickstart's ViT on dSprites'
 location, a minute a run); `--run.model dinov2_saliency --run.image_size 56` takes a
@@ -18,6 +19,7 @@ larger model.
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Sequence
@@ -35,7 +37,7 @@ from experiments.methods.snella import Snella
 from experiments.paths import Given
 from experiments.pretrained import base_models
 from experiments.reports import finished
-from experiments.runs import folder, images, search
+from experiments.runs import cluster, folder, images, search
 from experiments.runs.images import ImageRun
 from experiments.runs.run import begin
 from experiments.runs.train_method import tune
@@ -143,9 +145,11 @@ class Ablation:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is left, and writes the tables."""
-    config = command_line.parse_study(PROGRAM, Ablation(), argv, SUMMARY)
+    workers, words = command_line.spread(PROGRAM, argv)
+    config = command_line.parse_study(PROGRAM, Ablation(), words, SUMMARY)
     console = terminal.console()
     with terminal.exit_on_error(PROGRAM):
+        cluster.prepare(workers)
         config.check()
         paths.check_out(config.out)
         if not config.table_only:
@@ -156,10 +160,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         shared = {k: v for k, v in fields.items() if k not in finished.IRRELEVANT}
         shared["search_epochs"] = config.search_epochs
         store = table_store.Store(config.out, shared, run_config.as_dict(RUN))
-    left = [] if config.table_only else config.variants
-    failed = [
-        text for variant in left if (text := _tried(variant, config, store, console))
-    ]
+    left = {}
+    for variant in () if config.table_only else config.variants:
+        name = config.run.task, variant.name
+        do = functools.partial(_tried, variant, config, store, console)
+        left[store.cell(*name)] = table_store.Part(name, config.seeds, do)
+    failed = cluster.done(workers, table_store.work(PROGRAM, words, store, left), console)
     with store.locked():
         ablation_report.write(store, config.run.task, config.out, console)
     if failed:
@@ -174,7 +180,7 @@ def _tried(
     def choose(place: Path) -> table_store.Done:
         if variant.searched:
             return _searched(variant, config, store, place, console)
-        return {"chosen": _base_choice(config, store)}
+        return {"chosen": _base_choice(config, store, console)}
 
     def train(out: Path, seed: int, chosen: table_store.Done) -> table_store.Done:
         own = dataclasses.replace(variant.config(config.run, seed, **chosen), out=out)
@@ -190,9 +196,12 @@ def _tried(
     )
 
 
-def _base_choice(config: Ablation, store: table_store.Store) -> dict[str, float]:
+def _base_choice(
+    config: Ablation, store: table_store.Store, console: Console
+) -> dict[str, float]:
     """Returns the base's rate; waits for a process that is searching it."""
-    chosen = table_store.awaited(store, (config.run.task, BASE), "chosen")
+    do = functools.partial(_tried, SNELLA, config, store, console)
+    chosen = table_store.awaited(store, (config.run.task, BASE), ("chosen",), do)
     return {"lr": chosen["lr"]}
 
 

@@ -7,7 +7,8 @@ on the training images for `--search_epochs` and judged on validation. The best 
 is trained on training and validation images, once for each seed, and tested once.
 `results.json` in `--out` keeps every finished search and seed: the same command goes on
 with the others, also on another machine with only that file (an unfinished search or
-seed is resumed from the folder `runs`). Several processes may work in one folder.
+seed is resumed from the folder `runs`). Several processes may work in one folder:
+`--cluster local --workers 4` starts four, `--cluster slurm` an array of jobs.
 Writes the table of all finished seeds into `report.md` and `report.json`, and
 `accuracy.png` with `--memory`.
 
@@ -19,6 +20,7 @@ three, that with the lowest mean validation loss on the tasks of `--pool`.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -35,12 +37,14 @@ from experiments.methods.registry import LINEAR
 from experiments.names import unknown
 from experiments.pretrained import base_models
 from experiments.reports import finished, table
-from experiments.runs import images, search, setup
+from experiments.runs import cluster, images, search, setup
+from experiments.runs.cells import Cell
 from experiments.runs.run import complete
 from experiments.studies import comparison_figure, pooled, table_store
 from experiments.studies.comparison import PRESETS, Comparison, Row, Table
 from experiments.studies.pooled import Tried
 from experiments.studies.recorded import Recorded, Trial
+from experiments.studies.table_store import Part
 from snella_jax.nnx.targets import select
 
 PROGRAM = "python -m experiments.compare"
@@ -52,15 +56,17 @@ Compares methods on several tasks: rates chosen on validation, then several seed
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is left, and writes the table."""
+    workers, given = command_line.spread(PROGRAM, argv)
     first = command_line.parser(PROGRAM)
     first.add_argument("--config", default="small")
-    known, words = first.parse_known_args(argv)
+    known, words = first.parse_known_args(given)
     if known.config not in PRESETS:
         text = unknown("config", known.config, PRESETS, f"{PROGRAM} --help")
         raise SystemExit(f"{PROGRAM}: {text}")
     config = command_line.parse_study(PROGRAM, PRESETS[known.config], words, SUMMARY)
     console = terminal.console()
     with terminal.exit_on_error(PROGRAM):
+        cluster.prepare(workers)
         config.check()
         memory = _memory(config.memory)
         rows = [Row(method) for method in config.methods]
@@ -68,15 +74,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths.check_out(config.out)
         if not config.table_only:
             _check_inputs(config)
-        cells = Table(config)
-    store = cells.store
-    left = [] if config.table_only else list(itertools.product(config.tasks, rows))
-    failed = [text for cell in left if (text := _tried(*cell, config, store, console))]
+        whole = Table(config)
+    store = whole.store
+    left = {} if config.table_only else _cells(rows, config, store, console)
+    failed = cluster.done(workers, table_store.work(PROGRAM, given, store, left), console)
     with store.locked():
-        if made := cells.made():
+        if made := whole.made():
             table.write(made, config.out, console)
             if memory:
-                _draw(cells.points(made, memory), made, memory, config, console)
+                _draw(whole.points(made, memory), made, memory, config, console)
     if failed:
         raise SystemExit("\n".join(failed))
 
@@ -100,10 +106,30 @@ def _draw(
     )
 
 
+def _cells(
+    rows: Sequence[Row],
+    config: Comparison,
+    store: table_store.Store,
+    console: Console,
+) -> dict[Cell, Part]:
+    """Returns all cells; the trials of a row come before it."""
+    shared = config, store, console
+    found = {}
+    for task, row in itertools.product(config.tasks, rows):
+        for trial in config.tried(row):
+            name = config.named(trial.task), trial.cell[1]
+            do = functools.partial(_trial, trial, row, *shared)
+            found.setdefault(store.cell(*name), Part(name, (config.run.seed,), do))
+        name = config.named(task), row.name
+        do = functools.partial(_tried, task, row, *shared)
+        found[store.cell(*name)] = Part(name, config.seeds_of(row), do)
+    return found
+
+
 def _tried(
     task: str, row: Row, config: Comparison, store: table_store.Store, console: Console
 ) -> str | None:
-    """Completes the trials of a row and a cell; returns what failed."""
+    """Completes a cell; returns what failed."""
     name = config.named(task)
 
     def search(place: Path) -> table_store.Done:
@@ -112,7 +138,7 @@ def _tried(
         if config.rates:
             return {"chosen": _taken(name, row, config.rates)}
         if config.pool:
-            return _pooled(row, config, store)
+            return _pooled(row, config, store, console)
         return _searched(task, row, config, store, place, console)
 
     def train(out: Path, seed: int, chosen: table_store.Done) -> table_store.Done:
@@ -125,11 +151,8 @@ def _tried(
         where = {name: summary[name] for name in ("device", "versions")}
         return summary["methods"][row.method] | where
 
-    left = [_trial(trial, row, config, store, console) for trial in config.tried(row)]
-    seeds = config.seeds[:1] if row.fixed else config.seeds
-    how = store, (name, row.name), seeds, search, train, console
-    left.append(table_store.attempt(PROGRAM, *how))
-    return "\n".join(filter(None, left)) or None
+    cell, seeds = (name, row.name), config.seeds_of(row)
+    return table_store.attempt(PROGRAM, store, cell, seeds, search, train, console)
 
 
 def _trial(
@@ -161,16 +184,18 @@ def _trial(
     return table_store.attempt(PROGRAM, store, cell, *how)
 
 
-def _pooled(row: Row, config: Comparison, store: table_store.Store) -> table_store.Done:
+def _pooled(
+    row: Row, config: Comparison, store: table_store.Store, console: Console
+) -> table_store.Done:
     """Returns the rate that a row's trials choose, and the loss at every rate.
 
     Waits for processes that are at work on them.
     """
-    names = "seeds", str(config.run.seed)
-    results = [
-        (t.lr, table_store.awaited(store, (config.named(t.task), t.cell[1]), *names))
-        for t in config.tried(row)
-    ]
+    names, results = ("seeds", str(config.run.seed)), []
+    for trial in config.tried(row):
+        cell = config.named(trial.task), trial.cell[1]
+        do = functools.partial(_trial, trial, row, config, store, console)
+        results.append((trial.lr, table_store.awaited(store, cell, names, do)))
     losses = pooled.losses(results)
     trials = [
         {"lr": lr, "val_loss": loss if math.isfinite(loss) else None}

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from experiments import paths
 from experiments.config import options
+from experiments.config.cluster import Cluster
 from experiments.config.options import Option
 from experiments.config.presets import SUITES, Preset
 from experiments.config.run_config import RunConfig
@@ -19,6 +20,7 @@ from experiments.tasks.catalogue import TASK_LIST
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 Presets = Mapping[str, Preset[AnyConfig]]
+WORKERS = "workers"  # their panel in the help
 SHOWN = 5  # methods whose options the help of a run names
 
 
@@ -46,6 +48,24 @@ def interrupted(program: str, argv: Sequence[str]) -> tuple[Path | None, list[st
             "interrupted run, with its config.json or suite.json."
         )
     return out, rest
+
+
+def spread(program: str, argv: Sequence[str]) -> tuple[Cluster, list[str]]:
+    """Returns what words say of workers, and the other words, which are the workers'.
+
+    Raises:
+      SystemExit: a value does not fit.
+    """
+    words = list(argv)
+    if _help(words)[0] is not None:
+        return Cluster(), words
+    values, rest = options.parse(program, options.of(Cluster(), WORKERS), words)
+    cluster = options.replaced(Cluster(), values)
+    try:
+        cluster.check()
+    except ValueError as error:
+        raise SystemExit(f"{program}: {error}") from error
+    return cluster, rest
 
 
 def parse(
@@ -84,7 +104,10 @@ def parse(
     chosen = _chosen(program, default, words)
     if asked is not None:
         text = _usage(presets, suite)
-        _show(program, default, list(of_run(default, chosen)), chosen, asked, text)
+        shown = list(of_run(default, chosen))
+        if suite:
+            shown += options.of(Cluster(), WORKERS)
+        _show(program, default, shown, chosen, asked, text)
     config = _overridden(program, default, chosen, words)
     try:
         config.check()
@@ -140,6 +163,7 @@ def parse_study(
         for o in of_run(default.run, methods, "run.")
     ]
     if asked is not None:
+        own += options.of(Cluster(), WORKERS)
         _show(program, default.run, [*own, *found], methods, asked, text, "run.")
     values, rest = options.parse(program, found, words)
     if rest:

@@ -1,17 +1,20 @@
 """The command line of a kind of run: parse, then run."""
 
+import dataclasses
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 
 from experiments import terminal
 from experiments.config import command_line
+from experiments.config.cluster import Cluster
+from experiments.config.images import ImageConfig
 from experiments.config.presets import SUITES
 from experiments.config.run_config import RunConfig
-from experiments.runs import setup, suite
+from experiments.runs import cluster, setup, suite
 from experiments.runs.run import run
 from experiments.runs.setup import Prepared
 
@@ -36,10 +39,19 @@ def main(
       SystemExit: an option is wrong, an input is missing, or a run failed.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    console = terminal.console()
+    console, workers = terminal.console(), Cluster()
+    if suite_name:
+        workers, words = command_line.spread(program, words)
+        with terminal.exit_on_error(program):
+            cluster.prepare(workers)
     resumed, words = command_line.interrupted(program, words)
     if resumed is not None and suite_name and (resumed / suite.FILE).exists():
-        return suite.resume(resumed, console)
+        return suite.resume(resumed, console, workers)
+    if resumed is not None and workers.is_used:
+        raise SystemExit(
+            f"{program}: {resumed} is a run of one process, expected a suite or what "
+            "began with --cluster. Without it, the run goes on."
+        )
     if resumed is not None:
         here = resumed.absolute()  # one called ~ or None would be taken for another
         words = [f"--config={here / 'config.json'}", f"--out={here}"]
@@ -47,14 +59,35 @@ def main(
         tasks = {name: presets[name] for name in SUITES[suite_name]}
         found = suite.configs(program, tasks, suite_name, words)
         _check_length(program, words, next(iter(found.values())))
-        setup.join_processes(next(iter(found.values())), console)
-        return suite.start(program, suite_name, found, console)
+        return _start(program, suite_name, found, console, workers)
     name, config = command_line.parse(program, presets, words, suite_name)
     _check_length(program, words, config)
+    if workers.is_used:  # which share the methods
+        own = {m: dataclasses.replace(config, methods=(m,)) for m in config.methods}
+        return _start(program, name, own, console, workers)
     setup.join_processes(config, console)
     with terminal.exit_on_error(program):
         prepared = prepare(name, config, console)
     return run(prepared, resume=resumed is not None)
+
+
+def _start(
+    program: str,
+    name: str,
+    runs: Mapping[str, ImageConfig],
+    console: Console,
+    workers: Cluster,
+) -> None:
+    """Begins several runs, by workers or in this process."""
+    some = next(iter(runs.values()))
+    if some.distributed and workers.is_used:
+        raise SystemExit(
+            f"{program}: --distributed is for one run by several processes, and each "
+            "worker of --cluster is a process with runs of its own: expected one of "
+            "the two."
+        )
+    setup.join_processes(some, console)
+    suite.start(program, name, runs, console, workers)
 
 
 def _check_length(program: str, words: list[str], config: RunConfig) -> None:

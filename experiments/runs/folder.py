@@ -24,12 +24,17 @@ from experiments.training import sharding
 LOCK = ".lock"
 
 
+class InUse(SystemExit):
+    """Another process uses a run folder."""
+
+
 @contextlib.contextmanager
 def held(out: Path, resume: bool) -> Iterator[None]:
     """Makes a new folder, or opens that of an interrupted run, and locks it.
 
     Raises:
-      SystemExit: a new folder has files already, or another process uses it.
+      SystemExit: a new folder has files already.
+      InUse: another process uses it.
     """
     if not is_primary():
         yield
@@ -41,7 +46,7 @@ def held(out: Path, resume: bool) -> Iterator[None]:
         with filelock.FileLock(out / LOCK, timeout=0):
             yield
     except filelock.Timeout:
-        raise SystemExit(f"Another process is at work in {out}.") from None
+        raise InUse(f"Another process is at work in {out}.") from None
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:

@@ -127,6 +127,10 @@ class Comparison:
             raise ValueError(f"{', '.join(paths)}: expected names in {self.data}.")
         dataclasses.replace(self.run, methods=self.adapted(), search=True).check()
 
+    def seeds_of(self, row: "Row") -> tuple[int, ...]:
+        """Returns the seeds of a row."""
+        return self.seeds[:1] if row.fixed else self.seeds
+
     def adapted(self) -> tuple[str, ...]:
         """Returns the methods of all rows."""
         return tuple(dict.fromkeys((*self.methods, *self.controls)))

@@ -30,7 +30,7 @@ from experiments.config import run_config
 from experiments.config.dreambooth import TOY, DreamboothConfig
 from experiments.methods.registry import UNTUNED
 from experiments.paths import Given
-from experiments.runs import dreambooth
+from experiments.runs import cells, dreambooth
 from experiments.runs.run import complete
 from experiments.studies import personalise_report, table_store
 from experiments.studies.table_store import Done, Store
@@ -99,10 +99,13 @@ def main(argv: list[str] | None = None) -> None:
         store = Store(study.out, shared, shared)
         if not study.table_only:
             _write_families(study)
-    failed = []
-    for cell in () if study.table_only else (*_search(), *_table(), *_deltas()):
-        if text := _tried(cell, study, store, console):
-            failed.append(text)
+    left = () if study.table_only else (*_search(), *_table(), *_deltas())
+    own = {store.cell(cell.concept, cell.row): cell for cell in left}
+
+    def tried(cell: cells.Cell) -> str | None:
+        return _tried(own[cell], study, store, console)
+
+    failed = cells.work(study.out, list(own), tried, console)
     with store.locked():
         made = personalise_report.made(store, (*FAMILIES, *PHOTOGRAPHED), chosen(store))
         personalise_report.write(made, study.out, console)

@@ -6,10 +6,12 @@ may work in one folder. Unfinished runs lie in `runs` beside it.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,12 @@ from experiments import files
 from experiments.data import fingerprint
 from experiments.data.fingerprint import Inputs
 from experiments.paths import shortened
+from experiments.runs import cells
+from experiments.runs.cells import Cell
+from experiments.runs.cluster import Work
 from experiments.runs.run import RunFailed
 from experiments.tasks import catalogue
+from experiments.training.stopping import Stopped
 
 FILE = "results.json"
 AGAIN = "The same command goes on with it."
@@ -80,6 +86,15 @@ class Store:
     def tasks(self) -> dict[str, dict[str, Done]]:
         """Returns all cells, by task and row."""
         return files.read(self.path)["rows"]
+
+    def cell(self, task: str, row: str) -> Cell:
+        """Returns a cell as processes share it."""
+        return Cell(f"{task}, {row}", place(self.path.parent, task, row))
+
+    def is_finished(self, task: str, row: str, seeds: Sequence[int]) -> bool:
+        """Returns True if a cell has all of these seeds."""
+        done = self.rows(task).get(row, {}).get("seeds", {})
+        return all(str(seed) in done for seed in seeds)
 
     def failures(self) -> list[str]:
         """Returns which seeds and searches failed at the last attempt, and why."""
@@ -146,6 +161,36 @@ def _filled(known: Done, defaults: Done, shared: Done) -> Done:
     return filled
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Work on a cell.
+
+    Attributes:
+      name: task and row.
+      seeds: seeds that it has when it is finished.
+      do: does what is left of it; returns what failed.
+    """
+
+    name: tuple[str, str]
+    seeds: Sequence[int]
+    do: Callable[[], str | None]
+
+
+def work(
+    program: str, words: Sequence[str], store: Store, parts: Mapping[Cell, Part]
+) -> Work:
+    """Returns the work on a table's cells, in their order, as workers share it."""
+
+    def is_finished(cell: Cell) -> bool:
+        return store.is_finished(*parts[cell].name, parts[cell].seeds)
+
+    def tried(cell: Cell) -> str | None:
+        return parts[cell].do()
+
+    out = store.path.parent
+    return Work(program, words, out, list(parts), is_finished, tried)
+
+
 def place(out: Path, task: str, row: str) -> Path:
     """Returns the folder of a cell's runs; a task that is a path has a short name.
 
@@ -177,8 +222,8 @@ def attempt(
 ) -> str | None:
     """Completes a cell; returns what failed, if other cells may still succeed.
 
-    A seed that fails does not stop the others: a table of those before it would favour
-    unstable methods.
+    No other process may be at it (`runs.cells`). A seed that fails does not stop the
+    others: a table of those before it would favour unstable methods.
 
     Args:
       program: name of the command in error messages.
@@ -192,13 +237,13 @@ def attempt(
     name = ", ".join(cell)
     try:
         failed = _complete(store, cell, seeds, search, train, console)
-    except filelock.Timeout:
-        console.print(f"{name}: another process is at it.")
-        return None
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{program}: {name}: {error}\n{AGAIN}") from error
     except KeyboardInterrupt:
         raise SystemExit(AGAIN) from None
+    except Stopped as stop:
+        console.print(f"{stop} {AGAIN}", soft_wrap=True)
+        raise
     text = "\n".join(_texts(cell, failed))
     console.print(text, style="red", soft_wrap=True, end="\n" if text else "")
     return text or None
@@ -212,44 +257,48 @@ def _complete(
     train: Callable[[Path, int, Done], Done],
     console: Console,
 ) -> dict[str, str]:
-    """Does what is left of a cell, and returns what failed of it.
-
-    Raises:
-      filelock.Timeout: another process is at work on the cell.
-    """
+    """Does what is left of a cell, and returns what failed of it."""
     task, row = cell
     where = place(store.path.parent, task, row)
     where.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
-    with filelock.FileLock(where / ".cell", timeout=0):
-        done = store.rows(task).get(row, {})
-        left = [s for s in seeds if str(s) not in done.get("seeds", {})]
-        if left and "chosen" not in done:
-            with _kept(store, cell, done, SEARCH, failed):
-                done |= search(where)
-        for seed in left if "chosen" in done else ():
-            console.rule(f"{task}, {row}, seed {seed}")
-            out = where / f"seed{seed}"
-            with _kept(store, cell, done, f"seed {seed}", failed):
-                result = train(out, seed, done["chosen"])
-                done.setdefault("seeds", {})[str(seed)] = result
-            if f"seed {seed}" not in failed:
-                shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    done = store.rows(task).get(row, {})
+    left = [s for s in seeds if str(s) not in done.get("seeds", {})]
+    if left and "chosen" not in done:
+        with _kept(store, cell, done, SEARCH, failed):
+            done |= search(where)
+    for seed in left if "chosen" in done else ():
+        console.rule(f"{task}, {row}, seed {seed}")
+        out = where / f"seed{seed}"
+        with _kept(store, cell, done, f"seed {seed}", failed):
+            result = train(out, seed, done["chosen"])
+            done.setdefault("seeds", {})[str(seed)] = result
+        if f"seed {seed}" not in failed:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return failed
 
 
-def awaited(store: Store, cell: tuple[str, str], *names: str) -> Any:
+def awaited(
+    store: Store,
+    cell: tuple[str, str],
+    names: Sequence[str],
+    do: Callable[[], str | None],
+) -> Any:
     """Returns an entry of a cell; waits for a process that is at work on it.
+
+    If that one dies, this one goes on with the cell.
 
     Args:
       store: has the cell.
       cell: task and row.
       names: of the entry and those that it is in, the outermost first.
+      do: does the cell.
 
     Raises:
       RuntimeError: it is not there, and no process is at work on it.
     """
     task, row = cell
+    shared = store.cell(task, row)
 
     def entry() -> Any:
         found = store.rows(task).get(row, {})
@@ -257,9 +306,13 @@ def awaited(store: Store, cell: tuple[str, str], *names: str) -> Any:
             found = found.get(name, {})
         return found or None
 
-    lock = filelock.FileLock(place(store.path.parent, task, row) / ".cell")
     while (found := entry()) is None:
-        with contextlib.suppress(filelock.Timeout), lock.acquire(timeout=5):
+        launch = (shared.note() or {}).get("launch", "")  # this one: it came before
+        try:
+            cells.attempt(shared, lambda _: do(), launch)
+        except cells.Busy:
+            time.sleep(cells.PAUSE)
+        else:
             if entry() is None:
                 raise RuntimeError(f"{task}, {row}: it was not finished")
     return found

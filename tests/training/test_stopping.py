@@ -82,21 +82,19 @@ def test_a_run_that_is_told_to_stop_goes_on_at_its_step(tmp_path, monkeypatch, c
 
 def test_a_signal_outside_of_training_is_an_exit():
     before = handlers()
-    with pytest.raises(stopping.Stopped, match=r"Stopped by SIGUSR2\.") as end:
-        with stopping.at_once():
-            os.kill(os.getpid(), signal.SIGUSR2)
-            raise AssertionError("it went on")
+    said = pytest.raises(stopping.Stopped, match=r"Stopped by SIGUSR2\.")
+    with said as end, stopping.at_once():
+        os.kill(os.getpid(), signal.SIGUSR2)
+        raise AssertionError("it went on")
     assert end.value.code == 75 and handlers() == before
 
 
 def test_a_wish_that_was_not_granted_is_at_the_end():
-    with pytest.raises(stopping.Stopped, match="by SIGTERM, after the last step"):
-        with stopping.deferred() as stop:
-            assert not stop.agreed()
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.agreed()
-            passed = True
-    assert passed
+    said = pytest.raises(stopping.Stopped, match="by SIGTERM, after the last step")
+    with said, stopping.deferred() as stop:
+        assert not stop.agreed()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed()
 
 
 def test_other_threads_leave_the_handlers_alone():
