@@ -50,13 +50,17 @@ def interrupted(program: str, argv: Sequence[str]) -> tuple[Path | None, list[st
     return out, rest
 
 
-def spread(program: str, argv: Sequence[str]) -> tuple[Cluster, list[str]]:
+def spread(program: str, argv: Sequence[str] | None) -> tuple[Cluster, list[str]]:
     """Returns what words say of workers, and the other words, which are the workers'.
+
+    Args:
+      program: command, as users call it.
+      argv: words after the command; None for the process's own.
 
     Raises:
       SystemExit: a value does not fit.
     """
-    words = list(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     if _help(words)[0] is not None:
         return Cluster(), words
     values, rest = options.parse(program, options.of(Cluster(), WORKERS), words)
