@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -62,9 +63,15 @@ def brief(states: Sequence[State]) -> str:
     return f"{len(states)} cells: {parts}"
 
 
+def shown(states: Sequence[State]) -> Group:
+    """Returns the counts, and a table of the cells that run or failed, if any."""
+    made = table(states)
+    return Group(Text(brief(states)), *[made] * bool(made.row_count))
+
+
 def table(states: Sequence[State]) -> Table:
-    """Returns the counts, the cells that run, and those that failed."""
-    made = Table("cell", "state", "", title=brief(states))
+    """Returns the cells that run, and those that failed."""
+    made = Table("cell", "state", "")
     for state in states:
         if state.kind == "running":
             minutes = (time.time() - state.note["since"]) / 60

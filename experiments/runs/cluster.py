@@ -258,13 +258,13 @@ def _watch(crew: Crew, work: Work, console: Console) -> None:
         while alive := crew.alive():
             names = [worker.name for worker in alive]
             states = board.states(work.cells, work.is_finished, names)
-            live.update(board.table(states), refresh=True)
+            live.update(board.shown(states), refresh=True)
             if not console.is_terminal and (now := board.brief(states)) != said:
                 console.print(now, soft_wrap=True)
                 said = now
             time.sleep(0.5)
     states = board.states(work.cells, work.is_finished, [])
-    console.print(board.table(states))
+    console.print(board.shown(states))
 
 
 def _slurm(cluster: Cluster, work: Work) -> dict[str, Any]:
