@@ -76,7 +76,8 @@ def prepare(cluster: Cluster) -> None:
       ModuleNotFoundError: submitit is missing.
       ValueError: there are fewer accelerators than workers.
     """
-    if not cluster.print_sbatch and importlib.util.find_spec("submitit") is None:
+    by_submitit = cluster.is_used and not cluster.print_sbatch
+    if by_submitit and importlib.util.find_spec("submitit") is None:
         raise ModuleNotFoundError(
             "--cluster needs submitit: the extra `cluster`, or pip install submitit"
         )
@@ -136,7 +137,10 @@ def launch(cluster: Cluster, work: Work, console: Console) -> list[str] | None:
     failed += [n["failed"] for c in work.cells if (n := c.note()) and "failed" in n]
     if not failed and (left := [c for c in work.cells if not work.is_finished(c)]):
         names = "; ".join(cell.name for cell in left)
-        failed.append(f"Not finished: {names}. The same command goes on with it.")
+        failed.append(
+            f"Not finished: {names}. The workers' logs in {folder} may say why; the "
+            "same command goes on."
+        )
     return failed
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import importlib.util
 import json
 import os
 import shutil
@@ -101,6 +102,14 @@ def test_workers_get_the_other_words():
     assert found == (FOUR, ["--tasks", "a", "b", "--x=1"])
     asked = ["--help", "lora", "--workers=3"]
     assert command_line.spread("here", asked) == (Cluster(), asked)
+
+
+def test_submitit_is_needed_for_workers_alone(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match="extra `cluster`"):
+        cluster.prepare(Cluster(cluster="debug"))
+    for own in (Cluster(), Cluster(print_sbatch=True)):
+        cluster.prepare(own)
 
 
 def test_each_worker_sees_one_accelerator(monkeypatch):

@@ -1,13 +1,18 @@
 """A training that is told to stop saves in the midst of a round, and ends as if not."""
 
+import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 
 import jax
 import numpy as np
 import pictures
 import pytest
+from places import ROOT
 
 from experiments import vtab
 from experiments.training import metric_log, stopping
@@ -108,3 +113,31 @@ def test_other_threads_leave_the_handlers_alone():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+@pytest.mark.slow  # two processes that compile by themselves
+def test_two_processes_stop_before_the_same_step(tmp_path):
+    """One is told to, by USR2; together they go on as if none was."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    program = str(ROOT / "tests/helpers/stopped_pair.py")
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    own = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, program, str(tmp_path), address, str(number)],
+            env=os.environ | own,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        for number in (0, 1)
+    ]
+    found = [json.loads(one.communicate()[0].splitlines()[-1]) for one in pair]
+    assert [one.returncode for one in pair] == [0, 0]
+    assert found[0] == found[1]
+    assert found[0]["status"] == 75
+    assert found[0]["said"].startswith("Stopped as it was told to, ")
+    (losses, digest), (all_losses, whole) = found[0]["stopped"], found[0]["whole"]
+    assert digest == whole
+    assert losses == all_losses[len(all_losses) - len(losses) :] and losses
