@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from experiments import paths
 from experiments.config import options
@@ -108,9 +108,9 @@ def parse(
     chosen = _chosen(program, default, words)
     if asked is not None:
         text = _usage(presets, suite)
+        if suite and asked == WORKERS:
+            _show_workers(program)
         shown = list(of_run(default, chosen))
-        if suite:
-            shown += options.of(Cluster(), WORKERS)
         _show(program, default, shown, chosen, asked, text)
     config = _overridden(program, default, chosen, words)
     try:
@@ -166,6 +166,8 @@ def parse_study(
         dataclasses.replace(o, hidden=o.hidden or o.flag[4:] in default.own)
         for o in of_run(default.run, methods, "run.")
     ]
+    if asked == WORKERS:
+        _show_workers(program)
     if asked is not None:
         own += options.of(Cluster(), WORKERS)
         _show(program, default.run, [*own, *found], methods, asked, text, "run.")
@@ -365,6 +367,13 @@ def _show(
     raise SystemExit(0)
 
 
+def _show_workers(program: str) -> NoReturn:
+    """Prints the help of the workers' options, and exits."""
+    text = f"{Cluster.__doc__} A worker that dies or is stopped loses nothing."
+    options.show(program, options.of(Cluster(), WORKERS), text)
+    raise SystemExit(0)
+
+
 def _usage(presets: Presets, suite: str) -> str:
     """Returns how a run begins or goes on, and the names of the presets."""
     texts: dict[str, list[str]] = {}
@@ -374,9 +383,11 @@ def _usage(presets: Presets, suite: str) -> str:
             texts.setdefault(preset.text, []).append(name)
     groups = [f"{', '.join(names)} ({text})" for text, names in texts.items()]
     if benchmark:
-        groups.append(f"{suite}, or one of its tasks, such as {benchmark[0]}")
+        groups.append(f"{suite}, or its tasks, as {benchmark[0]}")
     return (
         "--config NAME or FILE: a preset, or a JSON file of fields, such as a run's "
         f"config.json. Presets: {'; '.join(groups)}. "
-        "--resume FOLDER: alone, goes on with an interrupted run."
+        "--resume FOLDER: alone, resumes a run."
+        + f" --help {WORKERS}: in parallel."
+        * bool(suite)
     )

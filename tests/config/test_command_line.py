@@ -7,6 +7,7 @@ import pytest
 
 from experiments import ablate, compare, fgvc, vtab
 from experiments.config import command_line, options, presets, run_config
+from experiments.config.cluster import Cluster
 from experiments.config.images import ImageConfig
 from experiments.methods.snella import Snella
 from experiments.names import unknown
@@ -49,6 +50,14 @@ def test_the_help_fits_and_names_what_explains_a_method(main, capsys, monkeypatc
     assert not any(f".{knob}" in text for knob in KNOBS)
     assert "source" not in text and "dora." not in text
     assert "--snella.lr" in text and "--linear.strengths" in text
+
+
+@pytest.mark.parametrize("main", [fgvc.main, compare.main])
+def test_the_help_of_workers_has_all_of_their_options(main, capsys, monkeypatch):
+    text = shown(main, "--help", "workers", capsys=capsys, monkeypatch=monkeypatch)
+    for field in dataclasses.fields(Cluster):
+        assert f"--{field.name}" in text
+    assert "--epochs" not in text and "--run." not in text
 
 
 @pytest.mark.parametrize("name", ["snella", "linear", "noah"])

@@ -223,7 +223,7 @@ def begun(root):
 
 
 def kill_inside(out, again):
-    """SIGKILLs a worker behind the second epoch of a cell; returns the cell.
+    """SIGKILLs a worker behind the third epoch of a cell; returns the cell.
 
     Args:
       again: text in the worker's name.
@@ -236,7 +236,7 @@ def kill_inside(out, again):
             log = out / name / metric_log.NAME
             if again not in note.get("worker", "") or not log.exists():
                 continue
-            if log.read_text("utf-8").count("\n") in (2, 3):
+            if log.read_text("utf-8").count("\n") in (3, 4):
                 os.kill(note["pid"], signal.SIGKILL)
                 time.sleep(0.1)
                 if not (out / name / "summary.json").exists():
@@ -262,7 +262,7 @@ def test_a_worker_that_is_killed_twice_loses_no_cell(tmp_path, monkeypatch):
     logs = "".join(log.read_text("utf-8") for log in out.glob("workers/*_log.out"))
     said = [line for line in logs.splitlines() if line.startswith("Everything is in")]
     assert sorted(said) == sorted(f"Everything is in {out / n}" for n in TASKS)
-    # What was killed behind its second epoch went on from its first or second.
+    # What was killed behind its third epoch went on from its first or a later one.
     assert logs.count("epoch 1/5") == 12
     for name, values in tasks.items():
         alone, own = tmp_path / "alone" / name, out / name
