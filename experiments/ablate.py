@@ -165,7 +165,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = config.run.task, variant.name
         do = functools.partial(_tried, variant, config, store, console)
         left[store.cell(*name)] = table_store.Part(name, config.seeds, do)
-    failed = cluster.done(workers, table_store.work(PROGRAM, words, store, left), console)
+    failed = cluster.done(
+        workers, table_store.work(PROGRAM, words, store, left), console
+    )
     with store.locked():
         ablation_report.write(store, config.run.task, config.out, console)
     if failed:

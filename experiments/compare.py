@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole = Table(config)
     store = whole.store
     left = {} if config.table_only else _cells(rows, config, store, console)
-    failed = cluster.done(workers, table_store.work(PROGRAM, given, store, left), console)
+    failed = cluster.done(
+        workers, table_store.work(PROGRAM, given, store, left), console
+    )
     with store.locked():
         if made := whole.made():
             table.write(made, config.out, console)

@@ -38,6 +38,7 @@ class Work:
       out: folder of the cells.
       cells: all of them.
       is_finished: says of a cell whether nothing of it is left.
+      tried: does a cell in this process, as `cells.work` takes it.
     """
 
     program: str
@@ -45,6 +46,7 @@ class Work:
     out: Path
     cells: Sequence[Cell]
     is_finished: Callable[[Cell], bool]
+    tried: Callable[[Cell], str | None]
 
     @property
     def module(self) -> str:
@@ -87,22 +89,14 @@ def prepare(cluster: Cluster) -> None:
         accelerators.of_workers(cluster.workers)
 
 
-def done(
-    cluster: Cluster,
-    work: Work,
-    tried: Callable[[Cell], str | None],
-    console: Console,
-) -> list[str]:
+def done(cluster: Cluster, work: Work, console: Console) -> list[str]:
     """Does cells, by workers or in this process; returns what failed.
-
-    Args:
-      tried: does a cell in this process, as `cells.work` takes it.
 
     Raises:
       SystemExit: a script was printed, or the workers could not begin.
     """
     if not cluster.is_used or not work.cells:
-        return cells.work(work.out, work.cells, tried, console)
+        return cells.work(work.out, work.cells, work.tried, console)
     with terminal.exit_on_error(work.program):
         found = launch(cluster, work, console)
     if found is None:

@@ -101,8 +101,8 @@ def _run_all(
         return _tried(where, cell, own[cell], out, console)
 
     words = ["--resume", str(out)]
-    work = cluster.Work(program, words, out, list(own), is_finished)
-    failed = cluster.done(workers, work, tried, console)
+    work = cluster.Work(program, words, out, list(own), is_finished, tried)
+    failed = cluster.done(workers, work, console)
     if files.is_primary() and any(map(is_finished, own)):
         with filelock.FileLock(out / ".table"):
             table.write(table.table(finished.collect([out], console)), out, console)

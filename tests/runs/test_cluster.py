@@ -68,7 +68,7 @@ def test_the_script_of_an_array():
 def test_submitit_writes_the_same_options(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setenv(cluster.CACHE, "out/workers/compiled")
-    work = cluster.Work("python -m experiments.compare", [], tmp_path, [], bool)
+    work = cluster.Work("python -m experiments.compare", [], tmp_path, [], bool, str)
     executor = submitit.AutoExecutor(tmp_path, cluster="slurm")
     executor.update_parameters(**cluster._slurm(FOUR, work))
     text = executor._executor._make_submission_file_text("command", "uid")
