@@ -105,7 +105,7 @@ def done(cluster: Cluster, work: Work, console: Console) -> list[str]:
 
 
 def launch(cluster: Cluster, work: Work, console: Console) -> list[str] | None:
-    """Runs workers until all have ended; returns what failed or is left.
+    """Runs workers until all cells are done; returns what failed or is left.
 
     Prints a table of the cells meanwhile. With `print_sbatch` it prints the script and
     returns None.
@@ -247,7 +247,10 @@ def run(module: str, words: list[str], environment: dict[str, str]) -> None:
 
 
 def _watch(crew: Crew, work: Work, console: Console) -> None:
-    """Shows the cells until all workers have ended."""
+    """Shows the cells until all workers have ended.
+
+    Of jobs that SLURM has not begun yet none is waited for once all cells are done.
+    """
     if crew.cluster.cluster == "debug":
         for worker in crew.workers:
             worker.job.result()
@@ -260,6 +263,8 @@ def _watch(crew: Crew, work: Work, console: Console) -> None:
             if not console.is_terminal and (now := board.brief(states)) != said:
                 console.print(now, soft_wrap=True)
                 said = now
+            if crew.cluster.is_slurm and all(s.kind == "done" for s in states):
+                break
             time.sleep(0.5)
     states = board.states(work.cells, work.is_finished, [])
     console.print(board.shown(states))

@@ -18,7 +18,10 @@ from experiments import vtab
 from experiments.training import metric_log, stopping
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.classification import Classification
+from experiments.training.competition import Competition
+from experiments.training.rounds import Rounds
 from experiments.training.trainer import Trainer
+from snella_jax import Reallocation
 
 (ACCURACY,) = Classification().metrics
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
@@ -141,3 +144,22 @@ def test_two_processes_stop_before_the_same_step(tmp_path):
     (losses, digest), (all_losses, whole) = found[0]["stopped"], found[0]["whole"]
     assert digest == whole
     assert losses == all_losses[len(all_losses) - len(losses) :] and losses
+
+
+def test_moves_of_a_round_are_taken_up():
+    """Those that wait until the ranking of scores has settled compare with it."""
+    rules = Competition(lambda **_: lambda passed: 1, every="settled")
+    one, other = (rules.begin(1, Rounds(main=10, size=5)) for _ in range(2))
+    other.take_up(json.loads(json.dumps(one.as_json())))
+    assert (other.count, other.seen, other.last) == (0, None, None)
+    one.count, one.seen = 2, {"a": np.array(0.1), "b": np.array([1 / 3, 2.0])}
+    text = (("a", "b"), ("b",))
+    one.last = Reallocation(3, 2, text[0], *map(np.array, ([0.1], [1], [2])), text[1])
+    other.take_up(json.loads(json.dumps(one.as_json())))
+    assert other.count == 2 and (other.last.names, other.last.died) == text
+    assert (other.last.step, other.last.steps_since) == (3, 2)
+    for path, own in one.seen.items():
+        np.testing.assert_array_equal(other.seen[path], own, strict=True)
+    for name in ("scores", "budgets", "capacities"):
+        found, own = (getattr(moves.last, name) for moves in (other, one))
+        np.testing.assert_array_equal(found, own, strict=True)
