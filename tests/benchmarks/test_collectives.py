@@ -1,10 +1,13 @@
 """Collectives of compiled programs: a text by hand, and programs on four devices."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from places import RESULTS
 
 from experiments.benchmarks import collectives
 
@@ -151,3 +154,16 @@ def test_programs_whose_collectives_are_known():
         "collective-permute": (1, one),
         "reduce-scatter": (1, one),
     }
+
+
+def test_what_crosses_16_chips_where_blocks_are_merged_together():
+    """The repository's results for Llama-2-7B: bytes, and 8 rounds of counts a block."""
+    path = RESULTS / "memory/v5e_llama2_7b_chips16_together/memory.json"
+    lora, snella = json.loads(path.read_text("utf-8"))
+    found = [row["collectives"] for row in (lora, snella)]
+    gathered = [own["all-gather"]["bytes"] for own in found]
+    sums = [sum(kind["bytes"] for kind in own.values()) for own in found]
+    assert gathered[1] < gathered[0] and sums[1] < 1.203 * sums[0]
+    small = [own["all-reduce"]["small"] for own in found]
+    assert 8 * 32 <= small[1] - small[0] < 8 * 32 + 100
+    assert 1.05 < snella["total_bytes"] / lora["total_bytes"] < 1.11  # above the bar
