@@ -157,7 +157,7 @@ def test_programs_whose_collectives_are_known():
 
 
 def test_what_crosses_16_chips_where_blocks_are_merged_together():
-    """The repository's results for Llama-2-7B: bytes, and 8 rounds of counts a block."""
+    """The repository's results for Llama-2-7B: bytes, and rounds of counts a block."""
     path = RESULTS / "memory/v5e_llama2_7b_chips16_together/memory.json"
     lora, snella = json.loads(path.read_text("utf-8"))
     found = [row["collectives"] for row in (lora, snella)]

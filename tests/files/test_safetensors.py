@@ -36,3 +36,18 @@ def test_a_dtype_that_numpy_does_not_know(tmp_path):
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(CheckpointError, match=r"a\.safetensors: scales is of dtype F8"):
         map_safetensors(path)
+
+
+def test_files_are_the_same_bytes_whatever_the_order_of_metadata(tmp_path):
+    """And read as safetensors' own: names and texts of any letters."""
+    tensors = {"weight/é": np.arange(6.0).reshape(2, 3), "b": np.ones(3, np.int8)}
+    metadata = {f"key {i}": f'"quoted" \\ \n\t\x01 ü {i}' for i in range(9)}
+    back = dict(reversed(metadata.items()))
+    for name, own in (("one", metadata), ("other", back)):
+        write_tensors(tensors, tmp_path / name, own)
+    found = [(tmp_path / name).read_bytes() for name in ("one", "other")]
+    assert found[0] == found[1]
+    with safe_open(tmp_path / "one", "np") as file:
+        assert file.metadata() == metadata
+        for name, value in tensors.items():
+            np.testing.assert_array_equal(file.get_tensor(name), value)
