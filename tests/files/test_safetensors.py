@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.readers import DTYPES, map_safetensors
+from snella_jax.files.tensors import write_tensors
 
 DRAW = np.random.default_rng(0)
 
