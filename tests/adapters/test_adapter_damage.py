@@ -170,7 +170,7 @@ def test_saving_again_replaces_and_an_error_leaves_the_old(model, saved, monkeyp
     def full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(file_format, "save_file", full)
+    monkeypatch.setattr(file_format, "write_tensors", full)
     with pytest.raises(OSError, match="no space"):
         snella.save(model, saved)
     assert_same(snella.load(Every(nnx.Rngs(0)), saved), other)
