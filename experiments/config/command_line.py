@@ -354,7 +354,7 @@ def _show(
         lines = [text]
         lines += [
             f"--help METHOD: all options of one of {', '.join(config.names())}. The "
-            "usual ones of those chosen ([X]: the default):"
+            "usual ones ([X]: the default):"
         ]
         if len(methods) > SHOWN:
             lines += [f"  --{prefix}METHOD.lr, for instance"]

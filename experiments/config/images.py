@@ -32,9 +32,8 @@ class DataOptions:
     """resize: whole images, no augmentation. random: crops, flips and colour jitter in
     training, the centre in evaluation."""
     protocol: Protocol = "choose"
-    """choose: train on the training split, follow validation; final with --search.
-    final: train on both. released: on both, follow the test split. In all, the last
-    epoch's test accuracy counts."""
+    """choose: train on training, follow validation; final with --search. final: on
+    both. released: on both, follow the test. The last epoch counts."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,8 +72,8 @@ class RunOptions:
     """Devices, and where results go."""
 
     mesh: str | None = None
-    """Splits batches along data and fsdp, and matrices along fsdp and tensor (or
-    model), as data=2,fsdp=2,tensor=2. Default: batches alone, along data."""
+    """Splits batches along data and fsdp, matrices along fsdp and tensor, as
+    data=2,fsdp=2. Default: all devices along data."""
     distributed: bool = False
     """One of several processes, each started with this command."""
     wandb: str | None = None

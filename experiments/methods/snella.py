@@ -33,7 +33,7 @@ class Snella(Sketched, Ranked):
     title: ClassVar[str] = "SNELLA"
     knobs: ClassVar[tuple[str, ...]] = (
         *("metric", "every", "settled", "exponent", "floor", "floor_every"),
-        *("beta_rate", "beta1", "beta2", "power", "undropped"),
+        *("beta_rate", "beta1", "beta2", "power", "undropped", "centred", "start"),
     )
 
     lr: float = 2e-2

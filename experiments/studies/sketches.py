@@ -89,10 +89,10 @@ def _found(folders: Iterable[Path]) -> dict[str, Results]:
     found: dict[str, Results] = {variant.name: {} for variant in STUDY.variants}
     for folder in folders:
         cells = _of_run(folder) if _is_run(folder) else _of_ablation(folder)
-        for (name, *cell), result in cells.items():
-            own = found[name].setdefault(tuple(cell), result)
+        for (name, task, seed), result in cells.items():
+            own = found[name].setdefault((task, seed), result)
             if own is not result:
-                raise ValueError(f"{folder}: {name}, {cell} was given before.")
+                raise ValueError(f"{folder}: {name}, {task}, {seed} was given before.")
     exact = {task for task, _ in found[SNELLA.name]}
     if lacking := {task for own in found.values() for task, _ in own} - exact:
         raise ValueError(

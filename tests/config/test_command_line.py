@@ -14,7 +14,7 @@ from experiments.names import unknown
 
 KNOBS = [
     *("metric", "every", "settled", "exponent", "floor", "floor_every"),
-    *("beta_rate", "beta1", "beta2", "power", "undropped"),
+    *("beta_rate", "beta1", "beta2", "power", "undropped", "centred", "start"),
 ]
 
 
