@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from experiments.config.images import ImageConfig
 from experiments.config.run_config import RunConfig
 from experiments.methods.lora import Lora
-from experiments.methods.snella import ReleasedSnella, Snella
+from experiments.methods.snella import PlusSnella, ReleasedSnella, Snella
 from experiments.tasks import catalogue, fgvc, vtab
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig, covariant=True)
@@ -117,7 +117,11 @@ def _local(task: str) -> Preset[ImageConfig]:
         image_size=112,
         epochs=8,
         warmup_epochs=1,
-        settings={"lora": Lora(lr=1e-3), "snella": Snella(lr=3e-3)},
+        settings={
+            "lora": Lora(lr=1e-3),
+            "snella": Snella(lr=3e-3),
+            "snella_plus": PlusSnella(lr=1e-3),
+        },
     )
     return Preset("no network; a real ViT-S/14", config)
 

@@ -316,8 +316,8 @@ class PlusSnella(Snella):
 
     title: ClassVar[str] = "Plus SNELLA"
 
-    lr: float = 1e-3
-    """Peak learning rate: that of LoRA, to which the update is close at first."""
+    lr: float = 1e-2
+    """Peak learning rate: LoRA's, whose first steps the update makes."""
     centred: Centred = "both"
     start: Start = "zero"
     gate: Gate = "hard"
