@@ -33,7 +33,7 @@ class DataOptions:
     training, the centre in evaluation."""
     protocol: Protocol = "choose"
     """choose: train on training, follow validation; final with --search. final: on
-    both. released: on both, follow the test. The last epoch counts."""
+    both. released: on both, follow the test."""
 
 
 @dataclasses.dataclass(frozen=True)
