@@ -167,3 +167,15 @@ def test_what_crosses_16_chips_where_blocks_are_merged_together():
     small = [own["all-reduce"]["small"] for own in found]
     assert 8 * 32 <= small[1] - small[0] < 8 * 32 + 100
     assert 1.05 < snella["total_bytes"] / lora["total_bytes"] < 1.11  # above the bar
+
+
+def test_local_work_crosses_16_chips_with_less_than_lora():
+    """The repository's results for Llama-2-7B: no gradient of a matrix, no count."""
+    path = RESULTS / "memory/v5e_llama2_7b_chips16_fsdp16/memory.json"
+    lora, split, local = json.loads(path.read_text("utf-8"))
+    assert (split["factors"], local["factors"]) == ("split", "local")
+    found = [row["collectives"] for row in (lora, split, local)]
+    sums = [sum(kind["bytes"] for kind in own.values()) for own in found]
+    assert sums[2] < sums[0] < sums[1] < 1.24 * sums[0]
+    small = [own["all-reduce"]["small"] for own in found]
+    assert small[2] <= small[0] + 1 and small[1] - small[0] <= 300
