@@ -56,10 +56,12 @@ REAL = dataclasses.replace(
     test_images=None,
     grid=Grid(lr_factors=(1 / 3, 3.0), lr_extensions=0, weight_decays=(), densities=()),
     settings={
-        name: dataclasses.replace(RUN.settings[name], lr=lr)
-        for name, lr in {"adapter": 9e-3, "snell": 9e-3, "snella": 9e-3}.items()
-    }
-    | {name: RUN.settings[name] for name in ("full", "bias", "lora", "dora")},
+        **RUN.settings,
+        **{
+            name: dataclasses.replace(RUN.settings[name], lr=9e-3)
+            for name in ("adapter", "snell", "snella")
+        },
+    },
     source="python -m experiments.compare --config real_tasks",
 )
 
@@ -167,7 +169,10 @@ class Comparison:
 REAL_TASKS = Comparison(
     tasks=("cub-20", "cars-20", "caltech101", "dtd-10", "idrid", "rsscn7"),
     data=Path("data"),
-    methods=("linear", "full", "bias", "adapter", "lora", "dora", "snell", "snella"),
+    methods=(
+        *("linear", "full", "bias", "adapter", "lora", "dora"),
+        *("snell", "snella", "snella_plus"),
+    ),
     controls=(),
     search_epochs=REAL.epochs,
     pool=("cub-20", "dtd-10"),

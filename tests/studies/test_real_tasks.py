@@ -120,6 +120,21 @@ def test_the_report_of_made_up_cells(tmp_path, capsys):
     assert "Difference from LoRA-8" in capsys.readouterr().out
 
 
+def test_a_method_has_three_rates_around_its_usual_one():
+    """Those of the smaller comparison, but for three that were best at 9e-3 there."""
+    run = comparison.REAL_TASKS.run
+    rates = {name: run.settings[name].lr for name in comparison.RATES}
+    other = dict.fromkeys(("adapter", "snell", "snella"), 9e-3)
+    assert rates == comparison.RATES | other
+    tried = comparison.REAL_TASKS.tried(comparison.Row("lora"))
+    assert [(own.task, own.lr) for own in tried] == [
+        (task, pytest.approx(lr))
+        for task in ("cub-20", "dtd-10")
+        for lr in (1e-3, 1e-3 / 3, 3e-3)
+    ]
+    assert not comparison.REAL_TASKS.tried(comparison.Row("linear"))
+
+
 def test_folders_that_do_not_fit_are_refused(tmp_path):
     one = folder(tmp_path / "one")
     with pytest.raises(SystemExit, match="both have linear probe on birds, seed 0"):
