@@ -88,9 +88,6 @@ def config(**changes):
         "targets": TARGETS,
         "trainable": "head|cls",
         "allocation": "fixed",
-        "overrides": {
-            ".*/out": {"kernel": snella.kernels.mix_k(centred="both"), "gate": "hard"}
-        },
     }
     return snella.SnellaConfig(**(settings | changes))
 

@@ -242,7 +242,7 @@ def test_square_roots():
     ("changes", "why"),
     [
         ({"path": "parallel"}, "path='parallel'"),
-        ({"kernel": kernels.rbf()}, "rbf()"),
+        ({"kernel": kernels.rbf()}, "rbf("),
         ({"kernel": kernels.mix_k(normalize_over="in")}, "normalize_over='in'"),
         ({"gate": "none"}, "gate='none'"),
         ({"layout": Layout((8,), (2, 8))}, "one matrix"),
