@@ -33,7 +33,7 @@ def started(folder, role):
     said = [folder / f"{role}{number}.log" for number in (0, 1)]
     pair = []
     for number, path in enumerate(said):
-        with path.open("w") as file:
+        with path.open("w", encoding="utf-8") as file:
             one = subprocess.Popen(
                 [sys.executable, str(PROGRAM), str(folder), role],
                 env=os.environ | own | {"JAX_PROCESS_ID": str(number)},
@@ -52,8 +52,8 @@ def started(folder, role):
 def until_done(pair, said):
     """Waits until both have said that they are done."""
     deadline = time.monotonic() + 1800
-    while not all("done\n" in path.read_text() for path in said):
-        texts = "\n".join(path.read_text()[-3000:] for path in said)
+    while not all("done\n" in path.read_text("utf-8") for path in said):
+        texts = "\n".join(path.read_text("utf-8")[-3000:] for path in said)
         assert all(one.poll() in (None, 0) for one in pair), texts
         assert time.monotonic() < deadline, texts
         time.sleep(0.2)
@@ -72,8 +72,8 @@ def folder(tmp_path_factory):
         until_done(pair, said)
     assert [one.returncode for one in pair] == [-signal.SIGKILL] * 2
     for number, path in enumerate(said, 1):
-        assert f"process {number} of 2 on " in path.read_text()
-        assert ": 2 x cpu of 4\n" in path.read_text()
+        assert f"process {number} of 2 on " in path.read_text("utf-8")
+        assert ": 2 x cpu of 4\n" in path.read_text("utf-8")
     return folder
 
 
@@ -124,4 +124,4 @@ def test_an_error_in_one_process_ends_both_within_a_minute(tmp_path: Path):
         first = time.monotonic()
         codes = [one.wait(timeout=600) for one in pair]
     assert time.monotonic() - first < 60 and 0 not in codes
-    assert "the second process has had enough" in said[1].read_text()
+    assert "the second process has had enough" in said[1].read_text("utf-8")

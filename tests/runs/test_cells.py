@@ -28,7 +28,9 @@ def lock(path):
 def test_a_cell_whose_process_dies_is_taken_over(three, tmp_path, monkeypatch):
     """It waits, with its note of the dead; others come first."""
     other, done = lock(three[1].place / cells.LOCK), []
-    (three[1].place / cells.NOTE).write_text('{"worker": "dead", "launch": "x"}')
+    (three[1].place / cells.NOTE).write_text(
+        '{"worker": "dead", "launch": "x"}', "utf-8"
+    )
     monkeypatch.setattr(time, "sleep", lambda _: other.release())
 
     def tried(cell):

@@ -271,7 +271,9 @@ def test_a_worker_that_is_killed_twice_loses_no_cell(tmp_path, monkeypatch):
         config = command_line.from_values("here", values, default, where)
         where.write_text(json.dumps(run_config.as_dict(config)), "utf-8")
         vtab.main([f"--config={where}", f"--out={alone}"])
-        results = [json.loads((p / "results.json").read_text()) for p in (alone, own)]
+        results = [
+            json.loads((p / "results.json").read_text("utf-8")) for p in (alone, own)
+        ]
         for found in results:
             found["bias"].pop("seconds_per_step")
         assert results[0] == results[1]

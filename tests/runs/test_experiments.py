@@ -239,7 +239,11 @@ def test_a_probe_goes_on_beyond_its_strengths(extensions, kept, monkeypatch):
         fits.append(strength)
         score = -round(abs(np.log10(strength) + 4), 3)
         head = SimpleNamespace(
-            C=strength, score=lambda *_: score, coef_=labels, intercept_=labels
+            C=strength,
+            score=lambda *_: score,
+            predict=lambda _: labels,
+            coef_=labels,
+            intercept_=labels,
         )
         return linear_probe._Fit(head, 1, 1.0)
 

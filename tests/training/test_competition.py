@@ -231,7 +231,7 @@ def test_the_gradient_norm_is_that_of_the_factors():
     "changes, message",
     [
         ({"beta_rate": -1.0}, "beta_rate=-1.0: expected at least 0"),
-        ({"beta_rate": 0.0, "kernel": "rbf"}, "kernel=rbf has no beta"),
+        ({"beta_rate": 0.0, "kernel": "rbf"}, "kernel=rbf, centred=none has no beta"),
         ({"floor": 1.5}, "floor=1.5"),
         ({"exponent": -1.0}, "exponent=-1.0"),
         ({"settled": 2.0}, "settled=2.0: expected -1 to 1"),
