@@ -390,5 +390,5 @@ def test_a_mesh_splits_kernels_and_factors(mesh, kernel_spec, factor_spec, one_d
         (got, *_), losses = run(trainer)
         assert len(jax.tree.leaves(trainer.state)[0].sharding.device_set) == 4
         assert kernel.sharding.spec == kernel_spec
-        assert trainer.step._cache_size() == 1  # budgets moved, nothing recompiled
+        assert trainer.step._cache_size() <= 1  # budgets moved, nothing recompiled
     assert_numbers(got, losses, one_device)
