@@ -164,15 +164,8 @@ class piecewise_linear(_Centring, Pieces):
 
 
 @dataclasses.dataclass(frozen=True)
-class rbf(_Centring):
-    """`delta[j, i] = alpha * exp(-||a_j - b_i||_2^2 / 2)`.
-
-    Our reading: the paper's Table XIV, which gives its exact form, was not available.
-
-    Attributes:
-      centred, start: as in `piecewise_linear`; from 0,
-        `alpha * (exp(-||a_j - b_i||_2^2 / 2) - exp(-||a_j||_2^2 / 2))`.
-    """
+class _Scaled(_Centring):
+    """Rest of a kernel of one piece: pairs of factors under a scale `alpha`."""
 
     centred: Centred = "none"
     start: Start = "kernel"
@@ -184,6 +177,18 @@ class rbf(_Centring):
     def init(self, key, shape, rank, dtype=jnp.float32) -> Factors:
         factors = init_pair(key, shape, rank, 1, dtype) | scalars(dtype, alpha=1)
         return at_start(factors, self.start)
+
+
+@dataclasses.dataclass(frozen=True)
+class rbf(_Scaled):
+    """`delta[j, i] = alpha * exp(-||a_j - b_i||_2^2 / 2)`.
+
+    Our reading: the paper's Table XIV, which gives its exact form, was not available.
+
+    Attributes:
+      centred, start: as in `piecewise_linear`; from 0,
+        `alpha * (exp(-||a_j - b_i||_2^2 / 2) - exp(-||a_j||_2^2 / 2))`.
+    """
 
     def _whole(self, factors: Factors) -> Array:
         a, b = factors["a"][0], factors["b"][0]
@@ -200,7 +205,7 @@ class rbf(_Centring):
 
 
 @dataclasses.dataclass(frozen=True)
-class sigmoid(_Centring):
+class sigmoid(_Scaled):
     """`delta[j, i] = alpha * sigmoid(a_j . b_i)`.
 
     Our reading: the paper's Table XIV, which gives its exact form, was not available.
@@ -209,17 +214,6 @@ class sigmoid(_Centring):
       centred, start: as in `piecewise_linear`; from 0,
         `alpha * (sigmoid(a_j . b_i) - 1/2)`.
     """
-
-    centred: Centred = "none"
-    start: Start = "kernel"
-
-    def __post_init__(self):
-        check_centred(self.centred)
-        check_start(self.start)
-
-    def init(self, key, shape, rank, dtype=jnp.float32) -> Factors:
-        factors = init_pair(key, shape, rank, 1, dtype) | scalars(dtype, alpha=1)
-        return at_start(factors, self.start)
 
     def _whole(self, factors: Factors) -> Array:
         inner = dot(factors["a"][0], factors["b"][0])

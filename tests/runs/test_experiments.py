@@ -238,13 +238,8 @@ def test_a_probe_goes_on_beyond_its_strengths(extensions, kept, monkeypatch):
     def fit(strength, features, labels):
         fits.append(strength)
         score = -round(abs(np.log10(strength) + 4), 3)
-        head = SimpleNamespace(
-            C=strength,
-            score=lambda *_: score,
-            predict=lambda _: labels,
-            coef_=labels,
-            intercept_=labels,
-        )
+        head = SimpleNamespace(C=strength, coef_=labels, intercept_=labels)
+        head.score, head.predict = lambda *_: score, lambda _: labels
         return linear_probe._Fit(head, 1, 1.0)
 
     monkeypatch.setattr(linear_probe, "_fitted", fit)
