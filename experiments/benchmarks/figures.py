@@ -12,13 +12,16 @@ from experiments.reports.text import memory_setup
 
 
 def label(row: dict[str, Any]) -> str:
-    """Returns how tables and figures call a row: its method, and the sketch if any.
+    """Returns how tables and figures call a row: method, sketch, layout.
 
     >>> label({"method": "lora"}), label({"method": "lora", "sketch": 4})
     ('lora', 'lora, sketch 4')
+    >>> label({"method": "snella", "factors": "local"})
+    'snella, local'
     """
     factor = row.get("sketch", 1)  # rows of before have none
-    return row["method"] if factor == 1 else f"{row['method']}, sketch {factor}"
+    parts = [row["method"]] + [f"sketch {factor}"] * (factor != 1)
+    return ", ".join(parts + ["local"] * (row.get("factors") == "local"))
 
 
 def memory(path: Path, rows: Sequence[dict[str, Any]]) -> None:
