@@ -1,6 +1,8 @@
 """Sphinx's settings for the docs site: `sphinx-build -W docs build/site`."""
 
+import os
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -30,7 +32,20 @@ nitpicky = False
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"
+
+# Sphinx reads only what lies below docs. (It would resolve a link to the folder.)
+shutil.rmtree(ROOT / "docs/colabs", ignore_errors=True)
+(ROOT / "docs/colabs").mkdir()
+for path in (ROOT / "colabs").glob("*.ipynb"):
+    shutil.copy2(path, ROOT / "docs/colabs")
+# Notebooks run at small sizes: this is their test. Those that did not change do not.
+os.environ["SNELLA_COLAB"] = "small"
+nb_execution_mode = "cache"
+nb_execution_in_temp = True  # they write files
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_execution_timeout = 600  # seconds for a cell
+nb_merge_streams = True
 
 autodoc_default_options = {"special-members": "__call__"}
 autodoc_member_order = "bysource"
@@ -73,8 +88,22 @@ def _to_repository(text: str) -> str:
     return OUTSIDE.sub(replaced, text)
 
 
+# Notebooks give addresses, as Colab knows no files: on the site these lead to pages.
+PAGES = re.compile(rf"{re.escape(REPOSITORY)}/blob/main/(docs|colabs)/([\w/.#-]+)")
+
+
+def _to_pages(text: str) -> str:
+    def replaced(match: re.Match) -> str:
+        return f"/{match[2]}" if match[1] == "docs" else f"/colabs/{match[2]}"
+
+    return PAGES.sub(replaced, text)
+
+
 def _of_page(app, document, source):
-    source[0] = _to_repository(source[0])
+    if document.startswith("colabs/"):
+        source[0] = _to_pages(source[0])
+    else:
+        source[0] = _to_repository(source[0])
 
 
 def _of_included(app, path, parent, source):

@@ -31,6 +31,7 @@ DOCUMENTED = re.compile(r"documented (\w+\.md) '(.+?)'")
 def texts() -> dict[str, str]:
     """Every text of ours by its path; of the changelog, the newest entry."""
     paths = [ROOT / "pyproject.toml", ROOT / ".ci/run", *ROOT.glob("*.md")]
+    paths += (ROOT / "colabs").glob("*.py")
     for folder in FOLDERS:
         paths += (ROOT / folder).rglob("*.md")
         paths += (ROOT / folder).rglob("*.py")

@@ -51,4 +51,5 @@ def test_every_page_is_in_the_contents():
         if line and not line.startswith(":")
     }
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
-    assert contents == pages | {"api/index"}
+    notebooks = {f"colabs/{path.stem}" for path in (ROOT / "colabs").glob("*.ipynb")}
+    assert contents == pages | notebooks | {"api/index"}
