@@ -93,7 +93,7 @@ def test_notebooks_ask_colab_for_a_tpu(name):
 def test_a_notebook_begins_with_what_a_reader_asks(name):
     first, *rest = cells(name, "markdown")
     assert re.match(r"# \w", first) and rest[0].startswith("## Install")
-    (path,) = re.findall(r"/blob/main/([^)]+)\)", first)
+    (path,) = re.findall(r"Open in Colab.*?/blob/main/([^)]+)\)", first)
     assert (ROOT / path).is_file() and path == f"colabs/{name}.ipynb"
     owner_and_name = REPOSITORY.removeprefix("https://github.com/")
     assert f"https://colab.research.google.com/github/{owner_and_name}/blob" in first
