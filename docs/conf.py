@@ -1,5 +1,6 @@
 """Sphinx's settings for the docs site: `sphinx-build -W docs build/site`."""
 
+import json
 import os
 import re
 import shutil
@@ -88,6 +89,10 @@ def _to_repository(text: str) -> str:
     return OUTSIDE.sub(replaced, text)
 
 
+SMALL_SIZES = """```{note}
+What this page shows was computed on a CPU when the site was built, at **small sizes**:
+the numbers and pictures of the notebook itself are better.
+```"""
 # Notebooks give addresses, as Colab knows no files: on the site these lead to pages.
 PAGES = re.compile(rf"{re.escape(REPOSITORY)}/blob/main/(docs|colabs)/([\w/.#-]+)")
 
@@ -101,7 +106,9 @@ def _to_pages(text: str) -> str:
 
 def _of_page(app, document, source):
     if document.startswith("colabs/"):
-        source[0] = _to_pages(source[0])
+        notebook = json.loads(_to_pages(source[0]))
+        notebook["cells"][0]["source"] += ["\n\n" + SMALL_SIZES]
+        source[0] = json.dumps(notebook)
     else:
         source[0] = _to_repository(source[0])
 

@@ -1,5 +1,6 @@
 """Matplotlib without a display: `plt`, labels, masks on images and PNG files."""
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from jaxtyping import Bool, UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-matplotlib.use("Agg")
+if "ipykernel" not in sys.modules:  # a notebook shows figures of its own
+    matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 

@@ -17,12 +17,15 @@ def console() -> Console:
     """Returns a console that prints text as it is, on a terminal of any encoding.
 
     A character that the encoding lacks is printed as an escape: under `LC_ALL=C`, `ü`
-    becomes `\\xfc`.
+    becomes `\\xfc`. A notebook gets lines of text, not bars that move.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    return Console(markup=False, emoji=False)
+    terminal = False if "ipykernel" in sys.modules else None
+    return Console(
+        markup=False, emoji=False, force_jupyter=False, force_terminal=terminal
+    )
 
 
 def progress(shown_on: Console) -> Progress:

@@ -3,6 +3,7 @@
 That they run is the test of the docs site, which executes them.
 """
 
+import importlib
 import importlib.util
 import json
 import re
@@ -10,15 +11,19 @@ import sys
 import tomllib
 
 import jax
+import matplotlib
 import pytest
+import rich.console
 from places import ROOT
+
+from experiments import plotting, terminal
 
 COLABS = ROOT / "colabs"
 NAMES = sorted(path.stem for path in COLABS.glob("*.py") if path.stem != "generate")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
 SECRET = re.compile(r"\b(hf_|ghp_|gho_|github_pat_|sk-|AKIA|AIza|ya29\.)\w{8}")
-ABSOLUTE = re.compile(r"""["'\s(=](/(?:content|home|root|tmp|usr|mnt|work|Users)/)""")
+ABSOLUTE = re.compile(r"""["'\s(=](/(?:home|root|tmp|usr|mnt|work|Users)/)""")
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +64,8 @@ def test_a_file_that_differs_or_is_left_over_is_found(generate, tmp_path, monkey
     monkeypatch.setattr(generate, "FOLDER", tmp_path)
     path = tmp_path / "one.ipynb"
     assert generate.stale({path: "made"}) == ["one.ipynb"]
-    path.write_text("edited")
-    (tmp_path / "left.ipynb").write_text("")
+    path.write_text("edited", "utf-8")
+    (tmp_path / "left.ipynb").write_text("", "utf-8")
     assert generate.stale({path: "made"}) == ["one.ipynb", "left.ipynb"]
 
 
@@ -114,7 +119,7 @@ def test_links_of_notebooks_lead_to_files(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_have_texts(name):
     for cell in loaded(name)["cells"]:
-        if "plt.show()" in "".join(cell["source"]):
+        if re.search(r"^plt\.show|^Picture\(", "".join(cell["source"]), re.M):
             assert cell["metadata"]["mystnb"]["image"]["alt"]
 
 
@@ -156,7 +161,7 @@ def test_the_first_cell_stops_where_a_tpu_runtime_has_no_tpu(monkeypatch, tmp_pa
 
 
 def test_the_first_cell_stops_where_a_gpu_runtime_has_no_gpu(monkeypatch, tmp_path):
-    (tmp_path / "nvidia-smi").write_text("")
+    (tmp_path / "nvidia-smi").write_text("", "utf-8")
     (tmp_path / "nvidia-smi").chmod(0o755)
     with pytest.raises(SystemExit, match="no accelerator on this cuda runtime"):
         run_as_on_colab(monkeypatch, tmp_path)
@@ -172,3 +177,21 @@ def test_the_first_cell_stops_where_jax_is_too_old(monkeypatch, tmp_path):
     old = install_cell().replace('"jax>=0.10"', '"jax>=99"')
     with pytest.raises(AssertionError, match="is not jax>=99"):
         exec(old, {})
+
+
+def test_commands_leave_a_notebooks_figures_to_it(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(matplotlib, "use", chosen.append)
+    importlib.reload(plotting)
+    assert chosen == ["Agg"]
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    importlib.reload(plotting)
+    assert chosen == ["Agg"]
+
+
+def test_commands_print_lines_in_notebooks(monkeypatch):
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert terminal.console().is_terminal and not terminal.console().is_jupyter
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    assert not terminal.console().is_terminal and not terminal.console().is_jupyter
