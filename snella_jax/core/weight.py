@@ -28,6 +28,11 @@ from snella_jax.ops.threshold import threshold
 
 log = logging.getLogger("snella_jax")
 
+# What an adapter holds besides factors, in any binding.
+OWN_NAMES = frozenset(
+    {"allocated_at", "budget", "deterministic", "key", "names", "site"}
+)
+
 
 class BudgetsNeverMoved(RuntimeError):
     """Error of merging an adaptively sparse model whose budgets were left behind."""
@@ -200,7 +205,11 @@ Start = tuple[Factors, Counts, Counts]
 def start(
     sites: Mapping[str, Site], config: SnellaConfig, key: PRNGKeyArray
 ) -> dict[str, Start]:
-    """Draws factors and divides budgets, as they are before training."""
+    """Draws factors and divides budgets, as they are before training.
+
+    Raises:
+      ValueError: a kernel names a factor as an adapter names something of its own.
+    """
     sizes = [math.prod(site.lead) for site in sites.values()]
     capacities = np.repeat([site.capacity for site in sites.values()], sizes)
     total = round(config.starting_density * int(capacities.sum()))
@@ -224,7 +233,13 @@ def _factors(site: Site, key: PRNGKeyArray) -> Factors:
     init = functools.partial(site.kernel.init, shape=shape, rank=site.rule.rank)
     for _ in site.lead:
         init = jax.vmap(init)
-    return init(jax.random.split(key, site.lead) if site.lead else key)
+    made = init(jax.random.split(key, site.lead) if site.lead else key)
+    if taken := sorted(made.keys() & OWN_NAMES):
+        raise ValueError(
+            f"{site.kernel} has a factor named {taken[0]!r}: expected another name, as "
+            f"an adapter has its own {', '.join(sorted(OWN_NAMES))}."
+        )
+    return made
 
 
 def _itself(delta: Array) -> Array:
