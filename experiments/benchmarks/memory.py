@@ -81,6 +81,9 @@ class MemoryConfig(workload.Options):
     """whole: each chip has all factors. follow: they are split as their matrix is.
     split: over all of fsdp and tensor. local: so, too, and every chip works on whole
     matrices; without an axis tensor."""
+    hbm: float | None = None
+    """GiB of a TPU that its compiler may use. With much room it fetches weights ahead;
+    with little it spares memory. A step that still takes more is a row that says so."""
     function: str | None = None
     """MODULE:FUNCTION of a step of your own, in place of those of methods; only
     --target and --out count then."""
@@ -94,9 +97,11 @@ class MemoryConfig(workload.Options):
 
         Raises:
           ValueError: language models and others at once, methods with a first stage on
-            several chips, or as `layout.make`.
+            several chips, `hbm` of another target, or as `layout.make`.
           ModuleNotFoundError: as `targets.devices`.
         """
+        if self.hbm is not None and not (self.target == "tpu-v5e" and self.hbm > 0):
+            raise ValueError(f"hbm={self.hbm}: expected GiB, and --target tpu-v5e.")
         texts = [name for name in self.model if name in llama.PRESETS]
         if texts and len(texts) < len(self.model):
             raise ValueError(
@@ -127,7 +132,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         where = config.where()
     console = terminal.console()
     rows = [
-        row(setting, config.target, where)
+        row(setting, config.target, where, config.hbm)
         for setting in track(settings, "compiling", console=console)
     ]
     table = _table(rows)
@@ -155,17 +160,20 @@ def row(
     setting: workload.Setting,
     target: targets.Target,
     where: SingleDeviceSharding | Layout,
+    hbm: float | None = None,
 ) -> dict[str, Any]:
     """Compiles one step for the devices of `where`; returns its row of `memory.json`.
 
-    All bytes are those of one device.
+    All bytes are those of one device. `hbm` is as in `MemoryConfig`.
     """
     on_mesh = where if isinstance(where, Layout) else None
     one, first = workload.abstract(setting, on_mesh), workload.locating(setting)
     start = time.perf_counter()
-    found = _allocated(one, where)
+    found = _allocated(one, where, hbm)
     seconds = time.perf_counter() - start
-    found["locating_bytes"] = _allocated(first, where)["total_bytes"] if first else 0
+    found["locating_bytes"] = (
+        _allocated(first, where, hbm)["total_bytes"] if first else 0
+    )
     found["total_bytes"] = max(found["total_bytes"], found["locating_bytes"])
     capacity = targets.CAPACITY.get(target, math.inf)
     found["fits"] = found.get("fits", True) and found["total_bytes"] <= capacity
@@ -176,6 +184,8 @@ def row(
             "factors": on_mesh.factors,
             "sequence": setting.sequence,
         }
+    if hbm is not None:
+        found["hbm"] = hbm
     return {
         "method": setting.method,
         "model": setting.model,
@@ -201,7 +211,7 @@ def row(
 
 
 def _allocated(
-    one: workload.Step, where: SingleDeviceSharding | Layout
+    one: workload.Step, where: SingleDeviceSharding | Layout, hbm: float | None
 ) -> dict[str, Any]:
     """Returns the bytes that a compiled step allocates, in all and by part.
 
@@ -214,7 +224,7 @@ def _allocated(
     compiler = jax.jit(
         one.run, donate_argnums=one.donated, in_shardings=given, out_shardings=made
     )
-    found, program = allocation.compiled(compiler.lower(*one.arguments))
+    found, program = allocation.compiled(compiler.lower(*one.arguments), hbm)
     if isinstance(where, Layout) and program is not None:
         found["collectives"] = collectives.of(program.as_text() or "")
     return found

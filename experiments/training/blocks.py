@@ -6,6 +6,7 @@ activations to where the rows of split factors are.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,8 +75,8 @@ class Pinned(nnx.Module):
             for path, factor in variables_of(self, Factor):
                 names = path.split("/")
                 following = sharding.of_parameter(names, factor.shape, mesh, "follow")
-                here = _gathered(factor[...], sharding.whole(mesh), following)
-                factor.set_value(here)
+                split = sharding.of_parameter(names, factor.shape, mesh, "split")
+                factor.set_value(_whole(factor[...], mesh, split.spec, following))
         if self.lies.factors == "local":
             _localise(self, mesh)
         elif self.lies.together:
@@ -207,6 +208,36 @@ def _search(
     return run(deltas, budgets)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _whole(
+    x: Array, mesh: Mesh, lying: PartitionSpec, of_gradient: NamedSharding
+) -> Array:
+    """Gathers a factor, split along one axis; its gradient lies in another way.
+
+    Its parts become a leading axis first. To gather along its rows XLA lays out the
+    whole stack of factors with the few columns of each last, padded to 128.
+    """
+    for axis, names in enumerate(lying):
+        if names is not None:
+            names = names if isinstance(names, tuple) else (names,)
+            count = math.prod(mesh.shape[name] for name in names)
+            parts = x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
+            parts = jnp.moveaxis(parts, axis, 0)
+            for spec in (PartitionSpec(names), PartitionSpec()):
+                here = NamedSharding(mesh, spec)
+                parts = jax.lax.with_sharding_constraint(parts, here)
+            return jnp.moveaxis(parts, 0, axis).reshape(x.shape)
+    return jax.lax.with_sharding_constraint(x, sharding.whole(mesh))
+
+
+def _whole_forward(x, mesh, lying, of_gradient):
+    return _whole(x, mesh, lying, of_gradient), None
+
+
+def _whole_backward(mesh, lying, of_gradient, residuals, cotangent):
+    return _gathered_backward(None, of_gradient, residuals, cotangent)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(x: Array, used: NamedSharding, of_gradient: NamedSharding) -> Array:
     """Lays out an array in one way, and its gradient in another."""
@@ -221,4 +252,5 @@ def _gathered_backward(_, of_gradient, residuals, cotangent):
     return (jax.lax.with_sharding_constraint(cotangent, of_gradient),)
 
 
+_whole.defvjp(_whole_forward, _whole_backward)
 _gathered.defvjp(_gathered_forward, _gathered_backward)

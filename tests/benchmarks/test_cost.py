@@ -326,6 +326,15 @@ def test_a_tpu_needs_as_much_memory_for_snella_as_for_lora():
     assert total["snella_stored"] > 1.15 * total["lora"]  # the test can fail
 
 
+@pytest.mark.tpu_compile
+def test_a_tpus_compiler_is_given_less_memory():
+    where = targets.sharding("tpu-v5e")
+    lora = workload.Setting("lora", "vit_s16", batch=16)
+    free, tight = (memory.row(lora, "tpu-v5e", where, hbm) for hbm in (None, 0.1))
+    assert free["fits"] and not tight["fits"]
+    assert 0.1 * 2**30 < tight["total_bytes"] <= free["total_bytes"]
+
+
 def test_memory_draws_one_model_or_several(tmp_path):
     """Draws the repository's figures; SPT's first stage is part of its bar."""
     results = RESULTS / "memory"

@@ -167,6 +167,7 @@ def test_the_command_has_a_row_for_what_does_not_fit(monkeypatch, tmp_path, caps
         (("--chips", "64"), "there are 4 devices here"),
         (("--target", "h100", "--chips", "3"), "expected 1, 4, 16 for h100"),
         (("--method", "vqt"), "method=vqt: expected one of full"),
+        (("--hbm", "1"), "hbm=1.0: expected GiB, and --target tpu-v5e"),
         (("--sequence", "1"), "sequence=1"),
         (("--model", NAME, "vit_b16"), "not vit_b16"),
         (("--chips", "4", "--factors", "local", "--mesh", "tensor=4"), "data and fsdp"),
