@@ -93,6 +93,21 @@ def test_the_page_on_ones_own_models_runs(capsys):
     assert all((v != 0).any() for v in jax.tree.leaves(space["trainable"]["attn"]))
 
 
+def test_the_page_on_extending_runs(tmp_path, monkeypatch):
+    """No weight has moved further than its kernel's limit, but some have."""
+    (program,), space = blocks("docs/extending.md"), {}
+    monkeypatch.chdir(tmp_path)
+    exec(program, space)
+    assert (tmp_path / "bounded.safetensors").is_file()
+    before, after = (
+        nnx.state(space[name].blocks, nnx.Param) for name in ("base", "plain")
+    )
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), before, after)
+    assert 0.005 < max(jax.tree.leaves(moved)) <= 0.02 + 1e-6
+    with pytest.raises(ValueError, match=r"no kernel of snella\.kernels"):
+        space["state"].save("adapter")
+
+
 def test_the_page_on_scaling_runs():
     """Its step on four devices is that of one, and so is its layer."""
     space, programs = {}, blocks("docs/scaling.md")
