@@ -15,7 +15,8 @@ Writes the table of all finished seeds into `report.md` and `report.json`, and
     python -m experiments.compare --config real_tasks --data DATA --out runs/real_tasks
 
 takes its tasks from the folders in DATA, and one rate for a method on all of them: of
-three, that with the lowest mean validation loss on the tasks of `--pool`.
+three, that with the lowest mean validation loss on the tasks of `--pool`. With
+`--tasks` and no names the search is all: methods compared without a look at any test.
 `experiments.studies.real_tasks` makes the table of it.
 """
 
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers, table_store.work(PROGRAM, given, store, left), console
     )
     with store.locked():
+        if tried := _trials(rows, config, store):
+            console.print(pooled.shown(tried))
         if made := whole.made():
             table.write(made, config.out, console)
             if memory:
@@ -117,11 +120,13 @@ def _cells(
     """Returns all cells; the trials of a row come before it."""
     shared = config, store, console
     found = {}
-    for task, row in itertools.product(config.tasks, rows):
+    for task, row in itertools.product(config.tasks or (None,), rows):
         for trial in config.tried(row):
             name = config.named(trial.task), trial.cell[1]
             do = functools.partial(_trial, trial, row, *shared)
             found.setdefault(store.cell(*name), Part(name, (config.run.seed,), do))
+        if task is None:
+            continue
         name = config.named(task), row.name
         do = functools.partial(_tried, task, row, *shared)
         found[store.cell(*name)] = Part(name, config.seeds_of(row), do)
@@ -204,6 +209,19 @@ def _pooled(
         for lr, loss in losses.items()
     ]
     return {"pooled": trials, "chosen": {"lr": pooled.best(losses)}}
+
+
+def _trials(
+    rows: Sequence[Row], config: Comparison, store: table_store.Store
+) -> dict[Tried, table_store.Done]:
+    """Returns the trials of a pooled search that have been made."""
+    cells, seed = store.tasks(), str(config.run.seed)
+    found = {}
+    for trial in (trial for row in rows for trial in config.tried(row)):
+        cell = cells.get(config.named(trial.task), {}).get(trial.cell[1], {})
+        if result := cell.get("seeds", {}).get(seed):
+            found[trial] = result
+    return found
 
 
 def _taken(task: str, row: Row, path: Path) -> dict[str, float]:

@@ -75,7 +75,8 @@ class Comparison:
     )
 
     tasks: tuple[str, ...] = TASKS
-    """Columns of the table, in the order in which they run."""
+    """Columns of the table, in the order in which they run. None, with a pool: rates
+    and methods are compared on validation alone, and no test image is read."""
     data: Given | None = None
     """Folder that the tasks are folders or CSV files of. Default: tasks are names or
     paths."""
@@ -107,7 +108,8 @@ class Comparison:
 
     def check(self) -> None:
         """Raises a `ValueError` on values that would fail later."""
-        if not self.tasks or not self.seeds or not (self.methods or self.controls):
+        columns, rows = self.tasks or self.pool, self.methods or self.controls
+        if not (columns and self.seeds and rows):
             raise ValueError("expected at least one task, one seed and one method.")
         if self.search_epochs <= self.run.warmup_epochs:
             raise ValueError(

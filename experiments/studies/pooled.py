@@ -8,8 +8,10 @@ tasks; of equals the lowest. A rate at which training diverged on one task is no
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from rich.table import Table
 
 from experiments import files
 from experiments.runs import folder
@@ -73,6 +75,36 @@ def losses(results: Sequence[tuple[float, dict[str, Any]]]) -> dict[float, float
         whole = loss if loss is not None and math.isfinite(loss) else math.inf
         found.setdefault(lr, []).append(whole)
     return {lr: statistics.fmean(own) for lr, own in found.items()}
+
+
+def shown(results: Mapping[Tried, dict[str, Any]]) -> Table:
+    """Returns a table of finished trials: the pooled loss, accuracy on each task.
+
+    A method's best rate has a star. Pools that are not complete have no loss.
+    """
+    tasks = list(dict.fromkeys(trial.task for trial in results))
+    own: dict[str, dict[float, dict[str, dict[str, Any]]]] = {}
+    for trial, result in results.items():
+        own.setdefault(trial.row, {}).setdefault(trial.lr, {})[trial.task] = result
+    made = Table(title="Validation: mean loss, and accuracy in percent")
+    for name in ("method", "rate", "loss", *tasks):
+        made.add_column(name, justify="left" if name == "method" else "right")
+    for row, rates in own.items():
+        whole = [
+            (lr, result)
+            for lr, found in rates.items()
+            if len(found) == len(tasks)
+            for result in found.values()
+        ]
+        means = losses(whole)
+        least = min(means.values(), default=math.inf)
+        for lr, found in rates.items():
+            star = "*" if means.get(lr) == least < math.inf else ""
+            loss = f"{means[lr]:.3f}{star}" if lr in means else ""
+            accuracies = [found.get(task, {}).get("val_accuracy") for task in tasks]
+            cells = ["" if a is None else f"{100 * a:.1f}" for a in accuracies]
+            made.add_row(row, f"{lr:.3g}", loss, *cells)
+    return made
 
 
 def best(pooled: dict[float, float]) -> float:

@@ -96,6 +96,20 @@ def test_every_test_image_is_right_or_wrong(folder):
             assert result["test_accuracy"] == pytest.approx(right.mean())
 
 
+def test_methods_are_chosen_on_validation_alone(folder, tmp_path, capsys):
+    """Without tasks nothing is tested: trials are all there is, and they are shown."""
+    how = ["--tasks", "--pool", "birds", "--methods", "linear", "bias"]
+    compare.main([*WORDS, *how, f"--data={folder / 'data'}", f"--out={tmp_path}"])
+    own = read(tmp_path / "results.json")["rows"]["birds"]
+    assert own.keys() == {"bias@0.003", "bias@0.03"}
+    assert not (tmp_path / "report.md").exists()
+    shown = capsys.readouterr().out
+    losses = [own[name]["seeds"]["0"]["val_loss"] for name in own]
+    assert f"{min(losses):.3f}*" in shown and f"{max(losses):.3f}" in shown
+    with pytest.raises(SystemExit, match="at least one task"):
+        compare.main([*WORDS, "--tasks", "--pool", f"--out={tmp_path / 'new'}"])
+
+
 def test_rates_of_another_comparison_are_taken_with_few_images(folder, tmp_path):
     """Nothing is searched, and two images of each class are trained on."""
     how = ["--tasks", "birds", "--pool", "--methods", "bias", "--run.per_class=2"]
