@@ -146,6 +146,8 @@ def notebook(text: str) -> str:
             cell.metadata["mystnb"] = {"image": {"alt": alt}}
         if cell.metadata.pop("extras", None) is not None:  # shown folded
             cell.metadata |= {"cellView": "form", "tags": ["hide-input"]}
+    # With it, a page that was not executed knows magics, too.
+    made.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
     nbformat.validate(made)
     return jupytext.writes(made, "ipynb").rstrip("\n") + "\n"
 
