@@ -163,10 +163,24 @@ def test_what_crosses_16_chips_where_blocks_are_merged_together():
     found = [row["collectives"] for row in (lora, snella)]
     gathered = [own["all-gather"]["bytes"] for own in found]
     sums = [sum(kind["bytes"] for kind in own.values()) for own in found]
-    assert gathered[1] < gathered[0] and sums[1] < 1.203 * sums[0]
+    assert gathered[1] < gathered[0] and sums[1] < 1.14 * sums[0]
     small = [own["all-reduce"]["small"] for own in found]
     assert 8 * 32 <= small[1] - small[0] < 8 * 32 + 100
-    assert 1.05 < snella["total_bytes"] / lora["total_bytes"] < 1.11  # above the bar
+
+
+def test_memory_of_16_chips_where_blocks_are_merged_together():
+    """The repository's results: what SNELLA takes of LoRA's, as the docs say."""
+    found = {}
+    for name in ("h100", "v5e"):
+        path = RESULTS / f"memory/{name}_llama2_7b_chips16_together/memory.json"
+        lora, snella = json.loads(path.read_text("utf-8"))
+        found[name] = snella["total_bytes"] / lora["total_bytes"]
+    path = RESULTS / "memory/v5e_llama2_7b_chips16_hbm/memory.json"
+    lora, snella = json.loads(path.read_text("utf-8"))
+    assert lora["fits"] and snella["fits"] and snella["hbm"] < 1.02
+    found["v5e, little"] = snella["total_bytes"] / lora["total_bytes"]
+    assert found["h100"] < 1 and found["v5e, little"] < 1.056
+    assert 1.16 < found["v5e"] < 1.17  # where the compiler has the chip's 16 GiB
 
 
 def test_local_work_crosses_16_chips_with_less_than_lora():
