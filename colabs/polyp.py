@@ -298,7 +298,7 @@ for title, mean in zip(titles, dice.mean(0), strict=True):
 
 # %% [markdown]
 # Blue is what a model finds, the yellow line is the true mask. Without a prompt the base
-# finds something, but not what was meant. The tuned model finds the lump and leaves the
+# finds something else, or nothing. The tuned model finds the lump and leaves the
 # folds alone (mean Dice 0.93 of 16 test pictures in the run on a CPU); the first column is
 # the picture on which it is worst. The lumps are drawn: the figures say that tuning works,
 # and nothing about polyps.
