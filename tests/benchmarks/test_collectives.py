@@ -183,6 +183,24 @@ def test_memory_of_16_chips_where_blocks_are_merged_together():
     assert 1.16 < found["v5e"] < 1.17  # where the compiler has the chip's 16 GiB
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama2_13b_chips16",
+        "vit_h14_chips16",
+        "sd3_medium_chips16",
+        "llama2_7b_chips4_together",
+    ],
+)
+def test_memory_of_other_models_on_several_chips(name):
+    """The repository's results: no more than LoRA's, but for some per cent."""
+    path = RESULTS / f"memory/h100_{name}/memory.json"
+    full, lora, snella = json.loads(path.read_text("utf-8"))
+    methods = [row["method"] for row in (full, lora, snella)]
+    assert methods == ["full", "lora", "snella"] and snella["chips"] > 1
+    assert snella["total_bytes"] < 1.035 * lora["total_bytes"] < full["total_bytes"]
+
+
 def test_local_work_crosses_16_chips_with_less_than_lora():
     """The repository's results for Llama-2-7B: no gradient of a matrix, no count."""
     path = RESULTS / "memory/v5e_llama2_7b_chips16_fsdp16/memory.json"
