@@ -174,13 +174,17 @@ def test_configs_that_cannot_be(changes, message):
 
 
 def test_frequencies_are_those_of_the_formula():
-    """Written as Meta writes it, to the bit; at position 9000 within 3e-4 rad."""
+    """Written as Meta writes it, to the bit, and two roundings from exact.
+
+    A power that is off by half a unit in the last place leaves 2.7e-4 rad at position
+    9000, one processor's 3.7e-4; theta ** (-2i / d) would be 5e-4 from Meta's.
+    """
     got = rotary.inverse_frequencies(64, 500_000.0)
     exponents = np.arange(0, 64, 2, np.float32) / np.float32(64)
     np.testing.assert_array_equal(got, 1 / np.float32(5e5) ** exponents)
     assert got.dtype == np.float32
     exact = 5e5 ** -(np.arange(0, 64, 2) / 64)
-    assert (9000 * abs(got - exact)).max() < 3e-4
+    assert (9000 * abs(got - exact)).max() < 4.5e-4
 
 
 def test_frequencies_of_llama_3():
