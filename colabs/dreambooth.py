@@ -280,7 +280,7 @@ for axes, prompt in zip(panels[0], PROMPTS, strict=True):
     axes.set_title(prompt.replace(NAME, f"{NAME}\n"), fontsize=8)
 for axes, name in zip(panels[:, 0], ("before", "after"), strict=True):
     axes.axis("on")
-    axes.set(xticks=[], yticks=[], ylabel=name)
+    axes.set(xticks=[], yticks=[], ylabel=name, frame_on=False)
 plt.show()
 
 # %% [markdown]

@@ -139,7 +139,7 @@ for name, kind in snella.kernels.KERNELS.items():
     )
 panels["spectra"].axvline(RANK, color="black", linewidth=0.5)
 panels["spectra"].set(title="singular values", ylim=(1e-4, 1.5))
-panels["spectra"].legend(fontsize="small", loc="lower left")
+panels["spectra"].legend(fontsize="x-small", loc="upper right")
 plt.show()
 
 # %% [markdown]
@@ -233,7 +233,8 @@ figure, (bars, curve) = plt.subplots(1, 2, figsize=(11, 3.5), layout="constraine
 names = [f"score {score:g}" for score in SCORES]
 bars.bar(names, capacities, color="lightgrey", label="weights")
 bars.bar(names, budgets, label="budget")
-bars.legend()
+bars.set(ylim=(0, 1300))
+bars.legend(ncols=2, loc="upper center")
 for power in (1, 2, 3):
     schedule = snella.budget_schedule(5000, 1000, steps=20, power=power, warmup=WARMUP)
     curve.plot([schedule(t) for t in range(20)], ".-", label=f"power {power}")
@@ -318,9 +319,10 @@ print(f"{same} of the {int((change != 0).sum())} changed weights were found")
 # %% [markdown]
 # Each row is a layer, each column an epoch; bright means that nearly all its weights may
 # move. At first all do. As the total falls, the budget goes to the layer that was changed,
-# and the threshold inside it to the weights that differ; where the two pictures of the
-# last cell agree, SNELLA found what to change. Try another `CHANGED`: on a CPU, 43 to 51 of
-# the 51 weights were found, whichever of the six layers it was.
+# and the threshold inside it to the weights that differ; the log names layers that have
+# none left. Where the two pictures of the last cell agree, SNELLA found what to change. Try
+# another `CHANGED`: on a CPU, 43 to 51 of the 51 weights were found, whichever of the six
+# layers it was.
 #
 # **Next**: [a model of your own](https://github.com/OWNER/snella_jax/blob/main/colabs/quickstart.ipynb),
 # [what the kernels can fit](https://github.com/OWNER/snella_jax/blob/main/docs/kernels.md),

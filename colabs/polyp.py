@@ -152,7 +152,8 @@ for axes in panels:
 plt.show()
 
 # %% [markdown]
-# The photograph is by danielbuechele (CC BY 2.0), from scikit-learn.
+# The photograph is by danielbuechele (CC BY 2.0), from scikit-learn. What the model expects
+# of its mask is a guess, which may be a little above 1.
 #
 # ## Images with masks
 #

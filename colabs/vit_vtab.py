@@ -295,9 +295,11 @@ for method, rows in histories.items():
     label = f"{method}, {share:.1%} of the test"
     panels[0].plot([row["loss"] for row in rows], label=label)
     panels[1].plot([100 * row["accuracy"] for row in rows], label=label)
-panels[0].set(xlabel="epoch", title="training loss", yscale="log")
+panels[0].set(xlabel="epoch", title="training loss", ylim=(0, None))
 panels[1].set(xlabel="epoch", title="accuracy on validation, %")
 panels[1].legend()
+for axes in panels:
+    axes.xaxis.get_major_locator().set_params(integer=True)
 plt.show()
 
 # %% alt="a square for each matrix, blocks from left to right: the share that may move"

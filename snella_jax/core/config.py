@@ -87,12 +87,12 @@ class Rule:
 
     @property
     def needs_key(self) -> bool:
-        """True if training draws at random: what is dropped, or the rows."""
+        """True if training draws at random what it drops, or the rows."""
         return bool(self.dropout or self.drop_path or self.sketch > 1)
 
     @property
     def low_rank(self) -> bool:
-        """True if the update is the product of its two factors: LoRA's."""
+        """True if the update is the product of its two factors, as LoRA's is."""
         kernel = self.kernel
         product = isinstance(kernel, kernels.linear) and kernel.centred == "none"
         return product and self.gate == "none"

@@ -345,7 +345,7 @@ class Tuning:
 
     @property
     def model(self) -> Any:
-        """Adapted model, to evaluate or save: what `loss_fn` gets.
+        """Adapted model, as `loss_fn` gets it, to evaluate or save.
 
         An NNX model (call `model.eval()`); a function of a Linen module's inputs; or
         parameters with `w0 + delta`.
