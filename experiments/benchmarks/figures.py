@@ -113,6 +113,31 @@ def _memory_by_size(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     plotting.save(figure, path)
 
 
+def memory_curve(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws memory through a step: a line a method, as the paper's Figure 7(b).
+
+    Args:
+      path: the PNG to write.
+      rows: rows of `memory_curve.json`.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for index, row in enumerate(rows):
+        curve = np.array(row["curve"]) / 2**30
+        places = (np.arange(len(curve)) + 0.5) / len(curve)
+        axes.plot(places, curve, color=f"C{index}", label=label(row))
+        axes.plot(places[curve.argmax()], curve.max(), "o", color=f"C{index}")
+    first = rows[0]
+    axes.set(
+        xlabel="place in the schedule (share of the instructions, not of the time)",
+        ylabel="live bytes (GiB)",
+        ylim=(0, None),
+        title=f"{first['model']}, {memory_setup(first)}",
+    )
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    plotting.save(figure, path)
+
+
 def throughput(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Draws the seconds of a step: a bar for each method, from fastest to slowest.
 
