@@ -16,7 +16,8 @@ def check_binding(model: Any, own: str) -> None:
     """
     found, call = _binding(model)
     if found != own:
-        raise TypeError(f"{type(model).__name__} is {call}")
+        kind = model if isinstance(model, type) else type(model)
+        raise TypeError(f"{kind.__name__} is {call}")
 
 
 def _binding(model: Any) -> tuple[str, str]:
@@ -26,12 +27,13 @@ def _binding(model: Any) -> tuple[str, str]:
         case nnx.Module():
             return (
                 "NNX",
-                "an NNX module: call snella_jax.adapt(model, config, rngs=...).",
+                "an NNX module: call snella_jax.adapt(model, config, rngs=...), or "
+                "Tuning.create.",
             )
         case nn.Module():
             return "Linen", (
                 "a Linen module: call snella_jax.linen.adapt(module, variables, "
-                "config, *inputs, key=...)."
+                "config, *inputs, key=...), or Tuning.create_linen."
             )
         case nnx.State():
             return "", "the state of an NNX model: expected the model itself."

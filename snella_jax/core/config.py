@@ -158,6 +158,11 @@ class SnellaConfig(Rule):
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"frozen_dtype={dtype}: expected a floating-point dtype.")
         for regex in (self.targets, self.trainable, *self.overrides):
+            if not isinstance(regex, str):
+                raise TypeError(
+                    f"The regex {regex!r} is no string: expected one for all paths, "
+                    'such as "conv.*|dense".'
+                )
             try:
                 re.compile(regex)
             except re.error as error:

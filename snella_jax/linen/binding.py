@@ -57,7 +57,7 @@ class Adapters(tree.Adapters):
 
         A key beside the factors reaches scanned layers, too. Without one the layer is
         the exact one, as for evaluation. Call it in the step, on the joined parameters,
-        with a fresh key every step:
+        with a fresh key every step::
 
             params = adapters.seed(linen.join(trainable, budgets, frozen), key)
             adapters.apply({"params": params}, x)

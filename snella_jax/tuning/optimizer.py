@@ -20,7 +20,7 @@ def with_importance(
         tx = tx.gradient_transformation()
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
-            f"tx={tx!r}: expected an optax transformation, such as "
+            f"tx is a {type(tx).__name__}: expected an optax transformation, such as "
             "optax.adamw(1e-3, mask=snella.decay_mask)."
         )
     if competes and not tracked(jax.eval_shape(tx.init, trainable)):

@@ -31,7 +31,7 @@ def linear(rngs=None):
     [
         (nn.Dense(3), r"Dense is a Linen module: call snella_jax\.linen\.adapt"),
         ({"kernel": X}, r"dict is a mapping of parameters: call snella_jax\.pytree"),
-        (nnx.Linear, "PytreeMeta|ModuleMeta is a class: expected an object"),
+        (nnx.Linear, "Linear is a class: expected an object"),
         (nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "state of an NNX model"),
         (
             types.SimpleNamespace(module=nn.Dense(3), params={}),

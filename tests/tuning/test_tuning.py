@@ -385,7 +385,7 @@ def test_an_adapter_is_saved(tmp_path):
         ({"epochs": 1}, ValueError, "leave no step to move the budget"),
         ({"epochs": 0}, ValueError, "epochs=0, steps_per_epoch=2: expected at least"),
         ({"steps_per_epoch": 2.5}, TypeError, "integer"),
-        ({"tx": 1e-3}, TypeError, "tx=0.001: expected an optax transformation"),
+        ({"tx": 1e-3}, TypeError, "tx is a float: expected an optax transformation"),
     ],
 )
 def test_wrong_arguments(changes, error, message):
