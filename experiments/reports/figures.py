@@ -1,7 +1,7 @@
 """Figures of a run."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +127,10 @@ def sparsity(
       block: of a matrix's name; None for `block_of`.
     """
     budget, capacity = row["budget"], row["capacity"]
-    found = {name: (block or block_of)(name) for name in budget}
-    every = sorted({block for block in found.values() if block is not None})
-    depth = {n: every.index(block) for n, block in found.items() if block is not None}
-    named, blocks = list(depth), range(len(every))
-    shares = []
-    for place in blocks:
-        own = [name for name in named if depth[name] == place]
-        room = sum(capacity[name] for name in own)
-        shares.append(1 - sum(budget[name] for name in own) / room)
+    groups = blocks_of(budget, block)
+    depth = {n: place for place, own in enumerate(groups.values()) for n in own}
+    named, blocks = list(depth), range(len(groups))
+    shares = [kept_still(row, own) for own in groups.values()]
     figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
     axes.bar(blocks, shares, color="tab:blue", alpha=0.4, label="block")
     kinds = list(dict.fromkeys(kind_of(name) for name in named))
@@ -151,7 +146,7 @@ def sparsity(
         axes.plot(blocks, line, color="black", label=f"fit, {slope:+.3f} a block")
     axes.set(xlabel="block", ylabel="share that may not move", ylim=(-0.03, 1.03))
     axes.set_title(f"{plotting.label(task)}: sparsity in {unit} {row['epoch']}")
-    labels = [".".join(map(str, block)) for block in every]
+    labels = [".".join(map(str, block)) for block in groups]
     axes.set_xticks(blocks, labels, rotation=90 * any("." in text for text in labels))
     figure.legend(loc="outside right upper", fontsize=8)
     plotting.save(figure, path)
@@ -196,6 +191,29 @@ def block_of(name: str) -> tuple[int, ...] | None:
     if pair:  # the number is that of two blocks
         numbers[-1] = 2 * numbers[-1] + (pair[1] == "shifted")
     return tuple(numbers)
+
+
+def blocks_of(
+    names: Iterable[str], block: Block | None = None
+) -> dict[tuple[int, ...], list[str]]:
+    """Returns the matrices of every block, by depth; those of no block are left out.
+
+    >>> blocks_of(["blocks/10/mlp/fc1", "blocks/9/mlp/fc1", "head", "blocks/9/out"])
+    {(9,): ['blocks/9/mlp/fc1', 'blocks/9/out'], (10,): ['blocks/10/mlp/fc1']}
+    """
+    found = {name: (block or block_of)(name) for name in names}
+    every = sorted({block for block in found.values() if block is not None})
+    return {block: [n for n, own in found.items() if own == block] for block in every}
+
+
+def kept_still(row: dict[str, Any], names: Sequence[str]) -> float:
+    """Returns the share of some matrices' weights that may not move.
+
+    Args:
+      row: one of `metrics.jsonl` that has budgets.
+    """
+    budget, capacity = (sum(row[k][n] for n in names) for k in ("budget", "capacity"))
+    return 1 - budget / capacity
 
 
 def kind_of(name: str) -> str:
