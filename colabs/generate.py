@@ -21,6 +21,8 @@ from pathlib import Path
 import jupytext
 import nbformat
 
+from snella_jax.files.atomic import whole_file
+
 FOLDER = Path(__file__).parent
 PROJECT = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text("utf-8"))[
     "project"
@@ -182,7 +184,8 @@ def main() -> None:
     differ = stale(files)
     if not check:
         for path, text in files.items():
-            path.write_text(text, "utf-8")
+            with whole_file(path) as new:
+                new.write_text(text, "utf-8")
     elif differ:
         sys.exit(f"{', '.join(differ)}: run `python {Path(__file__).name}`.")
 

@@ -7,7 +7,7 @@ activations to where the rows of split factors are.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -76,7 +76,8 @@ class Pinned(nnx.Module):
                 names = path.split("/")
                 following = sharding.of_parameter(names, factor.shape, mesh, "follow")
                 split = sharding.of_parameter(names, factor.shape, mesh, "split")
-                factor.set_value(_whole(factor[...], mesh, split.spec, following))
+                gather = functools.partial(_whole, mesh, split.spec)
+                factor.set_value(_gathered(gather, factor[...], following))
         if self.lies.factors == "local":
             _localise(self, mesh)
         elif self.lies.together:
@@ -170,7 +171,10 @@ def _in_use(mesh: Mesh, layer: str, weight: Array) -> Array:
     """Gathers a merged matrix along `fsdp`; its gradient is scattered."""
     lying = sharding.of_parameter([*layer.split("/"), "kernel"], weight.shape, mesh)
     used = (None if axis == "fsdp" else axis for axis in lying.spec)
-    return _gathered(weight, NamedSharding(mesh, PartitionSpec(*used)), lying)
+    lies = NamedSharding(mesh, PartitionSpec(*used))
+    return _gathered(
+        lambda weight: jax.lax.with_sharding_constraint(weight, lies), weight, lying
+    )
 
 
 def _search(
@@ -208,11 +212,8 @@ def _search(
     return run(deltas, budgets)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _whole(
-    x: Array, mesh: Mesh, lying: PartitionSpec, of_gradient: NamedSharding
-) -> Array:
-    """Gathers a factor, split along one axis; its gradient lies in another way.
+def _whole(mesh: Mesh, lying: PartitionSpec, x: Array) -> Array:
+    """Gathers a factor, split along one axis.
 
     Its parts become a leading axis first. To gather along its rows XLA lays out the
     whole stack of factors with the few columns of each last, padded to 128.
@@ -230,27 +231,21 @@ def _whole(
     return jax.lax.with_sharding_constraint(x, sharding.whole(mesh))
 
 
-def _whole_forward(x, mesh, lying, of_gradient):
-    return _whole(x, mesh, lying, of_gradient), None
+Gather = Callable[[Array], Array]
 
 
-def _whole_backward(mesh, lying, of_gradient, residuals, cotangent):
-    return _gathered_backward(None, of_gradient, residuals, cotangent)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
+def _gathered(gather: Gather, x: Array, of_gradient: NamedSharding) -> Array:
+    """Lays out an array by a function, and its gradient in another way."""
+    return gather(x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(x: Array, used: NamedSharding, of_gradient: NamedSharding) -> Array:
-    """Lays out an array in one way, and its gradient in another."""
-    return jax.lax.with_sharding_constraint(x, used)
+def _gathered_forward(gather, x, of_gradient):
+    return gather(x), None
 
 
-def _gathered_forward(x, used, of_gradient):
-    return _gathered(x, used, of_gradient), None
-
-
-def _gathered_backward(_, of_gradient, residuals, cotangent):
+def _gathered_backward(gather, of_gradient, residuals, cotangent):
     return (jax.lax.with_sharding_constraint(cotangent, of_gradient),)
 
 
-_whole.defvjp(_whole_forward, _whole_backward)
 _gathered.defvjp(_gathered_forward, _gathered_backward)

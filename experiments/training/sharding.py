@@ -140,8 +140,8 @@ def of_parameter(
       shape: its shape.
       mesh: the devices.
       factors: layout of factors: "whole" on each device; "follow": rows as the inputs
-        or outputs of their matrix; "split": rows along `fsdp` and `tensor`; "local":
-        so, too, see `blocks`.
+        or outputs of their matrix; "split": so, and along the other of `fsdp` and
+        `tensor`; "local": as "split", see `blocks`.
     """
     *modules, name = path
     layer = next((own for own in reversed(modules) if not _is_adapter(own)), "")
@@ -150,8 +150,9 @@ def of_parameter(
     if name in MATRICES and len(shape) > 1:
         last = inputs, outputs
     elif name in FACTORS and factors != "whole" and modules:
-        rows = inputs if name == "a" else outputs
-        rows = rows if factors == "follow" else ("fsdp", "tensor")
+        # The matrix's own axis first: a device then has rows of its own part of it.
+        own, other = (inputs, outputs) if name == "a" else (outputs, inputs)
+        rows = own if factors == "follow" else (own, other)
         last = (rows,) if name == "magnitude" else (rows, None)
     last = last[-len(shape) :] if shape else ()
     sizes = shape[len(shape) - len(last) :]
