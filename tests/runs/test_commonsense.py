@@ -122,7 +122,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(words, whole, tmp_path):
         stdout=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 1200
     while not path.exists() or len(metric_log.of(out, "snella")) < 4:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)

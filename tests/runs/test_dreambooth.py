@@ -346,7 +346,7 @@ def killed(words, ready):
         stdout=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), helpers])},
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     while not ready():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)

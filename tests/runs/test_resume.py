@@ -46,7 +46,7 @@ def started(*options):
 
 def kill_after(process, out, rows, delay):
     """SIGKILL some time after so many epochs were logged."""
-    path, deadline = out / metric_log.NAME, time.monotonic() + 120
+    path, deadline = out / metric_log.NAME, time.monotonic() + 600
     while not path.exists() or path.read_text("utf-8").count("\n") < rows:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
