@@ -17,6 +17,7 @@ Writes the table of all finished seeds into `report.md` and `report.json`, and
 takes its tasks from the folders in DATA, and one rate for a method on all of them: of
 three, that with the lowest mean validation loss on the tasks of `--pool`. With
 `--tasks` and no names the search is all: methods compared without a look at any test.
+`--pool --run.grid.lr_factors` without numbers takes the methods' own rates, untried.
 `experiments.studies.real_tasks` makes the table of it.
 """
 
@@ -146,6 +147,8 @@ def _tried(
             return {"chosen": _taken(name, row, config.rates)}
         if config.pool:
             return _pooled(row, config, store, console)
+        if config.run.grid.is_single:
+            return {"chosen": config.run.settings[row.method].searched}
         return _searched(task, row, config, store, place, console)
 
     def train(out: Path, seed: int, chosen: table_store.Done) -> table_store.Done:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from experiments.config.images import ImageConfig
 from experiments.data.source import Source
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
+from experiments.methods.registry import LINEAR
 from experiments.pretrained import base_models
 from experiments.runs import images
-from experiments.studies import recorded
+from experiments.studies import cells, recorded
 from experiments.studies.cells import Cell
 from experiments.training import evaluation, sharding
 from experiments.training.classification import Classification
 from snella_jax.nnx.variables import variables_of
 
 PROGRAM = "python -m experiments.studies.sparsity"
+BEFORE = "before tuning"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,6 +101,44 @@ def mesh() -> Mesh:
 @functools.lru_cache(maxsize=8)
 def _base(fields: tuple[tuple[str, Any], ...], classes: int) -> Any:
     return base_models.load(ImageConfig(**dict(fields)), classes)
+
+
+def by_task(
+    folders: Sequence[Path],
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    data: Path | None = None,
+) -> Iterator[tuple[list[Cell], list[Tuned]]]:
+    """Yields the finished seeds of each task, and the models kept of some methods.
+
+    Those of random weights are left out. Models are in the order of the methods.
+
+    Args:
+      folders: of comparisons.
+      tasks: names, none for all that have a finished seed.
+      methods: their names.
+      data: see `kept`.
+
+    Raises:
+      ValueError: a task has no finished seed, or no model of it was kept.
+    """
+    found = [cell for cell in cells.read(folders) if not cell.row.random]
+    known = list(dict.fromkeys(cell.task for cell in found))
+    for task in tasks or known:
+        own = [cell for cell in found if cell.task == task]
+        if not own:
+            raise ValueError(f"No finished seed of {task}: expected {known}.")
+        wanted = [c for name in methods for c in own if c.row.method == name]
+        yield own, kept(wanted, data)
+
+
+def accuracies(found: Iterable[Cell]) -> dict[str, float]:
+    """Returns mean test accuracies by label; a linear probe's as that before tuning."""
+    every: dict[str, list[float]] = {}
+    for cell in found:
+        label = BEFORE if cell.row.method == LINEAR else cell.label
+        every.setdefault(label, []).append(cell.result["test_accuracy"])
+    return {label: sum(own) / len(own) for label, own in every.items()}
 
 
 def kept(cells: Sequence[Cell], data: Path | None = None) -> list[Tuned]:

@@ -18,6 +18,11 @@ class Grid:
     densities: tuple[float, ...] = (0.1, 0.6)
     """Target densities, where there is sparsity, tried last."""
 
+    @property
+    def is_single(self) -> bool:
+        """True if a method's own settings are all that is tried."""
+        return not (self.lr_factors or self.weight_decays or self.densities)
+
 
 def beyond(values: Sequence[float], best: float) -> list[float]:
     """Returns the next value where the best of several is the lowest or the highest.

@@ -1,5 +1,6 @@
 """A comparison on folders: pooled rates, right test images, and models it keeps."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -11,7 +12,15 @@ from pictures import CLASSIFIER, draw
 
 from experiments import compare
 from experiments.data.source import labels_of
-from experiments.studies import cells, pooled, sparsity, tuned
+from experiments.studies import (
+    cells,
+    clusters,
+    grad_cam,
+    pooled,
+    sparsity,
+    table_store,
+    tuned,
+)
 from experiments.studies.corruptions import KINDS, SEVERITIES, Corrupted
 from experiments.studies.recorded import unpacked
 from experiments.training import evaluation, sharding
@@ -232,6 +241,48 @@ def test_other_test_images_are_refused(folder, tmp_path):
     one, _ = tuned.kept(cells.read([folder / "made"]), tmp_path)
     with pytest.raises(ValueError, match=r"has 4 test images, .* was tested on 8"):
         _ = one.task
+
+
+def test_the_model_before_tuning_has_the_probes_head(folder):
+    found = {cell.row.method: cell for cell in cells.read([folder / "made"])}
+    probe = found["linear"]
+    tasks = {own.cell.task: own for own in models(folder)}
+    own = dataclasses.replace(tasks[probe.task], cell=probe)
+    labels = labels_of(own.task.test).tolist()
+    right = tuned.right(grad_cam.probed(own), own.task.test, own.transform, labels)
+    assert right == probe.right.tolist()
+
+
+def test_kept_models_are_drawn(folder, tmp_path, capsys):
+    """Both tasks; their images have no masks."""
+    words = ["--runs", str(folder / "made"), "--methods=bias", f"--out={tmp_path}"]
+    found = grad_cam.main([*words, "--examples=3"])
+    labels = [tuned.BEFORE, "Bias"]
+    assert [own["task"] for own in found["tasks"]] == ["birds", "caltech101 (own)"]
+    assert all([*own["accuracy"]] == labels for own in found["tasks"])
+    assert not any("inside" in own for own in found["tasks"])
+    birds = ["--tasks=birds", "--perplexity=3", "--kmeans=2"]
+    (own,) = clusters.main([*words, *birds])["tasks"]
+    assert [*own["models"]] == labels and own["classes"] == 2
+    assert all(0 <= value <= 1 for value in own["models"]["Bias"]["nmi"][0])
+    assert "birds" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="less than the 8 test images of birds"):
+        clusters.main([*words, "--tasks=birds"])
+    with pytest.raises(SystemExit, match="No finished seed of dogs: expected"):
+        grad_cam.main([*words, "--tasks=dogs"])
+
+
+def test_a_single_setting_is_taken_without_a_trial(folder, tmp_path, monkeypatch):
+    found = []
+
+    def attempt(program, store, cell, seeds, search, train, console):
+        found.append((cell, search(tmp_path)["chosen"]))
+
+    monkeypatch.setattr(table_store, "attempt", attempt)
+    how = ["--tasks=birds", "--methods=bias", "--pool", "--run.grid.lr_factors"]
+    where = [f"--data={folder / 'data'}", f"--out={tmp_path / 'out'}"]
+    compare.main([*WORDS[:-1], *how, *where])
+    assert found == [(("birds", "bias"), {"lr": 3e-3, "weight_decay": 1e-4})]
 
 
 def test_without_a_model_nothing_is_measured(folder, tmp_path):
