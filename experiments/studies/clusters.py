@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 seen = _features(models)
                 own = [cell for cell in found if cell.row.method == LINEAR]
                 own += [model.cell for model in models]
-                row = _setup(models[0]) | _measured(seen, classes, config.kmeans)
+                row = {"task": task, **models[0].setup}
+                row |= _measured(seen, classes, config.kmeans)
                 rows.append(row | {"accuracy": accuracies(own)})
                 path = config.out / f"{shortened(Path(task).stem, 240)}.png"
                 _draw(path, seen, classes, rows[-1], config.perplexity)
@@ -136,12 +137,6 @@ def nmi(
         found.append(float(normalized_mutual_info_score(labels, fitted)))
         chance.append(float(normalized_mutual_info_score(shuffled, fitted)))
     return found, chance
-
-
-def _setup(tuned: Tuned) -> dict[str, Any]:
-    names = "model", "image_size", "epochs"
-    own = {name: getattr(tuned.config, name) for name in names}
-    return {"task": tuned.cell.task} | own
 
 
 def _measured(

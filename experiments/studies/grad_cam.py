@@ -150,12 +150,10 @@ def _measured(probe: Tuned, models: Sequence[Tuned], heats: Heats) -> dict[str, 
 
     An image without heat under one of the models is left out, for all of them alike.
     """
-    config, test = probe.config, probe.task.test
+    test = probe.task.test
     found: dict[str, Any] = {
         "task": probe.cell.task,
-        "model": config.model,
-        "image_size": config.image_size,
-        "epochs": config.epochs,
+        **probe.setup,
         "test_images": len(test),
         "accuracy": accuracies([probe.cell, *(own.cell for own in models)]),
     }
@@ -272,7 +270,7 @@ def _draw(path: Path, probe: Tuned, heats: Heats, count: int) -> None:
             axes.imshow(own / max(own.max(), 1e-12), extent=extent, **how)
     for axes, name in zip(grid[:, 0], ["image", *heats], strict=True):
         axes.set_ylabel(name.split(",")[0], fontsize=8)
-    plotting.save(figure, path)
+    plotting.save(figure, path, dpi=80)  # pictures make large PNGs
 
 
 def _seen(pixels: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "side side 3"]:

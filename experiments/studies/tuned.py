@@ -50,6 +50,13 @@ class Tuned:
         return f"{self.cell.label} | {self.cell.task} | {self.cell.seed}"
 
     @property
+    def setup(self) -> dict[str, Any]:
+        """What was trained and for how long, for reports."""
+        length = "epochs" if self.config.steps is None else "steps"
+        names = "model", "image_size", "batch", length
+        return {name: getattr(self.config, name) for name in names}
+
+    @property
     def task(self) -> Task:
         """The task that it was tuned on, as the run read it.
 

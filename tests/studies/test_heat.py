@@ -102,9 +102,8 @@ def test_images_without_heat_count_for_no_model():
     cell = SimpleNamespace(
         task="stamps", row=Row("linear"), label="", result={"test_accuracy": 0.5}
     )
-    config = SimpleNamespace(model="vit", image_size=4, epochs=1)
     task = SimpleNamespace(test=[{"mask": mask}] * 3)
-    probe = SimpleNamespace(config=config, task=task, cell=cell)
+    probe = SimpleNamespace(setup={"model": "vit"}, task=task, cell=cell)
     before = np.array([[[1.0, 1]], [[1, 3]], [[0, 0]]])
     after = np.array([[[1.0, 0]], [[3, 1]], [[0, 5]]])
     found = grad_cam._measured(probe, [], {BEFORE: {0: before}, "LoRA-8": {0: after}})
