@@ -80,11 +80,15 @@ def _run(folder: Path, method: str) -> dict[str, Any]:
         )
     own = dataclasses.asdict(registry.METHODS[method]) | config[method]
     result = summary["methods"][method]
+    steps = config.get("steps")  # older runs have none
+    length = f"{steps} updates" if steps else f"{config['epochs']} epochs"
     return {
         "task": Path(config["task"]).name,
         "score": own["metric"],
         "model": Path(config["model"]).stem,
         "image_size": config["image_size"],
+        "batch": config["batch"],
+        "length": length,
         "test_accuracy": result["test_accuracy"],
         "seed": config["seed"],
         "lr": own["lr"],
