@@ -47,8 +47,8 @@ def load(path: Path, name: str = "", classes: int | None = None) -> Task:
     if read is None:
         raise ValueError(
             f"{path} has no layout that is known: expected train800.txt (lists), "
-            "image_class_labels.txt (CUB, NABirds), devkit/ (Stanford Cars) or train/ "
-            "(a folder for each class)."
+            "image_class_labels.txt (CUB, NABirds), devkit/ (Stanford Cars), or a "
+            "folder for each class in train/ and in test/."
         )
     found = read(path)
     if classes is not None and found.classes != classes:
