@@ -108,7 +108,7 @@ class Recipe:
         elif not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"warmup_epochs={self.warmup_epochs}: expected fewer than "
-                f"epochs={self.epochs}."
+                f"epochs={self.epochs}, such as 0."
             )
 
     @property
