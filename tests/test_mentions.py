@@ -16,13 +16,16 @@ MADE = {  # by tests, .ci/run and the docs site
     *("example.py", "my_steps.py", "program.py", "docs/colabs"),
 }
 FILE = re.compile(r"(?<![\w/.$-])((?:[\w.-]+/)*[\w-]+\.(?:md|py|toml|textproto))\b")
-FOLDER = re.compile(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})(?:/[\w.*-]*[\w*])+)")
+# Neither cut short nor the start of several names in the shell's braces.
+FOLDER = re.compile(
+    rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})(?:/[\w.*-]*[\w*])+)(?![\w*{{])"
+)
 DOTTED = re.compile(r"(?<![\w/.-])((?:experiments|snella_jax)(?:\.\w+)+)")
 IMPORTED = re.compile(
     r"^ *from ((?:experiments|snella_jax)[\w.]*) import ([\w, ]+)$", re.M
 )
 STARTED = re.compile(r"python -m\s+(experiments[\w.]*)")
-PUBLIC = re.compile(r"(?<![\w.-])snella\.(\w+)")
+PUBLIC = re.compile(r"(?<![\w./-])snella\.(\w+)")
 TEST = re.compile(r"(tests/[\w/]+\.py::test_\w+)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 DOCUMENTED = re.compile(r"documented (\w+\.md) '(.+?)'")
