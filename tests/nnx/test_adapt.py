@@ -156,7 +156,7 @@ def test_bad_configs_say_what_was_expected(options, message):
 
 def test_a_list_of_targets_is_no_regex():
     with pytest.raises(TypeError, match=r"\['fc1', 'fc2'\] is no string: expected one"):
-        snella.SnellaConfig(targets=["fc1", "fc2"])  # pyright: ignore[reportArgumentType]
+        snella.SnellaConfig(targets=["fc1", "fc2"])
 
 
 def test_bad_models_say_what_to_do():
