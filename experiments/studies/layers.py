@@ -140,7 +140,7 @@ def depth(path: Path, rows: Sequence[dict[str, Any]]) -> None:
       path: the PNG to write.
       rows: rows of `layers.json`.
     """
-    columns = min(COLUMNS, len(rows))
+    columns = 2 if len(rows) == 4 else min(COLUMNS, len(rows))
     lines = -(-len(rows) // columns)
     shape = (3.3 * columns, 2.5 * lines)
     figure, grid = plt.subplots(

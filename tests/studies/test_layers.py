@@ -72,3 +72,11 @@ def test_the_committed_scores():
     assert apart["magnitude"] < apart["sensitivity"] < apart["merged_magnitude"]
     drift = {row["score"]: row["drift"] for row in rows}
     assert max(drift, key=lambda name: drift[name]) == "sensitivity"
+
+
+def test_the_committed_tasks():
+    rows = files.read(RESULTS / "layers" / "tasks" / "layers.json")
+    slope = {row["task"]: row["slope"] for row in rows}
+    assert slope["caltech101"] < -0.04 and slope["elpv"] > 0.04
+    others = abs(slope["tuxpaint"]), abs(slope["dsprites_loc_rerendered"])
+    assert max(others) < 0.02
