@@ -17,13 +17,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
+from experiments.data.pairs import THRESHOLD
 from experiments.data.source import Source
 from experiments.data.transforms import Transform
 from experiments.training import evaluation, sharding
 from snella_jax.models import vit
 from snella_jax.models.layers import stack
-
-THRESHOLD = 127  # of a mask, above which a pixel belongs to the foreground
 
 
 def grad_cam(

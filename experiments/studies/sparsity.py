@@ -32,10 +32,12 @@ from experiments.paths import Given, check_out
 from experiments.reports.text import markdown_tables, printed_tables
 from experiments.studies import cells, keeping, sparsity_report
 from experiments.studies.cells import Cell
-from experiments.studies.tuned import PROGRAM, Tuned, kept
+from experiments.studies.tuned import Tuned, kept
 
 Measure = Literal["forgetting", "adding", "robustness", "sizes"]
 Values = dict[str, dict[str, Any]]  # by measure, then `Tuned.key` and further names
+
+PROGRAM = "python -m experiments.studies.sparsity"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,6 @@ from experiments.training import evaluation, sharding
 from experiments.training.classification import Classification
 from snella_jax.nnx.variables import variables_of
 
-PROGRAM = "python -m experiments.studies.sparsity"
 BEFORE = "before tuning"
 
 
@@ -173,9 +172,8 @@ def _kept(cells: Sequence[Cell], data: Path | None) -> Iterator[Tuned]:
         if not delta.exists():
             continue
         path = cell.run / "config.json"
-        config = command_line.from_values(
-            PROGRAM, files.read(path), ImageConfig(), path
-        )
+        known = ImageConfig()
+        config = command_line.from_values(known.program, files.read(path), known, path)
         if data is not None:
             there = str(data / Path(config.task).name)
             config = dataclasses.replace(config, task=there)
