@@ -68,6 +68,11 @@ def pytest_configure(config):
         jax.config.update(name, value)
 
 
+def pytest_collection_finish(session):
+    """What was imported lives on: nothing of it is walked again."""
+    gc.freeze()
+
+
 def pytest_unconfigure(config):
     """The process that made the cache removes it, once its workers are done."""
     if hasattr(config, "compiled"):

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
 
 from experiments.data import class_folders, lists
 from experiments.data.listed import Found, Listed, checked, real
@@ -107,6 +106,8 @@ def from_cub(folder: Path) -> Found:
 
 def from_cars(folder: Path) -> Found:
     """Reads Stanford Cars: `cars_train/`, `cars_test/`, MATLAB tables in `devkit/`."""
+    from scipy.io import loadmat  # slow to import
+
     parts: list[Listed] = []
     for part, table in (
         ("cars_train", "cars_train_annos.mat"),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from experiments.data.source import Example, Source, decoding, pixels_of, take
 from experiments.paths import at_home, printable
@@ -75,6 +74,8 @@ class Builder:
             it.
           ValueError: the path is not UTF-8.
         """
+        import tensorflow_datasets as tfds  # slow to import
+
         data_dir = at_home(data_dir)
         if printable(str(data_dir)) != str(data_dir):
             raise ValueError(
@@ -129,6 +130,8 @@ class TfdsSplit:
 
 def _undecoded(builder: Any, split: str) -> Any:
     """Returns a data source whose images are bytes: we decode them ourselves."""
+    import tensorflow_datasets as tfds
+
     images = [
         name
         for name, feature in builder.info.features.items()

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from jax.sharding import Mesh
-from sklearn.linear_model import LogisticRegression
 
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
@@ -151,6 +150,8 @@ class _Fit:
 
 
 def _fitted(strength: float, features: np.ndarray, labels: np.ndarray) -> _Fit:
+    from sklearn.linear_model import LogisticRegression  # slow to import
+
     start = time.perf_counter()
     head = LogisticRegression(C=strength, max_iter=10_000).fit(features, labels)
     steps = int(head.n_iter_[0])

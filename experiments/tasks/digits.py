@@ -4,7 +4,6 @@ Split as VTAB-1k splits its tasks: 800 to train, 200 to validate, the rest to te
 """
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from experiments.data.source import Arrays, pin, split
 from experiments.data.task import Task
@@ -20,6 +19,8 @@ def load(split_seed: int = 0) -> Task:
     Args:
       split_seed: seed that shuffles the images before they are split.
     """
+    from sklearn.datasets import load_digits  # slow to import
+
     pixels, labels = load_digits(return_X_y=True)  # [1797, 64] of 0 to 16, [1797]
     images = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     labels = labels.astype(np.int32)

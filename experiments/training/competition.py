@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from scipy import stats
 
 import snella_jax as snella
 from experiments.training.rounds import Rounds
@@ -164,6 +163,8 @@ def agreement(one: Scores, other: Scores) -> float:
     >>> agreement({"fc1": np.array([1.0, 2, 3])}, {"fc1": np.array([2.0, 3, 9])})
     1.0
     """
+    from scipy import stats  # slow to import, and every program would wait for it
+
     flat = [np.concatenate([np.ravel(s[p]) for p in one]) for s in (one, other)]
     if any(np.ptp(values) == 0 for values in flat):
         return 1.0 if all(np.ptp(values) == 0 for values in flat) else 0.0
