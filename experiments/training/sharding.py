@@ -144,7 +144,7 @@ def of_parameter(
         `tensor`; "local": as "split", see `blocks`.
     """
     *modules, name = path
-    layer = next((own for own in reversed(modules) if not _is_adapter(own)), "")
+    layer = next((own for own in reversed(modules) if not is_adapter(own)), "")
     inputs, outputs = ROWS if layer in CLOSING else COLUMNS
     last: tuple[Any, ...] = ()
     if name in MATRICES and len(shape) > 1:
@@ -181,7 +181,8 @@ def names_of(key_path: tuple) -> list[str]:
     return [name for part in path_of(key_path) for name in part.split("/")]
 
 
-def _is_adapter(module: str) -> bool:
+def is_adapter(module: str) -> bool:
+    """Returns True if a module of this name holds the factors of a kernel."""
     return module == "adapter" or module.endswith("_adapter")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import layout, memory, targets, workload
+from experiments.training import blocks
 from snella_jax import models
 
 NAME = "llama2_7b"
@@ -53,6 +54,7 @@ def alone(method):
         ("full", "split"),
         ("dora", "split"),
         ("snella", "split"),
+        ("snella", "split on TPUs"),
         ("snella", "follow"),
         ("snella", "local"),
     ],
@@ -64,6 +66,8 @@ def test_a_step_on_a_mesh_is_that_of_one_device(method, factors, monkeypatch):
     """
     own = dataclasses.replace(workload.TEXTS, targets="blocks/.*/(q|down)")
     monkeypatch.setattr(workload, "TEXTS", own)
+    factors, _, like_tpus = factors.partition(" on ")
+    monkeypatch.setattr(blocks, "on_tpus", lambda mesh: bool(like_tpus))
     mesh = "data=2,fsdp=2" if factors == "local" else MESH
     on = layout.make(mesh, jax.devices()[:4], 4, factors)
     spread = workload.build(setting(method), on)
