@@ -1,4 +1,4 @@
-"""Draws how models' features separate classes: t-SNE and NMI, the paper's Figure 13.
+r"""Draws how models' features separate classes: t-SNE and NMI, the paper's Figure 13.
 
     python -m experiments.compare --config real_tasks --data DATA --tasks cars-20 \
         --methods linear lora snell snella --keep_models --out runs/cars
@@ -34,25 +34,19 @@ from experiments.paths import Given, check_out, shortened
 from experiments.plotting import plt
 from experiments.reports import result_files
 from experiments.reports.text import MISSING
-from experiments.studies.tuned import BEFORE, Tuned, accuracies, by_task, mesh
+from experiments.studies.tuned import BEFORE, Tuned, TunedOptions, accuracies, mesh
 from experiments.training import evaluation
 
 PROGRAM = "python -m experiments.studies.clusters"
 
 
 @dataclasses.dataclass(frozen=True)
-class ClustersConfig:
+class ClustersConfig(TunedOptions):
     """Options of `python -m experiments.studies.clusters`."""
 
-    runs: tuple[Given, ...]
-    """Folders of `experiments.compare --keep_models`."""
-    tasks: tuple[str, ...] = ()
-    """Tasks, of those in the folders. Default: all."""
     methods: tuple[str, ...] = ("lora", "snell", "snella")
     """Methods whose models are measured; only those that merge into the base are kept.
     """
-    data: Given | None = None
-    """Folder of the tasks, if they lie elsewhere than when they were run."""
     kmeans: int = 20
     """Random starts of k-means, each with an NMI of its own."""
     perplexity: float = 30.0
@@ -84,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with terminal.exit_on_error(PROGRAM):
         config.check()
         check_out(config.out)
-        chosen = config.tasks, config.methods, config.data
-        for found, models in by_task(config.runs, *chosen):
+        for found, models in config.by_task():
             task, classes = models[0].cell.task, labels_of(models[0].task.test)
             config.check_size(task, len(classes))
             with console.status(task):

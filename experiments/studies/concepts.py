@@ -1,4 +1,4 @@
-"""Compares the updates of concepts, weight by weight: the paper's Figure 12.
+r"""Compares the updates of concepts, weight by weight: the paper's Figure 12.
 
     for s in dog cat teapot; do python -m experiments.dreambooth --config toy \
         --methods snella --subject $s --data_dir DATA --out runs/$s; done

@@ -1,4 +1,4 @@
-"""Draws where models look before and after tuning: Grad-CAM, the paper's Figure 15.
+r"""Draws where models look before and after tuning: Grad-CAM, the paper's Figure 15.
 
     python -m experiments.compare --tasks tuxpaint --methods linear lora snella \
         --controls --rates experiments/results/comparison/results.json \
@@ -36,7 +36,7 @@ from experiments.plotting import plt
 from experiments.reports import result_files
 from experiments.studies import heat, paired
 from experiments.studies.cells import Cell
-from experiments.studies.tuned import BEFORE, Tuned, accuracies, by_task, mesh
+from experiments.studies.tuned import BEFORE, Tuned, TunedOptions, accuracies, mesh
 from experiments.training import evaluation
 
 PROGRAM = "python -m experiments.studies.grad_cam"
@@ -45,17 +45,9 @@ Heats = dict[str, dict[int, np.ndarray]]  # by label and seed
 
 
 @dataclasses.dataclass(frozen=True)
-class GradCamConfig:
+class GradCamConfig(TunedOptions):
     """Options of `python -m experiments.studies.grad_cam`."""
 
-    runs: tuple[Given, ...]
-    """Folders of `experiments.compare --keep_models`, with the linear probe."""
-    tasks: tuple[str, ...] = ()
-    """Tasks, of those in the folders. Default: all."""
-    methods: tuple[str, ...] = ("lora", "snella")
-    """Methods whose models are drawn."""
-    data: Given | None = None
-    """Folder of the tasks, if they lie elsewhere than when they were run."""
     block: int = -1
     """Block whose first norm gives the features, from 1; -1 is the last."""
     examples: int = 10
@@ -76,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with terminal.exit_on_error(PROGRAM):
         config.check()
         check_out(config.out)
-        chosen = config.tasks, config.methods, config.data
-        for found, models in by_task(config.runs, *chosen):
+        for found, models in config.by_task():
             probe = _probe(found, models[0])
             with console.status(probe.cell.task):
                 heats = _heats(probe, models, config.block)

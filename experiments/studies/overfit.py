@@ -1,4 +1,4 @@
-"""Tests whether a model and a method can learn a few images by heart.
+r"""Tests whether a model and a method can learn a few images by heart.
 
     python -m experiments.studies.overfit --config elpv_mono --model swin_b \
         --random_weights --image_size 32 --methods full --batch 16 \

@@ -1,4 +1,4 @@
-"""Draws methods on models and benchmarks, a panel each: the paper's Figure 2.
+r"""Draws methods on models and benchmarks, a panel each: the paper's Figure 2.
 
     python -m experiments.studies.overview --reports experiments/results/quickstart \
         experiments/results/comparison --out runs/overview

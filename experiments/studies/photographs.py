@@ -1,4 +1,4 @@
-"""Segments photographs by boxes, at several sizes of the model's images.
+r"""Segments photographs by boxes, at several sizes of the model's images.
 
     python -m experiments.studies.photographs --photos dog.jpg cat.jpg \
         --boxes 155,104,394,408 200,74,382,292

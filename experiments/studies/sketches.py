@@ -1,4 +1,4 @@
-"""Says what sketched gradients cost, over the tasks of several ablations.
+r"""Says what sketched gradients cost, over the tasks of several ablations.
 
     python -m experiments.ablate --studies sketches --out runs/sketches/dsprites
     python -m experiments.ablate --studies sketches --run.task FOLDER \

@@ -1,4 +1,4 @@
-"""Measures what else tuned models do: LoRA, full, and SNELLA at several densities.
+r"""Measures what else tuned models do: LoRA, full, and SNELLA at several densities.
 
     python -m experiments.compare --config real_tasks --data DATA --keep_models \
         --methods full lora snella --seeds 0 1 --out runs/density_0.3

@@ -18,6 +18,7 @@ from experiments.data.source import Source
 from experiments.data.task import Task
 from experiments.data.transforms import Transform
 from experiments.methods.registry import LINEAR
+from experiments.paths import Given
 from experiments.pretrained import base_models
 from experiments.runs import images
 from experiments.studies import cells, recorded
@@ -109,33 +110,36 @@ def _base(fields: tuple[tuple[str, Any], ...], classes: int) -> Any:
     return base_models.load(ImageConfig(**dict(fields)), classes)
 
 
-def by_task(
-    folders: Sequence[Path],
-    tasks: Sequence[str],
-    methods: Sequence[str],
-    data: Path | None = None,
-) -> Iterator[tuple[list[Cell], list[Tuned]]]:
-    """Yields the finished seeds of each task, and the models kept of some methods.
+@dataclasses.dataclass(frozen=True)
+class TunedOptions:
+    """Options of what measures kept models."""
 
-    Those of random weights are left out. Models are in the order of the methods.
-
-    Args:
-      folders: of comparisons.
-      tasks: names, none for all that have a finished seed.
-      methods: their names.
-      data: see `kept`.
-
-    Raises:
-      ValueError: a task has no finished seed, or no model of it was kept.
+    runs: tuple[Given, ...]
+    """Folders of `experiments.compare --keep_models`, with the linear probe."""
+    tasks: tuple[str, ...] = ()
+    """Tasks, of those in the folders. Default: all."""
+    methods: tuple[str, ...] = ("lora", "snella")
+    """Methods whose models are measured; only those that merge into the base are kept.
     """
-    found = [cell for cell in cells.read(folders) if not cell.row.random]
-    known = list(dict.fromkeys(cell.task for cell in found))
-    for task in tasks or known:
-        own = [cell for cell in found if cell.task == task]
-        if not own:
-            raise ValueError(f"No finished seed of {task}: expected {known}.")
-        wanted = [c for name in methods for c in own if c.row.method == name]
-        yield own, kept(wanted, data)
+    data: Given | None = None
+    """Folder of the tasks, if they lie elsewhere than when they were run."""
+
+    def by_task(self) -> Iterator[tuple[list[Cell], list[Tuned]]]:
+        """Yields the finished seeds of each task, and the models kept of the methods.
+
+        Those of random weights are left out. Models are in the order of the methods.
+
+        Raises:
+          ValueError: a task has no finished seed, or no model of it was kept.
+        """
+        found = [cell for cell in cells.read(self.runs) if not cell.row.random]
+        known = list(dict.fromkeys(cell.task for cell in found))
+        for task in self.tasks or known:
+            own = [cell for cell in found if cell.task == task]
+            if not own:
+                raise ValueError(f"No finished seed of {task}: expected {known}.")
+            wanted = [c for name in self.methods for c in own if c.row.method == name]
+            yield own, kept(wanted, self.data)
 
 
 def accuracies(found: Iterable[Cell]) -> dict[str, float]:
