@@ -29,7 +29,6 @@ from experiments.reports.text import number
 PROGRAM = "python -m experiments.studies.overview"
 REPORT = "report.json"
 COLUMNS = 4  # panels beside each other
-COLOURS = plt.get_cmap("tab10").colors
 Panel = dict[str, Any]
 
 
@@ -164,7 +163,7 @@ def _panel(axes: Axes, panel: Panel, methods: Sequence[str]) -> None:
         axes.text(middle, methods.index(name), "not run", fontsize="x-small", **text)
     for row in panel["rows"]:
         place = methods.index(row["method"])
-        colour = COLOURS[place % len(COLOURS)]
+        colour = f"C{place}"
         axes.errorbar(row["mean"], place, xerr=row["deviation"], fmt="o", color=colour)
         axes.annotate(
             f"{row['mean']:{_form(panel)}} ({row['seeds']})",
