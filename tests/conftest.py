@@ -70,6 +70,7 @@ def pytest_configure(config):
 
 def pytest_collection_finish(session):
     """What was imported lives on: nothing of it is walked again."""
+    gc.collect()
     gc.freeze()
 
 

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def read(base: Any, paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Returns the updates of every matrix that a file changes, by its name in logs.
+    """Returns the updates of every matrix that one of files changes, by name in logs.
 
     All of them are in memory at once.
 
@@ -125,7 +125,7 @@ def read(base: Any, paths: Sequence[Path]) -> dict[str, np.ndarray]:
             found[plain] = changes
         else:  # blocks are stacked
             found |= {f"{plain}[{i}]": changes[:, i] for i in range(changes.shape[1])}
-    return found
+    return {name: changes for name, changes in found.items() if changes.any()}
 
 
 def compared(updates: Updates, others: Updates | None, depth: int) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def compared(updates: Updates, others: Updates | None, depth: int) -> dict[str, 
       matrices; with `others` also `other_starts`, the same among them, and
       `same_concept`, that of a concept's two updates. `matrices`, each with `name`,
       `block`, these numbers and `density`, the share of its weights that move;
-      `frequency`, the share of all weights that are moved by 0, 1, ... concepts, and
+      `frequency`, the share of their weights that 0, 1, ... concepts move, and
       `chance`, the same if each concept chose as many in each matrix at random.
     """
     rows: list[dict[str, Any]] = []
@@ -151,7 +151,7 @@ def compared(updates: Updates, others: Updates | None, depth: int) -> dict[str, 
             "similarity": mean_cosine(itertools.combinations(own, 2)),
         }
         if others is not None:
-            other = others[name]
+            other = others.get(name, np.zeros_like(own))
             numbers["other_starts"] = mean_cosine(itertools.combinations(other, 2))
             numbers["same_concept"] = mean_cosine(zip(own, other, strict=True))
         rounded = {k: None if v is None else round(v, 4) for k, v in numbers.items()}
@@ -258,7 +258,7 @@ def _draw(path: Path, result: dict[str, Any], own: np.ndarray) -> None:
     places = np.arange(len(result["frequency"]))
     right.bar(places, result["frequency"], color="tab:blue", alpha=0.6, label="found")
     right.plot(places, result["chance"], "o-", color="black", label="by chance")
-    right.set(xlabel="concepts that move a weight", ylabel="share of all weights")
+    right.set(xlabel="concepts that move a weight", ylabel="share of weights")
     right.legend(fontsize=8)
     plotting.save(figure, path)
 

@@ -48,6 +48,8 @@ Heats = dict[str, dict[int, np.ndarray]]  # by label and seed
 class GradCamConfig(TunedOptions):
     """Options of `python -m experiments.studies.grad_cam`."""
 
+    runs: tuple[Given, ...]
+    """Folders of `experiments.compare --keep_models`, with the linear probe."""
     block: int = -1
     """Block whose first norm gives the features, from 1; -1 is the last."""
     examples: int = 10

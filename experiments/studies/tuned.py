@@ -115,7 +115,7 @@ class TunedOptions:
     """Options of what measures kept models."""
 
     runs: tuple[Given, ...]
-    """Folders of `experiments.compare --keep_models`, with the linear probe."""
+    """Folders of `experiments.compare --keep_models`."""
     tasks: tuple[str, ...] = ()
     """Tasks, of those in the folders. Default: all."""
     methods: tuple[str, ...] = ("lora", "snella")

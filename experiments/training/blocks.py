@@ -63,8 +63,8 @@ class Pinned(nnx.Module):
     """Mixed into an embedding or a block: its output is split by examples alone.
 
     Factors of layout "split" are whole where it uses them. On TPUs those of a kernel
-    lie as their matrix, or XLA moves slices of their columns (LLaMA-2-7B on 16 v5e:
-    2,306 permutations, and 98 so; on 16 H100 2 and 2, and 192 more sums). Their
+    lie as their matrix, or XLA moves slices of their columns (LLaMA-2-7B on 16 v5e: 98
+    permutations instead of 2,306; on 16 H100 2 either way, and 192 sums more). Their
     gradient is summed as their matrix lies, or XLA moves that of the matrix instead (16
     H100: 2.1 GiB more).
     Of layout "local" every device works on whole matrices, see `Local`.
@@ -79,7 +79,8 @@ class Pinned(nnx.Module):
                 names = path.split("/")
                 following = sharding.of_parameter(names, factor.shape, mesh, "follow")
                 split = sharding.of_parameter(names, factor.shape, mesh, "split")
-                follows = on_tpus(mesh) and sharding.is_adapter(names[-2])
+                kernels_own = any(map(sharding.is_adapter, names[-2:-1]))
+                follows = on_tpus(mesh) and kernels_own
                 used = following if follows else sharding.whole(mesh)
                 gather = functools.partial(_laid_out, mesh, split.spec, used)
                 factor.set_value(_gathered(gather, factor[...], following))
@@ -223,7 +224,7 @@ def _search(
 
 
 def _laid_out(mesh: Mesh, lying: PartitionSpec, used: NamedSharding, x: Array) -> Array:
-    """Gathers a factor along the axes of the mesh that do not split it where used.
+    """Gathers a factor until it lies as `used`.
 
     Its parts become leading axes first. To gather along its rows XLA lays out the whole
     stack of factors with the few columns of each last, padded to 128.

@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from experiments.benchmarks import layout, memory, targets, workload
 from experiments.training import blocks
@@ -68,12 +69,23 @@ def test_a_step_on_a_mesh_is_that_of_one_device(method, factors, monkeypatch):
     monkeypatch.setattr(workload, "TEXTS", own)
     factors, _, like_tpus = factors.partition(" on ")
     monkeypatch.setattr(blocks, "on_tpus", lambda mesh: bool(like_tpus))
+    lay_out, used = blocks._laid_out, set()
+
+    def noted(mesh, lying, lies, x):
+        used.add(lies.spec)
+        return lay_out(mesh, lying, lies, x)
+
+    monkeypatch.setattr(blocks, "_laid_out", noted)
     mesh = "data=2,fsdp=2" if factors == "local" else MESH
     on = layout.make(mesh, jax.devices()[:4], 4, factors)
     spread = workload.build(setting(method), on)
     placed = jax.device_put(spread.arguments, spread.where)
     run = jax.jit(spread.run, out_shardings=(*spread.where[:2], on.whole))
     found, expected = run(*placed), alone(method)
+    gathered = {P()} if factors == "split" and method != "full" else set()
+    # Of the axes of pieces and rows; scalars are whole.
+    rows = {P(None, "fsdp"), P(None, "tensor")} if like_tpus else set()
+    assert used == gathered | rows
     assert abs(found[2] - expected[2]) < 1e-5 * expected[2]
     moments = [
         {

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 
 from experiments.training import blocks, sharding
@@ -81,3 +82,12 @@ def test_a_block_s_thresholds_cross_devices_as_one_array():
     pairs = zip(deltas, (0, 50, 7), strict=True)
     assert found == [float(np.sort(-np.abs(d), axis=None)[n]) * -1 for d, n in pairs]
     assert program.as_text().count(" all-reduce(") == 1
+
+
+def test_a_factor_may_be_of_a_block_itself(monkeypatch):
+    """Such as prompts, which lie whole on TPUs, too."""
+    monkeypatch.setattr(blocks, "on_tpus", lambda mesh: True)
+    model = tiny.adapted("vpt_deep")
+    blocks.pin(model, sharding.make("fsdp=2,tensor=2"))
+    images = np.zeros((4, 8, 8, 1), np.float32)
+    assert jax.eval_shape(lambda: model(images)).shape == (4, 3)
