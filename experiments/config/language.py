@@ -177,10 +177,10 @@ SMOLLM2 = LanguageConfig(
     eval_every=6,
     batch=16,
     grid=Grid(lr_factors=(0.3, 3.0), lr_extensions=0, weight_decays=(), densities=()),
-    settings=_ranked(8, **{name: 3 * rate for name, rate in RATES.items()}),
+    settings=_ranked(8, **{name: 9 * rate for name, rate in RATES.items()}),
 )
 LANGUAGE: dict[str, Preset[LanguageConfig]] = {
-    "smollm2": Preset("SmolLM2-135M, hours on two cores; not run", SMOLLM2),
+    "smollm2": Preset("SmolLM2-135M, hours on two cores", SMOLLM2),
     "smollm2_small": Preset(
         "the same, minutes",
         dataclasses.replace(
