@@ -146,6 +146,18 @@ def test_parameters_that_differ_between_tasks_are_a_range(tmp_path):
     assert "| trainable | 987 to 1,234 |" in report_text.markdown(table)
 
 
+def test_seeds_may_have_looked_at_other_rounds(tmp_path):
+    """Which only the best of the rounds depends on."""
+    for seed, every in enumerate((5, 10)):
+        folder = write_run(tmp_path / str(seed), seed=seed)
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config["eval_every"] = every
+        (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    assert len(made(tmp_path)["columns"][0]["tasks"]["cifar100"]["seeds"]) == 2
+    with pytest.raises(ValueError, match="differ in eval_every: report them"):
+        made(tmp_path, accuracy="best")
+
+
 def test_runs_that_are_no_seeds_of_one_another_are_refused(tmp_path):
     write_run(tmp_path / "a", seed=0)
     write_run(tmp_path / "b", seed=1, lr=0.5)
