@@ -16,7 +16,7 @@ from experiments.training.objective import Metric
 
 Accuracy = Literal["last", "best", "ema"]
 KINDS = {"last": "test", "best": "best_test", "ema": "ema_test"}
-LOOKS = "eval_every", "eval_last"  # they choose the best round, and change no other
+LOOKS = "eval_every", "eval_last"  # they decide which round is best, nothing else
 
 
 def write(made: dict[str, Any], out: Path | None, console: Console) -> None:

@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def read(base: Any, paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Returns the updates of every matrix that one of files changes, by name in logs.
+    """Returns the updates of each matrix that any of the files changes, by its name.
 
     All of them are in memory at once.
 

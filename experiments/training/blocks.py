@@ -79,8 +79,8 @@ class Pinned(nnx.Module):
                 names = path.split("/")
                 following = sharding.of_parameter(names, factor.shape, mesh, "follow")
                 split = sharding.of_parameter(names, factor.shape, mesh, "split")
-                kernels_own = any(map(sharding.is_adapter, names[-2:-1]))
-                follows = on_tpus(mesh) and kernels_own
+                of_kernel = any(map(sharding.is_adapter, names[-2:-1]))
+                follows = on_tpus(mesh) and of_kernel
                 used = following if follows else sharding.whole(mesh)
                 gather = functools.partial(_laid_out, mesh, split.spec, used)
                 factor.set_value(_gathered(gather, factor[...], following))

@@ -51,23 +51,13 @@ def write(path, tensors, **attributes):
         def __reduce__(self):
             return jit.build_intlist, ([7, 7],)
 
-    def module(items):
-        made, inner = kind(), {}
-        for name, value in items.items():
-            first, _, rest = name.partition(".")
-            if rest:
-                inner.setdefault(first, {})[rest] = value
-            else:
-                vars(made)[name] = value
-        vars(made).update({name: module(own) for name, own in inner.items()})
-        return made
-
     arrays = [np.ascontiguousarray(array) for array in tensors.values()]
     named = enumerate(zip(tensors, arrays, strict=True))
     items = {name: Tensor(str(key), array) for key, (name, array) in named}
     data = io.BytesIO()
     with mock.patch.dict(sys.modules, fakes):
-        Pickler(data, 2).dump(module({**items, "sizes": Sizes(), **attributes}))
+        attributes = {**items, "sizes": Sizes(), **attributes}
+        Pickler(data, 2).dump(_module(kind, attributes))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("clip/data.pkl", data.getvalue())
         archive.writestr("clip/constants.pkl", pickle.dumps((), 2))
@@ -75,6 +65,19 @@ def write(path, tensors, **attributes):
         for key, array in enumerate(arrays):
             archive.writestr(f"clip/data/{key}", array.tobytes())
     return path
+
+
+def _module(kind, attributes):
+    """A module with modules inside, by the parts of the attributes' names."""
+    made, inner = kind(), {}
+    for name, value in attributes.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(first, {})[rest] = value
+        else:
+            vars(made)[name] = value
+    vars(made).update({name: _module(kind, own) for name, own in inner.items()})
+    return made
 
 
 def _function(name, module):
