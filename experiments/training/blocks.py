@@ -245,6 +245,8 @@ def _laid_out(mesh: Mesh, lying: PartitionSpec, used: NamedSharding, x: Array) -
             here = NamedSharding(mesh, spec)
             parts = jax.lax.with_sharding_constraint(parts, here)
         x = jnp.moveaxis(parts, lead, inside).reshape(x.shape)
+        if not own:  # said again, it takes 3 MiB more of LoRA's step on 16 H100
+            return x
     return jax.lax.with_sharding_constraint(x, used)
 
 
