@@ -68,6 +68,13 @@ def pytest_configure(config):
         jax.config.update(name, value)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Files without the one marker that was asked for are not imported."""
+    marker = config.option.markexpr
+    if collection_path.suffix == ".py" and marker.isidentifier():
+        return f"mark.{marker}" not in collection_path.read_text("utf-8") or None
+
+
 def pytest_collection_finish(session):
     """What was imported lives on: nothing of it is walked again."""
     gc.collect()

@@ -60,15 +60,16 @@ def leaves(model, kind=nnx.Variable):
 
 
 @functools.cache
-def scores(rule):
+def scores(rule, targets=CONFIG.targets):
     how = (DATA, Classification(), sharding.make("data=1"), 8, 0)
-    return sensitivity.scores(base(), CONFIG.targets, rule, *how)
+    return sensitivity.scores(base(), targets, rule, *how)
 
 
 def adapted(name, config=CONFIG):
     method, scope, own = config.settings[name], config.scope(), base()
     if isinstance(method, Scored):
-        scope = dataclasses.replace(scope, places=method.choose(scores(method.rule)))
+        places = method.choose(scores(method.rule, config.targets))
+        scope = dataclasses.replace(scope, places=places)
     elif isinstance(method, Staged):
         scope = dataclasses.replace(scope, places=SUBNET)
     model = method.adapt(own, scope)
