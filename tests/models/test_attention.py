@@ -116,6 +116,34 @@ def test_causal_attention_of_grouped_heads(masked):
     np.testing.assert_allclose(got, grouped(q, k, v, mask), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [5, 6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_cudnn_is_given_even_numbers_of_tokens(monkeypatch, tokens, masked):
+    """Values and gradients stay the same: what is appended is neither seen nor left."""
+    q, k, v = draw(jnp.float32, tokens)
+    mask = jnp.tril(jnp.ones((1, 1, tokens, tokens), bool)) if masked else None
+    asked = []
+
+    def as_cudnn(*arrays, implementation, **how):
+        asked.append((implementation, *(x.shape[1] for x in arrays)))
+        return attention(*arrays, implementation="xla", **how)
+
+    def outputs(implementation):
+        def loss(q, k, v):
+            y = attend(q, k, v, implementation, mask=mask)
+            return jnp.sin(y).sum(), y
+
+        (_, y), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+        return y, *gradients
+
+    expected = outputs("xla")
+    attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", as_cudnn)
+    for got, wanted in zip(outputs("cudnn"), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    assert {*asked} == {("cudnn", 6, 6, 6)}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("masked", [False, True])

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from snella_jax.ops.pallas import tile as tiles
-from snella_jax.ops.pallas.gpu_weight import WHOLE, Tile, settings, whole
+from snella_jax.ops.pallas.gpu_weight import WHOLE, Tile, call, whole
 from snella_jax.ops.pallas.packed import Packed, result
 from snella_jax.ops.pallas.tile import Form, Scalars, make, pull, slope, tail
 from snella_jax.ops.varying import varying_alike
@@ -61,8 +61,10 @@ def _call(kernel, own: Tile, a, b, many: int, in_specs, operands, name: str) -> 
     (bn, bm), (r1, n), m = own.shape, a.shape, b.shape[1]
     high, wide, rank = n // bn, m // bm, r1 - 1
     shapes = (wide, rank, n), (high, rank, m), (wide, many, n)
-    found = pl.pallas_call(
+    found = call(
         kernel,
+        name,
+        own.interpret,
         grid=(high, wide),
         in_specs=in_specs,
         out_specs=[
@@ -71,9 +73,6 @@ def _call(kernel, own: Tile, a, b, many: int, in_specs, operands, name: str) -> 
             pl.BlockSpec((1, many, bn), lambda i, j: (j, 0, i)),
         ],
         out_shape=[result(shape, jnp.float32, a) for shape in shapes],
-        compiler_params=settings(own.interpret),
-        interpret=own.interpret,
-        name=name,
     )(*operands)
     da, db, sums = (value.sum(0) for value in found)
     return da, db, sums

@@ -4,6 +4,7 @@ Written for Mosaic GPU. A block of threads makes a tile in registers, in the lay
 the tensor cores leave a product in, whose rows and columns can be reduced.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -117,11 +118,41 @@ def whole(interpret: bool) -> pl.BlockSpec:
     return pl.BlockSpec(memory_space=pl.ANY if interpret else mgpu.GMEM)
 
 
-def settings(interpret: bool) -> Any:
-    """Returns the compiler's parameters; None for plain JAX."""
+def call(
+    kernel: Callable[..., None],
+    name: str,
+    interpret: bool,
+    *,
+    grid: tuple[int, int],
+    in_specs: list[pl.BlockSpec],
+    out_specs: list[pl.BlockSpec],
+    out_shape: list[Any],
+) -> Callable[..., Sequence[Array]]:
+    """Returns a function that runs a kernel on every tile, or plain JAX instead."""
+    specs: dict[str, Any] = {"in_specs": in_specs, "out_specs": out_specs}
     if interpret:
-        return None
-    return mgpu.CompilerParams(dimension_semantics=("parallel", "parallel"))
+        return pl.pallas_call(
+            kernel, grid=grid, out_shape=out_shape, interpret=True, name=name, **specs
+        )
+
+    def on_tile(*refs):
+        tile = lax.axis_index("rows"), lax.axis_index("columns")
+
+        def of_tile(spec: pl.BlockSpec) -> pl.BlockSpec:
+            if (place := spec.index_map) is None:
+                return spec
+            return dataclasses.replace(spec, index_map=lambda: place(*tile))
+
+        own: Any = {key: [*map(of_tile, given)] for key, given in specs.items()}
+        mgpu.emit_pipeline(lambda _, *refs: kernel(*refs), grid=(), **own)(*refs)
+
+    return mgpu.kernel(
+        on_tile,
+        out_type=out_shape,
+        grid=grid,
+        grid_names=("rows", "columns"),
+        kernel_name=name,
+    )
 
 
 def _stats(s, a, b, top, total, *, form, tile):
@@ -145,8 +176,10 @@ def row_stats(
     grid = a.shape[1] // bn, b.shape[1] // bm
     of_tile = pl.BlockSpec((1, bn), lambda i, j: (j, i))
     shape = result((grid[1], a.shape[1]), jnp.float32, a)
-    top, total = pl.pallas_call(
+    top, total = call(
         functools.partial(_stats, form=form, tile=Tile((bn, bm), interpret)),
+        "snella_softmax_statistics",
+        interpret,
         grid=grid,
         in_specs=[
             whole(interpret),
@@ -155,9 +188,6 @@ def row_stats(
         ],
         out_specs=[of_tile, of_tile],
         out_shape=[shape, shape],
-        compiler_params=settings(interpret),
-        interpret=interpret,
-        name="snella_softmax_statistics",
     )(packed.scalars, a, b)
     largest = top.max(0)
     # Inputs that only fill up a tile have no sum: 1 for those.
@@ -187,8 +217,10 @@ def counts(
     """Returns how many magnitudes reach each candidate, all at least 1."""
     a, b, k = packed.a, packed.b, candidates.size
     grid = a.shape[1] // bn, b.shape[1] // bm
-    out = pl.pallas_call(
+    (out,) = call(
         functools.partial(_counts, form=form, tile=Tile((bn, bm), interpret), k=k),
+        "snella_counts",
+        interpret,
         grid=grid,
         in_specs=[
             whole(interpret),
@@ -197,11 +229,8 @@ def counts(
             pl.BlockSpec((b.shape[0], bm), lambda i, j: (0, j)),
             pl.BlockSpec((2, bn), lambda i, j: (0, i)),
         ],
-        out_specs=pl.BlockSpec((1, k, bn), lambda i, j: (j, 0, i)),
-        out_shape=result((grid[1], k, a.shape[1]), jnp.float32, a),
-        compiler_params=settings(interpret),
-        interpret=interpret,
-        name="snella_counts",
+        out_specs=[pl.BlockSpec((1, k, bn), lambda i, j: (j, 0, i))],
+        out_shape=[result((grid[1], k, a.shape[1]), jnp.float32, a)],
     )(packed.scalars, candidates, a, b, row)
     return jnp.sum(out.astype(jnp.int32), (0, 2))
 
@@ -231,8 +260,10 @@ def merged(
     Made inside the product it would be made again for every tile of its rows.
     """
     a, b = packed.a, packed.b
-    return pl.pallas_call(
+    (out,) = call(
         functools.partial(_merged, form=form, tile=Tile((bn, bm), interpret)),
+        "snella_merged",
+        interpret,
         grid=(a.shape[1] // bn, b.shape[1] // bm),
         in_specs=[
             whole(interpret),
@@ -242,9 +273,7 @@ def merged(
             pl.BlockSpec((b.shape[0], bm), lambda i, j: (0, j)),
             pl.BlockSpec((2, bn), lambda i, j: (0, i)),
         ],
-        out_specs=pl.BlockSpec((bn, bm), lambda i, j: (i, j)),
-        out_shape=result(w0.shape, dtype, a),
-        compiler_params=settings(interpret),
-        interpret=interpret,
-        name="snella_merged",
+        out_specs=[pl.BlockSpec((bn, bm), lambda i, j: (i, j))],
+        out_shape=[result(w0.shape, dtype, a)],
     )(packed.scalars, limit[None], w0, a, b, row)
+    return out
