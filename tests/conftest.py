@@ -69,7 +69,10 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Files without the one marker that was asked for are not imported."""
+    """Files without the one marker that was asked for are not imported.
+
+    So a file spells the markers of its tests out: `mark.NAME`.
+    """
     marker = config.option.markexpr
     if collection_path.suffix == ".py" and marker.isidentifier():
         return f"mark.{marker}" not in collection_path.read_text("utf-8") or None

@@ -305,8 +305,8 @@ def adapted_dense(
         GPU, which make `delta` tile by tile and store nothing of its size (on a GPU the
         merged weight alone): for `mix_k` and `piecewise_linear` over "out", all gates
         but "none", the merged path, one device or `jax.shard_map`, and at most float32.
-        Elsewhere it falls back to "xla" and logs once why. "auto" is "xla": the kernels
-        were compiled for a TPU v5e and an H100 and not yet timed on one.
+        Elsewhere it falls back to "xla" and logs once why. "auto" is "xla": on an H200
+        the kernels took longer, and on a TPU they were not timed.
 
     Raises:
       ValueError: a gate, path or implementation that does not exist, a rate outside

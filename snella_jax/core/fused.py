@@ -127,8 +127,10 @@ def refusal(
             f"{jax.device_count()} devices: expected one, or jax.shard_map",
         ),
         (
-            platform is not None and platform.platform == "gpu" and w0.shape[-1] % 8,
-            f"{w0.shape[-1]} outputs on a GPU: expected a multiple of 8",
+            platform is not None
+            and platform.platform == "gpu"
+            and bool(w0.shape[-2] % 8 or w0.shape[-1] % 64),  # tiles that it copies
+            f"{w0.shape[-2:]} on a GPU: expected multiples of 8 and 64",
         ),
     ]
     return next((words for refused, words in refusals if refused), None)

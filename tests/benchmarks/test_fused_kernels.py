@@ -52,7 +52,7 @@ def test_a_gpu_stores_the_merged_weight_alone(tmp_path):
 
     In a process of its own: the compiler reads its environment when it starts.
     """
-    argv = ["--target", "h100", "--layers", LARGE, "776x1000x197"]
+    argv = ["--target", "h100", "--layers", LARGE, "776x1088x197"]
     command = [sys.executable, "-m", "experiments.benchmarks.kernels", *argv]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     subprocess.run([*command, "--out", str(tmp_path)], env=environment, check=True)

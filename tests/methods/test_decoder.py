@@ -33,6 +33,7 @@ from experiments.training.step import training_step
 from experiments.training.trainer import Data
 from snella_jax import models
 from snella_jax.models import llama
+from snella_jax.nnx.targets import select
 
 TINY = llama.LlamaConfig(
     vocab_size=32, width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp_dim=24
@@ -217,6 +218,12 @@ def test_other_methods_say_why_not(name):
     if isinstance(method, Staged):
         with pytest.raises(ValueError, match=message):
             method.typical(base(), SCOPE)
+
+
+def test_the_usual_targets_are_the_benchmarks():
+    """Those of LLM-Adapters, DoRA and the paper's Table XVIII."""
+    names = "attn/q", "attn/k", "attn/v", "mlp/up", "mlp/down"
+    assert {*select(base(), LanguageConfig.targets)} == {f"blocks/{n}" for n in names}
 
 
 def test_a_linear_probe_is_refused_with_a_reason():

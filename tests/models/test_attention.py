@@ -116,21 +116,23 @@ def test_causal_attention_of_grouped_heads(masked):
     np.testing.assert_allclose(got, grouped(q, k, v, mask), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [5, 6])
-@pytest.mark.parametrize("masked", [False, True])
-def test_cudnn_is_given_even_numbers_of_tokens(monkeypatch, tokens, masked):
-    """Values and gradients stay the same: what is appended is neither seen nor left."""
-    q, k, v = draw(jnp.float32, tokens)
-    mask = jnp.tril(jnp.ones((1, 1, tokens, tokens), bool)) if masked else None
+@pytest.mark.parametrize("how", [{}, {"length": 3}, {"causal": True}, {"mask": True}])
+@pytest.mark.parametrize("tokens", [(5, 5), (6, 6), (5, 6), (6, 5)])
+def test_cudnn_is_given_even_numbers_of_tokens(monkeypatch, tokens, how):
+    """Values and gradients stay: what is appended is not seen, and is cut off again."""
+    q, k, v = draw(jnp.float32, 6)
+    q, k, v = q[:, : tokens[0]], k[:, : tokens[1], :2], v[:, : tokens[1], :2]
+    if "mask" in how:
+        how = {"mask": jnp.tril(jnp.ones((1, 1, *tokens), bool))}
     asked = []
 
-    def as_cudnn(*arrays, implementation, **how):
+    def as_cudnn(*arrays, implementation, **given):
         asked.append((implementation, *(x.shape[1] for x in arrays)))
-        return attention(*arrays, implementation="xla", **how)
+        return attention(*arrays, implementation="xla", **given)
 
     def outputs(implementation):
         def loss(q, k, v):
-            y = attend(q, k, v, implementation, mask=mask)
+            y = attend(q, k, v, implementation, **how)
             return jnp.sin(y).sum(), y
 
         (_, y), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
@@ -171,7 +173,9 @@ def test_cudnn_is_causal_and_masks(masked, batch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "length"), [(196, None), (197, None), (206, 199)])
+@pytest.mark.parametrize(
+    ("tokens", "length"), [(196, None), (197, None), (206, 199), (207, 199)]
+)
 def test_cudnn_computes_what_xla_does(tokens, length):
     """ViT-B/16's token counts, values and gradients within bfloat16's rounding."""
     arrays = draw(jnp.bfloat16, tokens, 64)

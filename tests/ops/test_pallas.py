@@ -24,10 +24,10 @@ from snella_jax.ops.pallas.gpu_weight import root
 from snella_jax.ops.pallas.target import Target, assumed, current
 from snella_jax.ops.pallas.tile import Form
 
-# Tiles that do not divide the sizes, but for the multiples of 8 that a GPU needs.
+# Tiles that do not divide the sizes, but for the multiples that a GPU needs.
 TPU = Target("tpu", interpret=True, tile=(32, 128, 16))
 GPU = Target("gpu", interpret=True, tile=(64, 128, 16))
-SIZES = {"tpu": (40, 150), "gpu": (72, 136)}
+SIZES = {"tpu": (40, 150), "gpu": (72, 192)}
 MIX_K = kernels.mix_k()
 RELEASED = kernels.mix_k(temperature=True, learn_piece_coeff=False)
 PIECEWISE = kernels.piecewise_linear(pieces=3)
@@ -250,7 +250,7 @@ def test_square_roots():
         ({"sharding": PartitionSpec("model")}, "sharding"),
         ({"dtype": jnp.float64}, "float64"),
         ({"rank": 66}, "rank=66"),
-        ({"m": 12, "target": GPU}, "12 outputs on a GPU"),
+        ({"m": 96, "target": GPU}, "(8, 96) on a GPU"),
         ({"target": None}, "cpu: expected a TPU from v5e or an NVIDIA GPU from Hopper"),
     ],
 )
@@ -351,6 +351,17 @@ def test_an_unknown_implementation():
 # On a GPU
 
 
+def test_what_a_gpu_runs_is_lowered():
+    """Without one: that this JAX's Mosaic GPU takes the kernels."""
+    factors, x, w0, g = inputs(MIX_K, 72, 192, rank=2, dtype=jnp.bfloat16)
+    layer = functools.partial(outputs, "pallas", budget=2000, kernel=MIX_K)
+    with assumed(Target("gpu")):
+        traced = jax.jit(layer).trace(x, w0, factors, g=g)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("softmax_statistics", "counts", "merged", "gradients", "softmax_tail"):
+        assert f"snella_{name}" in text
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(
@@ -359,7 +370,7 @@ def test_an_unknown_implementation():
 )
 def test_a_gpus_kernels(kernel, gate, dtype):
     """Values and gradients, in ragged tiles and panels, within the dtype's rounding."""
-    n, m = 776, 1000
+    n, m = 776, 1088
     factors, x, w0, g = inputs(kernel, n, m, rows=197, dtype=dtype)
     how = {"kernel": kernel, "gate": gate}
     with jax.default_matmul_precision("highest"):

@@ -94,7 +94,7 @@ def test_the_rules_of_vit_b_choose_the_same_matrices():
 @pytest.mark.reference
 @pytest.mark.parametrize("adapt", [snella_adapted, lora_adapted])
 def test_it_is_adapted_and_learns(adapt, cells):
-    """Steps on 16 photographs lower their loss, of two matrices of a block."""
+    """Training two matrices of a block lowers the loss on 16 photographs."""
     model = dinov2_saliency.load(image_size=56, num_classes=2)
     shape = (16, 56, 56, 1)
     pixels = jax.image.resize(cells.images[:16] / np.float32(255), shape, "bilinear")

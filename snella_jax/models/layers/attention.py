@@ -37,7 +37,8 @@ def attend(
 
     Args:
       implementation: "xla", "cudnn" (flash attention on NVIDIA GPUs, 16-bit numbers,
-        no `T x S` array at all), or "auto" for what `best` says of the first device.
+        no `T x S` array at all; an odd number of tokens gets one more, which the others
+        do not see), or "auto" for what `best` says of the first device.
       length: number of the `S` tokens that are seen, the first ones; None for all.
       bias: added to what the softmax is taken of, in XLA's implementation alone.
       mask: tokens that are seen; None for all.
@@ -59,7 +60,8 @@ def attend(
         known = (jnp.arange(k.shape[1]) < length)[:, None, None]
         k, v = jnp.where(known, k, 0), jnp.where(known, v, 0)
     tokens = q.shape[1]
-    if tokens % 2 or k.shape[1] % 2:  # with cuDNN, JAX has no gradient of odd numbers
+    # With cuDNN, JAX has no gradient for an odd number of tokens.
+    if tokens % 2 or k.shape[1] % 2:
         seen = jnp.full(len(q), k.shape[1], jnp.int32) if seen is None else seen
         if mask is not None:
             mask = _even(_even(mask, 2), 3)

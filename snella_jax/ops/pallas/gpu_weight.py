@@ -135,6 +135,8 @@ def call(
             kernel, grid=grid, out_shape=out_shape, interpret=True, name=name, **specs
         )
 
+    # jax 0.11.2 takes no such kernel through `pallas_call`. A pipeline of one step
+    # copies a tile's blocks in, and its results out.
     def on_tile(*refs):
         tile = lax.axis_index("rows"), lax.axis_index("columns")
 
