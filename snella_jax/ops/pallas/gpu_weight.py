@@ -6,6 +6,7 @@ the tensor cores leave a product in, whose rows and columns can be reduced.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ from snella_jax.ops.pallas.tile import (
 
 WHOLE = mgpu.Layout.WGMMA
 OF_ROWS, OF_COLUMNS = WHOLE.reduce(1), WHOLE.reduce(0)
+# jax 0.10 asks for an index beside the reference, which 0.11.2 deprecates.
+INDEX = inspect.signature(mgpu.load).parameters.get("idx")
+INDEXES_ARE_OLD = INDEX is None or INDEX.default is not inspect.Parameter.empty
 
 
 def root(square: Array) -> Array:
@@ -59,7 +63,8 @@ class Tile:
         """Reads an array into a layout, whatever way that goes."""
         if self.interpret:
             return ref[index]
-        return mgpu.load(ref, index, layout=layout, optimized=False)
+        where: tuple[Any, ...] = (ref.at[index],) if INDEXES_ARE_OLD else (ref, index)
+        return mgpu.load(*where, layout=layout, optimized=False)
 
     def whole(self, value: Array) -> Array:
         """Gives a tile its layout."""
