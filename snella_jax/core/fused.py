@@ -130,7 +130,7 @@ def refusal(
             platform is not None
             and platform.platform == "gpu"
             and not platform.interpret
-            and bool(w0.shape[-2] % 8 or w0.shape[-1] % 64),  # tiles that it copies
+            and bool(w0.shape[-2] % 8 or w0.shape[-1] % 64),  # for tiles to be copied
             f"{w0.shape[-2:]} on a GPU: expected multiples of 8 and 64",
         ),
     ]

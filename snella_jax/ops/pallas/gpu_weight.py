@@ -32,8 +32,11 @@ from snella_jax.ops.pallas.tile import (
 WHOLE = mgpu.Layout.WGMMA
 OF_ROWS, OF_COLUMNS = WHOLE.reduce(1), WHOLE.reduce(0)
 # jax 0.10 asks for an index beside the reference, which 0.11.2 deprecates.
-INDEX = inspect.signature(mgpu.load).parameters.get("idx")
-INDEXES_ARE_OLD = INDEX is None or INDEX.default is not inspect.Parameter.empty
+INDEX_BESIDE = "idx" in [
+    p.name
+    for p in inspect.signature(mgpu.load).parameters.values()
+    if p.default is p.empty
+]
 
 
 def root(square: Array) -> Array:
@@ -63,7 +66,7 @@ class Tile:
         """Reads an array into a layout, whatever way that goes."""
         if self.interpret:
             return ref[index]
-        where: tuple[Any, ...] = (ref.at[index],) if INDEXES_ARE_OLD else (ref, index)
+        where: tuple[Any, ...] = (ref, index) if INDEX_BESIDE else (ref.at[index],)
         return mgpu.load(*where, layout=layout, optimized=False)
 
     def whole(self, value: Array) -> Array:
