@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from snella_jax.models.layers import basic
+from snella_jax.models.layers import basic, pointwise
 
 EPS = 1e-6  # of both norms
 
@@ -22,10 +22,16 @@ class Neck(nnx.Module):
           rngs: its `params` stream draws.
         """
         c, out = config, config.out_channels
-        dtypes = {"dtype": c.dtype, "param_dtype": c.param_dtype}
-        self.conv1 = nnx.Conv(width, out, (1, 1), use_bias=False, **dtypes, rngs=rngs)
+        usual: dict[str, Any] = {
+            "use_bias": False,
+            "dtype": c.dtype,
+            "param_dtype": c.param_dtype,
+            "rngs": rngs,
+        }
+        single = pointwise.multiplied
+        self.conv1 = nnx.Conv(width, out, (1, 1), conv_general_dilated=single, **usual)
         self.norm1 = basic.norm(out, EPS, c, rngs)
-        self.conv2 = nnx.Conv(out, out, (3, 3), use_bias=False, **dtypes, rngs=rngs)
+        self.conv2 = nnx.Conv(out, out, (3, 3), **usual)
         self.norm2 = basic.norm(out, EPS, c, rngs)
 
     def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B h w out"]:

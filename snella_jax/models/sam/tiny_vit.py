@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from snella_jax.models.layers import basic, depthwise, stack, windows
+from snella_jax.models.layers import basic, depthwise, pointwise, stack, windows
 from snella_jax.models.layers.activations import Gelu, activated
 from snella_jax.models.layers.attention import Implementation, attend
 from snella_jax.models.layers.images import (
@@ -287,7 +287,11 @@ def _conv(
     groups: int = 1,
 ) -> nnx.Conv:
     """Makes a convolution that pads as PyTorch's does: alike on both sides."""
-    own: Any = {"conv_general_dilated": depthwise.shifted} if groups > 1 else {}
+    own: dict[str, Any] = {}
+    if groups > 1:
+        own["conv_general_dilated"] = depthwise.shifted
+    elif side == 1:
+        own["conv_general_dilated"] = pointwise.multiplied
     return nnx.Conv(
         n,
         m,
