@@ -198,10 +198,16 @@ POLYP: dict[str, Preset[PolypConfig]] = {
     "minisam": Preset("a TinyViT-SAM at 256 px, on a CPU; --task FOLDER", MINISAM),
     "minisam_kvasir": Preset(
         "the same on Kvasir-SEG, tested on CVC-ClinicDB, too",
-        dataclasses.replace(MINISAM, task="kvasir", tests=("cvc_clinicdb",)),
+        dataclasses.replace(
+            MINISAM,
+            task="kvasir",
+            tests=("cvc_clinicdb",),
+            methods=(UNTUNED, BOX, DECODER, *ROWS),
+        ),
     ),
     "sam_vit_b_kvasir": Preset(
-        "the paper's recipe, on images that are not tested; not run", PAPER
+        "the paper's recipe, on images that are not tested; not run",
+        dataclasses.replace(PAPER, protocol="final"),
     ),
     "released": Preset(
         "as released: tested on images that were trained on; not run",

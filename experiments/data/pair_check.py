@@ -38,7 +38,8 @@ def checked(
     """Decodes every image and every mask of a task and its extra tests.
 
     Empty masks are counted, and so are images that are in the training or validation
-    split and in another one, under whatever names.
+    split and in another one, under whatever names; and names that are in two splits
+    with other pixels, as an image has that was compressed again.
 
     Args:
       console: where progress, the task's notes and what was counted are shown.
@@ -110,18 +111,29 @@ def _tell_empty(where: str, seen: Sequence[Seen], console: Console) -> None:
 
 
 def _tell_repeated(task: str, looks: dict[str, Look[Seen]], console: Console) -> None:
-    """Prints how many images are in the training or validation split, too."""
+    """Prints how many images or names are in the training or validation split, too."""
     names = [name for name in ("train", "validation") if name in looks]
     for place, fitted in enumerate(names):
+        kind = "training" if fitted == "train" else fitted
         known = {own.image: own.name for own in looks[fitted].seen}
+        called = set(known.values())
         for split in (name for name in looks if name not in names[: place + 1]):
-            same = [own for own in looks[split].seen if own.image in known]
-            shown = [
-                own.name if own.name == known[own.image]
-                else f"{own.name} is {known[own.image]}"
-                for own in same
-            ]  # fmt: skip
+            where, seen = f"{task}, {split}", looks[split].seen
+            same = [own for own in seen if own.image in known]
             if same:
-                kind = "training" if fitted == "train" else fitted
+                shown = [
+                    own.name if own.name == known[own.image]
+                    else f"{own.name} is {known[own.image]}"
+                    for own in same
+                ]  # fmt: skip
                 said = f"{len(same)} images are in the {kind} split, too"
-                say(console, f"{task}, {split}: {said} ({first(shown)})")
+                say(console, f"{where}: {said} ({first(shown)})")
+            # Further sets have names of their own.
+            renamed = [
+                own.name
+                for own in seen
+                if split in SPLITS and own.name in called and own.image not in known
+            ]
+            if renamed:
+                said = f"{len(renamed)} names are in the {kind} split, too, with other"
+                say(console, f"{where}: {said} pixels ({first(renamed)})")

@@ -111,6 +111,18 @@ def test_a_photograph_is_what_the_model_sees(model):
             r"expected \[N, 2\]",
         ),
         (PHOTOGRAPH, {"points": [[1, 2]]}, ValueError, "points without labels"),
+        (
+            PHOTOGRAPH,
+            {"points": [[1, 2]], "labels": [2]},
+            ValueError,
+            r"labels has \[2\]: expected 1, 0 or -1",
+        ),
+        (
+            PHOTOGRAPH,
+            {"points": [[1, 2]], "labels": [1.0]},
+            TypeError,
+            "labels are float",
+        ),
         (PHOTOGRAPH, {"boxes": [[1, 2, 3, 4]]}, ValueError, r"expected \[4\], in pix"),
     ],
 )

@@ -331,13 +331,31 @@ def test_a_lower_rate_is_named_where_training_leaves_nothing(capsys):
     )
 
 
+@pytest.mark.slow  # a run of its own
+def test_the_released_protocol_follows_the_test(words, tmp_path):
+    options = ["--protocol=released", "--methods", "decoder", "--epochs=2"]
+    cut = words[: words.index("--methods")]
+    options = [w for w in cut if not w.startswith(("--epochs", "--snella"))] + options
+    summary = polyp.main([*options, "--eval_every=1", f"--out={tmp_path / 'run'}"])
+    rows = metric_log.of(tmp_path / "run", "decoder")
+    assert [set(row) & {"test_dice", "val_dice"} for row in rows] == [{"test_dice"}] * 2
+    result = summary["methods"]["decoder"]
+    best = max(rows, key=lambda row: row["test_dice"])
+    for name in NAMES:
+        same = pytest.approx(best[f"test_{name}"], rel=1e-6)
+        assert result[f"best_test_{name}"] == same, name
+
+
 def test_presets_are_configs_that_could_run():
     for preset in POLYP.values():
         preset.config.check()
     paper, released = (POLYP[n].config for n in ("sam_vit_b_kvasir", "released"))
     rates = {own.lr for own in paper.settings.values()}
     assert rates == {1e-3} and (paper.batch, paper.epochs) == (1, 20)
-    assert paper.trains_on_all is False and released.followed == "test"
+    assert paper.trains_on_all and paper.followed is None
+    assert released.followed == "test" and released.random_prompts
+    assert released.schedule == "annealed_epoch"
+    assert {own.lr for own in released.settings.values()} == {2e-4}
     assert released.settings["snella_released"].undropped == ".*/proj"
 
 

@@ -167,8 +167,15 @@ def _check(
                 f"{name}: expected [{axes}], here [{', '.join(map(str, shape))}], "
                 f"found {list(jnp.shape(value))}."
             )
-    if labels is None:
-        return
+    if labels is not None:
+        check_labels(labels)
+
+
+def check_labels(labels: Any) -> None:
+    """Raises a `TypeError` or `ValueError` on labels that no point has.
+
+    Values are seen outside `jit` only.
+    """
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise TypeError(f"labels are {jnp.result_type(labels)}: expected integers.")
     if not isinstance(labels, Tracer):

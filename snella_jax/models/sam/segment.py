@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, UInt8
 
-from snella_jax.models.sam.model import Sam
+from snella_jax.models.sam.model import Sam, check_labels
 
 Size = tuple[int, int]
 
@@ -48,7 +48,8 @@ def segment(
 
     Raises:
       TypeError: the image is not of uint8, or labels are no integers.
-      ValueError: the image is not RGB, or a prompt has another shape.
+      ValueError: the image is not RGB, a prompt has another shape, or a label is not
+        1, 0 or -1.
     """
     pixels = np.asarray(image)
     _check_image(pixels)
@@ -60,6 +61,7 @@ def segment(
     if points is not None:
         prompts["points"] = (_numbers("points", points, (-1, 2)) * scale)[None]
     if labels is not None:
+        check_labels(np.asarray(labels))  # inside nnx.jit their values are not seen
         prompts["labels"] = np.asarray(labels)[None]
     if boxes is not None:
         box = _numbers("boxes", boxes, (4,))
