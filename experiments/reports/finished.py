@@ -27,6 +27,7 @@ UNDECAYED_NOTE = "factors without decay"
 # Keys of summaries that name the data, for kinds of runs whose config has no task.
 NAMED = {LanguageConfig: "name", DreamboothConfig: "task"}
 IRRELEVANT = (*WHERE, "seed", "methods", "source")
+LOOKS = "eval_every", "eval_last"  # they decide which round is best, nothing else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,9 @@ def collect(
 ) -> list[Run]:
     """Reads the finished runs in folders and below them, a `Run` for each method.
 
+    A run with `protocol=final` and the settings that the search of another one chose is
+    a seed of that one, and has its setup.
+
     Args:
       console: where folders without a finished run are named.
       metric: name of the metric of all; None for the first of each.
@@ -77,7 +81,7 @@ def collect(
             found.setdefault(summary.parent.resolve(), _runs(summary.parent, metric))
     if not found:
         raise ValueError("There is no finished run (summary.json) in any folder.")
-    return [run for runs in found.values() for run in runs]
+    return _joined([run for runs in found.values() for run in runs])
 
 
 def label(method: str, settings: dict[str, Any]) -> str:
@@ -127,6 +131,38 @@ def _runs(where: Path, named: str | None) -> list[Run]:
     return runs
 
 
+def _joined(runs: list[Run]) -> list[Run]:
+    """Returns the runs, those with what a searched one chose as its seeds."""
+    searched = [run for run in runs if run.settings.get("search")]
+
+    def own(run: Run) -> Run:
+        for other in () if run in searched else searched:
+            same = (other.method, other.task) == (run.method, run.task)
+            if same and _comparable(_chosen(other)) == _comparable(run.settings):
+                return dataclasses.replace(
+                    run, setup=other.setup, settings=other.settings
+                )
+        return run
+
+    return [own(run) for run in runs]
+
+
+def _chosen(run: Run) -> dict[str, Any]:
+    """Returns the settings of a run with what the search of this one chose."""
+    chosen = run.result.get("settings") or {}
+    values = {
+        key: chosen.get(key.partition(".")[2], value)
+        for key, value in run.settings.items()
+    }
+    return values | {"protocol": "final", "search": False}
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings without those of a search and of which rounds are looked at."""
+    left_out = {"grid", "search_epochs", "search_steps", *LOOKS}
+    return {name: own for name, own in settings.items() if name not in left_out}
+
+
 def _metric(summary: Mapping[str, Any], name: str | None, where: Path) -> Metric:
     """Returns the metric of that name, or the first."""
     known = [Metric(**metric) for metric in summary.get("metrics", ())] or [ACCURACY]
@@ -148,11 +184,10 @@ def _kind(config: Mapping[str, Any]) -> type[RunConfig]:
 
 def _by_set(run: Run) -> list[Run]:
     """Returns a run on masks, and one for each of its further sets."""
-    name, trainable = run.metric.name, run.result["trainable"]
+    name = run.metric.name
+    kept = {key: run.result.get(key) for key in ("trainable", "settings")}
     others = [
-        dataclasses.replace(
-            run, task=own, result={"trainable": trainable, f"test_{name}": found[name]}
-        )
+        dataclasses.replace(run, task=own, result={**kept, f"test_{name}": found[name]})
         for own, found in run.result["tests"].items()
     ]
     return [run, *others]
@@ -166,13 +201,10 @@ def _by_test(run: Run) -> list[Run]:
         for name, value in run.result.items()
         if name.startswith(prefix) and value is not None
     }
-    trainable = run.result["trainable"]
+    kept = {key: run.result.get(key) for key in ("trainable", "settings")}
     return [
         dataclasses.replace(
-            run,
-            task=test,
-            metric=ACCURACY,
-            result={"trainable": trainable, "test_accuracy": value},
+            run, task=test, metric=ACCURACY, result={**kept, "test_accuracy": value}
         )
         for test, value in found.items()
     ]

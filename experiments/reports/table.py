@@ -10,13 +10,12 @@ from rich.console import Console
 from experiments import files
 from experiments.reports import paper, text
 from experiments.reports.figures import ACCURACY
-from experiments.reports.finished import Run
+from experiments.reports.finished import LOOKS, Run
 from experiments.tasks import catalogue
 from experiments.training.objective import Metric
 
 Accuracy = Literal["last", "best", "ema"]
 KINDS = {"last": "test", "best": "best_test", "ema": "ema_test"}
-LOOKS = "eval_every", "eval_last"  # they decide which round is best, nothing else
 
 
 def write(made: dict[str, Any], out: Path | None, console: Console) -> None:

@@ -170,6 +170,30 @@ def test_runs_that_are_no_seeds_of_one_another_are_refused(tmp_path):
         made(tmp_path / "nowhere")
 
 
+def test_a_final_run_with_what_a_search_chose_is_its_seed(tmp_path):
+    """Another rate is another column."""
+
+    def change(folder, chosen=None, **values):
+        for name, new in (("config", values), ("summary", chosen)):
+            path = folder / f"{name}.json"
+            own = json.loads(path.read_text("utf-8"))
+            if name == "config":
+                own |= new
+            elif new:
+                own["methods"]["snella"]["settings"] = new
+            path.write_text(json.dumps(own), "utf-8")
+
+    change(write_run(tmp_path / "a"), {"lr": 0.5}, search=True, protocol="choose")
+    for seed, lr in ((1, 0.5), (2, 0.25)):
+        change(write_run(tmp_path / f"{seed}", seed=seed, lr=lr), protocol="final")
+    searched, other = sorted(
+        made(tmp_path)["columns"][:2],
+        key=lambda column: "searched" not in column["setup"],
+    )
+    assert list(searched["tasks"]["cifar100"]["seeds"]) == ["0", "1"]
+    assert list(other["tasks"]["cifar100"]["seeds"]) == ["2"]
+
+
 def test_folders_without_a_run_are_left_out_and_named(tmp_path, capsys):
     write_run(tmp_path / "a", "dtd")
     (tmp_path / "show").mkdir()
