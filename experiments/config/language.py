@@ -45,7 +45,7 @@ class DataOptions:
     """Most tokens of a training record."""
     overlong: Overlong = "leave_out"
     """leave_out: longer ones are counted and left out. cut: as in the published code
-    (template llm_adapters), their answers are lost."""
+    (template llm_adapters, loss_on all), their answers are lost."""
     buckets: int = 2
     """Lengths that batches are padded to; each is compiled."""
     scores: tuple[Score, ...] = ("label",)
@@ -152,6 +152,11 @@ class LanguageConfig(RunConfig, TrainingOptions, ModelOptions, DataOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1.")
+        if self.overlong == "cut" and self.loss_on == "answer":
+            raise ValueError(
+                "overlong=cut, loss_on=answer: what is cut has no answer left to learn; "
+                "expected loss_on=all (as in the published code) or overlong=leave_out."
+            )
         if self.cutoff < 2 or self.prose_tokens < 2:
             raise ValueError(
                 f"cutoff={self.cutoff}, prose_tokens={self.prose_tokens}: expected at "
@@ -177,7 +182,7 @@ SMOLLM2 = LanguageConfig(
     eval_every=6,
     batch=16,
     grid=Grid(lr_factors=(0.3, 3.0), lr_extensions=0, weight_decays=(), densities=()),
-    # Validation chose them after 400 updates, but for SNELL's, which is SNELLA's.
+    # Validation chose each as the largest of three; SNELL's is SNELLA's.
     settings=_ranked(8, **{name: 9 * rate for name, rate in RATES.items()}),
 )
 LANGUAGE: dict[str, Preset[LanguageConfig]] = {
@@ -205,12 +210,13 @@ LANGUAGE: dict[str, Preset[LanguageConfig]] = {
             loss_on="all",
             overlong="cut",
             validation=120,
-            methods=("lora", "dora", "snella"),
+            methods=("untuned", "lora", "dora", "snella"),
             steps=31_930,
             round_steps=100,
             warmup_epochs=1,
             eval_every=10,
             batch=16,
+            clip=1.0,  # usual in transformers' Trainer, which the recipe uses
             dtype="bfloat16",
             remat="blocks",
             settings=_ranked(32, **RATES),

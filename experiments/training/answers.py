@@ -57,10 +57,10 @@ class Answers:
     def loss(
         self, model: Any, batch: Batch, key: PRNGKeyArray | None
     ) -> Float[Array, ""]:
-        """Returns the mean cross entropy of the learnt tokens, in float32."""
+        """Returns the mean cross entropy of the learnt tokens, in float32; 0 of none."""
         hidden = model.hidden(batch["tokens"], mask=batch["mask"])
         entropy, counts = _entropy(model, hidden, batch["tokens"], batch["learnt"])
-        return entropy.sum() / counts.sum()
+        return entropy.sum() / jnp.maximum(counts.sum(), 1)
 
     def outputs(self, model: Any, batch: Batch) -> dict[str, Array]:
         """Returns each record's cross entropy, `[B]`, and its answer, int32 `[B]`."""

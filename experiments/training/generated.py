@@ -1,9 +1,10 @@
 """Accuracy by generated answers, as published: beam search, then keywords.
 
-As in the code of LLM-Adapters and DoRA a model writes on behind the prompt, 32 tokens
+As in the code of LLM-Adapters a model writes on behind the prompt, 32 tokens
 with 4 beams, and the first keyword of the test in that text, in its own case, is its
 answer; a text without one is wrong. What stands behind another mark of a response is
-not looked at. (There a batch is one question: larger ones have no mask of padding.)
+not looked at; DoRA's code looks behind the last mark alone. (In both a batch is one
+question: larger ones have no mask of padding.)
 """
 
 import re

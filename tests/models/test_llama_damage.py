@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from places import ASSETS
 from safetensors.numpy import load_file, save_file
 
 from snella_jax import models
+from snella_jax.files import gguf_file
 from snella_jax.files.errors import CheckpointError
 
 DATA = ASSETS / "llama"
@@ -57,10 +59,10 @@ META += [("n_kv_heads", 3), ("norm_eps", None), ("vocab_size", 39), ("moe", {})]
 CUTS = [0, 1, 7, 8, 100, 900, 4000, -5000, -100, -1]  # bytes that are left
 
 
-def refused(path):
+def refused(path, said=""):
     with pytest.raises(CheckpointError) as error:
         models.load(path)
-    assert str(path) in str(error.value)
+    assert str(path) in str(error.value) and said in str(error.value)
 
 
 def folder(tmp_path, name="own"):
@@ -117,9 +119,9 @@ def test_one_of_metas_parts_is_missing(tmp_path):
     refused(path)
 
 
-def gguf(tmp_path, change):
+def gguf(tmp_path, change, name="tied.gguf"):
     path = tmp_path / "damaged.gguf"
-    path.write_bytes(change((DATA / "tied.gguf").read_bytes()))
+    path.write_bytes(change((DATA / name).read_bytes()))
     return path
 
 
@@ -157,3 +159,42 @@ def test_gguf_with_other_names(old, new, tmp_path):
         return data.replace(old, new, 1)
 
     refused(gguf(tmp_path, change))
+
+
+@pytest.mark.parametrize("name", ["rope.scale_linear", "rope.scaling.factor"])
+@pytest.mark.parametrize("value", [0.0, 1.0, 2.0])
+def test_gguf_with_a_scale_and_no_type_of_it(name, value, tmp_path):
+    """One field more, and another that fills up to 32 bytes, as tensors are aligned."""
+
+    def change(data):
+        key = f"llama.{name}".encode()
+        own = struct.pack("<Q", len(key)) + key + struct.pack("<If", 6, value)
+        rest = 18 + -(len(own) + 31) % 32
+        own += struct.pack("<Q", rest) + b"x" * rest + struct.pack("<IB", 0, 0)
+        (fields,) = struct.unpack_from("<Q", data, 16)
+        return data[:16] + struct.pack("<Q", fields + 2) + own + data[24:]
+
+    path = gguf(tmp_path, change)
+    if value == 2:
+        refused(path, f"llama.{name}=2.0: expected 1")
+    else:
+        models.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda old: old[::-1], "not those of LLaMA 3"),
+        (lambda old: 0 * old, "expected a positive number"),
+        (lambda old: np.where(old > 1, np.nan, old), "expected 8 finite numbers"),
+    ],
+)
+def test_gguf_with_other_divisors_of_frequencies(change, said, tmp_path):
+    file = gguf_file.open(DATA / "llama3.gguf")
+    old = file.tensors["rope_freqs.weight"].read()
+
+    def changed(data):
+        assert data.count(old.tobytes()) == 1
+        return data.replace(old.tobytes(), np.float32(change(old)).tobytes())
+
+    refused(gguf(tmp_path, changed, "llama3.gguf"), said)

@@ -26,6 +26,9 @@ DATA = ASSETS / "llama"
 EXPECTED = dict(np.load(DATA / "expected.npz"))
 FORMATS = {"own": "own", "tied": "tied", "llama3": "llama3", "meta": "own"}
 FORMATS |= {"tied.gguf": "tied.gguf"}
+SAME = {"meta": "own", "meta3": "tied", "llama3.gguf": "llama3"}
+SAID = ["rope_theta", "rope_scaling", "norm_eps", "heads", "kv_heads", "head_dim"]
+SAID += ["mlp_dim", "tied"]
 
 
 def close(got, expected):
@@ -70,10 +73,17 @@ def test_a_wrong_permutation_is_seen(name, monkeypatch):
         assert abs(got - expected).max() > 1e-2 * abs(expected).max()
 
 
-def test_meta_and_hugging_face_hold_one_model():
-    one, other = (models.load(DATA / name) for name in ("own", "meta"))
+@pytest.mark.parametrize("name", SAME)
+def test_other_formats_hold_the_model_of_hugging_faces(name):
+    """`meta3`: keys of several heads, embedding split by rows; `llama3.gguf`: scaled."""
+    one_model(DATA / name, DATA / SAME[name])
+
+
+def one_model(path, other):
+    one, other = (models.load(where) for where in (path, other))
     same(one, other)
-    assert one.config.mlp_dim == other.config.mlp_dim == 48
+    for field in SAID:
+        assert getattr(one.config, field) == getattr(other.config, field), field
 
 
 def test_stacked_or_not_and_in_any_dtype():
@@ -271,6 +281,8 @@ def test_other_random_weights(tmp_path):
     expected = np.load(tmp_path / "expected.npz")
     for name, key in FORMATS.items():
         close(models.load(tmp_path / name)(expected["tokens"]), expected[key])
+    for name, other in SAME.items():
+        one_model(tmp_path / name, tmp_path / other)
 
 
 @pytest.mark.reference

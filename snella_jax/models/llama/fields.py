@@ -129,6 +129,9 @@ def of_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
         raise ValueError(f"llama.expert_count={experts}: expected none")
     if (scaling := said.get("rope.scaling.type", "none")) != "none":
         raise ValueError(f"llama.rope.scaling.type={scaling!r}: expected 'none'")
+    for name in ("rope.scaling.factor", "rope.scale_linear"):  # without a type: linear
+        if (scale := said.get(name, 1)) not in (0, 1):
+            raise ValueError(f"llama.{name}={scale!r}: expected 1")
     heads = count(said, "attention.head_count")
     width = count(said, "embedding_length")
     head_dim = count(said, "attention.key_length", _divided(width, heads))

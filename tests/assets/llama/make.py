@@ -1,9 +1,10 @@
 """Makes the files beside it: `pip install -e ".[test,reference]"`, `python make.py`.
 
 Tiny LLaMAs of transformers with random weights: folders with an own head, tied and in
-shards, and with the frequencies of LLaMA 3.1; the first in Meta's format, in two files;
-the second as GGUF. And the logits that transformers computes with the folders and with
-its own reading of the GGUF file (`expected.npz`).
+shards, and with the frequencies of LLaMA 3.1; the first two in Meta's format, in two
+files, the second of them with shared keys and its embedding split as LLaMA 3's; the
+second as quantised GGUF, the third as GGUF in float32. And the logits that transformers
+computes with the folders and with its own reading of `tied.gguf` (`expected.npz`).
 """
 
 import json
@@ -76,11 +77,14 @@ def permuted(model, name, weight):
     return weight
 
 
-def write_meta(model, folder: Path) -> None:
+def write_meta(model, folder: Path, embedding_axis: int = 1) -> None:
     folder.mkdir(exist_ok=True)
-    parts = [{}, {}]
+    parts, config = [{}, {}], model.config
     for name, weight in model.state_dict().items():
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue
         theirs, (meta, axis) = next(x for x in META.items() if x[0] in name)
+        axis = embedding_axis if meta == "tok_embeddings" else axis
         meta = name.replace("model.layers", "layers").replace(theirs, meta)
         weight = permuted(model, name, weight).clone()
         halves = [weight, weight] if axis is None else weight.chunk(2, axis)
@@ -95,13 +99,27 @@ def write_meta(model, folder: Path) -> None:
         "n_heads": 4,
         "multiple_of": 8,
         "ffn_dim_multiplier": 0.5625,
-        "norm_eps": 1e-5,
+        "norm_eps": config.rms_norm_eps,
         "vocab_size": -1,
     }
+    if config.num_key_value_heads != config.num_attention_heads:
+        params["n_kv_heads"] = config.num_key_value_heads
     (folder / "params.json").write_text(json.dumps(params) + "\n", "utf-8")
 
 
-def write_gguf(model, path: Path) -> None:
+def divisors(rope, size):
+    """Factors that divide the frequencies, as llama.cpp's converter writes them."""
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    found = []
+    for place in range(0, size, 2):
+        wave = 2 * np.pi * rope["rope_theta"] ** (place / size)
+        turns = rope["original_max_position_embeddings"] / wave
+        share = min(max((turns - low) / (high - low), 0), 1)
+        found.append(1 / ((1 - share) / rope["factor"] + share))
+    return np.float32(found)
+
+
+def write_gguf(model, path: Path, quantised: bool) -> None:
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -116,13 +134,16 @@ def write_gguf(model, path: Path) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
+    if config.rope_parameters["rope_type"] == "llama3":
+        factors = divisors(config.rope_parameters, config.head_dim)
+        writer.add_tensor("rope_freqs.weight", factors)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue
         array = permuted(model, name, weight).numpy()
         ours = names.get_name(name, try_suffixes=(".weight",))
-        wide = array.ndim == 2 and array.shape[1] % 32 == 0
+        wide = quantised and array.ndim == 2 and array.shape[1] % 32 == 0
         kind = gguf.GGMLQuantizationType.Q8_0 if wide else gguf.GGMLQuantizationType.F32
         writer.add_tensor(ours, gguf.quants.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -151,8 +172,11 @@ def main(folder: Path, seed: int = 0) -> None:
         expected[f"{name}/long"] = logits(model, long)[:, -LAST:]
         if name == "own":
             write_meta(model, folder / "meta")
+        if name == "llama3":
+            write_gguf(model, folder / "llama3.gguf", quantised=False)
         if name == "tied":
-            write_gguf(model, folder / "tied.gguf")
+            write_meta(model, folder / "meta3", embedding_axis=0)
+            write_gguf(model, folder / "tied.gguf", quantised=True)
             read = transformers.LlamaForCausalLM.from_pretrained(
                 folder, gguf_file="tied.gguf"
             )
