@@ -1,5 +1,6 @@
 """The programs of the README and of the pages in docs, as they stand there."""
 
+import json
 import shutil
 
 import chex
@@ -10,8 +11,11 @@ from compiled import called
 from documented import blocks
 from flax import nnx
 from places import ROOT
+from words import Words
 
 import snella_jax as snella
+from experiments.data import questions
+from experiments.data.prompts import TEMPLATES
 
 BASE = (
     'vit.create("vit_ti16", depth=2, image_size=32, num_classes=10, rngs=nnx.Rngs(0))'
@@ -70,6 +74,20 @@ def test_the_program_of_the_data_guide_runs():
     space["batches"].set_state(space["state"])
     again = next(space["batches"])
     np.testing.assert_array_equal(again["image"], following["image"])
+
+
+def test_the_questions_of_the_page_on_language_models_are_read(tmp_path, monkeypatch):
+    """The program writes ten; the other record shown has candidates, too."""
+    monkeypatch.chdir(tmp_path)
+    (program,) = blocks("docs/language.md")
+    exec(program, {})
+    page = (ROOT / "docs/language.md").read_text("utf-8")
+    path, shown = tmp_path / "mine.json", page.split("```json\n")[1].split("```")[0]
+    records = json.loads(path.read_text("utf-8"))
+    for extra, sizes in ([], [6, 2, 2]), ([json.loads(shown)], [7, 2, 2]):
+        path.write_text(json.dumps(records + extra), "utf-8")
+        task = questions.load(path, Words(), questions.Reading(TEMPLATES["plain"]))
+        assert [len(x) for x in (task.train, task.validation, task.test)] == sizes
 
 
 def test_the_page_on_adapters_runs(tmp_path, monkeypatch, capsys):

@@ -154,7 +154,7 @@ class LanguageConfig(RunConfig, TrainingOptions, ModelOptions, DataOptions):
                 raise ValueError(f"{name}={value}: expected at least 1.")
         if self.overlong == "cut" and self.loss_on == "answer":
             raise ValueError(
-                "overlong=cut, loss_on=answer: what is cut has no answer left to learn; "
+                "overlong=cut, loss_on=answer: what is cut has no answer to learn; "
                 "expected loss_on=all (as in the published code) or overlong=leave_out."
             )
         if self.cutoff < 2 or self.prose_tokens < 2:

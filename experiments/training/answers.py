@@ -57,7 +57,7 @@ class Answers:
     def loss(
         self, model: Any, batch: Batch, key: PRNGKeyArray | None
     ) -> Float[Array, ""]:
-        """Returns the mean cross entropy of the learnt tokens, in float32; 0 of none."""
+        """Returns the mean cross entropy of the learnt tokens, float32; 0 of none."""
         hidden = model.hidden(batch["tokens"], mask=batch["mask"])
         entropy, counts = _entropy(model, hidden, batch["tokens"], batch["learnt"])
         return entropy.sum() / jnp.maximum(counts.sum(), 1)

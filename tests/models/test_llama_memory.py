@@ -2,6 +2,7 @@
 
 import sys
 
+import gguf
 import jax
 import jax.numpy as jnp
 import loading
@@ -34,6 +35,47 @@ def test_loading_takes_the_memory_of_the_weights(tmp_path):
         for dtype in ("bfloat16", "float32"):
             taken = loading.peak("snella_jax.models", tmp_path / name, dtype)
             assert 0.9 < taken <= 1.25, (name, dtype)
+
+
+def quantised(path, kind):
+    """Writes a LLaMA of `SIZES` as GGUF: random rows of blocks, again and again."""
+    writer, width = gguf.GGUFWriter(path, "llama"), SIZES["width"]
+    writer.add_block_count(SIZES["depth"])
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(SIZES["mlp_dim"])
+    writer.add_head_count(SIZES["heads"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    square, wide = (width, width), (SIZES["mlp_dim"], width)
+    shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), square)
+    shapes |= {"ffn_gate": wide, "ffn_up": wide, "ffn_down": wide[::-1]}
+    matrices = {"token_embd": (16000, width), "output": (16000, width)}
+    norms = ["output_norm"]
+    for block in range(SIZES["depth"]):
+        matrices |= {f"blk.{block}.{name}": shape for name, shape in shapes.items()}
+        norms += [f"blk.{block}.attn_norm", f"blk.{block}.ffn_norm"]
+    random = np.random.default_rng(0)
+    for name, (rows, columns) in matrices.items():
+        some = random.normal(size=(8, columns)).astype(np.float32)
+        blocks = np.tile(gguf.quants.quantize(some, kind), (rows // 8, 1))
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=kind)
+    for name in norms:
+        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_gguf_takes_the_memory_of_the_weights(tmp_path):
+    """133 million weights: blocks are taken apart a few rows at a time."""
+    path = tmp_path / "made.gguf"
+    quantised(path, gguf.GGMLQuantizationType.Q4_1)
+    for dtype in ("bfloat16", "float32"):
+        taken = loading.peak("snella_jax.models", path, dtype)
+        assert 0.9 < taken <= 1.25, (dtype, taken)
 
 
 def test_seven_billion_weights_are_counted_and_divided():

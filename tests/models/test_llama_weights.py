@@ -75,7 +75,7 @@ def test_a_wrong_permutation_is_seen(name, monkeypatch):
 
 @pytest.mark.parametrize("name", SAME)
 def test_other_formats_hold_the_model_of_hugging_faces(name):
-    """`meta3`: keys of several heads, embedding split by rows; `llama3.gguf`: scaled."""
+    """`meta3`: fewer key heads, embedding split by rows; `llama3.gguf`: scaled."""
     one_model(DATA / name, DATA / SAME[name])
 
 

@@ -189,7 +189,7 @@ def test_other_methods_train_a_decoder(words, tmp_path):
         (["--model=smollm3"], "did you mean smollm2_135m"),
         (["--model=nothing/here"], "is called 'nothing/here'.* or a GGUF file"),
         (["--overlong=cut", "--loss_on=all"], "llm_adapters"),
-        (["--template=llm_adapters", "--overlong=cut"], "no answer left to learn"),
+        (["--template=llm_adapters", "--overlong=cut"], "no answer to learn"),
         (["--epochs=3"], "--epochs and --steps both give a run's length"),
     ],
 )
