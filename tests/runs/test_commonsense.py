@@ -1,5 +1,6 @@
 """Runs on questions: a tiny LLaMA, from records to a report, killed and resumed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from places import ROOT
 
 import snella_jax as snella
 from experiments import commonsense, report
-from experiments.config.language import LanguageConfig
+from experiments.config.language import LANGUAGE, LanguageConfig
 from experiments.methods import registry
 from experiments.methods.snella import Snella
 from experiments.training import metric_log
@@ -178,6 +179,11 @@ def test_other_methods_train_a_decoder(words, tmp_path):
     assert tuple(results) == tuple(chosen)
     assert all(result["trainable"] > 0 for result in results.values())
     assert all(result["weights_moved"] > 0 for result in results.values())
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_presets_can_be_run(name, tmp_path):
+    dataclasses.replace(LANGUAGE[name].config, data=tmp_path).check()
 
 
 @pytest.mark.parametrize(
