@@ -16,6 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+__all__ = [
+    "SHIFT",
+    "STEPS",
+    "Text",
+    "Velocity",
+    "noised",
+    "sample",
+    "sampling_sigmas",
+    "training_sigmas",
+]
+
 STEPS = 1000  # of the training table; models see sigma as time, STEPS * sigma
 SHIFT = 3.0  # of Stable Diffusion 3
 
