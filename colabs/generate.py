@@ -5,8 +5,9 @@
 
 Every other `.py` of this folder is a notebook (jupytext's py:percent). Its badge and
 its first code cell, which installs the library on Colab, are generated from
-`[project.urls]` and `dependencies` of `pyproject.toml`, and so are the README's badges:
-do not edit them. `# %% extras="experiments"` above the first code cell names the extras
+`Repository` of `[project.urls]` and `dependencies` of `pyproject.toml`, and so are the
+README's badges and the other addresses of `pyproject.toml` and `CITATION.cff`: do not
+edit them. `# %% extras="experiments"` above the first code cell names the extras
 that the notebook needs, `# %% alt="..."` above any other the text that stands for its
 picture. `--check` writes nothing, and fails if a file differs from what would be
 written.
@@ -31,6 +32,10 @@ REPOSITORY = PROJECT["urls"]["Repository"]
 COLAB = "https://colab.research.google.com"
 # Of files of this repository, whatever it was called when the link was written.
 ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+(?=/(?:blob|tree)/main/)")
+METADATA = re.compile(
+    r'^((?:Changelog|Issues) = "|repository-code: ")https://github\.com/[\w.-]+/[\w.-]+',
+    re.M,
+)
 BADGE = re.compile(r"^# \[!\[Open in Colab\].*$", re.M)
 LINKED = re.compile(r"\[!\[Open in Colab\]\(\S*?\)\]\(\S*/colabs/(\w+)\.ipynb\)")
 INSTALL = re.compile(
@@ -164,10 +169,13 @@ def notebook(text: str) -> str:
 
 
 def generated() -> dict[Path, str]:
-    """Returns what the files of the folder, and the README, should contain."""
+    """Returns what the folder's files should contain, and others with an address."""
     readme = FOLDER.parent / "README.md"
     text = LINKED.sub(lambda match: badge(match[1]), readme.read_text("utf-8"))
     files = {readme: text}
+    for path in (FOLDER.parent / "pyproject.toml", FOLDER.parent / "CITATION.cff"):
+        text = path.read_text("utf-8")
+        files[path] = METADATA.sub(lambda match: match[1] + REPOSITORY, text)
     for path in sorted(FOLDER.glob("*.py")):
         if path.name != Path(__file__).name:
             text = script(path.stem, path.read_text("utf-8"))

