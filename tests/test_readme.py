@@ -88,6 +88,7 @@ def test_the_questions_of_the_page_on_language_models_are_read(tmp_path, monkeyp
         path.write_text(json.dumps(records + extra), "utf-8")
         task = questions.load(path, Words(), questions.Reading(TEMPLATES["plain"]))
         assert [len(x) for x in (task.train, task.validation, task.test)] == sizes
+        assert task.majority == {"mine": 1 / 2}
 
 
 def test_the_page_on_adapters_runs(tmp_path, monkeypatch, capsys):
