@@ -9,9 +9,10 @@ r"""Says what sketched gradients cost, over the tasks of several ablations.
 
 compares every row of the study with the exact one of the same task and seed: the mean
 difference of test accuracies (of masks: of Dice coefficients) and its 95% interval
-(Student's t), the rank correlation (Spearman) of the last budgets, and that of the last
-scores. A run on masks or texts is one cell; its settings say of which row. Beside the
-correlations stand those of exact runs that differ in their seeds. A row is advised if
+(Student's t), the rank correlation (Spearman) of the last budgets, that of the last
+scores, and how much higher these are, as they grow with the gradient's noise. A run on
+masks or texts is one cell; its settings say of which row. Beside the correlations stand
+those of exact runs that differ in their seeds. A row is advised if there are six pairs,
 its interval lies above -1 point and its budgets correlate no less than those. Writes
 `report.md` and `report.json` into `--out`.
 """
@@ -37,18 +38,21 @@ from experiments.training import metric_log
 PROGRAM = "python -m experiments.studies.sketches"
 STUDY = STUDIES["sketches"]
 LEAST = -1.0  # points, below which the interval of an advised row may not reach
+PAIRS = 6  # of a task and a seed, the fewest that advise a row
 Results = dict[tuple[str, str], dict[str, Any]]  # of a row, by task and seed
 HEADER = (
     *("", "pairs", "accuracy, %", "difference", "95% interval", "train loss"),
-    *("budgets", "scores", "advised"),
+    *("budgets", "scores", "score ratio", "advised"),
 )
 CAPTION = (
     "Difference: mean over pairs of a task and a seed of the row's test accuracy less "
     "the exact one's, in points. Budgets, scores: Spearman's rank correlation over the "
     "matrices at the end of training with the exact run of the same seed, mean over "
-    "pairs; of the first row that of exact runs with different seeds. Advised: the "
-    "interval lies above -1 point and the budgets correlate no less than in the first "
-    "row."
+    "pairs; of the first row that of exact runs with different seeds. Score ratio: the "
+    "median matrix's score over that of the exact run, geometric mean over pairs. The "
+    "seeds of a task share its test images: the interval is of other seeds, not of "
+    f"other tasks. Advised: of {PAIRS} pairs or more, the interval lies above -1 "
+    "point and the budgets correlate no less than in the first row."
 )
 
 
@@ -158,8 +162,9 @@ def compared(found: dict[str, Results]) -> list[dict[str, Any]]:
     Returns:
       Rows with `title`, `pairs` (their number), `accuracy` (percent), `difference` and
       `error` (half the interval; points, None for fewer than two pairs), `train_loss`,
-      `budgets` and `scores` (correlations) and `advised`; of the exact row only
-      accuracy, loss and the correlations between its seeds.
+      `budgets` and `scores` (correlations), `score_ratio` and `advised` (None for fewer
+      than six pairs); of the exact row only accuracy, loss and the correlations between
+      its seeds.
     """
     exact = found[SNELLA.name]
     between = {
@@ -195,10 +200,28 @@ def _against(
     if len(gaps) > 1:
         spread = statistics.stdev(gaps) / math.sqrt(len(gaps))
         error = spread * float(stats.t.ppf(0.975, len(gaps) - 1))
+    if error is not None and len(gaps) >= PAIRS:
         budgets, seeds = correlations["budgets"], between["budgets"]
         same = budgets is not None and seeds is not None and budgets >= seeds
         advised = statistics.mean(gaps) - error > LEAST and same
-    return {"difference": difference, "error": error, "advised": advised} | correlations
+    return {
+        "difference": difference,
+        "error": error,
+        "advised": advised,
+        "score_ratio": _geometric(_ratio(r["scores"], e["scores"]) for r, e in pairs),
+        **correlations,
+    }
+
+
+def _ratio(scores: Sequence[float], exact: Sequence[float]) -> float | None:
+    """Returns the median score over that of the exact run; None unless both are > 0."""
+    own, other = statistics.median(scores), statistics.median(exact)
+    return own / other if own > 0 and other > 0 else None
+
+
+def _geometric(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.geometric_mean(known) if known else None
 
 
 def _across_seeds(results: Results) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -236,6 +259,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         number(row["train_loss"], ".3f"),
         number(row["budgets"], ".2f"),
         number(row["scores"], ".2f"),
+        number(row.get("score_ratio"), ".2f"),
         advised,
     ]
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import eval_jaxpr
 from jaxtyping import Array
 
@@ -54,6 +55,12 @@ def around_product(
     return rest, closed.consts
 
 
+def _usual_precision() -> Any:
+    """Returns that of a product that names none, as `jax_default_matmul_precision`."""
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    return jax.make_jaxpr(jnp.matmul)(one, one).eqns[0].params["precision"]
+
+
 def _uses(eqn: Any, var: Any) -> bool:
     return any(given is var for given in eqn.invars)
 
@@ -69,10 +76,9 @@ def _is_product(eqn: Any, x: Array) -> bool:
             return False
         (product,) = inner.eqns
         return product.invars == inner.invars and _is_product(product, x)
-    if (
-        eqn.primitive is not jax.lax.dot_general_p
-        or eqn.params["precision"] is not None
-    ):
+    if eqn.primitive is not jax.lax.dot_general_p:
+        return False
+    if eqn.params["precision"] not in (None, _usual_precision()):
         return False
     contracted = [
         tuple(axes) for pair in eqn.params["dimension_numbers"] for axes in pair

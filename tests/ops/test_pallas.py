@@ -343,6 +343,24 @@ def test_an_operation_that_is_no_product_falls_back(caplog):
     assert "does not only multiply by its weight" in caplog.text
 
 
+@pytest.mark.parametrize("target", [TPU, GPU])
+def test_a_default_precision_does_not_fall_back(target, caplog):
+    """As the plain layer in it; a call that asks for another one does fall back."""
+    fall_back.cache_clear()
+    factors, x, w0, g = inputs(MIX_K, 8, 16)
+    with jax.default_matmul_precision("highest"), assumed(target):
+        fused, plain = (
+            outputs(name, x, w0, factors, budget=40, kernel=MIX_K, g=g)
+            for name in ("pallas", "xla")
+        )
+    assert_close(fused, plain, 1e-5)
+    assert not caplog.records
+    own = snella.adapted(lambda x, w: jnp.matmul(x, w, precision="highest"))
+    with assumed(target):
+        own(x, w0, factors, 40, kernel=MIX_K, implementation="pallas")
+    assert "does not only multiply by its weight" in caplog.text
+
+
 def test_an_unknown_implementation():
     with pytest.raises(ValueError, match="auto, xla, pallas"):
         snella.SnellaConfig(implementation="cuda")
@@ -368,8 +386,9 @@ def test_what_a_gpu_runs_is_lowered():
     ("kernel", "gate"),
     [(MIX_K, "product"), (RELEASED, "released"), (PIECEWISE, "soft"), (MIX_K, "hard")],
 )
-def test_a_gpus_kernels(kernel, gate, dtype):
+def test_a_gpus_kernels(kernel, gate, dtype, caplog):
     """Values and gradients, in ragged tiles and panels, within the dtype's rounding."""
+    fall_back.cache_clear()
     n, m = 776, 1088
     factors, x, w0, g = inputs(kernel, n, m, rows=197, dtype=dtype)
     how = {"kernel": kernel, "gate": gate}
@@ -381,6 +400,7 @@ def test_a_gpus_kernels(kernel, gate, dtype):
             for name in ("pallas", "xla")
         )
     assert_close(fused, plain, 2e-2 if dtype == jnp.bfloat16 else 1e-5)
+    assert not caplog.records
 
 
 @pytest.mark.gpu

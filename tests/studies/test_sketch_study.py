@@ -63,6 +63,23 @@ def test_a_row_is_advised_by_interval_and_budgets(gap, budgets, advised):
     assert second["advised"] is advised
 
 
+def test_five_pairs_advise_nothing():
+    found = runs([0.5] * 6)
+    del found[HALF]["cars", "2"]
+    row = compared(found)[1]
+    assert row["pairs"] == 5 and row["error"] == 0 and row["advised"] is None
+
+
+def test_scores_that_grow_are_shown():
+    """Medians of 4 and 1 where the exact runs have 2."""
+    found = runs([0.0] * 6)
+    for (_, seed), own in found[HALF].items():
+        own["scores"] = [1.0, 1.0, 9.0] if seed == "0" else [1.0, 4.0, 9.0]
+    ratios = [0.5, 2, 2] * 2
+    expected = 2 ** (sum(1 if ratio == 2 else -1 for ratio in ratios) / 6)
+    assert compared(found)[1]["score_ratio"] == pytest.approx(expected)
+
+
 def test_a_row_whose_budgets_differ_more_than_seeds_do_is_not_advised():
     found = runs([0.0] * 6)
     for cell, own in found[EXACT].items():
