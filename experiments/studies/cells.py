@@ -49,6 +49,11 @@ class Cell:
         return place / f"seed{self.seed}"
 
     @property
+    def per_class(self) -> int | None:
+        """Most training images of a class; None for all."""
+        return self.shared.get("per_class")
+
+    @property
     def right(self) -> Bool[ndarray, " images"]:
         """For every test image if it is right.
 
@@ -67,9 +72,10 @@ def read(folders: Iterable[Path]) -> list[Cell]:
     """Reads the finished seeds of comparisons.
 
     Raises:
-      ValueError: a folder has none, or two have the same seed of a row on a task.
+      ValueError: a folder has none, or two have the same seed of a row on a task,
+        trained on as many images a class.
     """
-    found: dict[tuple[str, str, int], Cell] = {}
+    found: dict[Any, Cell] = {}
     for folder in folders:
         values = files.read(folder / table_store.FILE) or {}
         own = list(_cells(folder, values))
@@ -79,7 +85,8 @@ def read(folders: Iterable[Path]) -> list[Cell]:
                 "python -m experiments.compare."
             )
         for cell in own:
-            other = found.setdefault((cell.task, cell.label, cell.seed), cell)
+            name = cell.task, cell.label, cell.seed, cell.per_class
+            other = found.setdefault(name, cell)
             if other is not cell:
                 raise ValueError(
                     f"{other.folder} and {folder} both have {cell.label} on "

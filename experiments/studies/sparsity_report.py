@@ -145,9 +145,9 @@ def _sizes(models: Sequence[Tuned], values: Values) -> dict[str, Any]:
 def _few(cells: Sequence[Cell]) -> dict[str, Any]:
     """Returns accuracies by the number of training images of each class."""
     rows: dict[str, dict[str, dict[str, Rights]]] = {}
-    order = sorted(cells, key=lambda cell: cell.shared.get("per_class") or np.inf)
+    order = sorted(cells, key=lambda cell: cell.per_class or np.inf)
     for cell in order:
-        column = str(cell.shared.get("per_class") or "all")
+        column = str(cell.per_class or "all")
         own = rows.setdefault(cell.label, {}).setdefault(column, {})
         own.setdefault(cell.task, {})[cell.seed] = cell.right
     return {

@@ -159,8 +159,14 @@ def kept(cells: Sequence[Cell], data: Path | None = None) -> list[Tuned]:
       data: folder of the tasks, where they lie elsewhere now.
 
     Raises:
-      ValueError: none was kept.
+      ValueError: none was kept, or they were trained on other numbers of images.
     """
+    counts = {cell.per_class or "all" for cell in cells}
+    if len(counts) > 1:
+        raise ValueError(
+            f"The runs have {', '.join(map(str, counts))} training images a class: "
+            "expected the same of all; for accuracy by images, --few."
+        )
     found = list(_kept(cells, data))
     if not found:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Few images, corrupted ones, and changes over pairs of tasks, by hand."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -8,8 +9,9 @@ from PIL import Image
 
 from experiments.data.source import Arrays, few, labels_of
 from experiments.data.transforms import Transform
-from experiments.studies import corruptions, sparsity_report
+from experiments.studies import cells, comparison, corruptions, sparsity_report, tuned
 from experiments.studies.corruptions import KINDS, Corrupted
+from experiments.studies.recorded import packed
 
 
 def test_few_images_are_among_more():
@@ -64,3 +66,27 @@ def test_changes_are_means_over_pairs_of_tasks():
     assert (found["before"], found["after"]) == (75, 50)
     assert found["change"]["value"] == pytest.approx(-25)
     assert found["pairs"] == 2
+
+
+def folder(path, per_class, right):
+    """A comparison of one cell, on so many images a class."""
+    run = dataclasses.replace(comparison.REAL_TASKS.run, per_class=per_class)
+    store = comparison.Table(comparison.Comparison(out=path, run=run)).store
+    result = {"right": packed(right), "tested": 4, "trainable": 5}
+    store.keep("birds", "lora", {"chosen": {"lr": 1e-3}, "seeds": {"0": result}})
+    return path
+
+
+def test_accuracy_by_images_is_of_several_folders(tmp_path):
+    folders = [
+        folder(tmp_path / "a", None, [1, 1, 1, 0]),
+        folder(tmp_path / "b", 10, [1, 1, 0, 0]),
+        folder(tmp_path / "c", 5, [1, 0, 0, 0]),
+    ]
+    found = sparsity_report.made([], {}, cells.read(folders))["images a class"]
+    values = {name: own["value"] for name, own in found["LoRA-8"].items()}
+    assert list(values.items()) == [("5", 25), ("10", 50), ("all", 75)]
+    with pytest.raises(ValueError, match="both have LoRA-8 on birds, seed 0"):
+        cells.read([folders[1], folder(tmp_path / "d", 10, [0, 0, 0, 0])])
+    with pytest.raises(ValueError, match="training images a class: expected the same"):
+        tuned.kept(cells.read(folders))
