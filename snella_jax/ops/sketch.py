@@ -106,16 +106,36 @@ class Sketch:
           key: random key.
           x: input with its rows along `axis`; examples in front, features behind.
           axis: axis of the rows, from 0 on.
+
+        Raises:
+          ValueError: as `of_both`.
         """
+        self._check_whole(x, axis)
         return sketched(self.of_input(key, x, axis)) if self.saves else x
 
     def of_both(
         self, key: PRNGKeyArray, kept: Array, g: Array, axis: int
     ) -> tuple[Array, Array]:
-        """Returns `S x` and `S g`, of what `kept` kept and the cotangent."""
+        """Returns `S x` and `S g`, of what `kept` kept and the cotangent.
+
+        Raises:
+          ValueError: the rows are split along an explicit axis of a mesh, and all of
+            an example's are needed on one device.
+        """
+        self._check_whole(g, axis)
         if not self.saves:
             return self._by_size(key, kept, g, axis)
         return kept, self.of_cotangent(key, g, axis)
+
+    def _check_whole(self, v: Array, axis: int) -> None:
+        spec = jax.typeof(v).sharding.spec
+        split = spec[axis] if axis < len(spec) else None
+        if split is not None and (self.keep_rows or self.kind == "crs"):
+            raise ValueError(
+                f"rows are split along {split!r} of the mesh: keep_rows and "
+                'sketch_kind="crs" need all of an example on a device, '
+                'sketch_kind="sample" or "strided" alone do not.'
+            )
 
     def of_input(self, key: PRNGKeyArray, x: Array, axis: int) -> Array:
         """Returns `S x` but for the weights, which `of_cotangent` has: exact copies."""

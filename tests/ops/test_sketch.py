@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from snella_jax.ops.readers import kept_once, new_keys
 from snella_jax.ops.sketch import Sketch
@@ -172,3 +173,37 @@ def test_readings_go_with_their_arrays():
     assert len(readers._readings) == before + 1
     del x
     assert len(readers._readings) == before
+
+
+@pytest.mark.parametrize(
+    ("sketch", "refused"),
+    [
+        (Sketch(4), False),
+        (Sketch(4, "strided"), False),
+        (Sketch(4, keep_rows=(0,)), True),
+        (Sketch(4, "crs"), True),
+    ],
+)
+def test_rows_that_are_split_over_a_mesh(sketch, refused):
+    """Those of a batch that is split are whole."""
+    mesh = jax.make_mesh(
+        (2,), ("rows",), (AxisType.Explicit,), devices=jax.devices()[:2]
+    )
+    key = jax.random.key(0)
+
+    def traced(spec):
+        whole = NamedSharding(mesh, spec)
+        x = jax.ShapeDtypeStruct((2, 16, 3), jnp.float32, sharding=whole)
+        with jax.set_mesh(mesh):
+            jax.eval_shape(
+                lambda x: sketch.of_both(key, sketch.kept(key, x, 1), x, 1), x
+            )
+
+    traced(PartitionSpec("rows"))
+    if refused:
+        with pytest.raises(
+            ValueError, match="split along 'rows' of the mesh: keep_rows"
+        ):
+            traced(PartitionSpec(None, "rows"))
+    else:
+        traced(PartitionSpec(None, "rows"))
