@@ -3,7 +3,7 @@ r"""Measures what else tuned models do: LoRA, full, and SNELLA at several densit
     python -m experiments.compare --config real_tasks --data DATA --keep_models \
         --methods full lora snella --seeds 0 1 --out runs/density_0.3
     python -m experiments.compare ... --methods snella --run.snella.target_density 0.1 \
-        --rates runs/density_0.3/results.json --out runs/density_0.1
+        --pool --rates runs/density_0.3/results.json --out runs/density_0.1
     python -m experiments.studies.sparsity --runs runs/density_* --out runs/sparsity
 
 - forgetting: nearest neighbours on another task's training images, by the features
