@@ -93,7 +93,7 @@ class Ablation:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the factors and the order. (Searches have seed 0.)"""
     search_epochs: int = 10
-    """Epochs of a trial of the search."""
+    """Epochs of a trial of the search; with run.steps it has that many steps."""
     run: ImageConfig = RUN
     """Config that all variants share; `run.snella` is the base, of which only the rate
     and the weight decay may be set."""
@@ -119,10 +119,11 @@ class Ablation:
         """Raises a `ValueError` on values that would fail later."""
         if not self.studies or not self.seeds:
             raise ValueError("expected at least one study and one seed.")
-        if self.search_epochs <= self.run.warmup_epochs:
+        steps, warmup = self.run.steps, self.run.warmup_epochs
+        if steps is None and self.search_epochs <= warmup:
             raise ValueError(
                 f"search_epochs={self.search_epochs}: expected more than the "
-                f"{self.run.warmup_epochs} of the warm-up."
+                f"{warmup} of the warm-up."
             )
         for name in self.own:
             if getattr(self.run, name) != getattr(RUN, name):
@@ -217,7 +218,7 @@ def _searched(
     """Searches; returns the trials of a variant and the rate that follows."""
     console.rule(f"{variant.name}, search")
     own = variant.config(config.run, config.run.seed)
-    own = dataclasses.replace(own, epochs=config.search_epochs, steps=None, out=place)
+    own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
     prepared = images.prepared(config.run.task, own, console)
     store.begin(config.run.task, prepared.inputs, console)
     search.chosen(variant.method, prepared)

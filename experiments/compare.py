@@ -180,9 +180,8 @@ def _trial(
         own = dataclasses.replace(
             own,
             protocol="choose",
-            epochs=config.search_epochs,
-            eval_every=config.search_epochs,
-            steps=None,
+            epochs=config.trial_epochs,
+            eval_every=config.trial_epochs,
             out=out,
         )
         prepared = images.prepared(trial.task, own, console, Trial)
@@ -290,7 +289,7 @@ def _searched(
     """Searches; returns the trials of a method and the best settings."""
     console.rule(f"{task}, {row.name}, search")
     own = config.config(task, row, config.run.seed)
-    own = dataclasses.replace(own, epochs=config.search_epochs, steps=None, out=place)
+    own = dataclasses.replace(own, epochs=config.trial_epochs, out=place)
     prepared = images.prepared(task, own, console)
     store.begin(config.named(task), prepared.inputs, console)
     best = search.chosen(row.method, prepared).settings[row.method]

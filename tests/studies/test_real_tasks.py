@@ -5,7 +5,10 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from experiments import compare
+from experiments.runs import images
 from experiments.studies import comparison, paired, real_tasks
 from experiments.studies.comparison import Comparison
 from experiments.studies.recorded import packed
@@ -133,6 +136,28 @@ def test_a_method_has_three_rates_around_its_usual_one():
         for lr in (1e-3, 1e-3 / 3, 3e-3)
     ]
     assert not comparison.REAL_TASKS.tried(comparison.Row("linear"))
+
+
+def test_a_trial_is_as_long_as_a_run(tmp_path, monkeypatch):
+    """In epochs, or in steps where these are given; the confirmation is left out."""
+    assert "snella_plus" not in comparison.REAL_TASKS.methods
+    seen, row = [], comparison.Row("lora")
+
+    def prepared(task, config, console, kind):
+        seen.append((config.epochs, config.steps, config.round_steps))
+        raise RuntimeError
+
+    monkeypatch.setattr(images, "prepared", prepared)
+    lengths = {"epochs": 10}, {"steps": 240, "round_steps": 16}
+    for changes in lengths:
+        run = dataclasses.replace(comparison.REAL_TASKS.run, **changes)
+        out = tmp_path / next(iter(changes))
+        config = dataclasses.replace(comparison.REAL_TASKS, run=run, out=out)
+        config.check()
+        store = comparison.Table(config).store
+        how = row, config, store, Console(quiet=True)
+        compare._trial(config.tried(row)[0], *how)
+    assert seen == [(10, None, None), (15, 240, 16)]
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path):
