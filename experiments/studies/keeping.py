@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,20 +20,17 @@ NEIGHBOURS = 3
 Measured = dict[str, Any]  # `right`, as `recorded.packed`, and `tested`, how many
 
 
-def forgetting(tuned: Tuned, others: Sequence[Tuned]) -> Iterator[tuple[str, Measured]]:
-    """Yields how well features of a tuned model tell the classes of other tasks.
+def forgetting(tuned: Tuned, other: Tuned) -> Measured:
+    """Returns how well features of a tuned model tell the classes of another task.
 
     `before` has the same of the model before tuning. Only training images of the other
-    tasks are read: each is classified by its neighbours among the others.
+    task are read: each is classified by its neighbours among the others.
     """
-    model = tuned.model()
-    for other in others:
-        source, labels = other.task.train, labels_of(other.task.train)
-        before = _before(other)
-        after = neighbours(_features(model, source, tuned), labels)
-        texts = {"right": after, "before": before}
-        packed = {name: recorded.packed(own.tolist()) for name, own in texts.items()}
-        yield other.cell.task, packed | {"tested": len(labels)}
+    source, labels = other.task.train, labels_of(other.task.train)
+    after = neighbours(_features(tuned.model(), source, tuned), labels)
+    texts = {"right": after, "before": _before(other)}
+    packed = {name: recorded.packed(own.tolist()) for name, own in texts.items()}
+    return packed | {"tested": len(labels)}
 
 
 @functools.cache

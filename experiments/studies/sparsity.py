@@ -15,7 +15,7 @@ r"""Measures what else tuned models do: LoRA, full, and SNELLA at several densit
 
 `--few FOLDERS` adds comparisons with `--run.per_class`: accuracy by the number of
 images. `measured.json` in `--out` keeps what is measured: the same command goes on with
-the rest. Writes `report.md` and `report.json`.
+the rest, and several may share a folder. Writes `report.md` and `report.json`.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
 import tyro
 from rich.console import Console
 
@@ -90,17 +91,26 @@ def _wanted(folders: Sequence[Path], config: SparsityConfig) -> list[Cell]:
 def measured(
     models: Sequence[Tuned], measures: Iterable[Measure], out: Path, console: Console
 ) -> Values:
-    """Takes the measures that `measured.json` lacks, and returns all."""
+    """Takes the measures that `measured.json` lacks, and returns all.
+
+    Other processes may write into the file meanwhile.
+    """
     path = out / "measured.json"
-    values: Values = files.read(path) or {}
+
+    def known() -> Values:
+        return files.read(path) or {}
+
     for measure in measures:
-        done = values.setdefault(measure, {})
         for key, take in _tasks(measure, models):
-            if key not in done:
-                console.print(f"{measure}: {key}", soft_wrap=True)
-                done[key] = take()
+            if key in known().get(measure, {}):
+                continue
+            console.print(f"{measure}: {key}", soft_wrap=True)
+            found = take()
+            with filelock.FileLock(path.with_suffix(".lock")):
+                values = known()
+                values.setdefault(measure, {})[key] = found
                 files.write(path, values)
-    return values
+    return known()
 
 
 def _tasks(
@@ -111,18 +121,19 @@ def _tasks(
         for one, other in itertools.combinations(models, 2):
             alike = one.cell.label == other.cell.label
             if alike and one.cell.seed == other.cell.seed:
-                key = f"{one.key} | {other.cell.task}"
+                key = one.beside(other.cell.task)
                 yield key, lambda a=one, b=other: dict(keeping.adding(a, b))
         return
     first = {one.cell.task: one for one in reversed(models)}
     for one in models:
-        others = [own for task, own in first.items() if task != one.cell.task]
-        take: dict[Measure, Callable[[], Any]] = {
-            "forgetting": lambda a=one, b=others: dict(keeping.forgetting(a, b)),
-            "robustness": lambda a=one: dict(keeping.robustness(a)),
-            "sizes": lambda a=one: keeping.sizes(a),
-        }
-        yield one.key, take[measure]
+        if measure == "forgetting":
+            for other in (own for task, own in first.items() if task != one.cell.task):
+                key = one.beside(other.cell.task)
+                yield key, lambda a=one, b=other: keeping.forgetting(a, b)
+        elif measure == "robustness":
+            yield one.key, lambda a=one: dict(keeping.robustness(a))
+        else:
+            yield one.key, lambda a=one: keeping.sizes(a)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tables of what tuned models keep and withstand, a row for each method."""
 
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -67,8 +68,10 @@ def _forgetting(models: Sequence[Tuned], values: Values) -> dict[str, Any]:
     """Returns accuracy before and after, and its mean change over pairs of tasks."""
     after: dict[tuple[str, str], Rights] = {}
     before: dict[tuple[str, str], Rights] = {}
-    for one in models:
-        for other, own in values.get("forgetting", {}).get(one.key, {}).items():
+    found = values.get("forgetting", {})
+    for one, (key, own) in itertools.product(models, found.items()):
+        if key.startswith(one.beside("")):
+            other = key.removeprefix(one.beside(""))
             pair, seed = (one.cell.task, other), one.cell.seed
             after.setdefault(pair, {})[seed] = _bits(own)
             before.setdefault(pair, {})[seed] = unpacked(own["before"], own["tested"])
@@ -82,8 +85,8 @@ def _adding(models: Sequence[Tuned], values: Values) -> dict[str, Any]:
     own = {(one.cell.task, one.cell.seed): one for one in models}
     for one in models:
         for other in models:
-            key = f"{one.key} | {other.cell.task}"
-            for task, found in values.get("adding", {}).get(key, {}).items():
+            pair = values.get("adding", {}).get(one.beside(other.cell.task), {})
+            for task, found in pair.items():
                 partner = other.cell.task if task == one.cell.task else one.cell.task
                 seed = one.cell.seed
                 added.setdefault((task, partner), {})[seed] = _bits(found)

@@ -49,6 +49,13 @@ class Tuned:
         """Name among the measured."""
         return f"{self.cell.label} | {self.cell.task} | {self.cell.seed}"
 
+    def beside(self, task: str) -> str:
+        """Returns its name among the measured, of what is measured with another task.
+
+        Each has its own, so that a task that joins later is measured for all models.
+        """
+        return f"{self.key} | {task}"
+
     @property
     def setup(self) -> dict[str, Any]:
         """What was trained and for how long, for reports."""

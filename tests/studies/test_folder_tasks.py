@@ -213,7 +213,7 @@ def test_every_measure_is_taken_once_and_reported(folder, monkeypatch, capsys):
         "sizes": 2, "forgetting": 2, "adding": 1, "robustness": 2
     }  # fmt: skip
     assert len(values["robustness"]["Bias | birds | 0"]) == len(KINDS) * len(SEVERITIES)
-    forgot = values["forgetting"]["Bias | birds | 0"]["caltech101 (own)"]
+    forgot = values["forgetting"]["Bias | birds | 0 | caltech101 (own)"]
     assert forgot["tested"] == 8  # training images
     for name in ("forgetting", "adding", "robustness", "sizes"):
         monkeypatch.setattr(sparsity.keeping, name, None)

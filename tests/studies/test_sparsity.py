@@ -2,16 +2,30 @@
 
 import dataclasses
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from experiments import files
+from experiments.config.images import ImageConfig
 from experiments.data.source import Arrays, few, labels_of
 from experiments.data.transforms import Transform
-from experiments.studies import cells, comparison, corruptions, sparsity_report, tuned
+from experiments.studies import (
+    cells,
+    comparison,
+    corruptions,
+    keeping,
+    sparsity,
+    sparsity_report,
+    tuned,
+)
+from experiments.studies.cells import Cell
 from experiments.studies.corruptions import KINDS, Corrupted
 from experiments.studies.recorded import packed
+from experiments.studies.tuned import Tuned
 
 
 def test_few_images_are_among_more():
@@ -90,3 +104,33 @@ def test_accuracy_by_images_is_of_several_folders(tmp_path):
         cells.read([folders[1], folder(tmp_path / "d", 10, [0, 0, 0, 0])])
     with pytest.raises(ValueError, match="training images a class: expected the same"):
         tuned.kept(cells.read(folders))
+
+
+def model(task, label="LoRA-8", seed=0, right=(1, 1, 1, 1)):
+    """A model of which only the results are there."""
+    result = {"right": packed(right), "tested": len(right)}
+    row = comparison.Row("lora")
+    cell = Cell(Path("runs"), task, row, label, label, seed, {}, result, {})
+    return Tuned(cell, Path("delta"), ImageConfig())
+
+
+def test_a_task_that_joins_is_measured_for_all_models(tmp_path, monkeypatch):
+    """Pair by pair, beside another process that writes into the same file."""
+    taken, path = [], tmp_path / "measured.json"
+
+    def forgetting(one, other):
+        taken.append((one.cell.task, other.cell.task))
+        values = files.read(path) or {}
+        files.write(path, values | {"sizes": {"of another process": 1}})
+        return {"right": packed([1, 0]), "before": packed([1, 1]), "tested": 2}
+
+    monkeypatch.setattr(keeping, "forgetting", forgetting)
+    how = ["forgetting"], tmp_path, Console(quiet=True)
+    a, b, c = (model(task) for task in "abc")
+    sparsity.measured([a, b], *how)
+    assert taken == [("a", "b"), ("b", "a")]
+    values = sparsity.measured([a, b, c], *how)
+    assert sorted(taken[2:]) == [("a", "c"), ("b", "c"), ("c", "a"), ("c", "b")]
+    assert values["sizes"] == {"of another process": 1}
+    found = sparsity_report.made([a, b, c], values, [])["forgetting"]["LoRA-8"]
+    assert (found["before"], found["after"], found["pairs"]) == (100, 50, 6)
