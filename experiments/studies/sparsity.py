@@ -33,7 +33,7 @@ from experiments.paths import Given, check_out
 from experiments.reports.text import markdown_tables, printed_tables
 from experiments.studies import cells, keeping, sparsity_report
 from experiments.studies.cells import Cell
-from experiments.studies.tuned import Tuned, kept
+from experiments.studies.tuned import Tuned, kept, not_kept
 
 Measure = Literal["forgetting", "adding", "robustness", "sizes"]
 Values = dict[str, dict[str, Any]]  # by measure, then `Tuned.key` and further names
@@ -67,16 +67,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = terminal.console()
     with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
-        models = kept(_wanted(config.runs, config), config.data)
+        wanted = _wanted(config.runs, config)
+        models = kept(wanted, config.data)
         few = _wanted(config.few, config)
         config.out.mkdir(parents=True, exist_ok=True)
         values = measured(models, config.measures, config.out, console)
         report = sparsity_report.made(models, values, few)
     tables = sparsity_report.tables(report)
-    console.print(printed_tables(tables, sparsity_report.CAPTION))
+    caption = f"{sparsity_report.CAPTION} {not_kept(wanted, models)}".strip()
+    console.print(printed_tables(tables, caption))
     files.write(config.out / "report.json", report, indent=1)
-    text = markdown_tables(tables, sparsity_report.CAPTION)
-    files.replace(config.out / "report.md", text)
+    files.replace(config.out / "report.md", markdown_tables(tables, caption))
     console.print(f"report.md and report.json are in {config.out}", soft_wrap=True)
 
 

@@ -183,6 +183,21 @@ def kept(cells: Sequence[Cell], data: Path | None = None) -> list[Tuned]:
     return found
 
 
+def not_kept(cells: Sequence[Cell], models: Sequence[Tuned]) -> str:
+    """Returns a sentence that names the cells without a model; "" if all have one."""
+    have = {id(own.cell) for own in models}
+    lacking = [cell for cell in cells if id(cell) not in have]
+    names = [f"{own.label} on {own.task}, seed {own.seed}" for own in lacking]
+    return (
+        ""
+        if not names
+        else (
+            f"Not measured, for no model was kept: {'; '.join(names)}. (A seed keeps it "
+            "only if --keep_models was given when it was trained.)"
+        )
+    )
+
+
 def _kept(cells: Sequence[Cell], data: Path | None) -> Iterator[Tuned]:
     for cell in cells:
         delta = recorded.delta(cell.run, cell.row.method)

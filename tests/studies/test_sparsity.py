@@ -114,6 +114,12 @@ def model(task, label="LoRA-8", seed=0, right=(1, 1, 1, 1)):
     return Tuned(cell, Path("delta"), ImageConfig())
 
 
+def test_seeds_without_a_model_are_named():
+    a, b = (model(task) for task in "ab")
+    assert tuned.not_kept([a.cell, b.cell], [a, b]) == ""
+    assert "kept: LoRA-8 on b, seed 0." in tuned.not_kept([a.cell, b.cell], [a])
+
+
 def test_a_task_that_joins_is_measured_for_all_models(tmp_path, monkeypatch):
     """Pair by pair, beside another process that writes into the same file."""
     taken, path = [], tmp_path / "measured.json"
