@@ -102,12 +102,37 @@ def _cells(folder: Path, values: dict[str, Any]) -> Iterable[Cell]:
             row = BY_NAME.get(name)
             if row is None:  # a trial
                 continue
-            settings = {**shared[row.method], **done.get("chosen", {})}
-            title = finished.label(row.method, settings)
-            label = title + _density(settings) + row.note
+            title, label = _names(row, shared, done)
             for seed, result in done.get("seeds", {}).items():
                 how = done["chosen"], result, shared
                 yield Cell(folder, task, row, title, label, int(seed), *how)
+
+
+def failures(folders: Iterable[Path]) -> list[dict[str, str]]:
+    """Returns seeds and searches that failed when they were last tried, and why.
+
+    Returns:
+      Each with `label` (of a trial, its name), `task`, `step` and `error`.
+    """
+    found = []
+    for folder in folders:
+        values = files.read(folder / table_store.FILE) or {}
+        for task, rows in values.get("rows", {}).items():
+            for name, done in rows.items():
+                row = BY_NAME.get(name)
+                label = _names(row, values["shared"], done)[1] if row else name
+                found += [
+                    {"label": label, "task": task, "step": step, "error": error}
+                    for step, error in done.get("failed", {}).items()
+                ]
+    return found
+
+
+def _names(row: Row, shared: dict[str, Any], done: dict[str, Any]) -> tuple[str, str]:
+    """Returns title and label of a row."""
+    settings = {**shared[row.method], **done.get("chosen", {})}
+    title = finished.label(row.method, settings)
+    return title, title + _density(settings) + row.note
 
 
 def _density(settings: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from experiments.plotting import plt
 from experiments.reports.text import MISSING, Titled, number
 from experiments.studies import paired
 
+FAILED = "†"
 Report = dict[str, Any]
 
 
@@ -42,15 +43,29 @@ def caption(report: Report) -> str:
         f"error. Mean rank: 1 is best; {said}."
         + fewer
         + missing * lacking
+        + _failed(report)
     )  # fmt: skip
+
+
+def _failed(report: Report) -> str:
+    texts = [
+        f"{own['label']} on {own['task']}, {own['step']}: {own['error'].rstrip('.')}"
+        for own in report["failed"]
+    ]
+    return f" {FAILED}: failed, and in no mean: {'; '.join(texts)}." * bool(texts)
 
 
 def _accuracies(report: Report) -> Titled:
     most = max(_seeds(report))
+    failed = {(own["label"], own["task"]) for own in report["failed"]}
     header = ["", *(f"{t} ({n})" for t, n in report["tasks"].items())]
     rows = []
     for own in report["methods"]:
-        cells = [_accuracy(own["tasks"].get(task), most) for task in report["tasks"]]
+        cells = [
+            _accuracy(own["tasks"].get(task), most)
+            + f" {FAILED}" * ((own["label"], task) in failed)
+            for task in report["tasks"]
+        ]
         whole = own["over_tasks"]
         mean = MISSING if whole is None else _with_error(whole)
         sizes = " to ".join(f"{size:,}" for size in dict.fromkeys(own["trainable"]))

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from experiments import compare
 from experiments.runs import images
-from experiments.studies import comparison, paired, real_tasks
+from experiments.studies import cells, comparison, paired, real_tasks
 from experiments.studies.comparison import Comparison
 from experiments.studies.recorded import packed
 
@@ -121,6 +121,44 @@ def test_the_report_of_made_up_cells(tmp_path, capsys):
     assert lines[0].count(" – ") == 3  # noqa: RUF001
     assert (out / "differences.png").stat().st_size > 5000
     assert "Difference from LoRA-8" in capsys.readouterr().out
+
+
+def test_seeds_that_fail_are_said(tmp_path, capsys):
+    """The cell has a mark beside its finished seeds, and the caption the reason."""
+    path = folder(tmp_path / "runs") / "results.json"
+    store = json.loads(path.read_text("utf-8"))
+    done = store["rows"]["cars"]["lora"]
+    done["failed"] = {"seed 2": "the loss is nan at step 7."}
+    store["rows"]["cars"]["snella"] = {"failed": {"search": "no memory"}}
+    path.write_text(json.dumps(store), "utf-8")
+    out = tmp_path / "out"
+    real_tasks.main(["--runs", str(path.parent), "--out", str(out)])
+    text = (out / "report.md").read_text("utf-8")
+    (line,) = [own for own in text.splitlines() if own.startswith("| LoRA-8 | 62.5")]
+    assert line.count("†") == 1 and "75.0 ± 25.0 †" in line
+    assert "LoRA-8 on cars, seed 2: the loss is nan at step 7;" in text
+    assert "SNELLA-8, density 0.3 on cars, search: no memory." in text
+
+
+def test_orders_of_the_paper_have_its_density(tmp_path):
+    """Of one method at three densities, which have one title."""
+    folders = [folder(tmp_path / "a")]
+    for density in (0.1, 0.6):
+        own = comparison.REAL_TASKS.run.settings["snella"]
+        settings = dict(comparison.REAL_TASKS.run.settings)
+        settings["snella"] = dataclasses.replace(own, target_density=density)
+        folders.insert(0, folder(tmp_path / f"{density}", settings=settings))
+        path = folders[0] / "results.json"
+        store = json.loads(path.read_text("utf-8"))
+        for task in store["rows"]:
+            store["rows"][task] = {
+                name: done for name, done in store["rows"][task].items()
+                if name == "snella"
+            }  # fmt: skip
+        path.write_text(json.dumps(store), "utf-8")
+    found = real_tasks.compared(cells.read(folders))
+    names = {own[key] for own in found["orders"] for key in ("better", "worse")}
+    assert names == {"linear probe", "LoRA-8", "SNELLA-8, density 0.3"}
 
 
 def test_a_method_has_three_rates_around_its_usual_one():
