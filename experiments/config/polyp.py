@@ -1,6 +1,7 @@
 """The config of a run on masks: segmentation by a SAM."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -16,6 +17,7 @@ from experiments.methods.snella import ReleasedSnella
 from experiments.methods.untuned import TrueBox, Untuned
 from experiments.tasks.catalogue import DATA_DIR
 from experiments.training.grid import Grid
+from experiments.training.recipe import Recipe
 from snella_jax.models.sam import Sam
 
 WEIGHT_DECAY = 0.01  # the usual one of PyTorch's AdamW
@@ -74,6 +76,9 @@ class ModelOptions:
 class TrainingOptions(run_config.TrainingOptions):
     """Length, batches and regularisation of training by steps."""
 
+    trainable_lr: float | None = None
+    """Learning rate of what trains besides (--trainable), whatever the method's is.
+    None: the method's."""
     pooling: Literal["image", "batch"] = "image"
     """Sums of the loss. image: by image, of which the mean is taken. batch: over all
     images of a batch. In batches of one, as in GPS's recipe, the two are the same."""
@@ -132,6 +137,15 @@ class PolypConfig(SplitConfig, TrainingOptions, ModelOptions, DataOptions):
             )
         return super().no_method(name, program)
 
+    def recipe(self, method: str) -> Recipe:
+        """Returns how a method is trained; `decoder` has one rate, its own."""
+        made = super().recipe(method)
+        if self.trainable_lr is None or method == DECODER:
+            return made
+        factor = self.trainable_lr / made.lr
+        besides = rf"(?:{self.trainable})(?:/.*)?", factor
+        return dataclasses.replace(made, rates=(*made.rates, besides))
+
     def trial(self) -> Self:
         """Returns the config of a trial of the search, which follows validation."""
         changes: dict[str, Any] = {}
@@ -146,6 +160,10 @@ class PolypConfig(SplitConfig, TrainingOptions, ModelOptions, DataOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1.")
+        if self.trainable_lr is not None and not 0 < self.trainable_lr < math.inf:
+            raise ValueError(
+                f"trainable_lr={self.trainable_lr}: expected a positive number."
+            )
         if not 0 < self.validation < 1:
             raise ValueError(f"validation={self.validation}: expected between 0 and 1.")
         if len({self.task, *self.tests}) <= len(self.tests):

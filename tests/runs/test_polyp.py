@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import masks
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from experiments.runs.polyp import PolypRun
 from experiments.training import metric_log
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.objective import Metric
+from experiments.training.rounds import Rounds
 from experiments.training.segmentation import Segmentation, dice_and_iou
 from snella_jax.models import sam
 from snella_jax.nnx.targets import select
@@ -329,6 +331,34 @@ def test_a_lower_rate_is_named_where_training_leaves_nothing(capsys):
     assert f"every mask of test is empty: try a lower rate ({third})" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_what_trains_besides_can_have_a_rate_of_its_own():
+    """In one step of Adam every number moves by its rate, but for a tiny gradient."""
+    config = dataclasses.replace(POLYP["minisam"].config, trainable_lr=1e-4)
+    tree = {
+        "decoder": {"fc": jnp.ones(2)},
+        "encoder": {"decoder": jnp.ones(2), "adapter": {"a": jnp.ones(2)}},
+        "prompts": {"no_mask_embed": jnp.ones(2), "other": jnp.ones(2)},
+    }
+    rounds = Rounds(main=2, size=2)
+    for method, own in (("snella", 1e-4), ("decoder", 3e-4)):
+        tx = dataclasses.replace(
+            config.recipe(method),
+            weight_decay=0,
+            no_decay="",
+            schedule="constant",
+            warmup_epochs=0,
+        ).optimizer(rounds)
+        updates, _ = tx.update(tree, tx.init(tree), tree)
+        moved = jax.tree.map(lambda leaf: -float(leaf[0]), updates)
+        lr = config.settings[method].lr
+        assert moved["encoder"]["adapter"]["a"] == pytest.approx(lr)
+        assert moved["encoder"]["decoder"] == pytest.approx(lr)
+        assert moved["decoder"]["fc"] == pytest.approx(own)
+        assert moved["prompts"] == pytest.approx({"no_mask_embed": own, "other": lr})
+    with pytest.raises(ValueError, match="trainable_lr=0: expected a positive"):
+        dataclasses.replace(config, trainable_lr=0).check()
 
 
 @pytest.mark.slow  # a run of its own
