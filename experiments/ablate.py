@@ -7,9 +7,11 @@ budgets, schedules, masks, beta, allocation, gates, rank, sketches, means. The b
 learning rate is searched on validation (the lowest within a standard error of the
 best), and so is that of every variant with another kernel, gate, path, precision, start
 or means; the others share the base's. Then each variant is trained on training and
-validation images, once for each seed, and tested once. `results.json` in `--out` keeps
-every finished search and seed: the same command goes on with the others, also on
-another machine with only that file. Several processes may work in one folder
+validation images, once for each seed, and tested once. A study that a choice is made
+from, `centred`, never sees the test: its rates have the lowest validation loss, and its
+seeds train on training images alone and are judged on validation. `results.json` in
+`--out` keeps every finished search and seed: the same command goes on with the others,
+also on another machine with only that file. Several processes may work in one folder
 (`--cluster local --workers 4` starts four). Writes `report.md`, `report.json` and a
 picture of each study with all finished seeds.
 
@@ -32,6 +34,7 @@ from rich.console import Console
 from experiments import files, paths, terminal
 from experiments.config import command_line, run_config
 from experiments.config.images import ImageConfig
+from experiments.data.source import Source, labels_of
 from experiments.methods.masked import MaskedSnella
 from experiments.methods.snella import Snella
 from experiments.paths import Given
@@ -43,7 +46,9 @@ from experiments.runs.run import begin
 from experiments.runs.train_method import tune
 from experiments.studies import ablation_report, table_store
 from experiments.studies.ablations import BASE, SNELLA, STUDIES, Variant
+from experiments.studies.recorded import Trial, packed
 from experiments.training import evaluation, metric_log
+from experiments.training.classification import Classification
 from experiments.training.grid import Grid
 from snella_jax.nnx.targets import select
 
@@ -104,11 +109,12 @@ class Ablation:
 
     @property
     def variants(self) -> list[Variant]:
-        """Variants of the studies, each once, the base first."""
-        named = {SNELLA.name: SNELLA}
-        for study in self.studies:
-            for variant in STUDIES[study].variants:
-                named.setdefault(variant.name, variant)
+        """Variants of the studies, each once; first the base, if its rate is needed."""
+        rows = [own for study in self.studies for own in STUDIES[study].variants]
+        base = [] if all(own.searched for own in rows) else [SNELLA]
+        named: dict[str, Variant] = {}
+        for variant in (*base, *rows):
+            named.setdefault(variant.name, variant)
         return list(named.values())
 
     def adapted(self) -> tuple[str, ...]:
@@ -187,7 +193,8 @@ def _tried(
 
     def train(out: Path, seed: int, chosen: table_store.Done) -> table_store.Done:
         own = dataclasses.replace(variant.config(config.run, seed, **chosen), out=out)
-        prepared = images.prepared(config.run.task, own, console)
+        kind = Trial if variant.validated else ImageRun
+        prepared = images.prepared(config.run.task, own, console, kind)
         store.begin(config.run.task, prepared.inputs, console)
         with folder.held(out, resume=True):
             begin(prepared)
@@ -217,13 +224,16 @@ def _searched(
 ) -> table_store.Done:
     """Searches; returns the trials of a variant and the rate that follows."""
     console.rule(f"{variant.name}, search")
-    own = variant.config(config.run, config.run.seed)
+    lr = variant.centre * config.run.settings[variant.method].lr
+    own = variant.config(config.run, config.run.seed, lr=lr)
     own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
-    prepared = images.prepared(config.run.task, own, console)
+    kind = Trial if variant.validated else ImageRun
+    prepared = images.prepared(config.run.task, own, console, kind)
     store.begin(config.run.task, prepared.inputs, console)
-    search.chosen(variant.method, prepared)
+    rate = search.chosen(variant.method, prepared).settings[variant.method].lr
     trials = files.read(place / search.FILE)[variant.method]
-    rate = cautious(trials, len(prepared.task.validation))
+    if not variant.validated:
+        rate = cautious(trials, len(prepared.task.validation))
     return {"trials": trials, "chosen": {"lr": rate}}
 
 
@@ -248,8 +258,10 @@ def measured(
     """Trains a variant and measures it.
 
     Returns:
-      `test_accuracy` (the last epoch's, merged), `unmerged_accuracy` (as it was
-      trained: in float32 the same), `train_loss` (its mean), `seconds_per_step`,
+      `test_accuracy` (the last epoch's, merged; under the protocol "choose"
+      `val_accuracy` and `val_loss` instead), `right` (which of the images are right,
+      as `recorded.packed`), `tested` (how many there are), `unmerged_accuracy` (as it
+      was trained: in float32 the same), `train_loss` (its mean), `seconds_per_step`,
       `moves` (how often budgets moved), `gradient_norms` (of the epochs), `density`,
       `dead` and `full` (shares of the matrices with less than 0.1% and with all but
       0.1% of their weights moved), `rank` (mean numerical rank of the updates: singular
@@ -267,17 +279,17 @@ def measured(
         )
     merged = prepared.config.settings[method].merged(fitted.model)
 
-    def accuracy(model: Any) -> float:
-        where = prepared.task.test, prepared.data.transform, prepared.mesh
-        found = evaluation.evaluate(model, *where, prepared.objective)
-        return found.metrics["accuracy"]
-
-    unmerged = tested = accuracy(merged)
+    validated = prepared.config.protocol == "choose"
+    source = prepared.task.validation if validated else prepared.task.test
+    right = unmerged = _right(merged, source, prepared)
     if prepared.config.dtype != "float32":  # where merging rounds
-        unmerged = accuracy(fitted.model)
+        unmerged = _right(fitted.model, source, prepared)
     return {
-        "test_accuracy": tested,
-        "unmerged_accuracy": unmerged,
+        f"{'val' if validated else 'test'}_accuracy": sum(right) / len(right),
+        **({"val_loss": fitted.last_row["val_loss"]} if validated else {}),
+        "right": packed(right),
+        "tested": len(right),
+        "unmerged_accuracy": sum(unmerged) / len(unmerged),
         "train_loss": fitted.last_row["train_loss"],
         "seconds_per_step": metric_log.median(fitted.rows, "seconds_per_step"),
         "gradient_norms": [row["gradient_norm"] for row in fitted.rows],
@@ -287,6 +299,18 @@ def measured(
         **_updates(prepared, merged),
         **folder.environment(prepared.mesh),
     }
+
+
+def _right(model: Any, source: Source, prepared: ImageRun) -> list[bool]:
+    """Returns for every image if a model gets it right."""
+    seen: dict[int, int] = {}
+
+    def note(index: int, output: Any) -> None:
+        seen[index] = int(output)
+
+    where = source, prepared.data.transform, prepared.mesh, Classification()
+    evaluation.evaluate(model, *where, look=note)
+    return [seen[i] == label for i, label in enumerate(labels_of(source).tolist())]
 
 
 def _updates(prepared: ImageRun, merged: Any) -> dict[str, float]:

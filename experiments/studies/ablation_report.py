@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from scipy import stats
 
 from experiments import files, plotting
 from experiments.plotting import plt
 from experiments.reports.text import MISSING, markdown_lines
+from experiments.studies import paired
 from experiments.studies.ablations import STUDIES, Study, Variant
+from experiments.studies.recorded import unpacked
 from experiments.studies.table_store import Done, Store
 
 COLUMNS = {  # of a table: measure, factor and format
@@ -30,10 +33,11 @@ EXPLAINED = (
     "Test accuracy of the last epoch, mean and deviation over the seeds in brackets, "
     "of the merged model; as trained: before merging, which rounds in bfloat16. Rates "
     "are searched on validation, or those of the base; what that choice adds to the "
-    "noise is in no deviation. Dead and full: matrices of which less than 0.1% and "
-    "more than 99.9% moved. Rank: singular values of an update above 1% of the "
-    "largest, mean over matrices. Change: the update's norm by the weight's. Moves: "
-    "reallocations."
+    "noise is in no deviation. Studies on validation: accuracy of its images, which do "
+    "not train. Above: points with the 95% interval, paired by image and seed. Dead "
+    "and full: matrices of which less than 0.1% and more than 99.9% moved. Rank: "
+    "singular values of an update above 1% of the largest, mean over matrices. Change: "
+    "the update's norm by the weight's. Moves: reallocations."
 )
 
 
@@ -80,11 +84,16 @@ def table(study: Study, done: dict[str, Done]) -> dict[str, Any]:
       `rows`, each with `title`, `paper` (the paper's number, or None), `seeds`
       (accuracies by seed, in percent), `mean`, `deviation`, `lr`, `searched` (True if
       the rate is the row's own), the measures of `COLUMNS`, and `gradient_norms`;
+      `gap` (points above the first row, paired by image and seed, where it is known);
       `order`, a sentence for each order of the paper.
     """
+    rights = [_rights(done.get(own.name, {})) for own in study.variants]
     rows = [
         _row(variant, study, done.get(variant.name, {})) for variant in study.variants
     ]
+    for row, right in zip(rows, rights, strict=True):
+        if gap := paired.difference(right, rights[0]):
+            row["gap"] = gap.as_dict()
     by_title = {row["title"]: row for row in rows}
     orders = [[by_title[title] for title in order] for order in study.order]
     return {"rows": rows, "order": [_verdict(order) for order in orders]}
@@ -92,7 +101,8 @@ def table(study: Study, done: dict[str, Done]) -> dict[str, Any]:
 
 def _row(variant: Variant, study: Study, own: Done) -> dict[str, Any]:
     seeds = dict(sorted(own.get("seeds", {}).items()))
-    accuracies = {seed: 100 * r["test_accuracy"] for seed, r in seeds.items()}
+    judged = "val_accuracy" if variant.validated else "test_accuracy"
+    accuracies = {seed: 100 * r[judged] for seed, r in seeds.items()}
     values = list(accuracies.values())
     results = list(seeds.values())
     curves = zip(*(r["gradient_norms"] for r in results), strict=True)
@@ -109,6 +119,15 @@ def _row(variant: Variant, study: Study, own: Done) -> dict[str, Any]:
             for measure, _, _ in COLUMNS.values()
         },
         "gradient_norms": [statistics.mean(norms) for norms in curves],
+    }
+
+
+def _rights(own: Done) -> dict[int, np.ndarray]:
+    """Returns which images are right, by seed; of older seeds nothing."""
+    return {
+        int(seed): unpacked(result["right"], result["tested"])
+        for seed, result in own.get("seeds", {}).items()
+        if "right" in result
     }
 
 
@@ -143,7 +162,7 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _markdown(made: dict[str, Any]) -> list[str]:
-    rows = []
+    rows, paired_up = [], any("gap" in row for row in made["rows"][1:])
     for row in made["rows"]:
         measures = [
             MISSING if row[measure] is None else format(row[measure] * factor, style)
@@ -152,8 +171,16 @@ def _markdown(made: dict[str, Any]) -> list[str]:
         paper = "" if row["paper"] is None else f"{row['paper']:g}"
         rate = MISSING if row["lr"] is None else f"{row['lr']:.2g}"
         rate += "" if row["searched"] else " (base)"
-        rows.append([row["title"], paper, accuracy(row), rate, *measures])
-    return markdown_lines(["", "paper", "accuracy, %", "rate", *COLUMNS], rows)
+        gaps = [_gap(row.get("gap"))] * paired_up
+        rows.append([row["title"], paper, accuracy(row), *gaps, rate, *measures])
+    gaps = [f"above {made['rows'][0]['title']}"] * paired_up
+    return markdown_lines(["", "paper", "accuracy, %", *gaps, "rate", *COLUMNS], rows)
+
+
+def _gap(gap: dict[str, Any] | None) -> str:
+    if gap is None:
+        return MISSING
+    return f"{gap['value']:+.1f} ({gap['low']:+.1f} to {gap['high']:+.1f})"
 
 
 def accuracy(row: dict[str, Any]) -> str:
@@ -186,7 +213,10 @@ def picture(path: Path, study: Study, made: dict[str, Any], setup: str) -> None:
     left.set_ylim(len(rows) - 0.5, -0.5)
     left.grid(axis="x", color="lightgrey", linewidth=0.6)
     left.set_axisbelow(True)
-    left.set(xlabel="test accuracy, %", title="accuracy of each seed, and their mean")
+    split = "validation" if study.variants[0].validated else "test"
+    left.set(
+        xlabel=f"{split} accuracy, %", title="accuracy of each seed, and their mean"
+    )
     right.set(xlabel="epoch", yscale="log", title="norm of the factors' gradient")
     right.legend(fontsize=7)
     figure.suptitle(f"{heading(study)}\n{plotting.label(setup)}", fontsize=10)

@@ -13,7 +13,8 @@ from experiments.reports import paper
 
 BASE = "snella"
 # What gets a search for its rate.
-OWN_RATE = {"kernel", "gate", "path", "dtype", "centred", "start"}
+OWN_RATE = {"kernel", "gate", "path", "dtype", "centred", "start", "protocol"}
+VALIDATED: dict[str, Any] = {"protocol": "choose"}
 FROM_ZERO: dict[str, Any] = {"gate": "hard", "start": "zero"}
 DENSE: dict[str, Any] = {"gate": "none", "initial_density": 1.0, "target_density": 1.0}
 
@@ -27,12 +28,14 @@ class Variant:
       changes: settings of the method that differ from the base.
       run: fields of the run's config that differ.
       method: method that is trained.
+      centre: rate that its search begins with, times the base's.
     """
 
     title: str
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     method: Literal["snella", "snella_masked"] = BASE
+    centre: float = 1.0
 
     @property
     def name(self) -> str:
@@ -41,6 +44,11 @@ class Variant:
         return ",".join(
             [self.method, *(f"{k}={v}" for k, v in sorted(changes.items()))]
         )
+
+    @property
+    def validated(self) -> bool:
+        """True if it is judged on validation, and neither trained on it nor tested."""
+        return self.run.get("protocol") == VALIDATED["protocol"]
 
     @property
     def searched(self) -> bool:
@@ -89,6 +97,11 @@ KERNELS = {"linear": "linear", "piecewise_linear": "P-Linear", "mix_k": "Mix-K"}
 def _kernel(name: str, title: str, **changes: Any) -> Variant:
     own = {"kernel": name} if name != "mix_k" else {}
     return Variant(title, {**own, **changes})
+
+
+def _validated(title: str, centre: float = 0.1, **changes: Any) -> Variant:
+    """Returns a row of a study that a choice is made from, near LoRA's rate."""
+    return Variant(title, changes, VALIDATED, centre=centre)
 
 
 def _titled(title: str, **changes: Any) -> Variant:
@@ -267,31 +280,35 @@ STUDIES: dict[str, Study] = {
         ),
     ),
     "centred": Study(
-        "updates from 0, and without the means of their rows and columns",
+        "updates from 0, and without means of rows and columns, on validation",
         (
-            Variant("the paper's"),
-            _titled("hard gate", gate="hard"),
-            _titled("hard gate, beta frozen", gate="hard", beta_rate=0.0),
-            _titled("from 0", **FROM_ZERO),
-            _titled("from 0, without rows' means", centred="rows", **FROM_ZERO),
-            _titled("from 0, without columns' means", centred="columns", **FROM_ZERO),
-            _titled("from 0, without both", centred="both", **FROM_ZERO),
-            _titled(
+            _validated("the paper's", centre=1.0),
+            _validated("hard gate", gate="hard"),
+            _validated("hard gate, beta frozen", gate="hard", beta_rate=0.0),
+            _validated("from 0", **FROM_ZERO),
+            _validated("from 0, without rows' means", centred="rows", **FROM_ZERO),
+            _validated(
+                "from 0, without columns' means", centred="columns", **FROM_ZERO
+            ),
+            _validated("from 0, without both", centred="both", **FROM_ZERO),
+            _validated(
                 "from 0, without both, all weights",
                 centred="both",
                 target_density=1.0,
                 **FROM_ZERO,
             ),
-            _titled("hard gate, without both", centred="both", gate="hard"),
-            _titled("product gate, without both", centred="both"),
-            _kernel(
-                "piecewise_linear",
+            _validated("hard gate, without both", centred="both", gate="hard"),
+            _validated("product gate, without both", centre=1.0, centred="both"),
+            _validated(
                 "P-Linear, from 0, without both",
+                kernel="piecewise_linear",
                 centred="both",
                 **FROM_ZERO,
             ),
-            _kernel("linear", "linear, dense", **DENSE),
-            _kernel("linear", "linear, dense, without both", centred="both", **DENSE),
+            _validated("linear, dense", kernel="linear", **DENSE),
+            _validated(
+                "linear, dense, without both", kernel="linear", centred="both", **DENSE
+            ),
         ),
     ),
 }

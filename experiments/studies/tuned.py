@@ -192,8 +192,8 @@ def not_kept(cells: Sequence[Cell], models: Sequence[Tuned]) -> str:
         ""
         if not names
         else (
-            f"Not measured, for no model was kept: {'; '.join(names)}. (A seed keeps it "
-            "only if --keep_models was given when it was trained.)"
+            f"Not measured, for no model was kept: {'; '.join(names)}. (A seed keeps "
+            "it only if --keep_models was given when it was trained.)"
         )
     )
 

@@ -3,20 +3,24 @@
 import dataclasses
 import json
 import typing
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pictures
 import pytest
 from flax import nnx
+from rich.console import Console
 
-from experiments import ablate
+from experiments import ablate, files
 from experiments.config.images import ImageConfig
+from experiments.data.source import Arrays
 from experiments.methods.snella import Snella
 from experiments.reports import paper
 from experiments.runs.images import ImageRun
 from experiments.studies import ablation_report
 from experiments.studies.ablations import SNELLA, STUDIES, Variant
+from experiments.studies.recorded import Trial, unpacked
 from snella_jax.models.vit import ViT, ViTConfig
 
 SHORT = ["--run.epochs", "2", "--run.warmup_epochs", "0", "--search_epochs", "2"]
@@ -73,7 +77,7 @@ def test_variants_that_are_the_same_are_one():
     assert {"Mix-K, sparse", "across matrices", "cubic", "0.30"} <= names
     variants = ablate.Ablation().variants
     assert variants[0] == SNELLA
-    assert len({variant.name for variant in variants}) == len(variants) == 75
+    assert len({variant.name for variant in variants}) == len(variants) == 78
 
 
 def test_a_variant_changes_what_it_says():
@@ -159,6 +163,66 @@ def test_updates_are_measured_by_hand():
     assert found["rank"] == 1.0
     ratios = np.linalg.norm(moved, axis=(1, 2)) / np.linalg.norm(before, axis=(1, 2))
     assert found["change"] == pytest.approx(ratios.mean(), rel=1e-5)
+
+
+def test_a_choice_is_made_without_the_test():
+    """Each row has its own rate, around the base's or LoRA's, and a name of its own."""
+    config = ablate.Ablation(studies=("centred",))
+    assert SNELLA not in config.variants and all(v.validated for v in config.variants)
+    tested = {own.name for own in ablate.Ablation(studies=("gates",)).variants}
+    assert not tested & {own.name for own in config.variants}
+    for variant in config.variants:
+        assert variant.searched and not variant.config(config.run, 0).trains_on_all
+        product = "product" in variant.title or "paper" in variant.title
+        assert variant.centre == (1 if product else 0.1)
+
+
+def test_validated_rows_take_the_rate_of_the_lowest_loss(tmp_path, monkeypatch):
+    (variant,) = (v for v in STUDIES["centred"].variants if v.title == "hard gate")
+    config = ablate.Ablation(studies=("centred",))
+    trials = [{"lr": 1e-3, "val_loss": 0.5}, {"lr": 3e-4, "val_loss": 0.6}]
+
+    def prepared(task, own, console, kind):
+        assert kind is Trial and own.settings["snella"].lr == pytest.approx(1e-3)
+        return SimpleNamespace(config=own, inputs={})
+
+    def chosen(method, setting):
+        files.write(tmp_path / "search.json", {method: trials})
+        return setting.config
+
+    monkeypatch.setattr(ablate.images, "prepared", prepared)
+    monkeypatch.setattr(ablate.search, "chosen", chosen)
+    store = SimpleNamespace(begin=lambda *_: None)
+    found = ablate._searched(variant, config, store, tmp_path, Console(quiet=True))
+    assert found == {"trials": trials, "chosen": {"lr": pytest.approx(1e-3)}}
+
+
+@pytest.mark.parametrize("protocol, split", [("choose", "val"), ("final", "test")])
+def test_one_split_is_looked_at(protocol, split, monkeypatch):
+    """The other is not there; and every image of it is kept."""
+    images = Arrays(np.zeros((3, 1, 1, 1), np.uint8), np.array([0, 1, 0]))
+    splits = {"val": "validation", "test": "test"}
+    task = SimpleNamespace(**{splits[split]: images})
+    config = ImageConfig(protocol=protocol)
+    own = SimpleNamespace(config=config, task=task, mesh=None, data=SimpleNamespace())
+    own.data.transform, own.out = None, None
+    row = {"epoch": 1, "train_loss": 0.1, "val_loss": 0.2, "gradient_norm": 1.0}
+    fitted = SimpleNamespace(model=None, rows=[row], last_row=row)
+
+    def evaluate(model, source, transform, mesh, objective, look):
+        for index in range(len(source)):
+            look(index, np.int32(0))
+
+    monkeypatch.setattr(Snella, "merged", lambda *_: None)
+    monkeypatch.setattr(ablate, "tune", lambda *_: fitted)
+    monkeypatch.setattr(ablate, "_updates", lambda *_: {})
+    monkeypatch.setattr(ablate.folder, "environment", lambda _: {})
+    monkeypatch.setattr(ablate.metric_log, "median", lambda *_: None)
+    monkeypatch.setattr(ablate.evaluation, "evaluate", evaluate)
+    found = ablate.measured("snella", own)
+    assert found[f"{split}_accuracy"] == pytest.approx(2 / 3)
+    assert unpacked(found["right"], found["tested"]).tolist() == [True, False, True]
+    assert ("val_loss" in found) == (split == "val")
 
 
 def row(title, *accuracies):
