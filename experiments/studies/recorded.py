@@ -29,6 +29,11 @@ class Recorded(ImageRun):
     keep: bool = False
     seen: dict[str, dict[int, int]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def followed(self) -> None:
+        """Nothing: else the best round's model would be tested besides the last's."""
+        return None
+
     def look(self, method: str) -> Callable[[int, Any], None]:
         """Returns what notes each predicted class."""
         own = self.seen[method] = {}

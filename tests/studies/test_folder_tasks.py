@@ -129,6 +129,8 @@ def test_rates_of_another_comparison_are_taken_with_few_images(folder, tmp_path)
     assert found["rows"]["birds"].keys() == {"bias"}
     assert found["rows"]["birds"]["bias"]["chosen"] == known
     assert found["inputs"]["birds"]["data"]["train"]["images"] == 4
+    result = found["rows"]["birds"]["bias"]["seeds"]["0"]
+    assert result["best_epoch"] is None  # whose model would be tested, too
     with pytest.raises(SystemExit, match=r"no rate of lora for birds"):
         compare.main(
             [*WORDS, *how, "--methods=lora", *rates, f"--out={tmp_path / 'b'}"]
