@@ -45,7 +45,7 @@ from experiments.runs.run import complete
 from experiments.studies import comparison_figure, pooled, table_store
 from experiments.studies.comparison import PRESETS, Comparison, Row, Table
 from experiments.studies.pooled import Tried
-from experiments.studies.recorded import Recorded, Trial
+from experiments.studies.recorded import Recorded, Trial, drawn
 from experiments.studies.table_store import Part
 from snella_jax.nnx.targets import select
 
@@ -118,16 +118,15 @@ def _cells(
     store: table_store.Store,
     console: Console,
 ) -> dict[Cell, Part]:
-    """Returns all cells; the trials of a row come before it."""
+    """Returns all cells, trials first: a row waits for its own, which others make."""
     shared = config, store, console
     found = {}
-    for task, row in itertools.product(config.tasks or (None,), rows):
+    for row in rows:
         for trial in config.tried(row):
             name = config.named(trial.task), trial.cell[1]
             do = functools.partial(_trial, trial, row, *shared)
-            found.setdefault(store.cell(*name), Part(name, (config.run.seed,), do))
-        if task is None:
-            continue
+            found[store.cell(*name)] = Part(name, (config.run.seed,), do)
+    for task, row in itertools.product(config.tasks, rows):
         name = config.named(task), row.name
         do = functools.partial(_tried, task, row, *shared)
         found[store.cell(*name)] = Part(name, config.seeds_of(row), do)
@@ -156,7 +155,7 @@ def _tried(
         own = dataclasses.replace(own, out=out)
         prepared = images.prepared(task, own, console, Recorded)
         prepared = dataclasses.replace(prepared, keep=config.keep_models)
-        store.begin(name, prepared.inputs, console)
+        store.begin(drawn(name, own), prepared.inputs, console)
         summary = complete(prepared, resume=(out / "config.json").exists())
         where = {name: summary[name] for name in ("device", "versions")}
         return summary["methods"][row.method] | where
@@ -185,7 +184,7 @@ def _trial(
             out=out,
         )
         prepared = images.prepared(trial.task, own, console, Trial)
-        store.begin(name, prepared.inputs, console)
+        store.begin(drawn(name, own), prepared.inputs, console)
         return pooled.measured(row.method, prepared)
 
     cell, seeds = (name, trial.cell[1]), (config.run.seed,)
@@ -291,7 +290,7 @@ def _searched(
     own = config.config(task, row, config.run.seed)
     own = dataclasses.replace(own, epochs=config.trial_epochs, out=place)
     prepared = images.prepared(task, own, console)
-    store.begin(config.named(task), prepared.inputs, console)
+    store.begin(drawn(config.named(task), own), prepared.inputs, console)
     best = search.chosen(row.method, prepared).settings[row.method]
     return {
         "trials": files.read(place / search.FILE)[row.method],
