@@ -46,7 +46,7 @@ from experiments.runs.run import begin
 from experiments.runs.train_method import tune
 from experiments.studies import ablation_report, table_store
 from experiments.studies.ablations import BASE, SNELLA, STUDIES, Variant
-from experiments.studies.recorded import Trial, packed
+from experiments.studies.recorded import Trial, drawn, packed
 from experiments.training import evaluation, metric_log
 from experiments.training.classification import Classification
 from experiments.training.grid import Grid
@@ -195,7 +195,7 @@ def _tried(
         own = dataclasses.replace(variant.config(config.run, seed, **chosen), out=out)
         kind = Trial if variant.validated else ImageRun
         prepared = images.prepared(config.run.task, own, console, kind)
-        store.begin(config.run.task, prepared.inputs, console)
+        store.begin(drawn(config.run.task, own), prepared.inputs, console)
         with folder.held(out, resume=True):
             begin(prepared)
             return measured(variant.method, prepared)
@@ -229,7 +229,7 @@ def _searched(
     own = dataclasses.replace(own, epochs=config.search_epochs, out=place)
     kind = Trial if variant.validated else ImageRun
     prepared = images.prepared(config.run.task, own, console, kind)
-    store.begin(config.run.task, prepared.inputs, console)
+    store.begin(drawn(config.run.task, own), prepared.inputs, console)
     rate = search.chosen(variant.method, prepared).settings[variant.method].lr
     trials = files.read(place / search.FILE)[variant.method]
     if not variant.validated:

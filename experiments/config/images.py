@@ -25,7 +25,8 @@ class DataOptions:
     test_images: int | None = None
     """Maximum number of test images; the same subset for every seed."""
     per_class: int | None = None
-    """Most training images of a class; validation then is not trained on."""
+    """Most training images of a class, drawn by seed; validation does not train then.
+    """
     skip_corrupt: bool = False
     """Leave out images that cannot be decoded, and count them."""
     crop: Literal["resize", "random"] = "resize"

@@ -164,7 +164,7 @@ def loaded(config: ImageConfig) -> Task:
     task = catalogue.load(name, config.data_dir)
     test, train = setup.sampled(task.test, config.test_images), task.train
     if config.per_class is not None:
-        train = source.few(train, config.per_class)
+        train = source.few(train, config.per_class, config.seed)
     return dataclasses.replace(task, train=train, test=test)
 
 

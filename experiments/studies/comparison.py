@@ -139,7 +139,8 @@ class Comparison:
 
     def seeds_of(self, row: "Row") -> tuple[int, ...]:
         """Returns the seeds of a row."""
-        return self.seeds[:1] if row.fixed else self.seeds
+        alike = row.fixed and self.run.per_class is None
+        return self.seeds[:1] if alike else self.seeds
 
     def adapted(self) -> tuple[str, ...]:
         """Returns the methods of all rows."""

@@ -110,13 +110,14 @@ def _searches(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
 def table(found: Sequence[Cell]) -> dict[str, dict[str, Right]]:
     """Returns which images are right, by label and task.
 
-    A linear probe's one seed stands for all: they give the same.
+    A linear probe's one seed stands for all: on the same images they give the same.
     """
     seeds = {cell.seed for cell in found}
     rights: dict[str, dict[str, Right]] = {}
     for cell in found:
         own = rights.setdefault(cell.label, {}).setdefault(cell.task, {})
-        for seed in seeds if cell.row.fixed else [cell.seed]:
+        alike = cell.row.fixed and cell.per_class is None
+        for seed in seeds if alike else [cell.seed]:
             own[seed] = cell.right
     return rights
 

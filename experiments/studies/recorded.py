@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 
 import snella_jax as snella
+from experiments.config.images import ImageConfig
 from experiments.data.source import labels_of
 from experiments.runs.images import ImageRun
 from experiments.runs.result import Result
@@ -74,6 +75,15 @@ class Trial(ImageRun):
 def delta(run: Path, method: str) -> Path:
     """Returns the file of what a method's training changed, in the run's folder."""
     return run / f"{method}.{DELTA}"
+
+
+def drawn(task: str, config: ImageConfig) -> str:
+    """Returns the name of a run's images: of few images each seed draws its own.
+
+    >>> drawn("birds", ImageConfig(seed=1)), drawn("birds", ImageConfig(per_class=5))
+    ('birds', 'birds, seed 0')
+    """
+    return task if config.per_class is None else f"{task}, seed {config.seed}"
 
 
 def packed(right: Sequence[bool]) -> str:

@@ -70,7 +70,8 @@ class Tuned:
         Raises:
           ValueError: it has other test images now.
         """
-        names = "task", "data_dir", "per_class", "test_images"
+        names = ["task", "data_dir", "per_class", "test_images"]
+        names += ["seed"] * (self.config.per_class is not None)  # which draws them
         found = _task(tuple((name, getattr(self.config, name)) for name in names))
         tested = self.cell.result["tested"]
         if len(found.test) != tested:

@@ -128,7 +128,7 @@ def test_rates_of_another_comparison_are_taken_with_few_images(folder, tmp_path)
     known = read(folder / "made/results.json")["rows"]["birds"]["bias"]["chosen"]
     assert found["rows"]["birds"].keys() == {"bias"}
     assert found["rows"]["birds"]["bias"]["chosen"] == known
-    assert found["inputs"]["birds"]["data"]["train"]["images"] == 4
+    assert found["inputs"]["birds, seed 0"]["data"]["train"]["images"] == 4
     result = found["rows"]["birds"]["bias"]["seeds"]["0"]
     assert result["best_epoch"] is None  # whose model would be tested, too
     with pytest.raises(SystemExit, match=r"no rate of lora for birds"):

@@ -173,7 +173,12 @@ def test_a_method_has_three_rates_around_its_usual_one():
         for task in ("cub-20", "dtd-10")
         for lr in (1e-3, 1e-3 / 3, 3e-3)
     ]
-    assert not comparison.REAL_TASKS.tried(comparison.Row("linear"))
+    linear = comparison.Row("linear")
+    assert not comparison.REAL_TASKS.tried(linear)
+    assert comparison.REAL_TASKS.seeds_of(linear) == (0,)
+    few = dataclasses.replace(run, per_class=5)  # of which each seed draws its own
+    own = dataclasses.replace(comparison.REAL_TASKS, run=few)
+    assert own.seeds_of(linear) == own.seeds
 
 
 def test_a_trial_is_as_long_as_a_run(tmp_path, monkeypatch):
