@@ -312,12 +312,12 @@ class ReleasedSnella(Snella):
 
 @dataclasses.dataclass(frozen=True)
 class PlusSnella(Snella):
-    """SNELLA as `SnellaConfig.plus()`: from 0, without means, at LoRA's rate."""
+    """SNELLA as `SnellaConfig.plus()`: from 0, and without means."""
 
     title: ClassVar[str] = "Plus SNELLA"
 
     lr: float = 1e-2
-    """Peak learning rate: LoRA's, whose first steps the update makes."""
+    """Peak learning rate. A step of it moves weights further than one of LoRA's."""
     centred: Centred = "both"
     start: Start = "zero"
     gate: Gate = "hard"

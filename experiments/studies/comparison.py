@@ -28,7 +28,8 @@ RATES = {  # where they are not the usual ones
     "bias": 3e-3,
     "ssf": 1e-3,
     **dict.fromkeys(("adapter", "adaptformer", "lora", "dora", "mosa"), 1e-3),
-    **dict.fromkeys(("spt_adapter", "spt_lora", "snella_plus"), 1e-3),
+    **dict.fromkeys(("spt_adapter", "spt_lora"), 1e-3),
+    "snella_plus": 3e-4,  # its first steps are longer than LoRA's
     **dict.fromkeys(("klora", "snell", "snella"), 3e-3),
     **dict.fromkeys(("snella_masked", "snella_released"), 3e-3),
     # Without a gate its softmax and beta shift all weights: at 9e-4 it is at chance.

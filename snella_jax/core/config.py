@@ -219,8 +219,9 @@ class SnellaConfig(Rule):
     def plus(cls, **changes: Any) -> "SnellaConfig":
         """Returns settings of our own instead of the paper's; provisional.
 
-        Mix-K without the means of rows and columns and started at 0, the `hard` gate,
-        and with them LoRA's learning rate: 1e-3 with Adam (at 3e-3 both diverged).
+        Mix-K without the means of rows and columns and started at 0, and the `hard`
+        gate. Learning rates are then of LoRA's kind, 3e-4 to 1e-3 with Adam (it
+        diverged at 3e-3).
         `docs/kernels.md` has the equations, and the evidence so far, which is two seeds
         on one task of a kernel that started at 0 in another way.
         """
