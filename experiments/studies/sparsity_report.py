@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
+from scipy import stats
 
 from experiments.reports.text import MISSING, Titled
 from experiments.studies import paired
@@ -20,14 +21,15 @@ Rights = dict[int, Bool[np.ndarray, " images"]]  # by seed
 Report = dict[str, dict[str, dict[str, Any]]]  # by table, row and column
 MEGABYTE = 1e6
 CAPTION = (
-    "Means over tasks (pairs of tasks), in points with the 95% interval, paired by "
-    "image and seed, both of which count as samples. Forgetting: accuracy of 3 nearest "
-    "neighbours on other tasks' training images after tuning, less that of the model "
-    "before. Adding: test accuracy of one model with the changes of two tasks, less "
-    "that of each task's own model. Corrupted: test accuracy, %, of the clean images "
-    "and with each corruption, mean over three severities, and what is lost on "
-    "average. Sizes: MB of the delta file and of the adapter's file, and millions of "
-    "the targeted weights that moved."
+    "Means over tasks, in points with the 95% interval: of forgetting and adding, "
+    "whose pairs of a tuned task are averaged first, by the spread of the tasks; else "
+    "by image and seed. Less LoRA's: the change less LoRA's, task by task. "
+    "Forgetting: accuracy of 3 nearest neighbours on other tasks' training images "
+    "after tuning, less that of the model before. Adding: test accuracy of one model "
+    "with the changes of two tasks, less that of each task's own model. Corrupted: "
+    "test accuracy, %, of the clean images and with each corruption, mean over three "
+    "severities, and what is lost on average. Sizes: MB of the delta file and of the "
+    "adapter's file, and millions of the targeted weights that moved."
 )
 
 
@@ -40,6 +42,8 @@ def made(models: Sequence[Tuned], values: Values, few: Sequence[Cell]) -> Report
         "sizes": _by_row(models, values, _sizes),
         "images a class": _few(few),
     }
+    _against(found["forgetting"])
+    _against(found["adding"])
     return {name: table for name, table in found.items() if table}
 
 
@@ -102,13 +106,46 @@ def _changes(
 ) -> dict[str, Any]:
     if not after:
         return {}
-    gaps = [paired.difference(own, before[pair]) for pair, own in after.items()]
-    known = [gap for gap in gaps if gap is not None]
+    gaps: dict[str, dict[str, float]] = {}
+    for (task, partner), own in after.items():
+        if gap := paired.difference(own, before[task, partner]):
+            gaps.setdefault(task, {})[partner] = gap.value
     first, second = (
         100 * statistics.fmean(_means(own)) for own in (before.values(), after.values())
     )
-    change = paired.over_tasks(known).as_dict()
-    return {names[0]: first, names[1]: second, "change": change, "pairs": len(known)}
+    count = sum(len(own) for own in gaps.values())
+    return {names[0]: first, names[1]: second, "change": _over(gaps), "pairs": count}
+
+
+def _over(gaps: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Returns the mean of tuned tasks' means over their partners, with its interval.
+
+    Pairs of one tuned task share its model, so tasks are the sample. One has no
+    interval.
+    """
+    means = [statistics.fmean(own.values()) for own in gaps.values()]
+    value, low, high = statistics.fmean(means), None, None
+    if len(means) > 1:
+        error = statistics.stdev(means) / len(means) ** 0.5
+        half = float(stats.t.ppf((1 + paired.LEVEL) / 2, len(means) - 1)) * error
+        low, high = value - half, value + half
+    return {"value": value, "low": low, "high": high, "gaps": gaps}
+
+
+def _against(rows: dict[str, Any]) -> None:
+    """Adds to each row its change less LoRA's, over the pairs of tasks of both."""
+    lora = next((own for label, own in rows.items() if label.startswith("LoRA")), None)
+    for row in rows.values():
+        if lora is None or row is lora:
+            continue
+        theirs = lora["change"]["gaps"]
+        gaps = {
+            task: {p: own[p] - theirs[task][p] for p in own.keys() & theirs[task]}
+            for task, own in row["change"]["gaps"].items()
+            if own.keys() & theirs.get(task, {})
+        }
+        if gaps:
+            row["less LoRA's"] = _over(gaps)
 
 
 def _robustness(models: Sequence[Tuned], values: Values) -> dict[str, Any]:
@@ -182,6 +219,8 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         sign = "+" if "tasks" not in value else ""
         tasks = f", {value['tasks']} tasks" if "tasks" in value else ""
+        if value["low"] is None:
+            return f"{value['value']:{sign}.1f}"
         ends = f"{value['low']:{sign}.1f} to {value['high']:{sign}.1f}"
         return f"{value['value']:{sign}.1f} ({ends}{tasks})"
     return str(value) if isinstance(value, int) else f"{value:.1f}"

@@ -80,6 +80,25 @@ def test_changes_are_means_over_pairs_of_tasks():
     assert (found["before"], found["after"]) == (75, 50)
     assert found["change"]["value"] == pytest.approx(-25)
     assert found["pairs"] == 2
+    half = 12.7062 * 25  # Student's t of one degree, and the deviation by sqrt(2)
+    assert found["change"]["high"] == pytest.approx(-25 + half, rel=1e-4)
+
+
+def test_tasks_are_the_sample_of_changes():
+    """Partners of a task share its model: they are averaged, and LoRA's taken off."""
+    lora = {"a": {"b": -1.0, "c": -3.0}, "b": {"a": -4.0}}
+    ours = {"a": {"b": 0.0, "c": -2.0, "d": 9.0}, "b": {"a": -1.0}, "d": {"a": 5.0}}
+    rows = {
+        "LoRA-8": {"change": sparsity_report._over(lora)},
+        "SNELLA-8": {"change": sparsity_report._over(ours)},
+    }
+    assert rows["LoRA-8"]["change"]["value"] == pytest.approx(-3)
+    sparsity_report._against(rows)
+    found = rows["SNELLA-8"]["less LoRA's"]  # 1 on a, 3 on b
+    assert found["value"] == pytest.approx(2)
+    assert found["high"] == pytest.approx(2 + 12.7062, rel=1e-4)
+    assert "less LoRA's" not in rows["LoRA-8"]
+    assert sparsity_report._over({"a": {"b": 1.0}})["low"] is None
 
 
 def folder(path, per_class, right):
