@@ -200,7 +200,7 @@ MINISAM = PolypConfig(
     grid=Grid(lr_factors=(0.3, 3.0), lr_extensions=0, weight_decays=(), densities=()),
     # The decoder is pre-trained; at its rate SNELLA's factors would hardly move.
     trainable_lr=3e-4,
-    settings=_settings(1e-4, 3e-4, full=1e-4, lora=9e-4, snell=9e-3, snella=9e-3),
+    settings=_settings(1e-4, 3e-4, full=1e-4, lora=2.7e-3, snell=9e-3, snella=9e-3),
 )
 PAPER = PolypConfig(
     model="sam_vit_b",
