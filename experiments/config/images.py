@@ -25,8 +25,7 @@ class DataOptions:
     test_images: int | None = None
     """Maximum number of test images; the same subset for every seed."""
     per_class: int | None = None
-    """Most training images of a class, drawn by seed; validation does not train then.
-    """
+    """Training images of each class, drawn by seed; none from validation."""
     skip_corrupt: bool = False
     """Leave out images that cannot be decoded, and count them."""
     crop: Literal["resize", "random"] = "resize"
