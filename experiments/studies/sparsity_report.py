@@ -2,11 +2,11 @@
 
 import itertools
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from scipy import stats
 
 from experiments.reports.text import MISSING, Titled
@@ -18,12 +18,13 @@ from experiments.studies.tuned import Tuned
 
 Values = dict[str, dict[str, Any]]
 Rights = dict[int, Bool[np.ndarray, " images"]]  # by seed
+Shares = dict[int, Float[np.ndarray, " images"]]
 Report = dict[str, dict[str, dict[str, Any]]]  # by table, row and column
 MEGABYTE = 1e6
 CAPTION = (
     "Means over tasks, in points with the 95% interval: of forgetting and adding, "
     "whose pairs of a tuned task are averaged first, by the spread of the tasks; else "
-    "by image and seed. Less LoRA's: the change less LoRA's, task by task. "
+    "by image and seed. Less LoRA's: the change less LoRA's, paired likewise. "
     "Forgetting: accuracy of 3 nearest neighbours on other tasks' training images "
     "after tuning, less that of the model before. Adding: test accuracy of one model "
     "with the changes of two tasks, less that of each task's own model. Corrupted: "
@@ -35,15 +36,19 @@ CAPTION = (
 
 def made(models: Sequence[Tuned], values: Values, few: Sequence[Cell]) -> Report:
     """Returns the cells of every table, by row and column, of what was measured."""
+    rows: dict[str, list[Tuned]] = {}
+    for one in models:
+        rows.setdefault(one.cell.label, []).append(one)
     found = {
-        "forgetting": _by_row(models, values, _forgetting),
-        "adding": _by_row(models, values, _adding),
-        "corrupted": _by_row(models, values, _robustness),
-        "sizes": _by_row(models, values, _sizes),
+        "forgetting": _by_row(rows, values, _forgetting),
+        "adding": _by_row(rows, values, _adding),
+        "corrupted": _by_row(rows, values, _robustness),
+        "sizes": _by_row(rows, values, _sizes),
         "images a class": _few(few),
     }
     _against(found["forgetting"])
     _against(found["adding"])
+    _against_lost(found["corrupted"], rows, values)
     return {name: table for name, table in found.items() if table}
 
 
@@ -60,10 +65,9 @@ def tables(report: Report) -> list[Titled]:
     return found
 
 
-def _by_row(models: Sequence[Tuned], values: Values, make: Any) -> dict[str, Any]:
-    rows: dict[str, list[Tuned]] = {}
-    for one in models:
-        rows.setdefault(one.cell.label, []).append(one)
+def _by_row(
+    rows: Mapping[str, Sequence[Tuned]], values: Values, make: Any
+) -> dict[str, Any]:
     made = {label: make(own, values) for label, own in rows.items()}
     return {label: own for label, own in made.items() if own}
 
@@ -158,16 +162,35 @@ def _robustness(models: Sequence[Tuned], values: Values) -> dict[str, Any]:
     for kind in KINDS:
         own = [found[one.key][f"{kind} {s}"] for one in known for s in SEVERITIES]
         row[kind] = _mean(_bits(result).mean() for result in own)
-    clean: dict[str, Rights] = {}
-    corrupted: dict[str, Rights] = {}
-    for one in known:
-        task, seed = one.cell.task, one.cell.seed
-        clean.setdefault(task, {})[seed] = one.cell.right
+    changes = _lost(known, values).values()
+    means = [paired.mean(np.stack(list(by_seed.values()))) for by_seed in changes]
+    return row | {"change": paired.over_tasks(means).as_dict()}
+
+
+def _lost(models: Sequence[Tuned], values: Values) -> dict[str, Shares]:
+    """Returns, by task, the share of corruptions of an image that is right, less clean.
+
+    Of what was measured: 0 for an image that stays right, or wrong, in all of them.
+    """
+    found = values.get("robustness", {})
+    changes: dict[str, Shares] = {}
+    for one in (one for one in models if one.key in found):
         every = np.stack([_bits(result) for result in found[one.key].values()])
-        corrupted.setdefault(task, {})[seed] = every.mean(0)
-    gaps = [paired.difference(own, clean[task]) for task, own in corrupted.items()]
-    change = paired.over_tasks([gap for gap in gaps if gap is not None])
-    return row | {"change": change.as_dict()}
+        own = every.mean(0) - one.cell.right
+        changes.setdefault(one.cell.task, {})[one.cell.seed] = own
+    return changes
+
+
+def _against_lost(
+    rows: dict[str, Any], models: Mapping[str, Sequence[Tuned]], values: Values
+) -> None:
+    """Adds to each row what it loses less what LoRA does, paired by image and seed."""
+    lora = next((label for label in rows if label.startswith("LoRA")), None)
+    for label in rows.keys() - {lora} if lora else ():
+        ours, theirs = (_lost(models[name], values) for name in (label, lora))
+        gaps = [paired.difference(ours[t], theirs[t]) for t in ours if t in theirs]
+        if known := [gap for gap in gaps if gap is not None]:
+            rows[label]["less LoRA's"] = paired.over_tasks(known).as_dict()
 
 
 def _sizes(models: Sequence[Tuned], values: Values) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from experiments.studies import (
     tuned,
 )
 from experiments.studies.cells import Cell
-from experiments.studies.corruptions import KINDS, Corrupted
+from experiments.studies.corruptions import KINDS, SEVERITIES, Corrupted
 from experiments.studies.recorded import packed
 from experiments.studies.tuned import Tuned
 
@@ -99,6 +99,35 @@ def test_tasks_are_the_sample_of_changes():
     assert found["high"] == pytest.approx(2 + 12.7062, rel=1e-4)
     assert "less LoRA's" not in rows["LoRA-8"]
     assert sparsity_report._over({"a": {"b": 1.0}})["low"] is None
+
+
+def test_what_corruptions_cost_is_held_against_lora():
+    """By hand: LoRA loses two of four images, SNELLA one of them in half of its tests."""
+    lora, ours = (
+        model("a", right=(1, 1, 1, 1)),
+        model("a", "SNELLA-8", right=(1, 1, 1, 0)),
+    )
+    tests = [f"{kind} {s}" for kind in KINDS for s in SEVERITIES]
+
+    def results(*kinds):
+        """Of all tests; `kinds` in turn."""
+        turns = [{"right": packed(right), "tested": 4} for right in kinds]
+        return {name: turns[i % len(turns)] for i, name in enumerate(tests)}
+
+    values = {
+        "robustness": {
+            lora.key: results([1, 1, 0, 0]),
+            ours.key: results([1, 1, 1, 0], [0, 1, 1, 0]),
+        }
+    }
+    report = sparsity_report.made([lora, ours], values, [])["corrupted"]
+    assert report["LoRA-8"]["change"]["value"] == pytest.approx(-50)
+    assert report["SNELLA-8"]["change"]["value"] == pytest.approx(-12.5)
+    found = report["SNELLA-8"]["less LoRA's"]  # by image: -0.5, 0, 1, 1
+    assert found["value"] == pytest.approx(37.5)
+    error = 100 * np.std([-0.5, 0, 1, 1], ddof=1) / 2
+    assert found["high"] == pytest.approx(37.5 + 3.18245 * error, rel=1e-4)
+    assert "less LoRA's" not in report["LoRA-8"]
 
 
 def folder(path, per_class, right):
