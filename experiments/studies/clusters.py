@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with terminal.exit_on_error(PROGRAM):
         config.check()
         check_out(config.out)
-        for found, models in config.by_task():
+        for found, models in config.by_task(console):
             task, classes = models[0].cell.task, labels_of(models[0].task.test)
             config.check_size(task, len(classes))
             with console.status(task):

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with terminal.exit_on_error(PROGRAM):
         config.check()
         check_out(config.out)
-        for found, models in config.by_task():
+        for found, models in config.by_task(console):
             probe = _probe(found, models[0])
             with console.status(probe.cell.task):
                 heats = _heats(probe, models, config.block)

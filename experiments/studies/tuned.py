@@ -9,6 +9,7 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
+from rich.console import Console
 
 import snella_jax as snella
 from experiments import files
@@ -132,10 +133,11 @@ class TunedOptions:
     data: Given | None = None
     """Folder of the tasks, if they lie elsewhere than when they were run."""
 
-    def by_task(self) -> Iterator[tuple[list[Cell], list[Tuned]]]:
+    def by_task(self, console: Console) -> Iterator[tuple[list[Cell], list[Tuned]]]:
         """Yields the finished seeds of each task, and the models kept of the methods.
 
         Those of random weights are left out. Models are in the order of the methods.
+        Seeds that have no model are named on the console.
 
         Raises:
           ValueError: a task has no finished seed, or no model of it was kept.
@@ -147,7 +149,10 @@ class TunedOptions:
             if not own:
                 raise ValueError(f"No finished seed of {task}: expected {known}.")
             wanted = [c for name in self.methods for c in own if c.row.method == name]
-            yield own, kept(wanted, self.data)
+            models = kept(wanted, self.data)
+            if lacking := not_kept(wanted, models):
+                console.print(lacking)
+            yield own, models
 
 
 def accuracies(found: Iterable[Cell]) -> dict[str, float]:

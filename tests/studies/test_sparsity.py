@@ -102,7 +102,7 @@ def test_tasks_are_the_sample_of_changes():
 
 
 def test_what_corruptions_cost_is_held_against_lora():
-    """By hand: LoRA loses two of four images, SNELLA one of them in half of its tests."""
+    """LoRA loses two of four images; SNELLA one, in half of the tests, by hand."""
     lora, ours = (
         model("a", right=(1, 1, 1, 1)),
         model("a", "SNELLA-8", right=(1, 1, 1, 0)),
