@@ -16,6 +16,12 @@ BASE = "snella"
 OWN_RATE = {"kernel", "gate", "path", "dtype", "centred", "start", "protocol"}
 VALIDATED: dict[str, Any] = {"protocol": "choose"}
 FROM_ZERO: dict[str, Any] = {"gate": "hard", "start": "zero"}
+REGULARISED: dict[str, dict[str, Any]] = {
+    "weight decay 0.01": {"weight_decay": 0.01},
+    "drop path 0.1": {"drop_path": 0.1},
+    "1 of 4 rows": {"sketch": 4},
+}
+DISTANCES = {"piecewise_linear": "P-Linear", "rbf": "RBF"}
 DENSE: dict[str, Any] = {"gate": "none", "initial_density": 1.0, "target_density": 1.0}
 
 
@@ -299,11 +305,24 @@ STUDIES: dict[str, Study] = {
             ),
             _validated("hard gate, without both", centred="both", gate="hard"),
             _validated("product gate, without both", centre=1.0, centred="both"),
-            _validated(
-                "P-Linear, from 0, without both",
-                kernel="piecewise_linear",
-                centred="both",
-                **FROM_ZERO,
+            *(
+                _validated(
+                    f"from 0, without both, {title}",
+                    centred="both",
+                    **changes,
+                    **FROM_ZERO,
+                )
+                for title, changes in REGULARISED.items()
+            ),
+            *(
+                _validated(
+                    f"{title}, from 0{', without both' if centred != 'none' else ''}",
+                    kernel=kernel,
+                    centred=centred,
+                    **FROM_ZERO,
+                )
+                for kernel, title in DISTANCES.items()
+                for centred in ("none", "both")
             ),
             _validated("linear, dense", kernel="linear", **DENSE),
             _validated(
