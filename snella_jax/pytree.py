@@ -49,7 +49,7 @@ from snella_jax.core.config import Rule, SnellaConfig
 from snella_jax.core.fused import fall_back
 from snella_jax.core.layout import Layout
 from snella_jax.core.names import is_added
-from snella_jax.core.paths import chosen, listed, matches_or_holds, path_of
+from snella_jax.core.paths import chosen, listed, matches_or_holds
 from snella_jax.core.weight import Site
 
 __all__ = ["Adapters", "adapt", "flattened", "join", "load"]
@@ -150,7 +150,7 @@ def flattened(tree: Any) -> tuple[Tree, Callable[[Tree], Any]]:
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     keys = {
-        i: path_of(path)
+        i: tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
         for i, (path, leaf) in enumerate(leaves)
         if isinstance(leaf, jax.Array | np.ndarray)
     }
@@ -175,6 +175,13 @@ class _Matrices:
         self.leaves = unboxed(arrays_of(flat(params)))
         by_name(self.leaves)  # or two layers would be one
         self.keys = {layer_path(key): key for key in self.leaves if self._layout(key)}
+        used = {self._regex(key) for key in self.leaves}
+        if unused := sorted(self.layouts.keys() - used):
+            raise ValueError(
+                f"layouts: {', '.join(map(repr, unused))} matches no array (a regex "
+                f"has to match a whole path). There are: "
+                f"{listed(map(name_of, self.leaves))}"
+            )
 
     def check_known(self, targets: str, trainable: str) -> None:
         """Raises a `ValueError` for weights that are matched, and are no matrices.
@@ -217,11 +224,16 @@ class _Matrices:
 
     def _layout(self, key: Key) -> Layout | None:
         """Returns the axes of a leaf that is a matrix or in `layouts`, else None."""
-        path, shape = layer_path(key), jnp.shape(self.leaves[key])
-        for regex, layout in self.layouts.items():
-            if re.fullmatch(regex, path):
-                return layout
+        if (regex := self._regex(key)) is not None:
+            return self.layouts[regex]
+        shape = jnp.shape(self.leaves[key])
         return Layout(shape[:1], shape[1:]) if len(shape) == 2 else None
+
+    def _regex(self, key: Key) -> str | None:
+        """Returns the first regex of `layouts` that matches a path, or its layer's."""
+        paths = layer_path(key), name_of(key)
+        fits = (r for r in self.layouts if any(re.fullmatch(r, p) for p in paths))
+        return next(fits, None)
 
 
 def _is_weight(key: Key, leaf: Any) -> bool:

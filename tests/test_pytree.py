@@ -1,6 +1,7 @@
 """Adapters in plain dicts of parameters, for any function that takes them."""
 
 import io
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,9 @@ def test_what_does_not_fit_is_said(tmp_path):
     wide = {"layers/w": snella.Layout((5,), (6,))}
     with pytest.raises(ValueError, match=r"expected \(5, 6\) behind the axes"):
         pytree.adapt(parameters(), config, key=jax.random.key(0), layouts=wide)
+    odd = {"layers/v": snella.Layout((5,), (6,))}
+    with pytest.raises(ValueError, match=r"'layers/v' matches no array(.|\n)*layers/w"):
+        pytree.adapt(parameters(), config, key=jax.random.key(0), layouts=odd)
     adapters, params = adapted()
     adapters.save(params, tmp_path / "a")
     with pytest.raises(snella.CheckpointError, match="layers/w: there is no such"):
@@ -255,6 +259,33 @@ def test_a_weight_stacked_behind_its_inputs_is_a_layout_with_slices(tmp_path):
     adapters.save(adapted, tmp_path / "a")
     _, loaded = pytree.load(params, tmp_path / "a", layouts=layouts)
     jax.tree.map(np.testing.assert_array_equal, loaded, adapted)
+
+
+class Attention(NamedTuple):
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+def test_arrays_of_named_tuples_keep_their_names():
+    weights = (jnp.full((2, 2), i) for i in range(3))
+    params, restored = pytree.flattened({"attn": Attention(*weights)})
+    assert {n: int(v[0, 0]) for n, v in params["attn"].items()} == {
+        "query": 0, "key": 1, "value": 2
+    }  # fmt: skip
+    assert [int(v[0, 0]) for v in restored(params)["attn"]] == [0, 1, 2]
+
+
+def test_a_layout_is_given_by_the_path_of_an_array_or_of_its_layer():
+    params = {"fc": {"kernel": jnp.zeros((6, 4))}}
+    config = snella.SnellaConfig(rank=4, targets="fc", trainable="")
+    layout = snella.Layout((4,), (6,), order=(1, 0))
+    for path in ("fc", "fc/kernel"):
+        adapters, _ = pytree.adapt(
+            params, config, key=jax.random.key(0), layouts={path: layout}
+        )
+        (own,) = adapters.sites.values()
+        assert own.layout == layout
 
 
 @pytest.mark.reference

@@ -88,6 +88,8 @@ class Fingerprint:
 
     def is_stack_of(self, rows: Sequence[Any]) -> bool:
         """Returns True if the array is these, stacked along a new axis 0."""
+        if not rows:
+            return self.size == 0
         found = np.uint64(0)
         for index, row in enumerate(rows):
             own = dtype_of(row)

@@ -8,6 +8,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ class Rule:
         check_implementation(self.implementation)
         check_path(self.path, self.dropout, self.drop_path, self.rows)
         pieces = getattr(kernel, "pieces", 1)
-        if self.rank < 1 or self.rank % pieces:
+        if not isinstance(self.rank, Integral) or self.rank < 1 or self.rank % pieces:
             raise ValueError(
                 f"rank={self.rank} is not a positive multiple of pieces={pieces}."
             )
@@ -77,8 +78,10 @@ class Rule:
                 f"kernel={kernel} starts at 0, where gate={self.gate!r} passes no "
                 f"gradient: expected {_elsewhere(kernel)}, or gate='hard'."
             )
-        if self.split < 1:
-            raise ValueError(f"split={self.split}: expected at least 1.")
+        if not isinstance(self.split, Integral) or self.split < 1:
+            raise ValueError(
+                f"split={self.split}: expected a whole number of at least 1."
+            )
 
     @property
     def rows(self) -> Sketch:

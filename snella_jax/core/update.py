@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 from jaxtyping import Array
 
 from snella_jax.core.delta import Found, delta_and_found
@@ -61,6 +62,12 @@ class Update:
     def check(self, w0: Array, factors: Factors, budget: int | Array) -> None:
         """Raises a `ValueError` if weight, factors or budget do not fit."""
         check_budget(budget)
+        matrices = () if self.layout is None else self.layout.slices
+        if np.shape(budget) != matrices:
+            raise ValueError(
+                f"budget has shape {np.shape(budget)}: expected {matrices}, a number "
+                "for each matrix."
+            )
         _check_shapes(w0, factors, self.layout)
 
     def delta(

@@ -1,6 +1,7 @@
 """What a kernel is, and how its factors are drawn."""
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
@@ -108,6 +109,12 @@ def stored(kappa: Array) -> Array:
     (for a GPU, two CPU cores).
     """
     return jax.lax.optimization_barrier(kappa)
+
+
+def check_pieces(pieces: int) -> None:
+    """Raises a `ValueError` if a rank cannot be cut into so many pieces."""
+    if not isinstance(pieces, Integral) or pieces < 1:
+        raise ValueError(f"pieces={pieces}: expected a whole number of at least 1.")
 
 
 def init_pieces(key, shape, rank, pieces, dtype) -> Factors:

@@ -12,6 +12,7 @@ from snella_jax.kernels.kernel import (
     Start,
     Statistics,
     at_start,
+    check_pieces,
     check_start,
     init_pair,
     init_pieces,
@@ -149,6 +150,7 @@ class piecewise_linear(_Centring, Pieces):
     start: Start = "kernel"
 
     def __post_init__(self):
+        check_pieces(self.pieces)
         check_centred(self.centred)
         check_start(self.start)
 

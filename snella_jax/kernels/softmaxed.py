@@ -14,6 +14,7 @@ from snella_jax.kernels.kernel import (
     Start,
     Statistics,
     at_start,
+    check_pieces,
     check_start,
     init_pieces,
     scalars,
@@ -49,6 +50,7 @@ class _Softmaxed(Pieces):
             raise ValueError(
                 f'normalize_over={self.normalize_over!r}: expected "out" or "in".'
             )
+        check_pieces(self.pieces)
         check_centred(self.centred)
         check_start(self.start)
         if self.start == "zero" and self.normalize_over == "in":

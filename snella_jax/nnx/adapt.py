@@ -46,7 +46,7 @@ from snella_jax.nnx.selection import (
     weights_of,
 )
 from snella_jax.nnx.surgery import become, freeze, mixed_class, plain_class, thaw
-from snella_jax.nnx.targets import Target, chosen_targets
+from snella_jax.nnx.targets import Target, chosen_targets, variables_held
 from snella_jax.nnx.variables import Budget, DropKey, variables_of
 from snella_jax.ops.dtypes import check_floating
 from snella_jax.ops.readers import new_keys
@@ -275,16 +275,14 @@ def _mean_magnitude(delta: jax.Array) -> jax.Array:
 
 def _refuse_tied(model: nnx.Module, targets: Mapping[str, Target]) -> None:
     """Raises a `ValueError` for tied weights, whose other user has no update."""
-    users: dict[int, set[int]] = {}
-    for _, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Module):
-            for value in vars(node).values():
-                users.setdefault(id(value), set()).add(id(node))
+    users: dict[int, set[str]] = {}
+    for path, _, variable in variables_held(model):
+        users.setdefault(id(variable), set()).add(path)
     tied = [path for path, t in targets.items() if len(users[id(t.weight)]) > 1]
     if tied:
         raise ValueError(
-            f"The weights of {', '.join(tied)} are tied to another module's: leave "
-            "them out of the targets, or untie them."
+            f"The weights of {', '.join(tied)} are tied to another's, or have two "
+            "names: leave them out of the targets, or untie them."
         )
 
 

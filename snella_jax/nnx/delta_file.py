@@ -28,6 +28,7 @@ import numpy as np
 from flax import nnx
 
 from snella_jax.adapters.fingerprint import sha256
+from snella_jax.core.placement import like
 from snella_jax.files.atomic import whole_file
 from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import once, to_host
@@ -288,5 +289,6 @@ def _filled(model: Any, path: Path, arrays: Mapping[str, Any]) -> Any:
             raise CheckpointError(
                 path, f"{name} has shape {list(value.shape)}: the model has no such"
             )
-        variables[name].set_value(jnp.asarray(value))
+        old = variables[name]
+        old.set_value(like(jnp.asarray(value), old[...]))
     return model

@@ -144,7 +144,7 @@ def per_example(
         )
     if unknown := sorted(set(chosen.tolist()) - set(models)):
         raise ValueError(f"No model is called {unknown}: there are {list(models)}.")
-    names = list(dict.fromkeys(chosen.tolist()))
+    names = [name for name in models if name in chosen.tolist()]
     if len(names) > 1:
         rows = np.array([names.index(name) for name in chosen.tolist()], np.int32)
         found = grouped.run([models[name] for name in names], rows, inputs)
@@ -164,7 +164,7 @@ def pass_for_each(
       ValueError: the outputs of two models have other shapes.
     """
     result: Any = None
-    names = list(dict.fromkeys(chosen.tolist()))
+    names = [name for name in models if name in chosen.tolist()]
     for name in names:
         outputs = _run(*nnx.split(models[name]), inputs)
         if result is not None:

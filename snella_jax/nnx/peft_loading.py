@@ -108,7 +108,7 @@ def merge_peft(base: M, folder: str | Path, *, names: Names | None = None) -> M:
         return merge(model)
     for path, adapter, variable in list(adapted_variables(model)):
         weight = adapter.on(path, variable[...])
-        variable[...] = _rescaled(weight, rows[path])
+        variable[...] = like(_rescaled(weight, rows[path]), variable[...])
     remove(model)
     return model
 
@@ -174,6 +174,10 @@ def _matrices(tensor: TorchTensor, lora: Lora) -> list[tuple[Row, Matrix]]:
     Where each column belongs to one part of a fused weight, as `snella.save` writes
     them, a part gets its own alone.
     """
+    if not tensor.rows:
+        raise ValueError(
+            "the model has no weight of its own for it, such as a tied head"
+        )
     places = tensor.axes((len(lora.up), *lora.down.shape[1:]))
     down = lora.down.reshape(lora.rank, -1).astype(np.float32)
     up = lora.up.astype(np.float32) * np.float32(lora.scale)

@@ -105,12 +105,15 @@ def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) ->
     for _, variable in frozen:
         variable.set_metadata("trained_as", type(variable))
         become(variable, Frozen)
-        if dtype is not None and jnp.issubdtype(variable.dtype, jnp.floating):
-            variable.set_value(_cast(variable.get_value(), dtype))
+        if dtype is not None:
+            cast = functools.partial(_cast, dtype=dtype)
+            variable.set_value(jax.tree.map(cast, variable.get_value()))
 
 
 def _cast(value: Any, dtype: DTypeLike) -> Any:
-    """Casts an array, or the shape of one that is to come."""
+    """Casts an array of floats, or the shape of one that is to come."""
+    if not jnp.issubdtype(getattr(value, "dtype", jnp.int32), jnp.floating):
+        return value
     abstract = isinstance(value, jax.ShapeDtypeStruct)
     return value.update(dtype=dtype) if abstract else value.astype(dtype)
 

@@ -224,7 +224,7 @@ def _holds_layers(module: Any) -> bool:
 
 def _widest(module: nnx.Module) -> int:
     own = (v for v in vars(module).values() if isinstance(v, nnx.Param))
-    return max((v.ndim for v in own), default=0)
+    return max((getattr(v, "ndim", 0) for v in own), default=0)  # one may be no array
 
 
 def variables_held(model: nnx.Module) -> Iterator[tuple[str, Any, nnx.Variable]]:

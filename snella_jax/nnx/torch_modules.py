@@ -149,10 +149,12 @@ def matrix_path(row: Row, targets: Mapping[str, Target]) -> str:
     """Returns the path of the target whose matrix is in a row.
 
     Raises:
-      KeyError: it is no target.
+      ValueError: it is no target.
     """
-    short = row.path.removesuffix("/kernel")
-    return next(path for path in (short, row.path) if path in targets)
+    for path in (row.path.removesuffix("/kernel"), row.path):
+        if path in targets:
+            return path
+    raise ValueError(f"{row.path} is no weight that can be adapted")
 
 
 def row_of(path: str, index: tuple[int, ...], paths: Iterable[str]) -> Row:

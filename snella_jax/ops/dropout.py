@@ -41,6 +41,8 @@ def drop_path(
 
 
 def _kept(key: PRNGKeyArray, x: Array, rate: ArrayLike, shape: tuple) -> Array:
+    if isinstance(rate, int | float) and rate == 0:
+        return x
     share = jnp.asarray(1 - rate, jnp.float32)  # in float64 the mask is another
     keep = jax.random.bernoulli(key, share, shape)
     return jnp.where(keep, x / share.astype(x.dtype), 0)

@@ -84,18 +84,6 @@ def _checked(delta: Array, budget: int | Array) -> tuple[Array, Array]:
 Count = Callable[[UInt[Array, "..."], UInt[Array, " c"]], Int[Array, " _"]]
 
 
-def search(bits: int, count: Count) -> Callable[[Array, Array], UInt[Array, ""]]:
-    """Makes a search for the bit pattern of the threshold, `bits` of them a pass.
-
-    Args:
-      bits: bits that a pass finds.
-      count: numbers of patterns at least as large as each but the first of some.
-    """
-
-    find = _searches(bits, count)
-    return lambda delta, budget: find([delta], [budget])[0]
-
-
 def _searches(
     bits: int, count: Count, total: Total = list
 ) -> Callable[..., list[Array]]:

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
+
+from snella_jax.ops.dtypes import at_least_float32
 
 
 def mean_over_parts(
@@ -37,7 +39,7 @@ def mean_over_parts(
     batches = jax.tree.map(cut, batch), jax.random.split(key, count)
     one = jax.tree.map(lambda x: x[0], batches)
     _, shapes = jax.eval_shape(gradient, carried, *one)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(_sum_of, shapes)
 
     def add(state, part):
         carried, total = state
@@ -45,7 +47,18 @@ def mean_over_parts(
         return (carried, jax.tree.map(jnp.add, total, own)), None
 
     (carried, total), _ = jax.lax.scan(add, (carried, zeros), batches)
-    return carried, jax.tree.map(lambda x: x / count, total)
+    return carried, jax.tree.map(lambda x, s: _mean(x, count, s), total, shapes)
+
+
+def _mean(total: Array, count: int, part: jax.ShapeDtypeStruct) -> Array:
+    floats = jnp.issubdtype(part.dtype, jnp.floating)
+    return (total / count).astype(part.dtype) if floats else total / count
+
+
+def _sum_of(part: jax.ShapeDtypeStruct) -> Array:
+    """Returns zeros to add parts to: in bfloat16 a sum of many stops growing."""
+    floats = jnp.issubdtype(part.dtype, jnp.floating)
+    return jnp.zeros(part.shape, at_least_float32(part.dtype) if floats else part.dtype)
 
 
 def check_parts(batch: Any, count: int) -> None:

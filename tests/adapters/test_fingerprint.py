@@ -111,4 +111,6 @@ def test_large_rows_and_none_at_all():
     sums = [int(total(half, "float32")) for half in halves]
     assert sum(sums) % 2**64 == int(total(wide, "float32"))
     assert Fingerprint.of(np.zeros((0, 3), np.float32)).places["float32"] == 0
+    nothing = Fingerprint.of(np.zeros((0, 3), np.float32))
+    assert nothing.is_stack_of([]) and not Fingerprint.of(wide).is_stack_of([])
     assert Fingerprint.of(np.float32(2)).is_of(jnp.float32(2))

@@ -276,6 +276,7 @@ def test_compiled_gradient_recomputes(gate, searches, path):
         r"drop_path=-0\.1: expected": {"drop_path": -0.1, "path": "parallel"},
         "budget=-3: expected at least 0": {"budget": -3},
         r"budget=0\.3: expected a number of weights": {"budget": 0.3},
+        r"budget has shape \(12,\): expected \(\),": {"budget": np.full(N, 9)},
         r"w0 has shape \(2, 12, 20\): expected \[n, m\]": {"w0": jnp.ones((2, N, M))},
         r"expected \(11, 20\)": {"w0": jnp.ones((11, M))},
         r"expected \(12, 21\)": {"w0": jnp.ones((N, 21))},

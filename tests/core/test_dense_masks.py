@@ -42,6 +42,13 @@ def test_masks_are_the_same_when_recomputed(x64):
     chex.assert_trees_all_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_rate_of_0_draws_nothing():
+    x, key = jnp.ones((4, 3)), jax.random.key(0)
+    for mask in (stochastic.dropout, stochastic.drop_path):
+        made = str(jax.make_jaxpr(lambda key, x, mask=mask: mask(key, x, 0.0))(key, x))
+        assert "random_bits" not in made and mask(key, x, 0.0) is x
+
+
 def test_masks_follow_the_key():
     """The same key, the same output; another key, another; none, no mask."""
     x, w0 = generic_inputs()

@@ -125,6 +125,8 @@ def test_merging_budgets_that_never_moved_raises():
     [
         ({"rank": 5}, "rank=5 is not a positive multiple of pieces=2"),
         ({"rank": 0}, "rank=0"),
+        ({"rank": 8.0}, "rank=8.0 is not a positive multiple"),
+        ({"split": 1.5}, "split=1.5: expected a whole number"),
         ({"kernel": "mixk"}, "No kernel is called 'mixk': expected linear,"),
         ({"gate": "product2"}, "No gate is called 'product2': expected product,"),
         ({"path": "merge"}, "No path is called 'merge': expected merged, parallel"),
@@ -182,6 +184,21 @@ class Tied(nnx.Module):
         self.fc2.kernel = self.fc1.kernel
 
 
+class TiedInAList(nnx.Module):
+    """A layer whose weight lies in a list, too."""
+
+    def __init__(self, rngs):
+        self.fc = nnx.Linear(6, 6, rngs=rngs)
+        self.used = nnx.data([self.fc.kernel])
+
+
+class TwoNames(nnx.Module):
+    """One weight with two names."""
+
+    def __init__(self, rngs):
+        self.w = self.v = nnx.Param(jnp.ones((6, 6)))
+
+
 def masked(rngs):
     return nnx.Conv(2, 3, (1,), mask=jnp.ones((1, 2, 3)), rngs=rngs)
 
@@ -189,8 +206,9 @@ def masked(rngs):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (lambda r: Tied(r), {"targets": "fc."}, "fc1, fc2 are tied to another module"),
-        (lambda r: Tied(r), {"targets": "fc1"}, "fc1 are tied to another module"),
+        (lambda r: Tied(r), {"targets": "fc."}, "fc1, fc2 are tied to another's"),
+        (lambda r: Tied(r), {"targets": "fc1"}, "fc1 are tied to another's"),
+        (lambda r: TiedInAList(r), {"targets": "fc"}, "fc are tied to another's"),
         (lambda r: Holder(Doubled(6, 6, rngs=r)), {"path": "parallel"},
          'Doubled has a call of its own(.|\n)*expected path="merged"'),
         (lambda r: Holder(masked(r)), {}, "convolution with a mask"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from every_kind import Every, assert_same, every, leaves, outputs, trained
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from places import ASSETS, ROOT
 
 import snella_jax as snella
@@ -55,6 +56,18 @@ def test_every_way_round_is_exact(models, path, tmp_path):
     assert_same(again, model)
     np.testing.assert_array_equal(outputs(again), outputs(model))
     assert_same(snella.merge(again), merged)
+
+
+def test_a_sharded_model_stays_where_it_lies(models, path):
+    base, merged = models
+    mesh = jax.make_mesh((4,), ("model",))
+    spread = NamedSharding(mesh, PartitionSpec())
+    model = nnx.clone(base)
+    nnx.update(model, jax.device_put(nnx.state(model, nnx.Param), spread))
+    tuned = snella.apply_delta(model, path)
+    assert_same(tuned, merged)
+    for _, own in nnx.to_flat_state(nnx.state(tuned, nnx.Param)):
+        assert own[...].sharding.is_equivalent_to(spread, own.ndim)
 
 
 def test_numpy_alone_applies_it(models, path):

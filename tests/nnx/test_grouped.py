@@ -124,3 +124,14 @@ def test_a_program_serves_other_adapters(base):
     before = grouped._run._cache_size()
     grouped.run(models[1:], 1 - rows, (X,))
     assert grouped._run._cache_size() == before
+
+
+def test_the_order_of_the_examples_compiles_nothing(base):
+    """Models of different ranks, of which either comes first."""
+    models = {"one": made(base, 1), "two": made(base, 2, rank=3)}
+    ids = ["one", "two", "two", "one", "one", "two"]
+    first = snella.per_example(models, ids, X)
+    before = grouped._run._cache_size()
+    back = snella.per_example(models, ids[::-1], X[::-1])
+    assert grouped._run._cache_size() == before
+    np.testing.assert_allclose(back["logits"][::-1], first["logits"], atol=1e-5)

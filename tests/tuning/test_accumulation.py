@@ -9,6 +9,17 @@ from snella_jax.tuning.accumulation import mean_over_parts
 KEY = jax.random.key(3)
 
 
+def test_many_parts_in_bfloat16_have_their_mean():
+    """A sum of 512 ones in bfloat16 would stop at 256."""
+
+    def gradient(carried, part, key):
+        return carried, part.mean()
+
+    batch = jnp.ones(512, jnp.bfloat16)
+    _, mean = mean_over_parts(gradient, 512, None, batch, KEY)
+    assert mean.dtype == jnp.bfloat16 and float(mean) == 1
+
+
 @pytest.mark.parametrize("parts", [2, 3])
 def test_parts_are_all_of_the_batch_and_draw_noise_of_their_own(parts):
     def gradient(turn, batch, key):

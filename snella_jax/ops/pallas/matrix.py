@@ -123,7 +123,7 @@ def _tile(
     return (
         min(bn, -(-n // 128) * 128),
         min(bm, -(-m // 128) * 128),
-        min(bt, -(-t // 16) * 16),
+        min(bt, -(-max(t, 1) // 16) * 16),
     )
 
 

@@ -37,15 +37,12 @@ class Packed:
     """Factors of an `[n, m]` matrix, padded to whole tiles.
 
     Attributes:
-      n, m: sizes of the matrix.
       a: `[r + 1, N]`: the columns of the factor, then 1 for inputs that exist. The
         kernels for a TPU read them as `[N, r + 1]`.
       b: `[r + 1, M]`, of the outputs.
       scalars: as `Scalars` reads them; tau is 0 before it is found.
     """
 
-    n: int
-    m: int
     a: Float[Array, "r1 N"]
     b: Float[Array, "r1 M"]
     scalars: Float[Array, " s"]
@@ -67,8 +64,7 @@ def pack(form: Form, factors: Factors, tau: Array | None, bn: int, bm: int) -> P
         zero if tau is None else tau,
     ]
     packed = jnp.concatenate([wide["piece_coeff"], jnp.stack(scalars)])
-    n, m = (factors[name].shape[1] for name in ("a", "b"))
-    return Packed(n, m, _columns(wide["a"], bn), _columns(wide["b"], bm), packed)
+    return Packed(_columns(wide["a"], bn), _columns(wide["b"], bm), packed)
 
 
 def result(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:

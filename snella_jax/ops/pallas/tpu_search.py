@@ -20,8 +20,6 @@ from snella_jax.ops.pallas.tile import (
     make,
 )
 
-LANES = 128
-
 
 def strip(size: int) -> int:
     """Returns how many rows of a tile to work on at once: few enough for registers."""
