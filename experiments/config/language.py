@@ -81,6 +81,8 @@ class ModelOptions:
 class TrainingOptions(run_config.TrainingOptions):
     """Length, batches and regularisation of training by steps."""
 
+    eval_every: int = 1
+    """Rounds between evaluations."""
     eval_last: int = 1
     """Rounds at the end that are all evaluated."""
     search_steps: int | None = None

@@ -52,7 +52,7 @@ def of(
       skip: names of fields that are no options.
     """
     cls = cls or type(instance)
-    texts = _documented(cls)
+    texts = _documented(cls) | _documented(type(instance))  # which may say it anew
     for field in dataclasses.fields(cls):
         value, flag = getattr(instance, field.name), f"{prefix}{field.name}"
         if field.name in skip:

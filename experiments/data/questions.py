@@ -204,6 +204,11 @@ def load(path: Path, encoder: Encoder, reading: Reading) -> Questions:
         learnt=reading.learnt,
         overlong=reading.overlong,
     )
+    if not len(learnt.examples):
+        raise ValueError(
+            f"{path}: every training record has more than {reading.cutoff} tokens. "
+            "Expected a larger --cutoff."
+        )
     splits = {"train": train, "validation": validation, "test": test}
     tested = {own.test for own in test}
     tests = tuple(name for number, name in enumerate(names) if number in tested)
@@ -230,17 +235,42 @@ def _sets(path: Path) -> dict[str, dict[str, list[Record]]]:
             f"{path} has {len(found)} records: expected three or more, a fifth of "
             "which are held out as the test."
         )
-    order = np.random.default_rng(SEED).permutation(len(found))
-    parts = {"test": order[:count], "train": order[count:]}
-    split = {name: [found[row] for row in sorted(rows)] for name, rows in parts.items()}
+    test = _drawn([_question(own) for own in found], count)
+    rows = range(len(found))
+    split = {
+        "test": [found[row] for row in rows if row in test],
+        "train": [found[row] for row in rows if row not in test],
+    }
+    if not split["train"]:
+        raise ValueError(f"{path}: every record has one question.")
     return {path.stem: split}
+
+
+def _question(record: Record) -> tuple[str, str]:
+    return record.instruction, record.input
+
+
+def _drawn(questions: list[tuple[str, str]], count: int) -> set[int]:
+    """Draws rows to hold out, so many or a few more: a question is never in both parts.
+
+    >>> sorted(_drawn([("a", ""), ("b", ""), ("a", ""), ("c", "")], 2))
+    [0, 2]
+    """
+    rows: dict[tuple[str, str], list[int]] = {}
+    for row, question in enumerate(questions):
+        rows.setdefault(question, []).append(row)
+    alike, held = list(rows.values()), set()
+    for place in np.random.default_rng(SEED).permutation(len(alike)):
+        if len(held) >= count:
+            break
+        held.update(alike[place])
+    return held
 
 
 def _held_out(asked: list[Asked], count: int) -> tuple[list[Asked], list[Asked]]:
     """Returns records to train on, and some of them to validate with."""
     count = min(count, max(1, round(SHARE * len(asked))))
-    rows = np.random.default_rng(SEED).permutation(len(asked))[:count]
-    chosen = set(rows.tolist())
+    chosen = _drawn([_question(own.record) for own in asked], count)
     train = [own for row, own in enumerate(asked) if row not in chosen]
     return train, [asked[row] for row in sorted(chosen)]
 

@@ -154,7 +154,8 @@ def _chosen(run: Run) -> dict[str, Any]:
         key: chosen.get(key.partition(".")[2], value)
         for key, value in run.settings.items()
     }
-    return values | {"protocol": "final", "search": False}
+    final = {"protocol": "final"} if "protocol" in values else {}
+    return values | final | {"search": False}
 
 
 def _comparable(settings: dict[str, Any]) -> dict[str, Any]:

@@ -241,8 +241,8 @@ def check_batch(config: RunConfig, task: Splits, mesh: Mesh, unit: str) -> None:
             f"{config.accumulate} do not divide it. --mesh data=N takes fewer devices."
         )
     config.check_rounds(len(task.full if config.trains_on_all else task.train))
-    if config.search:
-        config.check_rounds(examples)
+    if config.search:  # in trials of their own length
+        dataclasses.replace(config.trial(), search=True).check_rounds(examples)
 
 
 def join_processes(config: RunConfig, console: Console) -> None:

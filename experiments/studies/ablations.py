@@ -18,7 +18,7 @@ VALIDATED: dict[str, Any] = {"protocol": "choose"}
 FROM_ZERO: dict[str, Any] = {"gate": "hard", "start": "zero"}
 REGULARISED: dict[str, dict[str, Any]] = {
     "weight decay 0.01": {"weight_decay": 0.01},
-    "drop path 0.1": {"drop_path": 0.1},
+    "drop path 0.1, parallel": {"drop_path": 0.1, "path": "parallel"},
     "1 of 4 rows": {"sketch": 4},
 }
 DISTANCES = {"piecewise_linear": "P-Linear", "rbf": "RBF"}

@@ -197,8 +197,8 @@ def _draw(
         axes.set(xticks=[], yticks=[], title=f"{label}\nNMI {told(row)}")
         axes.title.set_fontsize(9)
     figure.suptitle(
-        f"{measured['task']}: t-SNE of {measured['test_images']} test images of "
-        f"{measured['classes']} classes",
+        f"{plotting.label(measured['task'])}: t-SNE of {measured['test_images']} test "
+        f"images of {measured['classes']} classes",
         fontsize=10,
     )
     plotting.save(figure, path)

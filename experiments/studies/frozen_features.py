@@ -207,7 +207,11 @@ def _figure(path: Path, result: dict[str, Any]) -> None:
             own = [r for r in rows if (r["labels"], r["weights"]) == (label, weights)]
             blocks = [row["block"] for row in own]
             accuracies = np.array([row["accuracies"] for row in own])
-            mean, spread = accuracies.mean(1), accuracies.std(1)
+            splits = accuracies.shape[1]
+            mean, spread = (
+                accuracies.mean(1),
+                accuracies.std(1, ddof=min(1, splits - 1)),
+            )
             axes.plot(blocks, mean, marker="o", markersize=3, label=weights)
             axes.fill_between(blocks, mean - spread, mean + spread, alpha=0.2)
         axes.set(title=label, xlabel="block")

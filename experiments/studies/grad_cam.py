@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
@@ -131,10 +132,12 @@ def probed(probe: Tuned) -> Any:
     strength = probe.cell.result["settings"]["strength"]
     fitted: Any = LogisticRegression(C=strength, max_iter=10_000).fit(*seen)
     kernel, bias = fitted.coef_.T, fitted.intercept_
-    if task.classes == 2:  # scikit-learn has one logit, the second class's
+    if len(fitted.classes_) == 2:  # scikit-learn has one logit, the second class's
         kernel, bias = (np.concatenate([-x, x], -1) / 2 for x in (kernel, bias))
     model = nnx.clone(probe.base)
-    model.head.kernel[...], model.head.bias[...] = kernel, bias
+    seen = fitted.classes_  # no other is ever predicted
+    model.head.kernel[...] = jnp.zeros_like(model.head.kernel).at[:, seen].set(kernel)
+    model.head.bias[...] = jnp.full_like(model.head.bias, -jnp.inf).at[seen].set(bias)
     return model
 
 

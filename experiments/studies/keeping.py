@@ -1,5 +1,6 @@
 """Measures of tuned models besides their own test: what they keep, and withstand."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -78,7 +79,8 @@ def robustness(tuned: Tuned) -> Iterator[tuple[str, Measured]]:
     test, labels = tuned.task.test, labels_of(tuned.task.test).tolist()
     sources = [Corrupted(test, tuned.transform, *kind) for kind in kinds]
     whole = functools.reduce(Joined, sources)  # whose evaluation compiles once
-    found = right(tuned.model(), whole, tuned.transform, labels * len(kinds))
+    seen = dataclasses.replace(tuned.transform, crop="resize")  # it has been cropped
+    found = right(tuned.model(), whole, seen, labels * len(kinds))
     parts = np.reshape(found, (len(kinds), len(labels)))
     for (kind, severity), part in zip(kinds, parts, strict=True):
         text = recorded.packed(part.tolist())

@@ -151,6 +151,8 @@ def ranks(accuracies: Mapping[str, Sequence[float]]) -> dict[str, float]:
     >>> ranks({"a": [90.0, 80.0], "b": [80.0, 80.0], "c": [70.0, 60.0]})
     {'a': 1.25, 'b': 1.75, 'c': 3.0}
     """
+    if not accuracies:
+        return {}
     table = -np.array(list(accuracies.values()))
     means = stats.rankdata(table, axis=0).mean(1)
     return dict(zip(accuracies, means.tolist(), strict=True))

@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def _pixels(path: Path) -> np.ndarray:
     """Returns a photograph as RGB, upright."""
     with decoding(path.read_bytes(), path, 0) as image:
-        return np.broadcast_to(pixels_of(image), (image.height, image.width, 3))
+        pixels = pixels_of(image)
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
 
 def _box(text: str, image: np.ndarray) -> tuple[float, ...]:

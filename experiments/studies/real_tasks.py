@@ -56,12 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_out(config.out)
         found = cells.read(config.runs)
         _check_shared(found)
+        against = _labels(found, config.against)
         report = compared(found, config.tasks) | {
             "searches": _searches(config.runs),
             "failed": cells.failures(config.runs),
         }
-    labels = {cell.row.method: cell.label for cell in found}
-    against = [labels[name] for name in config.against if name in labels]
     tables = real_tasks_report.tables(report, against)
     caption = real_tasks_report.caption(report)
     console.print(printed_tables(tables, caption))
@@ -72,6 +71,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = config.out / "differences.png"
         real_tasks_report.differences(path, report, against[0])
     console.print(f"report.md and report.json are in {config.out}", soft_wrap=True)
+
+
+def _labels(found: Sequence[Cell], methods: Sequence[str]) -> list[str]:
+    """Returns the labels of methods that are there, without those on random weights.
+
+    Raises:
+      ValueError: a method is there with several settings.
+    """
+    labels: dict[str, dict[str, None]] = {}
+    for cell in found:
+        if not cell.row.random:
+            labels.setdefault(cell.row.method, {})[cell.label] = None
+    for name in methods:
+        if len(labels.get(name, {})) > 1:
+            raise ValueError(
+                f"--against {name}: there are {', '.join(labels[name])}; expected a "
+                "method with one setting, or fewer --runs."
+            )
+    return [label for name in methods for label in labels.get(name, {})]
 
 
 def _check_shared(found: Sequence[Cell]) -> None:
@@ -206,13 +224,15 @@ def _orders(found: Sequence[Cell], pairs: Sequence[Any]) -> list[dict[str, Any]]
     order = sorted(known, key=lambda label: paper.MEANS[known[label]])
     rows = []
     for worse, better in itertools.pairwise(order):
+        theirs = paper.MEANS[known[better]] - paper.MEANS[known[worse]]
+        if not theirs:
+            continue
         pair = next(p for p in pairs if {p["method"], p["other"]} == {better, worse})
         sign, whole = 1 if pair["method"] == better else -1, pair["over_tasks"]
         if whole is None:
             continue
         ends = sorted((sign * whole["low"], sign * whole["high"]))
         holds = None if ends[0] <= 0 <= ends[1] else ends[0] > 0
-        theirs = paper.MEANS[known[better]] - paper.MEANS[known[worse]]
         rows.append({
             "better": better,
             "worse": worse,

@@ -50,9 +50,10 @@ CAPTION = (
     "matrices at the end of training with the exact run of the same seed, mean over "
     "pairs; of the first row that of exact runs with different seeds. Score ratio: the "
     "median matrix's score over that of the exact run, geometric mean over pairs. The "
-    "seeds of a task share its test images: the interval is of other seeds, not of "
-    f"other tasks. Advised: of {PAIRS} pairs or more, the interval lies above -1 "
-    "point and the budgets correlate no less than in the first row."
+    "seeds of a task share its test images, so where tasks differ the interval is "
+    "too narrow for other tasks and too wide for these. Advised: of "
+    f"{PAIRS} pairs or more, the interval lies above -1 point and the budgets "
+    "correlate no less than in the first row."
 )
 
 

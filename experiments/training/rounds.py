@@ -54,5 +54,5 @@ class Rounds:
 
     def span(self, index: int) -> tuple[int, int]:
         """Returns the first update of a round, from 0, and that of the next round."""
-        start = index * self.size
+        start = min(index * self.size, self.updates)  # of the last one's next, the end
         return start, min(start + self.size, self.updates)

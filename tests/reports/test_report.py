@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 from places import RESULTS
@@ -192,6 +193,20 @@ def test_a_final_run_with_what_a_search_chose_is_its_seed(tmp_path):
     )
     assert list(searched["tasks"]["cifar100"]["seeds"]) == ["0", "1"]
     assert list(other["tasks"]["cifar100"]["seeds"]) == ["2"]
+
+
+def test_settings_of_a_searched_run_are_those_that_it_tested():
+    """Of questions there is one protocol, which is no setting."""
+
+    def chosen(**settings):
+        run = SimpleNamespace(settings=settings, result={"settings": {"lr": 0.5}})
+        return finished._chosen(run)
+
+    plain = {"lora.lr": 0.5, "search": False}
+    assert chosen(**{"lora.lr": 0.1}, search=True) == plain
+    assert chosen(**{"lora.lr": 0.1}, search=True, protocol="choose") == {
+        **plain, "protocol": "final"
+    }  # fmt: skip
 
 
 def test_folders_without_a_run_are_left_out_and_named(tmp_path, capsys):

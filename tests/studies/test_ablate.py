@@ -77,7 +77,7 @@ def test_variants_that_are_the_same_are_one():
     assert {"Mix-K, sparse", "across matrices", "cubic", "0.30"} <= names
     variants = ablate.Ablation().variants
     assert variants[0] == SNELLA
-    assert len({variant.name for variant in variants}) == len(variants) == 78
+    assert len({variant.name for variant in variants}) == len(variants) == 84
 
 
 def test_a_variant_changes_what_it_says():

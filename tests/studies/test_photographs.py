@@ -39,6 +39,14 @@ def test_masks_are_those_of_segment(photo, tmp_path):
         assert figure.width > 300
 
 
+def test_a_turned_photograph_is_upright(tmp_path):
+    """As phones write portraits: pixels on their side, and a mark that says so."""
+    exif, path = Image.Exif(), tmp_path / "portrait.jpg"
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("L", (60, 40)).save(path, exif=exif)
+    assert photographs._pixels(path).shape == (60, 40, 3)
+
+
 @pytest.mark.parametrize("box", ["5,5,50", "5,5,61,30", "50,5,5,30", "a,b,c,d"])
 def test_a_box_that_cannot_be(photo, tmp_path, box):
     with pytest.raises(SystemExit, match="expected x0,y0,x1,y1"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,6 +51,10 @@ def test_intervals_cover_the_truth():
         by_images += abs(table[0].mean()) <= 1.96 * table[0].std() / 10
     assert covered >= 0.94 * 300
     assert by_images < covered
+
+
+def test_without_a_whole_method_there_are_no_ranks():
+    assert paired.ranks({}) == {}
 
 
 def test_ranks_have_demsars_critical_difference():
@@ -138,6 +143,18 @@ def test_seeds_that_fail_are_said(tmp_path, capsys):
     assert line.count("†") == 1 and "75.0 ± 25.0 †" in line
     assert "LoRA-8 on cars, seed 2: the loss is nan at step 7;" in text
     assert "SNELLA-8, density 0.3 on cars, search: no memory." in text
+
+
+def test_a_method_with_several_settings_is_no_partner():
+    def cell(method, label, random=False):
+        row = SimpleNamespace(method=method, random=random)
+        return SimpleNamespace(row=row, label=label)
+
+    found = [cell("full", "Full"), cell("full", "Full, random weights", random=True)]
+    found += [cell("snella", f"SNELLA-8, density {d}") for d in (0.1, 0.3)]
+    assert real_tasks._labels(found, ("lora", "full")) == ["Full"]
+    with pytest.raises(ValueError, match=r"density 0.1, SNELLA-8, density 0.3; exp"):
+        real_tasks._labels(found, ("snella",))
 
 
 def test_orders_of_the_paper_have_its_density(tmp_path):

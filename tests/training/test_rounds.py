@@ -31,6 +31,12 @@ def test_rates_are_those_of_the_formula(name):
     np.testing.assert_allclose(rate(np.arange(E + 6)), EXPECTED[name], atol=1e-9)
 
 
+def test_behind_a_short_last_round_is_the_end():
+    """Where a run stands that was killed in its tests."""
+    rounds = Rounds(main=7, size=3)
+    assert [rounds.span(i) for i in range(4)] == [(0, 3), (3, 6), (6, 7), (7, 7)]
+
+
 @pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_without_a_warm_up_the_rate_starts_at_its_peak(name):
     rate = schedules.SCHEDULES[name](PEAK, Rounds(main=E, size=4))
