@@ -10,6 +10,10 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 # Orbax takes these for patterns, separators and URLs.
 UNREADABLE = re.compile(r"[*?\[\\]|:(?=/|$)")
+ENDINGS = (  # of weights, texts and tables: others belong to the name
+    *(".npz", ".pth", ".pt", ".bin", ".onnx", ".gguf", ".safetensors"),
+    *(".csv", ".json", ".jsonl"),
+)
 DEEPEST = 400  # bytes; the longest path below a run folder is shorter
 
 
@@ -82,6 +86,16 @@ def printable(name: str) -> str:
     """
     data = name.encode("utf-8", "surrogateescape")
     return data.decode("utf-8", "backslashreplace")
+
+
+def stem(path: str | Path) -> str:
+    """Returns the name of a file without its ending, or of a folder as it is.
+
+    >>> stem("weights/ViT-B_16.npz"), stem("weights/Llama-3.2-1B")
+    ('ViT-B_16', 'Llama-3.2-1B')
+    """
+    path = Path(path)
+    return path.stem if path.suffix.lower() in ENDINGS else path.name
 
 
 def shortened(name: str, room: int) -> str:

@@ -20,7 +20,7 @@ from experiments.data import class_folders, lists
 from experiments.data.listed import Found, Listed, checked, real
 from experiments.data.source import Files, Rows
 from experiments.data.task import Task
-from experiments.paths import written
+from experiments.paths import stem, written
 
 VALIDATION = 10  # percent of the training images, where there is no validation split
 VALIDATION_SEED = 0
@@ -57,7 +57,7 @@ def load(path: Path, name: str = "", classes: int | None = None) -> Task:
     if not found.validation:
         train, validation = _held_out(path, train)
     return Task(
-        name or path.stem,
+        name or stem(path),
         found.classes,
         train,
         validation,

@@ -23,6 +23,7 @@ from experiments.data.tokens import (
     Tokenised,
     tokenised,
 )
+from experiments.paths import stem
 
 SEED = 0  # of the splits, which are the same for every seed of a run
 SHARE = 0.2  # of a single file that is held out as its test
@@ -213,7 +214,7 @@ def load(path: Path, encoder: Encoder, reading: Reading) -> Questions:
     tested = {own.test for own in test}
     tests = tuple(name for number, name in enumerate(names) if number in tested)
     return Questions(
-        name=path.stem,
+        name=stem(path),
         names=names,
         train=learnt.examples,
         validation=_candidates(validation, encoder, reading),
@@ -243,7 +244,7 @@ def _sets(path: Path) -> dict[str, dict[str, list[Record]]]:
     }
     if not split["train"]:
         raise ValueError(f"{path}: every record has one question.")
-    return {path.stem: split}
+    return {stem(path): split}
 
 
 def _question(record: Record) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from experiments.config.language import LanguageConfig
 from experiments.config.polyp import PolypConfig
 from experiments.config.run_config import WHERE, RunConfig
 from experiments.methods import registry
+from experiments.paths import stem
 from experiments.reports.figures import ACCURACY
 from experiments.tasks import catalogue
 from experiments.training.answers import accuracy_of
@@ -96,9 +97,7 @@ def _runs(where: Path, named: str | None) -> list[Run]:
     if config is None:
         raise ValueError(f"{where} has a summary.json without its config.json.")
     kind = _kind(config)
-    weights = Path(config["model"]).stem + ", random" * config.get(
-        "random_weights", False
-    )
+    weights = stem(config["model"]) + ", random" * config.get("random_weights", False)
     # Of a concept there is one protocol; others say it.
     said = [config[own] for own in ("template", "protocol") if own in config]
     setup = ", ".join([weights, *said, *["searched"] * config["search"]])
@@ -215,5 +214,5 @@ def _task(name: str) -> str:
     """Returns the name of a task in tables; of your own, that of its folder or file."""
     if name in catalogue.ENTRIES:
         return name
-    stem = Path(name).stem
-    return f"{stem} (own)" if stem in catalogue.ENTRIES else stem
+    own = stem(name)
+    return f"{own} (own)" if own in catalogue.ENTRIES else own

@@ -12,6 +12,7 @@ from rich.console import Console
 from scipy import stats
 
 from experiments import files, plotting
+from experiments.paths import stem
 from experiments.plotting import plt
 from experiments.reports.text import MISSING, markdown_lines
 from experiments.studies import paired
@@ -47,7 +48,7 @@ def write(store: Store, task: str, out: Path, console: Console) -> None:
     tables = {name: table(study, done) for name, study in STUDIES.items()}
     shared = store.shared
     size = f", {shared['image_size']} pixels" if shared["image_size"] else ""
-    setup = f"{task}, {Path(shared['model']).stem}{size}, {shared['epochs']} epochs"
+    setup = f"{task}, {stem(shared['model'])}{size}, {shared['epochs']} epochs"
     results = [r for own in done.values() for r in own.get("seeds", {}).values()]
     where = sorted({f"{r['device']}, jax {r['versions']['jax']}" for r in results})
     made_by = f"By `python -m experiments.ablate`, on {'; '.join(where)}."

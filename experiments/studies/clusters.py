@@ -30,7 +30,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from experiments import hardware, plotting, terminal
 from experiments.data.source import labels_of
 from experiments.methods.registry import LINEAR
-from experiments.paths import Given, check_out, shortened
+from experiments.paths import Given, check_out, shortened, stem
 from experiments.plotting import plt
 from experiments.reports import result_files
 from experiments.reports.text import MISSING
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 row = {"task": task, **models[0].setup}
                 row |= _measured(seen, classes, config.kmeans)
                 rows.append(row | {"accuracy": accuracies(own)})
-                path = config.out / f"{shortened(Path(task).stem, 240)}.png"
+                path = config.out / f"{shortened(stem(task), 240)}.png"
                 _draw(path, seen, classes, rows[-1], config.perplexity)
     result = {"device": hardware.describe(), "scikit-learn": sklearn.__version__,
               "tasks": rows}  # fmt: skip

@@ -32,7 +32,7 @@ from sklearn.linear_model import LogisticRegression
 from experiments import hardware, plotting, terminal
 from experiments.data.source import labels_of
 from experiments.methods.registry import LINEAR
-from experiments.paths import Given, check_out, shortened
+from experiments.paths import Given, check_out, shortened, stem
 from experiments.plotting import plt
 from experiments.reports import result_files
 from experiments.studies import heat, paired
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             with console.status(probe.cell.task):
                 heats = _heats(probe, models, config.block)
             rows.append(_measured(probe, models, heats))
-            name = shortened(Path(probe.cell.task).stem, 240)
+            name = shortened(stem(probe.cell.task), 240)
             _draw(config.out / f"{name}.png", probe, heats, config.examples)
     result = {"block": config.block, "device": hardware.describe(),
               "jax": jax.__version__, "tasks": rows}  # fmt: skip

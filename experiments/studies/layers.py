@@ -25,7 +25,7 @@ from rich.table import Table
 
 from experiments import files, plotting, terminal
 from experiments.methods import registry
-from experiments.paths import Given, check_out
+from experiments.paths import Given, check_out, stem
 from experiments.plotting import plt
 from experiments.reports import figures, result_files
 from experiments.training import metric_log
@@ -85,7 +85,7 @@ def _run(folder: Path, method: str) -> dict[str, Any]:
     return {
         "task": Path(config["task"]).name,
         "score": own["metric"],
-        "model": Path(config["model"]).stem,
+        "model": stem(config["model"]),
         "image_size": config["image_size"],
         "batch": config["batch"],
         "length": length,

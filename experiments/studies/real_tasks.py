@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from experiments import files, terminal
-from experiments.paths import Given, check_out
+from experiments.paths import Given, check_out, stem
 from experiments.reports import paper
 from experiments.reports.text import markdown_tables, printed_tables
 from experiments.studies import cells, paired, real_tasks_report, table_store
@@ -268,7 +268,7 @@ def _setup(shared: dict[str, Any]) -> str:
         f"{shared['steps']} steps" if shared["steps"] else f"{shared['epochs']} epochs"
     )
     few = f", {shared['per_class']} images a class" if shared.get("per_class") else ""
-    return f"{Path(shared['model']).stem}{size}, {length}, batch {shared['batch']}{few}"
+    return f"{stem(shared['model'])}{size}, {length}, batch {shared['batch']}{few}"
 
 
 if __name__ == "__main__":

@@ -111,12 +111,16 @@ def _changes(
     if not after:
         return {}
     gaps: dict[str, dict[str, float]] = {}
+    levels: dict[str, list[list[float]]] = {}
     for (task, partner), own in after.items():
-        if gap := paired.difference(own, before[task, partner]):
+        other = before[task, partner]
+        if gap := paired.difference(own, other):
             gaps.setdefault(task, {})[partner] = gap.value
-    first, second = (
-        100 * statistics.fmean(_means(own)) for own in (before.values(), after.values())
-    )
+            same = own.keys() & other.keys()
+            both = [_mean(rights[s].mean() for s in same) for rights in (other, own)]
+            levels.setdefault(task, []).append(both)
+    by_task = [np.mean(own, 0) for own in levels.values()]  # as the change is
+    first, second = np.mean(by_task, 0).tolist()
     count = sum(len(own) for own in gaps.values())
     return {names[0]: first, names[1]: second, "change": _over(gaps), "pairs": count}
 
@@ -158,10 +162,19 @@ def _robustness(models: Sequence[Tuned], values: Values) -> dict[str, Any]:
     known = [one for one in models if one.key in found]
     if not known:
         return {}
-    row: dict[str, Any] = {"clean": _mean(one.cell.right.mean() for one in known)}
-    for kind in KINDS:
-        own = [found[one.key][f"{kind} {s}"] for one in known for s in SEVERITIES]
-        row[kind] = _mean(_bits(result).mean() for result in own)
+    shares: dict[str, dict[str, list[float]]] = {}  # by column and task
+    for one in known:
+        own = {"clean": [one.cell.right.mean()]}
+        for kind in KINDS:
+            results = (found[one.key][f"{kind} {s}"] for s in SEVERITIES)
+            own[kind] = [_bits(result).mean() for result in results]
+        for name, values_of in own.items():
+            by_task = shares.setdefault(name, {})
+            by_task.setdefault(one.cell.task, []).extend(values_of)
+    row: dict[str, Any] = {
+        name: statistics.fmean(_mean(own) for own in by_task.values())
+        for name, by_task in shares.items()
+    }
     changes = _lost(known, values).values()
     means = [paired.mean(np.stack(list(by_seed.values()))) for by_seed in changes]
     return row | {"change": paired.over_tasks(means).as_dict()}
@@ -222,10 +235,6 @@ def _few(cells: Sequence[Cell]) -> dict[str, Any]:
         }
         for label, columns in rows.items()
     }  # fmt: skip
-
-
-def _means(rights: Iterable[Rights]) -> list[float]:
-    return [float(own.mean()) for by_seed in rights for own in by_seed.values()]
 
 
 def _mean(shares: Iterable[Any]) -> float:

@@ -24,7 +24,7 @@ from experiments.data.mask_transforms import MaskTransform
 from experiments.data.source import Source
 from experiments.data.task import Splits
 from experiments.data.transforms import NORMALISATIONS, Transform
-from experiments.paths import Given, shortened
+from experiments.paths import Given, shortened, stem
 from experiments.plotting import plt
 from experiments.tasks import catalogue, segmentation_catalogue
 
@@ -78,8 +78,7 @@ def main(argv: list[str] | None = None) -> Path | None:
         if config.images < 1:
             raise ValueError(f"images={config.images}: expected at least 1.")
         path = (
-            config.out
-            or Path("runs/show") / f"{shortened(Path(config.task).stem, 240)}.png"
+            config.out or Path("runs/show") / f"{shortened(stem(config.task), 240)}.png"
         )
         masks = segmentation_catalogue.knows(config.task)
         said = (show_masks if masks else show_classes)(path, config, console)

@@ -84,6 +84,21 @@ def test_changes_are_means_over_pairs_of_tasks():
     assert found["change"]["high"] == pytest.approx(-25 + half, rel=1e-4)
 
 
+def test_before_and_change_are_after_whatever_the_seeds():
+    """Two seeds of one task, one of the other; a seed without its partner is left out."""
+    rng = np.random.default_rng(0)
+    before, after = (
+        {
+            ("a", "b"): {s: rng.integers(0, 2, 6) for s in seeds},
+            ("b", "a"): {0: rng.integers(0, 2, 9)},
+        }
+        for seeds in ((0, 1, 2), (0, 1))
+    )
+    found = sparsity_report._changes(before, after, "before", "after")
+    gap = found["after"] - found["before"]
+    assert found["change"]["value"] == pytest.approx(gap)
+
+
 def test_tasks_are_the_sample_of_changes():
     """Partners of a task share its model: they are averaged, and LoRA's taken off."""
     lora = {"a": {"b": -1.0, "c": -3.0}, "b": {"a": -4.0}}
