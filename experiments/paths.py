@@ -59,6 +59,8 @@ def check_out(out: Path) -> None:
     there = next(path for path in (whole, *whole.parents) if os.path.exists(path))
     if not there.is_dir():
         raise ValueError(f"--out {out}: {there} is a file, expected a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: {there} cannot be written to.")
     name, total = (_limit(there, which) for which in ("PC_NAME_MAX", "PC_PATH_MAX"))
     if long := [part for part in whole.parts if len(os.fsencode(part)) > name]:
         raise ValueError(

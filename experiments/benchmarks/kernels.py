@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     config = tyro.cli(KernelsConfig, prog=PROGRAM, args=argv, description=__doc__)
     with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
+        if config.repetitions < 1:
+            raise ValueError(f"repetitions={config.repetitions}: expected at least 1.")
         layers = [_sizes(name) for name in config.layers]
         device = targets.devices(config.target)[0]
         if config.target == "local" and current() is None:

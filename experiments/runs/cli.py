@@ -18,6 +18,11 @@ from experiments.runs import cluster, setup, suite
 from experiments.runs.run import run
 from experiments.runs.setup import Prepared
 
+OF_SEARCHES = {
+    *("--search_epochs", "--search_steps"),
+    *(f"--grid.{name}" for name in ("lr_factors", "weight_decays", "densities")),
+}
+
 
 def main(
     program: str,
@@ -58,10 +63,10 @@ def main(
     elif suite_name and _names(words, suite_name):
         tasks = {name: presets[name] for name in SUITES[suite_name]}
         found = suite.configs(program, tasks, suite_name, words)
-        _check_length(program, words, next(iter(found.values())))
+        _check_read(program, words, next(iter(found.values())))
         return _start(program, suite_name, found, console, workers)
     name, config = command_line.parse(program, presets, words, suite_name)
-    _check_length(program, words, config)
+    _check_read(program, words, config)
     if workers.is_used:  # which share the methods
         own = {m: dataclasses.replace(config, methods=(m,)) for m in config.methods}
         return _start(program, name, own, console, workers)
@@ -90,9 +95,13 @@ def _start(
     suite.start(program, name, runs, console, workers)
 
 
-def _check_length(program: str, words: list[str], config: RunConfig) -> None:
-    """Exits where `--epochs` would be ignored."""
+def _check_read(program: str, words: list[str], config: RunConfig) -> None:
+    """Exits where a word would be ignored."""
     given = {word.split("=")[0] for word in words}
+    if (unread := sorted(given & OF_SEARCHES)) and not config.search:
+        raise SystemExit(
+            f"{program}: {', '.join(unread)}: a search alone reads it. Add --search."
+        )
     if "--epochs" in given and config.steps is not None:
         raise SystemExit(
             f"{program}: --epochs and --steps both give a run's length, expected one. "

@@ -126,6 +126,7 @@ def test_bad_command_lines_list_what_is_valid(argv, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--grid.densities", "0.5"], "--grid.densities: a search alone reads it."),
         (["--targets", "nothing"], "targets='nothing' matches no layer"),
         (["--batch", "801"], "expected 1 to 800 (training images)"),
         (["--task", "nothing"], "no task, folder or CSV file is called 'nothing'"),

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import matplotlib.pyplot as plt
@@ -200,6 +201,12 @@ def test_what_cannot_be_made_is_refused_at_once(
     with pytest.raises(SystemExit, match=said):
         main([*words, f"--out={out}"])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write all
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} cannot be written to")):
+        paths.check_out(tmp_path / "run")
 
 
 def test_the_longest_path_in_a_run_folder_is_as_long_as_allowed_for(tmp_path):

@@ -85,7 +85,7 @@ def test_changes_are_means_over_pairs_of_tasks():
 
 
 def test_before_and_change_are_after_whatever_the_seeds():
-    """Two seeds of one task, one of the other; a seed without its partner is left out."""
+    """Seeds of one task are more than the other's; one without its pair is left out."""
     rng = np.random.default_rng(0)
     before, after = (
         {
