@@ -215,7 +215,13 @@ PAPER = PolypConfig(
     source="the paper and the code of GPS and SAM-Adapter; not run",
 )
 POLYP: dict[str, Preset[PolypConfig]] = {
-    "minisam": Preset("a TinyViT-SAM at 256 px, on a CPU; --task FOLDER", MINISAM),
+    "minisam": Preset(
+        "a TinyViT-SAM at 256 px, on a CPU; --task FOLDER",
+        # In updates: an epoch of ten images would be three.
+        dataclasses.replace(
+            MINISAM, steps=200, round_steps=20, eval_every=2, search_epochs=None
+        ),
+    ),
     "minisam_kvasir": Preset(
         "the same on Kvasir-SEG, tested on CVC-ClinicDB, too",
         dataclasses.replace(

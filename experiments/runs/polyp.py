@@ -190,13 +190,18 @@ class PolypRun(Prepared):
         return metrics
 
     def _say_empty(self, method: str, name: str) -> None:
-        """Prints that a method finds nothing at all, which a lower rate may mend."""
-        lower = ""
+        """Prints that a method finds nothing at all, and what may mend it."""
+        mended = ""
         if method not in self.config.stepless:
-            lr = self.config.settings[method].lr
-            lower = f": try a lower rate (--{method}.lr {lr / 3:.1g})"
+            lr, flag = self.config.trainable_lr, "--trainable_lr"
+            if lr is None or method == DECODER:
+                lr, flag = self.config.settings[method].lr, f"--{method}.lr"
+            mended = (
+                ": train longer, warm up longer (--warmup_epochs), or lower the rate "
+                f"of the decoder ({flag} {lr / 3:.1g})"
+            )
         self.console.print(
-            f"{registry.title(method)}: every mask of {name} is empty{lower}",
+            f"{registry.title(method)}: every mask of {name} is empty{mended}",
             style="yellow",
             soft_wrap=True,
         )

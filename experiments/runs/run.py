@@ -117,7 +117,8 @@ def begin(prepared: Prepared) -> dict[str, Any]:
     _same_inputs(prepared, begun=known is not None)
     if config.adapted:
         found = coverage(prepared.base, config.targets)
-        prepared.console.print(f"Targets: {found}", soft_wrap=True)
+        whole = f"; trains whole: {config.trainable}" if config.trainable else ""
+        prepared.console.print(f"Targets: {found}{whole}", soft_wrap=True)
     return folder.started(prepared.out, prepared.mesh, prepared.console)
 
 

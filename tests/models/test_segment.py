@@ -124,6 +124,14 @@ def test_a_photograph_is_what_the_model_sees(model):
             "labels are float",
         ),
         (PHOTOGRAPH, {"boxes": [[1, 2, 3, 4]]}, ValueError, r"expected \[4\], in pix"),
+        (PHOTOGRAPH, {"boxes": [90, 2, 99, 9]}, ValueError, "81 pixels wide and 50 hi"),
+        (PHOTOGRAPH, {"boxes": [9, 9, 3, 12]}, ValueError, "with x0 < x1"),
+        (
+            PHOTOGRAPH,
+            {"points": [[1, 2], [3, 51]], "labels": [1, 0]},
+            ValueError,
+            r"points=\[\[3.0, 51.0\]\]: expected \(x, y\)",
+        ),
     ],
 )
 def test_photographs_that_cannot_be(image, given, error, message, model):

@@ -1,5 +1,6 @@
 """Runs on masks: tiny SAMs, from pairs to a report, killed and resumed."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from experiments.config.polyp import PolypConfig
 from experiments.data import segmentation_task
 from experiments.data.mask_transforms import MaskTransform
 from experiments.methods import registry
-from experiments.methods.registry import METHODS
+from experiments.methods.registry import METHODS, OF_SAM
 from experiments.reports import masks_figures, predicted
 from experiments.runs.polyp import PolypRun
 from experiments.training import metric_log
@@ -318,14 +319,25 @@ def test_pairs_that_do_not_fit_may_be_left_out(words, tmp_path, monkeypatch, cap
     assert "untuned: every mask of test is empty" in said
 
 
-def test_a_lower_rate_is_named_where_training_leaves_nothing(capsys):
-    config, nothing = PolypConfig(), Path()
+@pytest.mark.parametrize(
+    ("method", "shared", "flag"),
+    [
+        ("decoder", 3e-4, "--decoder.lr 0.003"),
+        ("snella", 3e-4, "--trainable_lr 0.0001"),
+        ("snella", None, "--snella.lr 0.003"),
+    ],
+)
+def test_the_decoder_s_rate_is_named_where_training_leaves_nothing(
+    method, shared, flag, capsys
+):
+    settings = {method: dataclasses.replace(OF_SAM[method], lr=0.01)}
+    config = PolypConfig(settings=settings, trainable_lr=shared)
+    nothing = Path()
     run = PolypRun(config, *(None, None, None, Console()), nothing, embeddings=nothing)
-    run._say_empty("decoder", "test")
-    third = f"--decoder.lr {config.settings['decoder'].lr / 3:.1g}"
-    assert f"every mask of test is empty: try a lower rate ({third})" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    run._say_empty(method, "test")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "every mask of test is empty: train longer" in said
+    assert said.endswith(f"lower the rate of the decoder ({flag})")
 
 
 @pytest.mark.slow  # a run of its own

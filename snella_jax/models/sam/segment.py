@@ -48,8 +48,8 @@ def segment(
 
     Raises:
       TypeError: the image is not of uint8, or labels are no integers.
-      ValueError: the image is not RGB, a prompt has another shape, or a label is not
-        1, 0 or -1.
+      ValueError: the image is not RGB, a prompt has another shape or lies beside the
+        photograph, a box has no area, or a label is not 1, 0 or -1.
     """
     pixels = np.asarray(image)
     _check_image(pixels)
@@ -59,12 +59,15 @@ def segment(
     scale = np.array(inside[::-1], np.float32) / np.array(size[::-1], np.float32)
     prompts: dict[str, Any] = {}
     if points is not None:
-        prompts["points"] = (_numbers("points", points, (-1, 2)) * scale)[None]
+        there = _numbers("points", points, (-1, 2))
+        _check_points(there, labels, size)
+        prompts["points"] = (there * scale)[None]
     if labels is not None:
         check_labels(np.asarray(labels))  # inside nnx.jit their values are not seen
         prompts["labels"] = np.asarray(labels)[None]
     if boxes is not None:
         box = _numbers("boxes", boxes, (4,))
+        _check_box(box, size)
         prompts["boxes"] = (box.reshape(2, 2) * scale).reshape(1, 4)
     shown = model.normalise(jnp.asarray(resized(pixels, inside), jnp.float32) / 255)
     ends = [(0, whole - part) for whole, part in zip(target, inside, strict=True)]
@@ -139,6 +142,28 @@ def _check_image(pixels: np.ndarray) -> None:
         )
     if pixels.dtype != np.uint8:
         raise TypeError(f"the image is {pixels.dtype}: expected uint8, 0 to 255.")
+
+
+def _check_box(box: np.ndarray, size: Size) -> None:
+    (x0, y0, x1, y1), (height, width) = box, size
+    x, y = max(x0, 0) < min(x1, width), max(y0, 0) < min(y1, height)  # some of it
+    if not (x and y):
+        raise ValueError(
+            f"boxes={box.tolist()}: expected (x0, y0, x1, y1) with x0 < x1 and "
+            f"y0 < y1, on a photograph {width} pixels wide and {height} high."
+        )
+
+
+def _check_points(points: np.ndarray, labels: Any, size: Size) -> None:
+    """Raises a `ValueError` for points beside the photograph, but for fillers (-1)."""
+    beside = ((points < 0) | (points > size[::-1])).any(1)
+    if labels is not None and np.shape(labels) == beside.shape:
+        beside &= np.asarray(labels) >= 0
+    if beside.any():
+        raise ValueError(
+            f"points={points[beside].tolist()}: expected (x, y) on a photograph "
+            f"{size[1]} pixels wide and {size[0]} high."
+        )
 
 
 def _numbers(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
