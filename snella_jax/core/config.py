@@ -136,6 +136,7 @@ class SnellaConfig(Rule):
     Raises:
       ValueError: a value that the attribute does not allow, a regex that does not
         compile, or an override of a field that `Rule` does not have.
+      TypeError: a regex that is no string.
     """
 
     initial_density: float = 1.0

@@ -43,6 +43,9 @@ def sparse_delta(
       gate: value of a survivor, see `sparsify`.
       layout: the weight's axes; None for an `[n, m]` matrix.
 
+    Raises:
+      ValueError: `gate` is not in the table, or as in `threshold`.
+
     Source: Eq. 5, 6 and 13.
     """
     return delta_and_found(factors, budget, None, kernel, gate, layout)[0]

@@ -311,7 +311,8 @@ def adapted_dense(
     Raises:
       ValueError: a gate, path or implementation that does not exist, a rate outside
         [0, 1) or without `path="parallel"`, a sketch below 1, of an unknown kind or on
-        that path, or factors whose shapes do not fit `w0`.
+        that path, a budget that is negative, no integer or no scalar, or factors whose
+        shapes do not fit `w0`.
 
     Source: Eq. 14; the parallel path is the released code's.
 

@@ -70,7 +70,13 @@ def sparsify(
 
     `tau` carries no gradient, and neither does a weight that does not survive. Fewer
     than `budget` survive where magnitudes tie with `tau`. A NaN always survives, so
-    that a broken update is seen and not hidden. `tau` is searched for where it is None.
+    that a broken update is seen and not hidden.
+
+    Args:
+      delta: the dense update of one matrix, floats in any shape.
+      budget: number of weights that survive, at least 0; may be traced.
+      gate: name in the list above.
+      tau: the threshold, a scalar as `threshold` returns it; None to search for it.
 
     Raises:
       ValueError: `gate` is not in the table, or as in `threshold`.

@@ -131,6 +131,13 @@ def steps_since_reallocation(budgets: Any, opt_state: Any) -> int:
 
     Budgets that came from a file without their optimizer's state are as those that
     never moved, as long as they are ahead of this optimizer's steps.
+
+    Args:
+      budgets: second part of `snella.partition(model)`, or its like in Linen or a tree.
+      opt_state: state of an optimizer with `track_importance`, which counts its steps.
+
+    Raises:
+      ValueError: there are no budgets, or no `track_importance` in the state.
     """
     now = int(importance_state(opt_state).step)
     last = [

@@ -29,13 +29,30 @@ class Kernel(Protocol):
     ) -> Factors:
         """Draws the factors of one `[n, m]` matrix.
 
+        Args:
+          key: random key.
+          shape: `(n, m)`, inputs and outputs.
+          rank: columns of the factors, in all pieces together.
+          dtype: dtype of the factors.
+
+        Returns:
+          The factors by name: `a` `[P, n, rank / P]` and `b` `[P, m, rank / P]` with P
+          pieces (1 where a kernel has none), and the scalars and coefficients it has.
+
         Raises:
           ValueError: `rank` is not a positive multiple of the kernel's pieces.
         """
         ...
 
     def apply(self, factors: Factors) -> Float[Array, "..."]:
-        """Makes the dense update, in the factors' dtype but at least float32."""
+        """Makes the dense update, in the factors' dtype but at least float32.
+
+        Args:
+          factors: as `init` draws them, of one matrix.
+
+        Returns:
+          The update, `[n, m]`.
+        """
         ...
 
 

@@ -178,7 +178,8 @@ def _inverse(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Float[Array, "
     return jnp.where(apart, 1 / jnp.where(apart, value, 1), 0)
 
 
-def squared_distance(a: Array, b: Array) -> Array:
+def squared_distance(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Array:
+    """Returns the squared distance of every row of `a` from every row of `b`."""
     # The sum of squared differences never cancels, and XLA fuses it into one loop when
     # the few columns are written out.
     columns = range(a.shape[-1])
@@ -204,5 +205,6 @@ def _squares(x: Array) -> Array:
     return jnp.sum(x * x, -1)
 
 
-def dot(a: Array, b: Array) -> Array:
+def dot(a: Float[Array, "*n d"], b: Float[Array, "*m d"]) -> Array:
+    """Returns the product of every row of `a` and of `b`, in full precision."""
     return jnp.tensordot(a, b, axes=(-1, -1), precision="highest")
