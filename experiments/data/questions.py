@@ -255,7 +255,7 @@ def _drawn(questions: list[tuple[str, str]], count: int) -> set[int]:
     """Draws rows to hold out, so many or a few more: a question is never in both parts.
 
     >>> sorted(_drawn([("a", ""), ("b", ""), ("a", ""), ("c", "")], 2))
-    [0, 2]
+    [0, 2, 3]
     """
     rows: dict[tuple[str, str], list[int]] = {}
     for row, question in enumerate(questions):
