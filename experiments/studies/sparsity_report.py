@@ -199,7 +199,9 @@ def _against_lost(
 ) -> None:
     """Adds to each row what it loses less what LoRA does, paired by image and seed."""
     lora = next((label for label in rows if label.startswith("LoRA")), None)
-    for label in rows.keys() - {lora} if lora else ():
+    if lora is None:
+        return
+    for label in rows.keys() - {lora}:
         ours, theirs = (_lost(models[name], values) for name in (label, lora))
         gaps = [paired.difference(ours[t], theirs[t]) for t in ours if t in theirs]
         if known := [gap for gap in gaps if gap is not None]:
