@@ -49,7 +49,7 @@ from snella_jax.core.config import Rule, SnellaConfig
 from snella_jax.core.fused import fall_back
 from snella_jax.core.layout import Layout
 from snella_jax.core.names import is_added
-from snella_jax.core.paths import chosen, listed, matches_or_holds
+from snella_jax.core.paths import chosen, listed, matches_or_holds, names_along
 from snella_jax.core.weight import Site
 
 __all__ = ["Adapters", "adapt", "flattened", "join", "load"]
@@ -150,7 +150,7 @@ def flattened(tree: Any) -> tuple[Tree, Callable[[Tree], Any]]:
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     keys = {
-        i: tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+        i: names_along(path)
         for i, (path, leaf) in enumerate(leaves)
         if isinstance(leaf, jax.Array | np.ndarray)
     }

@@ -78,4 +78,9 @@ def path_of(key_path: tuple) -> tuple[str, ...]:
     """Returns the names along a key path, without the `.value` of an `nnx.Variable`."""
     if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
         key_path = key_path[:-1]
+    return names_along(key_path)
+
+
+def names_along(key_path: tuple) -> tuple[str, ...]:
+    """Returns the names along a key path, of JAX's paths in any pytree."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)

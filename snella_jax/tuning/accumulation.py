@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from snella_jax.ops.dtypes import at_least_float32
 
@@ -18,7 +18,7 @@ def mean_over_parts(
 
     Args:
       gradient: function of what is carried, a part and its key; returns what is carried
-        on, and a tree of arrays (a loss and its gradient, say).
+        on, and a tree of floats (a loss and its gradient, say).
       count: number of parts; divides the first axis of every array of the batch. Each
         part gets its share of every device's examples.
       carried: given to the first part; None for nothing.
@@ -39,7 +39,10 @@ def mean_over_parts(
     batches = jax.tree.map(cut, batch), jax.random.split(key, count)
     one = jax.tree.map(lambda x: x[0], batches)
     _, shapes = jax.eval_shape(gradient, carried, *one)
-    zeros = jax.tree.map(_sum_of, shapes)
+    # In bfloat16 a sum of many parts stops growing.
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, at_least_float32(s.dtype)), shapes
+    )
 
     def add(state, part):
         carried, total = state
@@ -47,18 +50,8 @@ def mean_over_parts(
         return (carried, jax.tree.map(jnp.add, total, own)), None
 
     (carried, total), _ = jax.lax.scan(add, (carried, zeros), batches)
-    return carried, jax.tree.map(lambda x, s: _mean(x, count, s), total, shapes)
-
-
-def _mean(total: Array, count: int, part: jax.ShapeDtypeStruct) -> Array:
-    floats = jnp.issubdtype(part.dtype, jnp.floating)
-    return (total / count).astype(part.dtype) if floats else total / count
-
-
-def _sum_of(part: jax.ShapeDtypeStruct) -> Array:
-    """Returns zeros to add parts to: in bfloat16 a sum of many stops growing."""
-    floats = jnp.issubdtype(part.dtype, jnp.floating)
-    return jnp.zeros(part.shape, at_least_float32(part.dtype) if floats else part.dtype)
+    mean = jax.tree.map(lambda x, s: (x / count).astype(s.dtype), total, shapes)
+    return carried, mean
 
 
 def check_parts(batch: Any, count: int) -> None:

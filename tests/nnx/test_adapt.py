@@ -12,7 +12,7 @@ import pytest
 from compiled import called
 from flax import nnx
 from generic import run
-from modules import Doubled, Holder
+from modules import Holder
 
 import snella_jax as snella
 from snella_jax.nnx.selection import adapted_layers, weights_of
@@ -174,56 +174,6 @@ def test_bad_models_say_what_to_do():
     config = snella.SnellaConfig(rank=RANK, targets="layer", trainable="")
     with pytest.raises(ValueError, match="equation is fixed when built"):
         snella.adapt(late, config, rngs=nnx.Rngs(0))
-
-
-class Tied(nnx.Module):
-    """Two layers with one weight."""
-
-    def __init__(self, rngs):
-        self.fc1, self.fc2 = nnx.Linear(6, 6, rngs=rngs), nnx.Linear(6, 6, rngs=rngs)
-        self.fc2.kernel = self.fc1.kernel
-
-
-class TiedInAList(nnx.Module):
-    """A layer whose weight lies in a list, too."""
-
-    def __init__(self, rngs):
-        self.fc = nnx.Linear(6, 6, rngs=rngs)
-        self.used = nnx.data([self.fc.kernel])
-
-
-class TwoNames(nnx.Module):
-    """One weight with two names."""
-
-    def __init__(self, rngs):
-        self.w = self.v = nnx.Param(jnp.ones((6, 6)))
-
-
-def masked(rngs):
-    return nnx.Conv(2, 3, (1,), mask=jnp.ones((1, 2, 3)), rngs=rngs)
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "message"),
-    [
-        (lambda r: Tied(r), {"targets": "fc."}, "fc1, fc2 are tied to another's"),
-        (lambda r: Tied(r), {"targets": "fc1"}, "fc1 are tied to another's"),
-        (lambda r: TiedInAList(r), {"targets": "fc"}, "fc are tied to another's"),
-        (lambda r: Holder(Doubled(6, 6, rngs=r)), {"path": "parallel"},
-         'Doubled has a call of its own(.|\n)*expected path="merged"'),
-        (lambda r: Holder(masked(r)), {}, "convolution with a mask"),
-        (lambda r: Holder(nnx.Einsum("BD,SDd->SBd", (3, 6, 2), rngs=r)),
-         {"path": "parallel", "drop_path": 0.1}, "belongs to the weight"),
-        (lambda r: Holder(nnx.vmap(nnx.vmap(lambda r: nnx.Linear(4, 5, rngs=r)),
-            out_axes=2)(r.split((3, 2)))), {}, "of a stack in front of it"),
-    ],
-)  # fmt: skip
-def test_layers_that_cannot_be_adapted_are_refused(model, options, message):
-    config = snella.SnellaConfig(
-        **{"rank": RANK, "targets": "layer", "trainable": ""} | options
-    )
-    with pytest.raises(ValueError, match=message):
-        snella.adapt(model(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
 
 
 @pytest.mark.parametrize("gate", ["product", "released", "soft", "hard"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,9 @@ from peft_files import CONFIG, NAMES, TENSORS, Net, delta
 from safetensors.numpy import load_file, save_file
 
 import snella_jax as snella
+from snella_jax.adapters.peft_file import Lora
+from snella_jax.models.checkpoints.torch_tensor import Row
+from snella_jax.nnx import peft_loading, torch_modules
 
 
 @pytest.fixture
@@ -152,6 +156,15 @@ def test_what_does_not_fit_is_named(small, changes, fields, message):
     base = Net(nnx.Rngs(0))
     with pytest.raises(snella.CheckpointError, match=re.escape(message)):
         snella.load_peft(base, folder, names=NAMES)
+
+
+def test_factors_of_what_is_no_layer_are_named():
+    """Of a norm, and of a head that is tied to the embedding."""
+    norm, lora = Row("norm/scale", ()), Lora(np.ones((2, 3)), np.ones((4, 2)), 1.0)
+    with pytest.raises(ValueError, match="norm/scale is no weight that can be adapted"):
+        torch_modules.matrix_path(norm, {})
+    with pytest.raises(ValueError, match="no weight of its own for it"):
+        peft_loading._matrices(SimpleNamespace(rows=[]), lora)
 
 
 def test_tensors_that_trained_and_are_lost_are_named(small):
