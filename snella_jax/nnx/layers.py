@@ -87,6 +87,9 @@ class Adapter(Seeded):
       budget: `Budget`, int32 `[*lead]`.
       allocated_at: `Budget`, int32 `[*lead]`: the optimizer step of the last
         reallocation, 0 for never, -1 where budgets are fixed.
+
+    Raises:
+      ValueError: a factor has the name of another attribute.
     """
 
     def __init__(self, site: Site, start: Start):
@@ -95,6 +98,11 @@ class Adapter(Seeded):
         factors, budget, allocated_at = start
         fixed = not getattr(site.kernel, "learn_piece_coeff", True)
         for name, value in factors.items():
+            if hasattr(self, name):
+                raise ValueError(
+                    f"{site.kernel} has a factor named {name!r}: expected another name, "
+                    "as modules of NNX have an attribute of that name."
+                )
             kind = Frozen if fixed and name == "piece_coeff" else Factor
             setattr(self, name, kind(jnp.asarray(value)))
         self.names = tuple(sorted(factors))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from snella_jax.core.delta import found_together
@@ -29,7 +30,8 @@ def merge_together(
 
     Call it on a block that was merged from its states for this call alone; the
     gradients of the factors pass. Layers whose update is added in parallel, or that
-    draw or keep a sketch, stay as they are.
+    draw or keep a sketch, stay as they are, and so do those whose input decides in which
+    of several dtypes they compute (no dtype of their own, a weight in 16 bits).
 
     Args:
       block: module with adapters, none of them of a stack.
@@ -41,7 +43,10 @@ def merge_together(
     layers = [
         (path, layer)
         for path, layer in adapted_layers(block)
-        if all(map(_is_merged, adapters_of(layer).values()))
+        if all(
+            _is_merged(adapter) and _dtype(layer, name) is not None
+            for name, adapter in adapters_of(layer).items()
+        )
     ]
     weights = [
         (path, layer, name, adapter)
@@ -62,13 +67,19 @@ def merge_together(
     for index, (path, layer, name, _) in enumerate(weights):
         variable = getattr(layer, name)
         delta, _ = updates[index].delta(factors[index], budgets[index], found[index])
-        dtype = getattr(layer, "dtype", None) or variable.dtype
-        merged = summed(variable[...], delta).astype(dtype)
+        merged = summed(variable[...], delta).astype(_dtype(layer, name))
         variable.set_value(place(path, merged))
     for _, layer in layers:
         for name in adapters_of(layer):
             delattr(layer, adapter_of(name))
         become(layer, plain_class(type(layer)))
+
+
+def _dtype(layer: nnx.Module, name: str) -> DTypeLike | None:
+    """Returns what a layer computes in, None where its input may be wider than that."""
+    own = getattr(layer, "dtype", None)
+    stored = getattr(layer, name).dtype
+    return stored if own is None and stored.itemsize >= 4 else own
 
 
 def _is_merged(adapter: Adapter) -> bool:

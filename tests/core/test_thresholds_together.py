@@ -90,3 +90,17 @@ def test_a_block_merged_together_is_the_adapted_block(kernel, gate):
     for got, own in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(got, own, rtol=1e-5, atol=1e-6)
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(expected[1]))
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_a_layer_whose_input_decides_its_dtype_is_left_as_it_is(dtype):
+    made = {"dtype": dtype, "param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+    block = nnx.Dict(fc=nnx.Linear(4, 6, **made))
+    config = snella.SnellaConfig(rank=2, targets="fc", trainable="")
+    model = snella.adapt(block, config, rngs=nnx.Rngs(1))
+    x = jnp.float32(np.random.default_rng(0).normal(size=(3, 4)))
+    expected = model.fc(x)
+    merge_together(model, lambda path, w: w)
+    assert (type(model.fc) is nnx.Linear) == (dtype is not None)
+    np.testing.assert_array_equal(model.fc(x), expected)
+    assert model.fc(x).dtype == (jnp.bfloat16 if dtype else jnp.float32)
