@@ -81,12 +81,13 @@ class Layout:
             slices already.
         """
         first, *rest = self.outputs
-        if self.slices or first % parts or (first > parts and self.order is not None):
+        side_by_side = first > parts or not rest
+        if self.slices or first % parts or (side_by_side and self.order is not None):
             raise ValueError(
                 f"split={parts} does not fit a weight of shape {self.shape}: it cuts "
                 f"the first output axis, of size {first}, into equal parts."
             )
-        if first > parts or not rest:
+        if side_by_side:
             outputs = (first // parts, *rest)
             return dataclasses.replace(
                 self, outputs=outputs, slices=(parts,), fused=True

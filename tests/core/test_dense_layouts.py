@@ -224,8 +224,12 @@ def test_an_op_with_a_bias():
         (Layout((6,), (2, 4)), 3),
         (Layout((6,), (9,), slices=(2,)), 3),
         (Layout((6,), (6, 4), order=(1, 0, 2)), 3),
+        (Layout((6,), (3,), order=(1, 0)), 3),
     ],
-    ids=["no multiple", "no multiple of heads", "slices", "runs of a moved axis"],
+    ids=[
+        *("no multiple", "no multiple of heads", "slices", "runs of a moved axis"),
+        "all outputs of a transposed weight",
+    ],
 )
 def test_split_that_does_not_fit(layout, parts):
     with pytest.raises(ValueError, match=rf"split={parts} does not fit"):
