@@ -168,14 +168,14 @@ def test_a_broken_factor_is_not_hidden():
 
 
 def test_no_gradient_reached_the_factors():
-    """After a second step without any; scores of one's own are not asked."""
+    """After a third step without any; scores of one's own are not asked."""
     zeros = jax.tree.map(jnp.zeros_like, tree(0))
-    state = observe(track_importance(), [tree(0)] * 2, [zeros] * 2)
-    with pytest.raises(ValueError, match="no gradient reached the factors in 2 steps"):
+    state = observe(track_importance(), [tree(0)] * 3, [zeros] * 3)
+    with pytest.raises(ValueError, match="no gradient reached the factors in 3 steps"):
         reallocate(toy_budgets(), state, 60)
     scores = {"blocks/query": np.ones(3), "fc1": np.array(1.0)}
     assert reallocate(toy_budgets(), state, 60, scores=scores)[1].budgets.sum() == 60
-    state = observe(track_importance(), [tree(0)], [zeros])
+    state = observe(track_importance(), [tree(0)] * 2, [zeros] * 2)
     assert reallocate(toy_budgets(), state, 60)[1].budgets.sum() == 60
 
 
