@@ -1,5 +1,9 @@
-"""Figures of a run on masks: a sheet of cases as in the paper's Figure 8, and Dice."""
+"""Figures of a run on masks: a sheet of cases as in the paper's Figure 8, and Dice.
 
+The Dice of every image is also written down, for statistics over several runs.
+"""
+
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from experiments import plotting
+from experiments import files, plotting
 from experiments.data.source import Source
 from experiments.methods import registry
 from experiments.plotting import plt
@@ -17,6 +21,7 @@ from experiments.training.segmentation import dice_and_iou
 
 CASES, WORST = 6, 2
 SIDE = 1.6  # inches of a picture
+DICE = "dice.json"
 Scores = Float[np.ndarray, " N"]  # Dice of the images of a set
 
 
@@ -26,7 +31,8 @@ def draw(
     """Draws the figures of a run folder, of what it holds of the methods' predictions.
 
     `figures/sheet.png` is of the first set, `figures/sheet_SET.png` of another, and
-    `figures/dice.png` of all of them. Methods whose predictions are lost are left out
+    `figures/dice.png` of all of them; `dice.json` has the Dice of every image, in
+    [0, 1], by set and method. Methods whose predictions are lost are left out
     (of several processes each has only some of them).
 
     Args:
@@ -35,6 +41,7 @@ def draw(
       methods: names of the methods, in the figures' order.
     """
     every: dict[str, dict[str, Scores]] = {}
+    written: dict[str, dict[str, list[float]]] = {}
     for number, (name, (title, source)) in enumerate(sets.items()):
         truths = [source[index]["mask"] > 0 for index in range(len(source))]
         found = {}
@@ -54,7 +61,9 @@ def draw(
         file = "sheet.png" if number == 0 else f"sheet_{name}.png"
         sheet(out / "figures" / file, title, source, chosen, shown)
         every[title] = {registry.title(method): own for method, own in found.items()}
+        written[name] = {method: own.round(5).tolist() for method, own in found.items()}
     if every:
+        files.replace(out / DICE, json.dumps(written) + "\n")
         dice(out / "figures" / "dice.png", every)
 
 

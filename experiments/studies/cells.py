@@ -132,10 +132,11 @@ def _names(row: Row, shared: dict[str, Any], done: dict[str, Any]) -> tuple[str,
     """Returns title and label of a row."""
     settings = {**shared[row.method], **done.get("chosen", {})}
     title = finished.label(row.method, settings)
-    return title, title + _density(settings) + row.note
+    return title, title + density(settings) + row.note
 
 
-def _density(settings: dict[str, Any]) -> str:
+def density(settings: dict[str, Any]) -> str:
+    """Returns what a label says of the density; nothing of methods without one."""
     known = settings.get("target_density")
     sparse = known is not None and settings.get("gate") != "none"
     return f", density {known:g}" if sparse else ""

@@ -19,7 +19,6 @@ from scipy import stats
 
 LEVEL = 0.95
 FEWEST = 6  # tasks, below which mean ranks have no interval
-Right = Mapping[str, Mapping[int, np.ndarray]]  # of a task: method, seed, images
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,10 @@
     python -m experiments.studies.real_tasks --runs runs/real_tasks --out runs/report
 
 The first command trains and tests, and can be stopped and started again; the second
-reads what is finished, also in several folders of the same settings. A difference of
-two methods is paired by test image and seed, and its 95% interval counts both as
-samples (`experiments.studies.paired`). Writes `report.md`, `report.json` and
+reads what is finished, also in several folders of the same settings. `--masks` adds
+runs of `experiments.polyp`, whose images count by their Dice. A difference of two
+methods is paired by test image and seed, and its 95% interval counts both as samples
+(`experiments.studies.paired`). Writes `report.md`, `report.json` and
 `differences.png` into `--out`.
 """
 
@@ -23,14 +24,15 @@ from experiments import files, terminal
 from experiments.paths import Given, check_out, stem
 from experiments.reports import paper
 from experiments.reports.text import markdown_tables, printed_tables
-from experiments.studies import cells, paired, real_tasks_report, table_store
+from experiments.studies import cells, paired, real_tasks_report, scored, table_store
 from experiments.studies.cells import Cell
+from experiments.studies.scored import Scored
 
 PROGRAM = "python -m experiments.studies.real_tasks"
 DENSITY = 0.3  # the paper's
 SEARCHED = ("pool", "search_epochs")  # settings of the search alone
-Right = dict[int, np.ndarray]  # of every test image, by seed
-Table = Mapping[str, Mapping[str, Right]]  # by label and task
+Scores = dict[int, np.ndarray]  # of every test image, by seed
+Table = Mapping[str, Mapping[str, Scores]]  # by label and task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,8 @@ class RealTasksConfig:
 
     runs: tuple[Given, ...]
     """Folders of `experiments.compare`, of the same settings."""
+    masks: tuple[Given, ...] = ()
+    """Folders of finished runs of experiments.polyp, one task more."""
     against: tuple[str, ...] = ("lora", "bias")
     """Methods that the others are compared with in the tables; the JSON has all pairs.
     """
@@ -57,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = cells.read(config.runs)
         _check_shared(found)
         against = _labels(found, config.against)
-        report = compared(found, config.tasks) | {
+        every = [*scored.of_cells(found), *scored.of_masks(config.masks)]
+        report = compared(every, config.tasks) | {
+            "setup": _setup(found[0].shared),
+            "dice": sorted({own.task for own in every[len(found) :]}),
             "searches": _searches(config.runs),
             "failed": cells.failures(config.runs),
         }
@@ -125,22 +132,21 @@ def _searches(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def table(found: Sequence[Cell]) -> dict[str, dict[str, Right]]:
-    """Returns which images are right, by label and task.
+def table(found: Sequence[Scored]) -> dict[str, dict[str, Scores]]:
+    """Returns the scores of all test examples, by label and task.
 
     A linear probe's one seed stands for all: on the same images they give the same.
     """
-    seeds = {cell.seed for cell in found}
-    rights: dict[str, dict[str, Right]] = {}
-    for cell in found:
-        own = rights.setdefault(cell.label, {}).setdefault(cell.task, {})
-        alike = cell.row.fixed and cell.per_class is None
-        for seed in seeds if alike else [cell.seed]:
-            own[seed] = cell.right
-    return rights
+    seeds = {own.seed for own in found}
+    scores: dict[str, dict[str, Scores]] = {}
+    for each in found:
+        own = scores.setdefault(each.label, {}).setdefault(each.task, {})
+        for seed in seeds if each.alike else [each.seed]:
+            own[seed] = each.scores
+    return scores
 
 
-def compared(found: Sequence[Cell], tasks: Sequence[str] = ()) -> dict[str, Any]:
+def compared(found: Sequence[Scored], tasks: Sequence[str] = ()) -> dict[str, Any]:
     """Compares methods over tasks.
 
     Args:
@@ -148,7 +154,7 @@ def compared(found: Sequence[Cell], tasks: Sequence[str] = ()) -> dict[str, Any]
       tasks: names in the order of the columns; none for all.
 
     Returns:
-      `setup`; `tasks`, the test images of each; `methods`, each with `label`,
+      `tasks`, the test images of each; `methods`, each with `label`,
       `trainable`, `tasks` (a `paired.Mean` each as a dict), `over_tasks` and `rank`
       (None if one of its tasks is missing); `pairs`, each with `method`, `other`,
       `tasks`, `over_tasks` (of the tasks that both have) and `signs`; `critical`, the
@@ -157,24 +163,23 @@ def compared(found: Sequence[Cell], tasks: Sequence[str] = ()) -> dict[str, Any]
     Raises:
       ValueError: there is no finished seed of a task.
     """
-    rights = table(found)
-    sizes = {cell.task: cell.result["tested"] for cell in found}
+    scores = table(found)
+    sizes = {own.task: len(own.scores) for own in found}
     if missing := [task for task in tasks if task not in sizes]:
         raise ValueError(f"No finished seed of {', '.join(missing)}: {list(sizes)}.")
     sizes = {task: sizes[task] for task in tasks or sizes}
     means = {
         label: {task: _mean(own[task]) for task in sizes if task in own}
-        for label, own in rights.items()
+        for label, own in scores.items()
     }
     whole = [label for label, own in means.items() if own.keys() == sizes.keys()]
     rank = paired.ranks(
         {name: [m.value for m in means[name].values()] for name in whole}
     )
     compared_pairs = [
-        _pair(rights, pair, list(sizes)) for pair in paired.pairs([*means])
+        _pair(scores, pair, list(sizes)) for pair in paired.pairs([*means])
     ]
     return {
-        "setup": _setup(found[0].shared),
         "tasks": sizes,
         "methods": [
             {
@@ -192,9 +197,9 @@ def compared(found: Sequence[Cell], tasks: Sequence[str] = ()) -> dict[str, Any]
     }
 
 
-def _pair(rights: Table, pair: tuple[str, str], tasks: Sequence[str]) -> dict[str, Any]:
+def _pair(scores: Table, pair: tuple[str, str], tasks: Sequence[str]) -> dict[str, Any]:
     """Compares two methods on the tasks that both have."""
-    ours, theirs = (rights[label] for label in pair)
+    ours, theirs = (scores[label] for label in pair)
     gaps = {
         task: gap
         for task in tasks
@@ -210,15 +215,15 @@ def _pair(rights: Table, pair: tuple[str, str], tasks: Sequence[str]) -> dict[st
     }
 
 
-def _mean(rights: Right) -> paired.Mean:
-    return paired.mean(np.stack(list(rights.values())))
+def _mean(scores: Scores) -> paired.Mean:
+    return paired.mean(np.stack(list(scores.values())))
 
 
 def _over(means: Mapping[str, paired.Mean]) -> dict[str, Any]:
     return paired.over_tasks(list(means.values())).as_dict() | {"tasks": len(means)}
 
 
-def _orders(found: Sequence[Cell], pairs: Sequence[Any]) -> list[dict[str, Any]]:
+def _orders(found: Sequence[Scored], pairs: Sequence[Any]) -> list[dict[str, Any]]:
     """Returns neighbours in the paper's order (Table XIII) with our difference."""
     known = _of_the_paper(found)
     order = sorted(known, key=lambda label: paper.MEANS[known[label]])
@@ -246,19 +251,19 @@ def _orders(found: Sequence[Cell], pairs: Sequence[Any]) -> list[dict[str, Any]]
     return rows
 
 
-def _of_the_paper(found: Sequence[Cell]) -> dict[str, str]:
+def _of_the_paper(found: Sequence[Scored]) -> dict[str, str]:
     """Returns a label for each title of the paper's, with its density if several do."""
     labels: dict[str, str] = {}
-    for cell in found:
-        if not cell.row.random and cell.title in paper.MEANS:
-            labels.setdefault(cell.title, cell.label)
-            if cell.label == f"{cell.title}, density {DENSITY}":
-                labels[cell.title] = cell.label
+    for own in found:
+        if own.title in paper.MEANS:
+            labels.setdefault(own.title, own.label)
+            if own.label == f"{own.title}, density {DENSITY}":
+                labels[own.title] = own.label
     return {label: title for title, label in labels.items()}
 
 
-def _trainable(found: Sequence[Cell], label: str) -> list[int]:
-    sizes = {cell.result["trainable"] for cell in found if cell.label == label}
+def _trainable(found: Sequence[Scored], label: str) -> list[int]:
+    sizes = {own.trainable for own in found if own.label == label}
     return [min(sizes), max(sizes)]
 
 

@@ -36,7 +36,8 @@ def caption(report: Report) -> str:
     else:
         said = f"ranks that differ by less than {critical:.2f} cannot be told apart"
     return (
-        f"{report['setup']}. Test accuracy, %, with its standard error; differences in "
+        f"{report['setup']}. Test accuracy, %, with its standard error{_dice(report)}; "
+        "differences in "
         "points with their 95% interval, paired by image and seed, both of which count "
         "as samples; over tasks: the mean over these tasks. Signs: tasks won and lost, "
         "and p of a two-sided sign test. What the choice of rates adds is in no "
@@ -45,6 +46,11 @@ def caption(report: Report) -> str:
         + missing * lacking
         + _failed(report)
     )  # fmt: skip
+
+
+def _dice(report: Report) -> str:
+    names = " and ".join(report["dice"])
+    return f" (of {names}: Dice of a run of its own)" * bool(names)
 
 
 def _failed(report: Report) -> str:

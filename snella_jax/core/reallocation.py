@@ -93,8 +93,8 @@ def reallocate(
     scores = importance(opt_state) if scores is None else scores
     old = _competing(budgets, state, scores)
     given = {path: to_host(scores[path]).astype(np.float64) for path in old}
-    # The first step has no gradient where a factor starts at 0, nor has the second where
-    # a warm-up began at a rate of 0.
+    # The first step has no gradient where a factor starts at 0, nor has the second
+    # where a warm-up began at a rate of 0.
     if measured and step > 2 and not any(score.any() for score in given.values()):
         raise ValueError(
             f"no gradient reached the factors in {step} steps: all scores are 0, and "

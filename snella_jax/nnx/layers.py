@@ -100,8 +100,8 @@ class Adapter(Seeded):
         for name, value in factors.items():
             if hasattr(self, name):
                 raise ValueError(
-                    f"{site.kernel} has a factor named {name!r}: expected another name, "
-                    "as modules of NNX have an attribute of that name."
+                    f"{site.kernel} has a factor named {name!r}: expected another "
+                    "name, as modules of NNX have an attribute of that name."
                 )
             kind = Frozen if fixed and name == "piece_coeff" else Factor
             setattr(self, name, kind(jnp.asarray(value)))

@@ -30,8 +30,8 @@ def merge_together(
 
     Call it on a block that was merged from its states for this call alone; the
     gradients of the factors pass. Layers whose update is added in parallel, or that
-    draw or keep a sketch, stay as they are, and so do those whose input decides in which
-    of several dtypes they compute (no dtype of their own, a weight in 16 bits).
+    draw or keep a sketch, stay as they are, and so do those whose input decides in
+    which dtype they compute (no dtype of their own, a weight in 16 bits).
 
     Args:
       block: module with adapters, none of them of a stack.

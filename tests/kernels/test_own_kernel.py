@@ -49,7 +49,9 @@ def test_a_factor_cannot_be_named_as_what_an_adapter_has(adapt, name):
 
 @pytest.mark.parametrize("name", ["rule", "factors", "needs_key", "eval"])
 def test_a_factor_cannot_be_named_as_an_attribute_of_a_module(name):
-    config = snella.SnellaConfig(targets="fc", trainable="", rank=2, kernel=Scaled(name))
+    config = snella.SnellaConfig(
+        targets="fc", trainable="", rank=2, kernel=Scaled(name)
+    )
     with pytest.raises(ValueError, match=f"factor named '{name}': expected another"):
         on_nnx(config)
     assert on_arrays(config)

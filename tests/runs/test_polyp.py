@@ -128,7 +128,11 @@ def test_masks_that_are_kept_have_the_dice_of_the_results(whole, words):
     out, summary = whole
     (folder,) = (w.split("=")[1] for w in words if w.startswith("--task"))
     source = segmentation_task.load(type(out)(folder)).test
+    written = json.loads((out / "dice.json").read_text("utf-8"))
     for method, result in summary["methods"].items():
+        assert np.mean(written["test"][method]) == pytest.approx(
+            result["test_dice"], abs=1e-5
+        )
         kept = predicted.read(out, method, "test")
         pairs = [(kept[i], source[i]["mask"] > 0) for i in range(len(source))]
         dice = np.mean([dice_and_iou(*pair)[0] for pair in pairs])

@@ -9,8 +9,10 @@ import pytest
 from rich.console import Console
 
 from experiments import compare
+from experiments.config import run_config
+from experiments.config.polyp import PolypConfig
 from experiments.runs import images
-from experiments.studies import cells, comparison, paired, real_tasks
+from experiments.studies import cells, comparison, paired, real_tasks, scored
 from experiments.studies.comparison import Comparison
 from experiments.studies.recorded import packed
 
@@ -128,6 +130,46 @@ def test_the_report_of_made_up_cells(tmp_path, capsys):
     assert "Difference from LoRA-8" in capsys.readouterr().out
 
 
+def masks(path, seed, dice):
+    """A finished run on masks, with another set besides its own."""
+    usual = run_config.as_dict(PolypConfig())
+    path.mkdir()
+    methods = {
+        name: {"trainable": 7, "settings": {"lr": 1e-3}} for name in ("lora", "snella")
+    }
+    values = {
+        "config": usual | {"seed": seed},
+        "summary": {"task": "polyps", "methods": methods},
+        "dice": {"test": dice, "other": {name: [0.0] * 3 for name in dice}},
+    }
+    for name, value in values.items():
+        (path / f"{name}.json").write_text(json.dumps(value), "utf-8")
+    return str(path)
+
+
+def test_masks_are_a_task_more(tmp_path):
+    """Their Dice counts as being right does; other sets of the run are no tasks."""
+    runs, out = str(folder(tmp_path / "runs")), tmp_path / "out"
+    dice = {"lora": [0.5, 0.7], "snella": [0.7, 0.8]}, {"lora": [0.6, 0.6]}
+    own = [masks(tmp_path / f"{seed}", seed, found) for seed, found in enumerate(dice)]
+    real_tasks.main(["--runs", runs, "--masks", *own, "--out", str(out)])
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    assert report["tasks"] == {"birds": 4, "cars": 4, "polyps": 2}
+    found = {own["label"]: own["tasks"] for own in report["methods"]}
+    assert found["LoRA-8"]["polyps"]["value"] == pytest.approx(60)
+    (pair,) = [
+        own["tasks"]["polyps"] for own in report["pairs"]
+        if (own["method"], own["other"]) == ("SNELLA-8, density 0.3", "LoRA-8")
+    ]  # fmt: skip
+    assert pair["value"] == pytest.approx(15) and pair["seeds"] == 1
+    assert "(of polyps: Dice of a run of its own)" in (out / "report.md").read_text()
+    again = ["--masks", own[0], masks(tmp_path / "again", 0, dice[1])]
+    with pytest.raises(SystemExit, match="both have LoRA-8 on polyps, seed 0"):
+        real_tasks.main(["--runs", runs, *again])
+    with pytest.raises(SystemExit, match="a finished run of python"):
+        real_tasks.main(["--runs", runs, "--masks", str(tmp_path)])
+
+
 def test_seeds_that_fail_are_said(tmp_path, capsys):
     """The cell has a mark beside its finished seeds, and the caption the reason."""
     path = folder(tmp_path / "runs") / "results.json"
@@ -173,7 +215,7 @@ def test_orders_of_the_paper_have_its_density(tmp_path):
                 if name == "snella"
             }  # fmt: skip
         path.write_text(json.dumps(store), "utf-8")
-    found = real_tasks.compared(cells.read(folders))
+    found = real_tasks.compared(scored.of_cells(cells.read(folders)))
     names = {own[key] for own in found["orders"] for key in ("better", "worse")}
     assert names == {"linear probe", "LoRA-8", "SNELLA-8, density 0.3"}
 
