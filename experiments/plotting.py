@@ -14,6 +14,7 @@ if "ipykernel" not in sys.modules:  # a notebook shows figures of its own
     matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from experiments.paths import printable
 
@@ -37,8 +38,10 @@ def overlay(
 ) -> None:
     """Draws an image, a mask as a translucent layer on it, and the contour of another.
 
+    Both contours have a dark edge, to be seen on any colour.
+
     Args:
-      mask: the layer, blue.
+      mask: the layer, blue with a white contour.
       truth: the mask whose contour is drawn, yellow; None for none.
     """
     axes.imshow(image)
@@ -46,8 +49,10 @@ def overlay(
     layer[...] = (*to_rgb("tab:blue"), 0)
     layer[mask, 3] = 0.5
     axes.imshow(layer)
-    if truth is not None and 0 < truth.mean() < 1:
-        axes.contour(truth, levels=[0.5], colors="yellow", linewidths=1)
+    for own, colour in ((mask, "white"), (truth, "yellow")):
+        if own is not None and 0 < own.mean() < 1:
+            lines = axes.contour(own, levels=[0.5], colors=colour, linewidths=1)
+            lines.set(path_effects=[withStroke(linewidth=2, foreground="black")])
 
 
 def save(figure: Figure, path: Path, dpi: int = 130) -> None:

@@ -29,6 +29,7 @@ from experiments.reports import result_files
 from snella_jax.models import sam
 
 PROGRAM = "python -m experiments.studies.photographs"
+SIDE = 2.6  # inches of a picture, twice as much of a single photograph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +129,10 @@ def _draw(
 ) -> None:
     """Draws a photograph a row: with its box, then the mask of each size."""
     shape = len(pixels), 1 + len(masks[0])
+    side = SIDE if len(pixels) > 1 else 2 * SIDE
     figure, grid = plt.subplots(
         *shape,
-        figsize=(2.6 * shape[1], 2.7 * shape[0]),
+        figsize=(side * shape[1], side * shape[0] + 0.1),
         squeeze=False,
         layout="constrained",
     )
