@@ -109,7 +109,7 @@ class _Unpickler(pickle.Unpickler):
         return self.storages.setdefault((key, dtype), _Storage(numbers))
 
     def _bytes(self, member: zipfile.ZipInfo) -> np.ndarray:
-        """Returns a stored member as a view of the file, which is not read at once."""
+        """Returns a stored member as a view of the file, once its checksum was read."""
         start = member.header_offset
         name, extra = self.file[start + 26 : start + 30].view("<u2").astype(int)
         start += 30 + name + extra  # of the local header

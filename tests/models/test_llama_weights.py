@@ -156,6 +156,23 @@ def test_like_keeps_the_tokenizer_and_other_fields(tmp_path):
     same(models.load(tmp_path / "out"), model)
 
 
+def test_like_gives_nothing_that_its_own_weights_had(tmp_path):
+    source = changed(tmp_path, "own", quantization_config={"quant_method": "gptq"})
+    model = models.load(DATA / "own")
+    models.export(model, tmp_path / "out", like=source)
+    same(models.load(tmp_path / "out"), model)
+    source = changed(tmp_path / "other", "own", rope_interleaved=True)
+    with pytest.raises(CheckpointError, match="rope_interleaved=True: expected False"):
+        models.export(model, tmp_path / "odd", like=source)
+    assert not (tmp_path / "odd").exists()
+
+
+@pytest.mark.parametrize("name", ["tied.gguf", "meta"])
+def test_a_set_of_weights_that_is_not_there(name):
+    with pytest.raises(CheckpointError, match=r"no\.such"):
+        models.load(DATA / name, weights="no.such")
+
+
 @pytest.mark.parametrize(
     ("path", "options", "error", "message"),
     [

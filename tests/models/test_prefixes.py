@@ -237,6 +237,13 @@ def test_names_that_differ_by_a_prefix_alone(tmp_path):
         models.load(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("name", ["/embedding/kernel", ".cls", "a..cls", "//"])
+def test_names_of_separators_alone_end(name, tmp_path):
+    np.savez(tmp_path / "a.npz", **{name: np.ones(3), "cls": np.ones(3)})
+    with pytest.raises(CheckpointError):
+        models.load(tmp_path / "a.npz")
+
+
 def test_an_encoder_of_a_larger_model_is_refused(tmp_path):
     """Its own config is inside the other's."""
     source = shutil.copytree(ASSETS / "vit/classifier", tmp_path / "source")

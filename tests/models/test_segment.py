@@ -124,6 +124,8 @@ def test_a_photograph_is_what_the_model_sees(model):
             "labels are float",
         ),
         (PHOTOGRAPH, {"boxes": [[1, 2, 3, 4]]}, ValueError, r"expected \[4\], in pix"),
+        (PHOTOGRAPH, {"boxes": [0, 0, np.inf, 9]}, ValueError, "expected finite"),
+        (PHOTOGRAPH, {"points": [[np.nan, 2]], "labels": [1]}, ValueError, "finite"),
         (PHOTOGRAPH, {"boxes": [90, 2, 99, 9]}, ValueError, "81 pixels wide and 50 hi"),
         (PHOTOGRAPH, {"boxes": [9, 9, 3, 12]}, ValueError, "with x0 < x1"),
         (

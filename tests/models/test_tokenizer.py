@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 import vocabularies
 from texts import AWKWARD
 from tokenizers import Tokenizer
@@ -87,6 +88,21 @@ def test_json_never_cuts_or_fills(backends, tmp_path):
     assert llama.tokenizer(folder).encode(long) == expected
 
 
+def test_what_fills_rows_does_not_hide_what_begins_texts(backends, tmp_path):
+    backend = Tokenizer.from_str(backends["smollm"].to_str())
+    backend.enable_padding(length=8, pad_id=0, direction="left")
+    folder = vocabularies.json_folder(tmp_path / "f", backend, "<|im_start|>", **NAMES)
+    tokenizer = llama.tokenizer(folder)
+    assert tokenizer.adds_bos and tokenizer.encode("a") == tokenizer.encode("a", True)
+
+
+def test_a_beginning_without_a_token_is_refused(backends, tmp_path):
+    names = {"eos_token": "<|im_end|>", "bos_token": None, "add_bos_token": True}
+    folder = vocabularies.json_folder(tmp_path / "f", backends["smollm"], **names)
+    with pytest.raises(CheckpointError, match="a token begins a text: expected bos_to"):
+        llama.tokenizer(folder)
+
+
 def test_a_lone_json_has_the_usual_names(backends, tmp_path):
     backend = Tokenizer.from_str(backends["llama-bpe"].to_str())
     backend.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>"])
@@ -94,6 +110,12 @@ def test_a_lone_json_has_the_usual_names(backends, tmp_path):
     tokenizer = llama.tokenizer(tmp_path / "mine.json")
     names = ("<|begin_of_text|>", "<|end_of_text|>")
     assert (tokenizer.bos, tokenizer.eos) == tuple(map(backend.token_to_id, names))
+    first = Tokenizer(tokenizers.models.BPE({"</s>": 0, "a": 1}, []))
+    first.save(
+        str(tmp_path / "first.json")
+    )  # its number is 0, and nothing begins texts
+    found = llama.tokenizer(tmp_path / "first.json")
+    assert (found.bos, found.eos, found.adds_bos) == (None, 0, False)
     smollm = tmp_path / "other.json"
     backends["smollm"].save(str(smollm))
     with pytest.raises(CheckpointError, match=r"other\.json: no token ends a text"):

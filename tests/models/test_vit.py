@@ -146,6 +146,10 @@ def test_dtype_is_for_compute_and_param_dtype_for_weights():
         ({"drop_path": 1.0}, "expected 0 <= rate < 1"),
         ({"remat": "all"}, 'remat=\'all\': expected "none" or "blocks"'),
         ({"attention": "flash"}, "'flash': expected auto, xla, cudnn"),
+        ({"norm_eps": -1.0}, "norm_eps=-1.0: expected a positive number"),
+        ({"norm_eps": math.nan}, "norm_eps=nan: expected a positive number"),
+        ({"pixel_std": (0.0,)}, "expected finite numbers, std above 0"),
+        ({"pixel_mean": (math.inf,)}, "expected finite numbers, std above 0"),
     ],
 )
 def test_a_bad_config_says_what_was_expected(changes, message):

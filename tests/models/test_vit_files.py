@@ -162,6 +162,16 @@ def test_folders_of_shards_and_of_pytorch_files(tmp_path):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": files}), "utf-8")
     close(vit.load(folder).features(EXPECTED["images"]), EXPECTED["tokens"])
+    name = next(name for name, file in files.items() if file == "part-0.safetensors")
+    other = load_file(folder / "part-1.safetensors")  # with an old copy of a tensor
+    save_file(other | {name: tensors[name] + 7}, folder / "part-1.safetensors")
+    close(vit.load(folder).features(EXPECTED["images"]), EXPECTED["tokens"])
+    save_file(other, folder / "part-1.safetensors")
+    index.write_text(
+        json.dumps({"weight_map": files | {name: "part-1.safetensors"}}), "utf-8"
+    )
+    with pytest.raises(CheckpointError, match=rf"places {name} in part-1.*lacks it"):
+        vit.load(folder)
     for bad in ([], None, {"x": 3}, {"x": "../x"}, {"x": "nowhere.safetensors"}):
         index.write_text(json.dumps({"weight_map": bad}), "utf-8")
         with pytest.raises(CheckpointError, match=r"weight_map|it names"):

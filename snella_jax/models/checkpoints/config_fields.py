@@ -189,7 +189,7 @@ def _pixels(said: Mapping[str, Any], images: Mapping[str, Any]) -> dict[str, Any
         if f"image_{name}" in images
     }
     if images.get("do_normalize") is False:
-        found = {"pixel_mean": (0.0,) * 3, "pixel_std": (1.0,) * 3}
+        found = {"pixel_mean": (0.0,), "pixel_std": (1.0,)}
     for ours in of_config.keys() & found.keys():
         if not _same(of_config[ours], found[ours]):
             raise ValueError(

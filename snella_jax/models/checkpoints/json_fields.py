@@ -1,6 +1,6 @@
 """Checked values of the fields of config files in JSON; null counts as absent."""
 
-import math
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,7 +13,7 @@ def only(said: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]]) -> No
       expected: values that are allowed, by field; the first is the one that is meant.
     """
     for name, values in expected.items():
-        if said.get(name, values[0]) not in values:
+        if said.get(name) is not None and said[name] not in values:
             raise ValueError(f"{name}={said[name]!r}: expected {values[0]!r}")
 
 
@@ -46,8 +46,8 @@ def number(said: Mapping[str, Any], name: str, default: float | None = None) -> 
     """Returns a positive number; default and errors as in `count`."""
     value = _given(said, name, default)
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    if not known or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: expected a positive number")
+    if not known or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name}={str(value)[:40]}: expected a positive number")
     return float(value)
 
 

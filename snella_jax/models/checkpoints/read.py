@@ -100,7 +100,7 @@ class Checkpoint:
 def _bare(name: str, prefix: str) -> str:
     name = re.sub(WRAPPERS, "", name)
     while not name.startswith(prefix):
-        prefix = re.sub(r"[^./]+[./]$", "", prefix)  # its last part
+        prefix = re.sub(r"[^./]*.$", "", prefix)  # its last part
     return name.removeprefix(prefix)
 
 
@@ -127,20 +127,25 @@ def read(path: str | Path | Checkpoint, weights: str | None = None) -> Checkpoin
       ModuleNotFoundError: reading it needs a package; says which.
     """
     if isinstance(path, Checkpoint):
-        if weights is None:
-            return path
-        tensors = state_dicts.chosen(path.path, path.tensors, weights)
-        return dataclasses.replace(path, tensors=tensors)
+        return _chosen(path, weights)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
     if path.is_dir():
         return _read_folder(path, weights)
     if path.suffix == ".gguf":
-        return _read_gguf(path)
+        return _chosen(_read_gguf(path), weights)
     saved, metadata = _read_file(path)
     tensors = state_dicts.chosen(path, saved, weights)
     return Checkpoint(path, tensors, recorded=_recorded(path, metadata))
+
+
+def _chosen(checkpoint: Checkpoint, weights: str | None) -> Checkpoint:
+    """Returns a set of weights, or all of them; errors as in `read`."""
+    if weights is None:
+        return checkpoint
+    tensors = state_dicts.chosen(checkpoint.path, checkpoint.tensors, weights)
+    return dataclasses.replace(checkpoint, tensors=tensors)
 
 
 def _recorded(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -163,17 +168,13 @@ def _read_folder(folder: Path, weights: str | None) -> Checkpoint:
     first = next((folder / name for name in choices if (folder / name).exists()), None)
     if first is None:
         if (found := meta_folder.read(folder)) is not None:
-            return Checkpoint(folder, *found)
+            return _chosen(Checkpoint(folder, *found), weights)
         if (folder / PARTS[0]).exists() or (folder / PARTS[1]).exists():
-            return Checkpoint(folder, _read_parts(folder))
+            return _chosen(Checkpoint(folder, _read_parts(folder)), weights)
         choices += ["consolidated.00.pth", *PARTS]
         raise FileNotFoundError(f"{folder} has none of {', '.join(choices)}.")
     if first.suffix == ".json":
-        read_shards = [_read_file(folder / name) for name in _shards(first)]
-        saved = {
-            name: tensor for shard, _ in read_shards for name, tensor in shard.items()
-        }
-        metadata = read_shards[0][1]
+        saved, metadata = _read_shards(first)
     else:
         saved, metadata = _read_file(first)
     config, preprocessor = (
@@ -208,8 +209,24 @@ def _read_gguf(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, file.metadata)
 
 
-def _shards(index: Path) -> list[str]:
-    """Lists the files that an index of shards names."""
+def _read_shards(index: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Reads each tensor from the shard that the index names, and what it leaves out."""
+    where = _places(index)
+    shards = {n: _read_file(index.parent / n) for n in sorted(set(where.values()))}
+    for name, shard in where.items():
+        if name not in shards[shard][0]:
+            raise CheckpointError(index, f"it places {name} in {shard}, which lacks it")
+    found = {
+        name: tensor
+        for shard, (tensors, _) in shards.items()
+        for name, tensor in tensors.items()
+        if where.get(name, shard) == shard
+    }
+    return found, next(iter(shards.values()))[1]
+
+
+def _places(index: Path) -> dict[str, str]:
+    """Returns the file of each tensor, which an index of shards names."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(index, "expected file names under weight_map")
@@ -217,7 +234,7 @@ def _shards(index: Path) -> list[str]:
         beside = isinstance(name, str) and Path(name).name == name
         if not beside or not (index.parent / name).exists():
             raise CheckpointError(index, f"it names {name!r}, which is not beside it")
-    return sorted(set(names.values()))
+    return names
 
 
 def _read_file(path: Path) -> tuple[Any, dict[str, str]]:

@@ -1,5 +1,6 @@
 """Image classifiers: what all of them share, and the fields of their configs."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -113,6 +114,9 @@ def check_fields(config: Any) -> None:
         numbers = getattr(config, name)
         if len(numbers) not in (1, config.channels):
             raise ValueError(f"{name}={numbers}: expected {config.channels} numbers.")
+        known = all(map(math.isfinite, numbers))
+        if not known or (name == "pixel_std" and min(numbers) <= 0):
+            raise ValueError(f"{name}={numbers}: expected finite numbers, std above 0.")
     if not 0 <= config.drop_path < 1:
         raise ValueError(f"drop_path={config.drop_path}: expected 0 <= rate < 1.")
 
@@ -124,7 +128,7 @@ def check_kept(config: Any) -> None:
 
 
 def check_input(config: Any) -> None:
-    """Raises a `ValueError` for channels, sizes in pixels or `remat` that cannot be."""
+    """Raises a `ValueError` for channels, sizes, eps or `remat` that cannot be."""
     if config.channels < 1:
         raise ValueError(f"channels={config.channels}: expected at least 1.")
     if min(*config.image_hw, *config.patch_hw) < 1:
@@ -132,6 +136,9 @@ def check_input(config: Any) -> None:
             f"image_size={config.image_size}, patch_size={config.patch_size}: expected "
             "positive numbers of pixels."
         )
+    epsilon = getattr(config, "norm_eps", 1e-5)  # Swin has no other
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"norm_eps={epsilon}: expected a positive number.")
     if config.remat not in ("none", "blocks"):
         raise ValueError(f'remat={config.remat!r}: expected "none" or "blocks".')
 

@@ -9,9 +9,11 @@ import numpy as np
 from snella_jax.files.arrays import Deferred, Stored
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints.formats import stacked
+from snella_jax.models.checkpoints.json_fields import only
 from snella_jax.models.checkpoints.read import Checkpoint
 from snella_jax.models.checkpoints.rewrite import parts_of
 from snella_jax.models.llama.config import LlamaConfig
+from snella_jax.models.llama.fields import ONLY
 from snella_jax.models.llama.formats import hugging_face_name
 from snella_jax.models.llama.model import Llama
 
@@ -53,7 +55,7 @@ def folder(
     said: dict[str, Any] = {}
     files: dict[str, bytes] = {}
     if like is not None:
-        said |= like.config
+        said |= _fitting(like)
         _check_sizes(like, model.config)
         files |= {
             file.name: file.read_bytes()
@@ -64,6 +66,20 @@ def folder(
     said |= config_json(model.config, str(parts["embed/embedding"].dtype))
     text = json.dumps(said, indent=2) + "\n"
     return tensors, files | {"config.json": text.encode()}
+
+
+def _fitting(like: Checkpoint) -> dict[str, Any]:
+    """Returns the fields of a config, without how its own weights are quantised.
+
+    Raises:
+      CheckpointError: it has a field that no model here computes.
+    """
+    said = {k: v for k, v in like.config.items() if k != "quantization_config"}
+    try:
+        only(said, ONLY)
+    except ValueError as error:
+        raise CheckpointError(like.path, str(error)) from error
+    return said
 
 
 def config_json(config: LlamaConfig, dtype: str) -> dict[str, Any]:

@@ -74,12 +74,17 @@ def _json(path: Path) -> Tokenizer:
     tokenizers = package("tokenizers", path, "language")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.no_padding()  # which would stand before what begins a text
         begun = backend.encode("", add_special_tokens=True).ids
     except Exception as error:
         raise CheckpointError.damaged(path, error) from error
     config = _config(path.parent)
-    known = next((pair for pair in USUAL if backend.token_to_id(pair[1])), (None, None))
-    names = {"bos_token": known[0], "eos_token": known[1], **config}
+    known = [
+        [token if backend.token_to_id(token) is not None else None for token in pair]
+        for pair in USUAL
+    ]
+    begin, end = next((pair for pair in known if pair[1] is not None), (None, None))
+    names = {"bos_token": begin, "eos_token": end, **config}
     bos, eos, pad = (
         _id(path, backend, f"{name}_token", names) for name in ("bos", "eos", "pad")
     )
@@ -90,6 +95,10 @@ def _json(path: Path) -> Tokenizer:
     adds = config.get("add_bos_token")
     if adds is None:
         adds = bos is not None and begun[:1] == [bos]
+    if adds and bos is None:
+        raise CheckpointError(
+            path, f"a token begins a text: expected bos_token in the {CONFIG} beside it"
+        )
     return byte_level(backend, bos=bos, eos=eos, pad=pad, adds_bos=bool(adds))
 
 

@@ -42,6 +42,7 @@ def folder(
         _check_sizes(like, said)
         kept = {name: {**like.config.get(name, {}), **said[name]} for name in SECTIONS}
         said = {**like.config, **said, **kept}
+        said.pop("quantization_config", None)  # of the weights of `like`
         images = {**like.preprocessor, **preprocessor_json(config)}
         files = {
             path.name: path.read_bytes()

@@ -175,4 +175,6 @@ def _numbers(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
             f"{name} has shape {numbers.shape}: expected [{axes}], in pixels of the "
             "photograph."
         )
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name}={numbers.tolist()}: expected finite numbers.")
     return numbers

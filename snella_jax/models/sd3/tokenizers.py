@@ -130,6 +130,14 @@ def clip_tokenizer(path: str | Path | None = None, length: int = 77) -> Tokenize
     path, ids, merges = _vocabulary(path)
     if missing := [token for token in (START, END) if token not in ids]:
         raise CheckpointError(path, f"no CLIP's: it has no {' and no '.join(missing)}")
+    letters = {letter + end for letter in _letters() for end in ("", "</w>")}
+    made = letters | {START, END} | {"".join(merge) for merge in merges}
+    if unmade := sorted(ids.keys() - made):
+        raise CheckpointError(
+            path,
+            f"no merge makes {len(unmade)} of {len(ids)} tokens, {unmade[0]!r} among "
+            "them: its merges are cut off, or of another vocabulary",
+        )
     backend = _bpe(path, ids, merges)
     return Tokenizer(
         size=len(ids),

@@ -182,4 +182,4 @@ def _of_transformers(checkpoint: Checkpoint) -> dict[str, Any]:
     kind = checkpoint.config.get("model_type")
     imagenet = dinov2 or kind in ("vit_mae", "vit_msn", "ijepa")
     constants = IMAGENET if imagenet else INCEPTION
-    return constants | {"norm_eps": 1e-6 if dinov2 else 1e-12}
+    return constants | {"norm_eps": 1e-6 if dinov2 or kind == "vit_msn" else 1e-12}

@@ -84,6 +84,15 @@ def test_rows_are_filled_and_cut(merges, caplog):
         tokenizer.encode("\ud800")
 
 
+def test_merges_that_are_cut_off_are_refused(merges, tmp_path):
+    _, ids, _ = tokenizers._vocabulary(merges)
+    (tmp_path / "vocab.json").write_text(json.dumps(ids), "utf-8")
+    lines = "\n".join(["#version: 0.2", *LINES[:-2]])
+    (tmp_path / "merges.txt").write_text(lines, "utf-8")
+    with pytest.raises(CheckpointError, match=r"no merge makes 2 of .* are cut off"):
+        tokenizers.clip_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("pairs", [True, False])
 def test_folders_give_the_same(pairs, merges, tmp_path):
     """`vocab.json` and `merges.txt`, and the two forms of `tokenizer.json`."""

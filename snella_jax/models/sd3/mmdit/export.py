@@ -48,6 +48,7 @@ def folder(
     if like is not None:
         _check_sizes(like, said)
         said = {**like.config, **said, "sample_size": like.config.get("sample_size")}
+        said.pop("quantization_config", None)  # of the weights of `like`
     text = json.dumps(said, indent=2) + "\n"
     return tensors, {"config.json": text.encode()}
 
