@@ -156,7 +156,8 @@ if SMALL:
 # %% [markdown]
 # ## Pictures of one thing
 #
-# `PHOTOGRAPHS` is a folder with some photographs of yours, which become squares; say what
+# `PHOTOGRAPHS` is a folder with some photographs of yours, which become squares (on your
+# Drive after `from google.colab import drive; drive.mount("/content/drive")`); say what
 # they show in `CLASS` above. The toy knows the nouns of emoji.
 
 # %% alt="five pictures of a teal vase with a yellow zigzag"
@@ -205,7 +206,8 @@ plt.show()
 # %% [markdown]
 # ## Before
 #
-# "sks" means nothing to the model: it draws any vase. All prompts are encoded now, once.
+# "sks" means nothing to the model: it draws any vase. All prompts are encoded now, once;
+# for other prompts run the cell that loads the model again.
 # The same keys give the same noise to begin with, so that pictures can be compared.
 
 # %%
@@ -218,8 +220,9 @@ PROMPTS = (
     f"a {NAME} with a city in the background",
     f"a purple {NAME}",
 )
-text, empty = pipeline.encode(PROMPTS), pipeline.encode("")
-pipeline = pipeline.without_encoders()
+if pipeline.encoders is not None:
+    text, empty = pipeline.encode(PROMPTS), pipeline.encode("")
+    pipeline = pipeline.without_encoders()
 
 
 def pictures(transformer):

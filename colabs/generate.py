@@ -31,7 +31,9 @@ PROJECT = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text("utf-8"))[
 REPOSITORY = PROJECT["urls"]["Repository"]
 COLAB = "https://colab.research.google.com"
 # Of files of this repository, whatever it was called when the link was written.
-ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+(?=/(?:blob|tree)/main/)")
+ADDRESS = re.compile(
+    r"https://github\.com/[\w.-]+/[\w.-]+(?=/(?:blob|tree)/main/| && cd )"
+)
 METADATA = re.compile(
     r'^((?:Changelog|Issues) = "|repository-code: ")https://github\.com/[\w.-]+/[\w.-]+',
     re.M,

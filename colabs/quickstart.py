@@ -269,8 +269,8 @@ figure, (total, heat) = plt.subplots(
 total.plot([row["density"] for row in history], ".-")
 total.set(ylabel="of all weights", ylim=(0, 1))
 mesh = heat.imshow(shares.T, aspect="auto", vmin=0, vmax=1, cmap="magma")
-labels = [name.removeprefix("density/blocks/") for name in names]
-heat.set(xlabel="epoch", yticks=range(len(names)), yticklabels=labels)
+ticks = [name.removeprefix("density/blocks/") for name in names]
+heat.set(xlabel="epoch", yticks=range(len(names)), yticklabels=ticks)
 figure.colorbar(mesh, ax=heat, label="share that may move")
 plt.show()
 

@@ -28,11 +28,11 @@
 # paper's protocol, which also trains on the images that validate here, has the whole test
 # and rates of its own, is the command `python -m experiments.vtab --config vtab1k`.
 #
-# As it stands it took 35 minutes on two busy CPU cores (at the docs site's smaller sizes it
-# needs 1.5 GB of memory); of the first 1,000 test images LoRA had 75.6% right and SNELLA
-# 74.9%. The notebook draws another 1,000, on which both may differ by a point or two.
+# As it stands it took 35 minutes on two busy CPU cores; of the first 1,000 test images
+# LoRA had 75.6% right and SNELLA 74.9%. The notebook draws another 1,000, on which both
+# may differ by a point or two.
 # **It was not run on a TPU or a GPU**, nor with other weights or tasks. With a ViT-B/16 a
-# step on 32 images in bfloat16 (here it is float32) needs
+# step on 32 images in bfloat16, frozen weights included (they are float32 here), needs
 # [3.4 GiB of a v5e's 16](https://github.com/OWNER/snella_jax/blob/main/experiments/results/memory/v5e_vit_b16_batch32/memory.json),
 # for which it was only compiled. The 100 epochs are 5,000 steps, 2,500 for each method:
 # where one takes more than a second, a session of 90 minutes needs a lower `EPOCHS`.
@@ -132,6 +132,7 @@ import urllib.request
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -161,7 +162,9 @@ def fetched(place):
         return Path(place)
     file = Path(place.rsplit("/", 1)[-1])
     if not file.exists():
-        urllib.request.urlretrieve(place, file)
+        part = file.with_name(f"{file.name}.part")
+        urllib.request.urlretrieve(place, part)
+        part.rename(file)
     return file
 
 
@@ -194,6 +197,8 @@ if SMALL:
 
 options = {"num_classes": task.classes, "image_size": SIZE}
 if WEIGHTS:
+    if jax.default_backend() != "cpu":
+        options["dtype"] = jnp.bfloat16
     base = models.load(fetched(WEIGHTS), **options)
 else:
     base = dinov2_saliency.load(**options)
@@ -219,9 +224,10 @@ test = pixels(task.test, TEST)
 # the end only three weights of ten may differ from the base. The head, which is new,
 # trains in both.
 #
-# SNELLA wants a learning rate a few times LoRA's. These are about those that were best on
-# validation in [our comparison](https://github.com/OWNER/snella_jax/blob/main/docs/results.md)
-# of methods with this model; another one wants others.
+# SNELLA wants a learning rate a few times LoRA's. The small model's are about those that
+# were best on validation in [our
+# comparison](https://github.com/OWNER/snella_jax/blob/main/docs/results.md) of methods;
+# with weights of your own 3e-3 is a guess, so try others.
 
 # %%
 METHODS = {
@@ -236,7 +242,7 @@ METHODS = {
     ),
     "SNELLA": snella.SnellaConfig(rank=8, target_density=0.3, trainable="head"),
 }
-RATES = {"LoRA": 1e-3, "SNELLA": 9e-3}
+RATES = {"LoRA": 1e-3, "SNELLA": 3e-3 if WEIGHTS else 9e-3}
 
 
 def logits_of(model, images):

@@ -282,7 +282,8 @@ show_images(task.test, [shown[i] for i in order], titles)
 # Test images, mistakes first: what the model says and how sure it is, and in red what is
 # true. Above, the linear probe shows what the pre-trained features alone are worth; the
 # lower curves and the map of budgets, which matrices SNELLA changed to do better. For a
-# picture of yours: `classify([np.asarray(Image.open("picture.jpg").convert("RGB"))])`.
+# picture of yours (`from PIL import ImageOps`):
+# `classify([np.asarray(ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB"))])`.
 #
 # **Next**: [every method on your images](https://github.com/OWNER/snella_jax/blob/main/docs/training.md#methods),
 # [what to do with an adapter](https://github.com/OWNER/snella_jax/blob/main/docs/adapters.md),

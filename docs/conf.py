@@ -113,7 +113,7 @@ def _to_repository(text: str) -> str:
 
 SMALL_SIZES = """```{note}
 What this page shows was computed on a CPU when the site was built, at **small sizes**:
-the numbers and pictures of the notebook itself are better.
+at its full sizes the notebook gives better numbers and pictures.
 ```"""
 WITHOUT = """```{note}
 This page shows no results, as the site was built without what the notebook needs.
