@@ -348,4 +348,4 @@ plt.show()
 # reads, its mistakes first and in red.
 #
 # **Next**: [what happens inside](https://github.com/OWNER/snella_jax/blob/main/colabs/inside_snella.ipynb), [custom layers and scans](https://github.com/OWNER/snella_jax/blob/main/docs/own_models.md),
-# [what to start with](https://github.com/OWNER/snella_jax/blob/main/docs/results.md#what-to-start-with).
+# [what to start with](https://github.com/OWNER/snella_jax/blob/main/docs/choosing.md).

@@ -11,13 +11,16 @@ killed.
 from typing import Any
 
 from experiments.config import presets
-from experiments.runs import cli, images
+from experiments.runs import advice, cli, images
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Runs, and returns the content of `summary.json`."""
     program = "python -m experiments.fgvc"
-    return cli.main(program, presets.FGVC, images.prepared, argv, "fgvc")
+    words = advice.main(program, presets.FGVC, argv, "fgvc")
+    if words is None:
+        return None
+    return cli.main(program, presets.FGVC, images.prepared, words, "fgvc")
 
 
 if __name__ == "__main__":

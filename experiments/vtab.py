@@ -12,19 +12,23 @@ pre-trained on Fashion-MNIST by `experiments.pretrained.pretrain`; `--task` and
 
     python -m experiments.vtab --resume FOLDER
 
-and ends with the same numbers as one that was not.
+and ends with the same numbers as one that was not. `--suggest` trains nothing and says
+what to start with, for the task, the model and `--device_memory` GiB.
 """
 
 from typing import Any
 
 from experiments.config import presets
-from experiments.runs import cli, images
+from experiments.runs import advice, cli, images
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Runs, and returns the content of `summary.json`."""
     program = "python -m experiments.vtab"
-    return cli.main(program, presets.VTAB, images.prepared, argv, "vtab1k")
+    words = advice.main(program, presets.VTAB, argv, "vtab1k")
+    if words is None:
+        return None
+    return cli.main(program, presets.VTAB, images.prepared, words, "vtab1k")
 
 
 if __name__ == "__main__":

@@ -385,9 +385,9 @@ def _usage(presets: Presets, suite: str) -> str:
     if benchmark:
         groups.append(f"{suite}, or its tasks, as {benchmark[0]}")
     return (
-        "--config NAME or FILE: a preset, or a JSON file of fields, such as a run's "
-        f"config.json. Presets: {'; '.join(groups)}. "
+        "--config NAME or FILE: a preset, or a JSON file such as a run's config.json. "
+        f"Presets: {'; '.join(groups)}. "
         "--resume FOLDER: alone, resumes a run."
-        + f" --help {WORKERS}: in parallel."
+        + f" --help {WORKERS}: in parallel. --suggest: what to start with."
         * bool(suite)
     )

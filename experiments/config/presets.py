@@ -72,7 +72,7 @@ RELEASED_FGVC = {
 }
 
 QUICKSTART = Preset(
-    "handwritten digits, a small ViT, on a laptop CPU",
+    "digits, a small ViT, on a laptop CPU",
     ImageConfig(),
 )
 

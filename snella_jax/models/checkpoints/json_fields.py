@@ -47,7 +47,7 @@ def number(said: Mapping[str, Any], name: str, default: float | None = None) -> 
     value = _given(said, name, default)
     known = isinstance(value, int | float) and not isinstance(value, bool)
     if not known or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"{name}={str(value)[:40]}: expected a positive number")
+        raise ValueError(f"{name}={value!r:.40}: expected a positive number")
     return float(value)
 
 
