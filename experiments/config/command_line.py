@@ -385,9 +385,9 @@ def _usage(presets: Presets, suite: str) -> str:
     if benchmark:
         groups.append(f"{suite}, or its tasks, as {benchmark[0]}")
     return (
-        "--config NAME or FILE: a preset, or a JSON file such as a run's config.json. "
+        "--config NAME or FILE: a preset, or JSON such as a run's config.json. "
         f"Presets: {'; '.join(groups)}. "
-        "--resume FOLDER: alone, resumes a run."
-        + f" --help {WORKERS}: in parallel. --suggest: what to start with."
+        "--resume FOLDER: alone, goes on."
+        + f" --help {WORKERS}: in parallel. --suggest: advice."
         * bool(suite)
     )
