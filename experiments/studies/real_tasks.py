@@ -29,6 +29,7 @@ from experiments.studies.cells import Cell
 from experiments.studies.scored import Scored
 
 PROGRAM = "python -m experiments.studies.real_tasks"
+CONFIG = "config.json"  # of a run
 DENSITY = 0.3  # the paper's
 SEARCHED = ("pool", "search_epochs")  # settings of the search alone
 Scores = dict[int, np.ndarray]  # of every test image, by seed
@@ -39,10 +40,12 @@ Table = Mapping[str, Mapping[str, Scores]]  # by label and task
 class RealTasksConfig:
     """Options of `python -m experiments.studies.real_tasks`."""
 
-    runs: tuple[Given, ...]
+    runs: tuple[Given, ...] = ()
     """Folders of `experiments.compare`, of the same settings."""
     masks: tuple[Given, ...] = ()
     """Folders of finished runs of experiments.polyp, one task more."""
+    masks_set: str = scored.TEST
+    """Images of masks: test, or another set that these runs were tested on."""
     against: tuple[str, ...] = ("lora", "bias")
     """Methods that the others are compared with in the tables; the JSON has all pairs.
     """
@@ -58,13 +61,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = terminal.console()
     with terminal.exit_on_error(PROGRAM):
         check_out(config.out)
+        if not config.runs and not config.masks:
+            raise ValueError("expected --runs, --masks or both.")
         found = cells.read(config.runs)
         _check_shared(found)
-        against = _labels(found, config.against)
-        every = [*scored.of_cells(found), *scored.of_masks(config.masks)]
+        masks = scored.of_masks(config.masks, config.masks_set)
+        shared = found[0].shared if found else files.read(config.masks[0] / CONFIG)
+        every = [*scored.of_cells(found), *masks]
+        against = _labels(every, config.against)
         report = compared(every, config.tasks) | {
-            "setup": _setup(found[0].shared),
-            "dice": sorted({own.task for own in every[len(found) :]}),
+            "setup": _setup(shared),
+            "dice": sorted({own.task for own in masks}),
             "searches": _searches(config.runs),
             "failed": cells.failures(config.runs),
         }
@@ -80,16 +87,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f"report.md and report.json are in {config.out}", soft_wrap=True)
 
 
-def _labels(found: Sequence[Cell], methods: Sequence[str]) -> list[str]:
+def _labels(found: Sequence[Scored], methods: Sequence[str]) -> list[str]:
     """Returns the labels of methods that are there, without those on random weights.
 
     Raises:
       ValueError: a method is there with several settings.
     """
     labels: dict[str, dict[str, None]] = {}
-    for cell in found:
-        if not cell.row.random:
-            labels.setdefault(cell.row.method, {})[cell.label] = None
+    for own in found:
+        if own.title is not None:
+            labels.setdefault(own.method, {})[own.label] = None
     for name in methods:
         if len(labels.get(name, {})) > 1:
             raise ValueError(

@@ -22,7 +22,8 @@ class Scored:
 
     Attributes:
       task: name of the task.
-      label: name of the method with its rank and density.
+      method: name of the method.
+      label: its title with rank and density.
       title: the same without the density, as the paper's tables have it; None for a
         method on random weights.
       scores: of every test example, in [0, 1]; 0 or 1 where it is wrong or right.
@@ -31,6 +32,7 @@ class Scored:
     """
 
     task: str
+    method: str
     label: str
     title: str | None
     seed: int
@@ -48,6 +50,7 @@ def of_cells(cells: Iterable[Cell]) -> list[Scored]:
     return [
         Scored(
             task=cell.task,
+            method=cell.row.method,
             label=cell.label,
             title=None if cell.row.random else cell.title,
             seed=cell.seed,
@@ -59,14 +62,17 @@ def of_cells(cells: Iterable[Cell]) -> list[Scored]:
     ]
 
 
-def of_masks(folders: Sequence[Path]) -> list[Scored]:
-    """Returns the Dice of a run's own test images, of runs of `experiments.polyp`.
+def of_masks(folders: Sequence[Path], tested: str = TEST) -> list[Scored]:
+    """Returns the Dice of every image of a set, of runs of `experiments.polyp`.
 
-    Other sets (`--tests`) are tested with the same models, so they are no more tasks.
+    Args:
+      folders: of finished runs.
+      tested: a run's own test images, or the name of another set of its `--tests`. One
+        alone: all are tested with the same models, so they are no more tasks.
 
     Raises:
-      ValueError: a folder is no finished run on masks, or two have the same seed of a
-        method.
+      ValueError: a folder is no finished run on masks, or was not tested on the set, or
+        two have the same seed of a method.
     """
     found: dict[Any, tuple[Path, Scored]] = {}
     for folder in folders:
@@ -78,12 +84,15 @@ def of_masks(folders: Sequence[Path]) -> list[Scored]:
                 f"{folder}: expected config.json, summary.json and {DICE}, the folder "
                 f"of a finished run of {PolypConfig.program}."
             )
-        for method, scores in dice[TEST].items():
+        if tested not in dice:
+            raise ValueError(f"{folder} was tested on {', '.join(dice)}, not {tested}.")
+        for method, scores in dice[tested].items():
             result = summary["methods"][method]
             settings = {**config[method], **result.get("settings", {})}
             title = finished.label(method, settings)
             own = Scored(
-                task=summary["task"],
+                task=summary["task"] if tested == TEST else tested,
+                method=method,
                 label=title + density(settings),
                 title=title,
                 seed=config["seed"],

