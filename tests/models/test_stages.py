@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_said(tmp_path):
     wrong("convnext", "norm_eps=None: expected", config={"layer_norm_eps": None})
     with pytest.raises(ValueError, match=r"^image_size=2: expected at least"):
         load("convnext", image_size=2)
-    with pytest.raises(TypeError, match="stackd"):
+    with pytest.raises(ValueError, match="stackd"):
         load("swin", stackd=True)
     gamma = "convnext.encoder.stages.1.layers.2.layer_scale_parameter"
     wrong("convnext", "blocks/1/2/scale .*no tensor", without(gamma))

@@ -185,6 +185,11 @@ def test_folders_of_shards_and_of_pytorch_files(tmp_path):
     close(vit.load(folder, **HEADS).features(EXPECTED["images"]), EXPECTED["tokens"])
 
 
+def test_an_option_that_no_config_has_is_no_fault_of_the_file():
+    with pytest.raises(ValueError, match=r"^ViTConfig has no hats\.$"):
+        vit.load(DATA / "classifier", hats=2)
+
+
 def test_two_tensors_of_one_name(tmp_path):
     arrays = dict(np.load(DATA / "original.npz"))
     arrays["opt/target/cls"] = arrays["cls"]

@@ -53,6 +53,13 @@ def agreed(
     return {**by_shapes, **by_config}
 
 
+def check_known(kind: type, options: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` for an option that is no field of a config."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}.")
+
+
 def given(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a config that a caller gave: all that are not None.
 
@@ -63,9 +70,7 @@ def given(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: the config has no such field.
     """
-    known = {field.name for field in dataclasses.fields(kind)}
-    if unknown := sorted(options.keys() - known):
-        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)}.")
+    check_known(kind, options)
     return {name: value for name, value in options.items() if value is not None}
 
 

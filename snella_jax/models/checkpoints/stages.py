@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from snella_jax.files.errors import CheckpointError
-from snella_jax.models.checkpoints.build import configured, filled
+from snella_jax.models.checkpoints.build import configured, filled, given
 from snella_jax.models.checkpoints.config_fields import check_agreement, config_fields
 from snella_jax.models.checkpoints.read import Checkpoint
 from snella_jax.models.checkpoints.torch_rules import check_numbers
@@ -31,7 +31,7 @@ def fields(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def load(
-    kinds: tuple[Callable[..., Any], Callable[..., Any]],
+    kinds: tuple[Callable[..., Any], type],
     checkpoint: Checkpoint,
     arrays: Mapping[str, np.ndarray],
     problems: Sequence[str],
@@ -70,8 +70,7 @@ def load(
         return found
 
     config = configured(config_kind, checkpoint, of_the_file, problems)
-    given = {name: value for name, value in options.items() if value is not None}
-    config = dataclasses.replace(config, **given)
+    config = dataclasses.replace(config, **given(config_kind, options))
     return filled(
         kind,
         config,

@@ -13,7 +13,7 @@ from jaxtyping import DTypeLike
 
 from snella_jax.files.errors import CheckpointError
 from snella_jax.models.checkpoints import position_grid
-from snella_jax.models.checkpoints.build import filled
+from snella_jax.models.checkpoints.build import check_known, filled
 from snella_jax.models.checkpoints.config_fields import check_agreement, weak_size
 from snella_jax.models.checkpoints.family import Family
 from snella_jax.models.checkpoints.formats import (
@@ -80,6 +80,7 @@ def load(
       ValueError, TypeError: an option that cannot be, such as an `image_size` that is
         no multiple of the patch.
     """
+    check_known(ViTConfig, overrides)
     checkpoint, rules, config = recognised(read(path, weights), num_classes)
     parts, problems = arrange(checkpoint, rules)
     parts = _positions_joined(checkpoint.path, parts)
