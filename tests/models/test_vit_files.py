@@ -185,6 +185,23 @@ def test_folders_of_shards_and_of_pytorch_files(tmp_path):
     close(vit.load(folder, **HEADS).features(EXPECTED["images"]), EXPECTED["tokens"])
 
 
+def test_a_folder_of_half_precision_alone(tmp_path):
+    """Diffusers' names of files; with others beside them those are taken."""
+    folder = shutil.copytree(DATA / "classifier", tmp_path / "half")
+    tensors = load_file(folder / "model.safetensors")
+    half = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
+    save_file(half, folder / "model.fp16.safetensors")
+    close(vit.load(folder).features(EXPECTED["images"]), EXPECTED["tokens"])
+    (folder / "model.safetensors").unlink()
+    found = vit.load(folder).features(EXPECTED["images"])
+    assert 0 < np.abs(found - EXPECTED["tokens"]).max() < 0.02
+    shutil.move(folder / "model.fp16.safetensors", folder / "part.safetensors")
+    index = folder / "model.safetensors.index.fp16.json"
+    files = dict.fromkeys(half, "part.safetensors")
+    index.write_text(json.dumps({"weight_map": files}), "utf-8")
+    np.testing.assert_array_equal(vit.load(folder).features(EXPECTED["images"]), found)
+
+
 def test_an_option_that_no_config_has_is_no_fault_of_the_file():
     with pytest.raises(ValueError, match=r"^ViTConfig has no hats\.$"):
         vit.load(DATA / "classifier", hats=2)

@@ -29,6 +29,11 @@ WEIGHTS = (  # of a folder of transformers or diffusers, whole or in shards
     *("model.safetensors", "diffusion_pytorch_model.safetensors"),
     *("pytorch_model.bin", "diffusion_pytorch_model.bin"),
 )
+HALF = (  # the same as diffusers' `variant="fp16"` downloads them
+    *("model.fp16.safetensors", "model.safetensors.index.fp16.json"),
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
+)
 PARTS = ("encoder.onnx", "sam.onnx")  # of a SAM that was exported
 
 
@@ -165,6 +170,7 @@ def _recorded(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _read_folder(folder: Path, weights: str | None) -> Checkpoint:
     choices = [f"{name}{end}" for name in WEIGHTS for end in ("", ".index.json")]
+    choices += HALF
     first = next((folder / name for name in choices if (folder / name).exists()), None)
     if first is None:
         if (found := meta_folder.read(folder)) is not None:
