@@ -34,8 +34,10 @@
 # **It was not run on a TPU or a GPU**, nor with other weights or tasks. With a ViT-B/16 a
 # step on 32 images in bfloat16, frozen weights included (they are float32 here), needs
 # [3.4 GiB of a v5e's 16](https://github.com/OWNER/snella_jax/blob/main/experiments/results/memory/v5e_vit_b16_batch32/memory.json),
-# for which it was only compiled. The 100 epochs are 5,000 steps, 2,500 for each method:
-# where one takes more than a second, a session of 90 minutes needs a lower `EPOCHS`.
+# for which it was only compiled; the small model's, in float32 and even at 224 px,
+# [2.1 GiB](https://github.com/OWNER/snella_jax/blob/main/experiments/results/memory/v5e_dinov2_s14_batch32_float32/memory.json).
+# The 100 epochs are 5,000 steps, 2,500 for each method: where one takes more than a
+# second, a session of 90 minutes needs a lower `EPOCHS`.
 
 # %% [markdown]
 # ## Install
