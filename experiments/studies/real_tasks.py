@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = compared(every, config.tasks) | {
             "setup": _setup(shared),
             "dice": sorted({own.task for own in masks}),
+            **({} if found else {"orders": []}),  # they are of accuracies
             "searches": _searches(config.runs),
             "failed": cells.failures(config.runs),
         }

