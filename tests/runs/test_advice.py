@@ -14,45 +14,43 @@ from experiments.runs.advice import Situation
 VIT_B = Situation(1000, 10, 85_875_556, 768, advice.OUTPUTS, half=True)
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "folder", "sketch"),
-    [
-        ("lora", "", "h100_vit_b16_batch64_sketch4", 1),
-        ("full", "", "h100_vit_b16_batch64_sketch4", 1),
-        ("snella", "--memory lean", "h100_vit_b16_batch64_lean", 1),
-    ],
-)
-def test_memory_of_what_was_compiled(method, options, folder, sketch):
+def row(folder, method, sketch=None, model=None):
     rows = json.loads((advice.MEASURED / folder / "memory.json").read_text("utf-8"))
-    (row,) = (r for r in rows if (r["method"], r["sketch"]) == (method, sketch))
-    situation = dataclasses.replace(VIT_B, weights=row["parameters"])
-    found = advice.gib(situation, method, options) * advice.GIB
-    assert found == pytest.approx(row["total_bytes"], rel=0.01)
+    (found,) = (
+        r for r in rows
+        if r["method"] == method and sketch in (None, r.get("sketch"))
+        if model in (None, r["model"]) and r["path"] in (None, "merged")
+    )  # fmt: skip
+    return found
 
 
-def test_memory_of_another_model():
-    """A ViT-H/14 at batch 8, which was compiled with all three, within a fifth."""
-    folder = advice.MEASURED / "h100_vit_h14_batch8_sketch4_lean_gelu2"
-    rows = json.loads((folder / "memory.json").read_text("utf-8"))
-    (row,) = (r for r in rows if r["method"] == "snella")
-    huge = Situation(1, 1, row["parameters"], 1280, 8 * 257 * 1280 * 32, half=True)
-    *_, options = advice.COMPILED
-    found = advice.gib(huge, "snella", options) * advice.GIB
-    assert found == pytest.approx(row["total_bytes"], rel=0.2)
+@pytest.mark.parametrize("method", ["full", "lora", "snella"])
+@pytest.mark.parametrize(
+    ("model", "width", "depth", "tokens"),
+    [("vit_b16", 768, 12, 197), ("vit_l16", 1024, 24, 197), ("vit_h14", 1280, 32, 257)],
+)
+def test_memory_is_near_what_was_compiled(model, width, depth, tokens, method):
+    """Frozen weights in float32, batch 8, before norms kept less: those are above."""
+    own = row("h100_batch8_frozen_float32", method, model=model)
+    outputs = 8 * tokens * width * depth
+    situation = Situation(1, 1, own["parameters"], width, outputs, half=True)
+    ratio = advice.gib(situation, method) * advice.GIB / own["total_bytes"]
+    assert 0.6 < ratio < 1.1
 
 
 def test_what_fits_a_device():
     """Of what fits, the first: each takes less than those before."""
     texts = {
         device: advice.advised(dataclasses.replace(VIT_B, device=device))[-1].text
-        for device in (8, 4, 3, 2)
+        for device in (8, 5, 3.5, 2)
     }
-    assert texts[8].endswith("snella fits as it comes.")
-    assert texts[4].endswith("snella fits with --memory lean (3 GiB).")
-    assert "gelu2 --snella.sketch 4 (2.4 GiB)" in texts[3]
-    assert "no option fits 2 GiB: a smaller --batch" in texts[2]
-    usual = advice.gib(VIT_B, "snella")
-    assert advice.gib(dataclasses.replace(VIT_B, half=False), "snella") == 2 * usual
+    assert texts[8].endswith("snella fits so.")
+    assert texts[5].endswith("snella fits with --memory lean (3.2 GiB).")
+    assert "gelu2 --snella.sketch 4 (2.5 GiB) (what a sketch costs" in texts[3.5]
+    assert "no option fits 2 GiB: a smaller --batch, --accumulate." in texts[2]
+    whole = dataclasses.replace(VIT_B, half=False, device=2)
+    assert advice.advised(whole)[-1].text.endswith("or --dtype bfloat16.")
+    assert advice.gib(whole, "snella") > 1.8 * advice.gib(VIT_B, "snella")
 
 
 def test_every_source_is_a_section_of_the_docs():
@@ -66,25 +64,43 @@ def test_every_source_is_a_section_of_the_docs():
         assert not anchor or anchor in anchors, own.source
 
 
-def test_a_run_is_not_begun(capsys):
+def test_a_run_is_not_begun(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     words = ["--suggest", "--config", "quickstart", "--keep_abilities"]
     assert vtab.main([*words, "--device_memory", "2"]) is None
     text = capsys.readouterr().out
-    assert "800 images of 10 classes" in text.replace("\n", " ")
-    assert "snella fits as it comes" in " ".join(text.split())
-    assert "target_density 0.1" in text
+    text = " ".join(text.split())
+    assert "800 images, 10 classes" in text and "snella fits so" in text
+    assert "none is shown to keep more" in text and "2e-2 for snella" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", ["swin_b", "convnext_b"])
+def test_models_without_tokens_of_one_width(model, capsys):
+    words = ["--suggest", "--config", "quickstart", "--random_weights"]
+    assert vtab.main([*words, "--model", model, "--image_size", "64"]) is None
+    text = " ".join(capsys.readouterr().out.split())
+    assert "measure it: python -m experiments.benchmarks.memory" in text
+    assert "only a ViT-S was searched" in text
+
+
+def test_published_settings_come_first():
+    known = dataclasses.replace(VIT_B, source="the released code: SNELLA-32")
+    assert advice.advised(known)[0].topic == "settings"
 
 
 @pytest.mark.parametrize(
     ("main", "words", "message"),
     [
-        (vtab.main, ["--device_memory", "2"], "are of --suggest: add it"),
-        (fgvc.main, ["--keep_abilities"], "are of --suggest: add it"),
+        (vtab.main, ["--device_memory", "2"], "need --suggest: add it"),
+        (fgvc.main, ["--keep_abilities"], "need --suggest: add it"),
         (
             vtab.main,
             ["--suggest", "--config", "quickstart", "--device_memory", "-1"],
             r"device_memory=-1\.0: expected a positive number",
         ),
+        (vtab.main, ["--suggest", "--config", "vtab1k"], "is for one task"),
+        (vtab.main, ["--suggest", "--resume", "runs/a"], "is for one task"),
         (
             vtab.main,
             ["--suggest", "--config", "quickstart", "--task", "nowhere"],

@@ -134,9 +134,7 @@ def masks(path, seed, dice):
     """A finished run on masks, with another set besides its own."""
     usual = run_config.as_dict(PolypConfig())
     path.mkdir()
-    methods = {
-        name: {"trainable": 7, "settings": {"lr": 1e-3}} for name in ("lora", "snella")
-    }
+    methods = {name: {"trainable": 7, "settings": {"lr": 1e-3}} for name in dice}
     values = {
         "config": usual | {"seed": seed},
         "summary": {"task": "polyps", "methods": methods},
@@ -150,7 +148,8 @@ def masks(path, seed, dice):
 def test_masks_are_a_task_more(tmp_path):
     """Their Dice counts as being right does; other sets of the run are no tasks."""
     runs, out = str(folder(tmp_path / "runs")), tmp_path / "out"
-    dice = {"lora": [0.5, 0.7], "snella": [0.7, 0.8]}, {"lora": [0.6, 0.6]}
+    box = {"box": [0.9, 0.9], "untuned": [0.1, 0.2]}  # one is no prediction
+    dice = {"lora": [0.5, 0.7], "snella": [0.7, 0.8]} | box, {"lora": [0.6, 0.6]}
     own = [masks(tmp_path / f"{seed}", seed, found) for seed, found in enumerate(dice)]
     real_tasks.main(["--runs", runs, "--masks", *own, "--out", str(out)])
     report = json.loads((out / "report.json").read_text("utf-8"))
@@ -162,6 +161,8 @@ def test_masks_are_a_task_more(tmp_path):
         if (own["method"], own["other"]) == ("SNELLA-8, density 0.3", "LoRA-8")
     ]  # fmt: skip
     assert pair["value"] == pytest.approx(15) and pair["seeds"] == 1
+    (untuned,) = (own for name, own in found.items() if name.startswith("untuned"))
+    assert untuned["polyps"]["seeds"] == 2 and not any("box" in name for name in found)
     assert "(of polyps: Dice of a run of its own)" in (out / "report.md").read_text()
     real_tasks.main(["--masks", *own, "--masks_set", "other", "--out", str(out)])
     alone = json.loads((out / "report.json").read_text("utf-8"))
@@ -175,6 +176,15 @@ def test_masks_are_a_task_more(tmp_path):
     again = ["--masks", own[0], masks(tmp_path / "again", 0, dice[1])]
     with pytest.raises(SystemExit, match="both have LoRA-8 on polyps, seed 0"):
         real_tasks.main(["--runs", runs, *again])
+    for name, value in (("seed", 5), ("image_size", 512)):
+        config = json.loads((tmp_path / "0/config.json").read_text("utf-8"))
+        text = json.dumps(config | {name: value})
+        (tmp_path / "0/config.json").write_text(text, "utf-8")
+    with pytest.raises(SystemExit, match="differ in the settings of LoRA-8"):
+        real_tasks.main(["--runs", runs, "--masks", own[0], own[1]])
+    (tmp_path / "0/dice.json").unlink()
+    with pytest.raises(SystemExit, match=r"has no dice\.json: .*--resume"):
+        real_tasks.main(["--runs", runs, "--masks", own[0]])
     with pytest.raises(SystemExit, match="a finished run of python"):
         real_tasks.main(["--runs", runs, "--masks", str(tmp_path)])
 

@@ -216,12 +216,18 @@ def _read_gguf(path: Path) -> Checkpoint:
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads each tensor from the shard that the index names, and what it leaves out."""
+    """Reads each tensor from the shard that the index names, and what it leaves out.
+
+    An index may name tensors that no shard has: converters drop those that are tied.
+    """
     where = _places(index)
     shards = {n: _read_file(index.parent / n) for n in sorted(set(where.values()))}
     for name, shard in where.items():
-        if name not in shards[shard][0]:
-            raise CheckpointError(index, f"it places {name} in {shard}, which lacks it")
+        others = [other for other, (tensors, _) in shards.items() if name in tensors]
+        if others and shard not in others:
+            raise CheckpointError(
+                index, f"it places {name} in {shard}, but it is in {others[0]}"
+            )
     found = {
         name: tensor
         for shard, (tensors, _) in shards.items()
