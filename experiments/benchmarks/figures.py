@@ -72,7 +72,8 @@ def _memory_by_method(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         xlim=(0, (1.1 if all(fit) else 1.3) * max(totals)),
         title=f"{first['model']}, {memory_setup(first)}{_chips(first)}",
     )
-    axes.legend(loc="lower right", fontsize=8)
+    if any(firsts):
+        axes.legend(loc="lower right", fontsize=8)
     plotting.save(figure, path)
 
 

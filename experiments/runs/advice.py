@@ -140,7 +140,7 @@ def _rates(situation: Situation) -> Advice:
     if situation.small:
         usual = "2e-2 for snella, 1e-2 for lora"
     elif situation.width == 384:
-        usual = "9e-3 for snella, 3e-3 to 9e-3 for bias, 1e-3 for lora, 3e-5 for full"
+        usual = "3e-3 to 9e-3 for snella and bias, 1e-3 for lora, 3e-5 to 9e-5 for full"
     else:
         usual = (
             "3e-3 for snella, 1e-3 for lora and bias, 3e-5 for full: a guess, as only "

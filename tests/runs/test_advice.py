@@ -38,6 +38,15 @@ def test_memory_is_near_what_was_compiled(model, width, depth, tokens, method):
     assert 0.6 < ratio < 1.1
 
 
+@pytest.mark.parametrize("method", ["lora", "snella"])
+def test_frozen_weights_count_four_bytes(method):
+    """They were compiled with two; all else is the row's to the byte."""
+    own = row("h100_vit_b16_batch64_sketch4", method, 1)
+    situation = dataclasses.replace(VIT_B, weights=own["parameters"])
+    parts = own["argument_bytes"] + own["temporary_bytes"] + 2 * own["parameters"]
+    assert advice.gib(situation, method) * advice.GIB == pytest.approx(parts)
+
+
 def test_what_fits_a_device():
     """Of what fits, the first: each takes less than those before."""
     texts = {
