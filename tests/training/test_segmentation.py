@@ -213,8 +213,7 @@ def test_a_prediction_is_drawn_on_its_image():
     image, layer = (shown.get_array() for shown in one.get_images())
     np.testing.assert_array_equal(image[..., 0] > 0, SQUARE[0])
     np.testing.assert_array_equal(layer[..., 3] > 0, SQUARE[0])
-    contours = len(one.collections)
     Segmentation(FOUR).draw(other, Drawn([EMPTY])[0], 0 * output)
-    assert contours == 1 and not other.collections
+    assert len(one.collections) == 2 and not other.collections  # found and true
     assert other.get_title() == "Dice 1.000"
     plt.close(figure)
