@@ -49,7 +49,6 @@ class Checkpoints:
             get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False
         )
         keep = checkpoint_managers.AnyPreservationPolicy([newest, best])
-        # A round that is not evaluated has no metrics, and Orbax would say so.
         logging.getLogger("absl").addFilter(_is_news)
         options = ocp.CheckpointManagerOptions(
             best_fn=rank,  # without it no metric is written to disk
@@ -228,4 +227,6 @@ def _check(saved: Any, wanted: Any) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return "did not provide metrics" not in record.getMessage()
+    # Rounds without an evaluation are meant, and writes may take longer than rounds.
+    usual = ("did not provide metrics", "Waiting for previous save")
+    return not any(text in record.getMessage() for text in usual)

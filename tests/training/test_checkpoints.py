@@ -1,6 +1,7 @@
 """Checkpoints: trees that are not the file's, and restoring onto another mesh."""
 
 import contextlib
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from orbax.checkpoint import checkpoint_manager as manager
 
 from experiments.files import MismatchError
 from experiments.training import sharding
@@ -61,3 +63,15 @@ def test_a_surplus_leaf_is_named(saved):
     del wanted["trainable"]["fc2"]
     with pytest.raises(MismatchError, match=r"called as its trainable\.fc2\.kernel"):
         saved.newest(wanted)
+
+
+def test_what_orbax_says_of_every_save_is_left_out(tmp_path, monkeypatch, caplog):
+    """Rounds without a value, and a save that waits for the one before it."""
+    monkeypatch.setattr(manager, "_WAIT_FOR_PREV_SAVE_WARNING_THRESHOLD_SECS", -1.0)
+    with contextlib.closing(Checkpoints(tmp_path / "c", ACCURACY)) as saved:
+        for number in range(2):
+            saved.save(number, state(sharding.make("data=1")), {"next": 7}, None)
+    logging.getLogger("absl").warning("something else")
+    said = caplog.text
+    assert "something else" in said
+    assert "previous save" not in said and "metrics" not in said
