@@ -4,7 +4,8 @@ r"""Measures the compiled peak memory of one training step, method by method.
         --model vit_b16 vit_l16 vit_h14
 
 compiles the step of every method for the target, which need not be present, and asks
-the compiler how much it will allocate for arguments, results and temporaries. Prints a
+the compiler how much it will allocate for arguments, results and temporaries. TFLOP
+counts the matmuls of the step, those that are computed again, too. Prints a
 table and writes `memory.json` and `memory.png` (memory against the size of the model,
 as in the paper's Figure 7(b, c) and Table XVI) into `--out`. Full fine-tuning keeps its
 weights in float32, as it has to; LoRA's cast of a frozen weight is recomputed, so that
@@ -47,6 +48,7 @@ from experiments.benchmarks import (
     collectives,
     figures,
     layout,
+    operations,
     own_step,
     targets,
     workload,
@@ -215,7 +217,8 @@ def _allocated(
 ) -> dict[str, Any]:
     """Returns the bytes that a compiled step allocates, in all and by part.
 
-    On a mesh also its collectives. Where the compiler refuses, `fits`, False.
+    Also the operations of its matmuls, and on a mesh its collectives. Where
+    the compiler refuses, `fits`, False.
     """
     given, made = where, where
     if isinstance(where, Layout):
@@ -224,7 +227,9 @@ def _allocated(
     compiler = jax.jit(
         one.run, donate_argnums=one.donated, in_shardings=given, out_shardings=made
     )
-    found, program = allocation.compiled(compiler.lower(*one.arguments), hbm)
+    traced = compiler.trace(*one.arguments)
+    found, program = allocation.compiled(traced.lower(), hbm)
+    found["matmul_flops"] = operations.matmul_flops(traced.jaxpr.jaxpr)
     if isinstance(where, Layout) and program is not None:
         found["collectives"] = collectives.of(program.as_text() or "")
     return found
@@ -240,7 +245,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     )
     names = ("model", "method", "total", "arguments", "temporary")
     last = "fits" if says_fits else "locating"
-    for name in (*names, last, "/lora", "/full", "compile"):
+    for name in (*names, last, "/lora", "/full", "TFLOP", "compile"):
         left = name in names[:2]
         table.add_column(name, justify="left" if left else "right", no_wrap=left)
     totals = {(r["model"], figures.label(r)): r["total_bytes"] for r in rows}
@@ -257,8 +262,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         ]
         if says_fits:
             parts[-1] = "yes" if r["fits"] else "NO"
-        seconds = f"{r['compile_seconds']:.1f} s"
-        table.add_row(r["model"], figures.label(r), *parts, *ratios, seconds)
+        cost = f"{r['matmul_flops'] / 1e12:.3g}", f"{r['compile_seconds']:.1f} s"
+        table.add_row(r["model"], figures.label(r), *parts, *ratios, *cost)
     return table
 
 
