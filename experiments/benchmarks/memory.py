@@ -5,9 +5,9 @@ r"""Measures the compiled peak memory of one training step, method by method.
 
 compiles the step of every method for the target, which need not be present, and asks
 the compiler how much it will allocate for arguments, results and temporaries. TFLOP
-counts the matmuls of the step, those that are computed again, too. Prints a
-table and writes `memory.json` and `memory.png` (memory against the size of the model,
-as in the paper's Figure 7(b, c) and Table XVI) into `--out`. Full fine-tuning keeps its
+counts a step's matmuls, those that are computed again included. Prints a table and
+writes `memory.json` and `memory.png` (memory against the size of the model, as in the
+paper's Figure 7(b, c) and Table XVI) into `--out`. Full fine-tuning keeps its
 weights in float32, as it has to; LoRA's cast of a frozen weight is recomputed, so that
 no copy of it counts against LoRA. The total of SPT, GPS and NOAH is that of their first
 stage where it takes more (`locating_bytes`).
