@@ -8,18 +8,25 @@ import math
 from typing import Any
 
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
 
 
 def matmul_flops(program: Jaxpr) -> int:
     """Returns the floating-point operations of a program's matmuls and convolutions.
 
-    A scan's body counts as often as it runs, of branches the largest, a shard's program
-    once for each device, a while loop's body once. Pallas kernels do not count.
+    What no result depends on does not count, as compilers leave it out. A scan's body counts as often as it runs, of branches the
+    largest, a shard's program once for each device, a while loop's body once. Pallas
+    kernels do not count.
 
     >>> import jax, jax.numpy as jnp
     >>> matmul_flops(jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 5))).jaxpr)
     60
     """
+    needed, _ = dce_jaxpr(program, [True] * len(program.outvars))
+    return _counted(needed)
+
+
+def _counted(program: Jaxpr) -> int:
     return sum(map(_of_equation, program.eqns))
 
 
@@ -31,7 +38,7 @@ def _of_equation(equation: JaxprEqn) -> int:
         return _convolution(equation)
     if name == "pallas_call":
         return 0
-    inner = [matmul_flops(program) for program in jaxprs_in_params(params)]
+    inner = [_counted(program) for program in jaxprs_in_params(params)]
     if name == "cond":
         return max(inner)
     times = {"scan": params.get("length", 1)}

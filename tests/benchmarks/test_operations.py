@@ -27,6 +27,12 @@ def again(x, w):
     return jax.grad(lambda x: jax.checkpoint(lambda x: jnp.sin(x @ w))(x).sum())(x)
 
 
+def unused(x, w):
+    return jax.lax.scan(lambda x, _: ((x[0] @ w, x[1] + 1), None), (x, x), length=5)[0][
+        1
+    ]
+
+
 def sharded(x, w):
     mesh = jax.make_mesh(
         (2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]
@@ -44,6 +50,7 @@ def sharded(x, w):
         (scanned, 5),
         (branched, 2),
         (again, 3),  # forward, forward again, backward
+        (unused, 0),
         (sharded, 1),
     ],
 )
