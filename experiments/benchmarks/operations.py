@@ -14,9 +14,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 def matmul_flops(program: Jaxpr) -> int:
     """Returns the floating-point operations of a program's matmuls and convolutions.
 
-    What no result depends on does not count, as compilers leave it out. A scan's body counts as often as it runs, of branches the
-    largest, a shard's program once for each device, a while loop's body once. Pallas
-    kernels do not count.
+    What no result depends on does not count, as compilers leave it out. A scan's body
+    counts as often as it runs, of branches the largest, a shard's program once for each
+    device, a while loop's body once. Pallas kernels do not count.
 
     >>> import jax, jax.numpy as jnp
     >>> matmul_flops(jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 5))).jaxpr)

@@ -24,7 +24,9 @@ def branched(x, w):
 
 
 def again(x, w):
-    return jax.grad(lambda x: jax.checkpoint(lambda x: jnp.sin(x @ w))(x).sum())(x)
+    return jax.value_and_grad(
+        lambda x: jax.checkpoint(lambda x: jnp.sin(x @ w))(x).sum()
+    )(x)
 
 
 def unused(x, w):
