@@ -63,7 +63,7 @@ from experiments.reports import result_files
 from snella_jax.models import llama
 
 PROGRAM = "python -m experiments.benchmarks.memory"
-PARTS = ("total", "argument", "temporary", "locating")
+PARTS = ("total", "argument", "temporary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,9 +243,10 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         title=f"GiB in one step, batch {first['batch']}, {first['dtype']}, frozen "
         f"{first['frozen_dtype']}: {first['device']}{chips}"
     )
-    names = ("model", "method", "total", "arguments", "temporary")
-    last = "fits" if says_fits else "locating"
-    for name in (*names, last, "/lora", "/full", "TFLOP", "compile"):
+    staged = not says_fits and any(r["locating_bytes"] for r in rows)
+    names = ["model", "method", "total", "args", "temp"]
+    names += ["fits"] * says_fits + ["locating"] * staged
+    for name in (*names, "/lora", "/full", "TFLOP", "compile"):
         left = name in names[:2]
         table.add_column(name, justify="left" if left else "right", no_wrap=left)
     totals = {(r["model"], figures.label(r)): r["total_bytes"] for r in rows}
@@ -258,10 +259,10 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         ]
         parts = [
             f"{r[key] / GIB:.2f}" if (key := f"{part}_bytes") in r else ""
-            for part in PARTS
+            for part in (*PARTS, *(["locating"] * staged))
         ]
         if says_fits:
-            parts[-1] = "yes" if r["fits"] else "NO"
+            parts.append("yes" if r["fits"] else "NO")
         cost = f"{r['matmul_flops'] / 1e12:.3g}", f"{r['compile_seconds']:.1f} s"
         table.add_row(r["model"], figures.label(r), *parts, *ratios, *cost)
     return table
