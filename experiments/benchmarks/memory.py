@@ -239,15 +239,17 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     first, on_mesh = rows[0], "mesh" in rows[0]
     says_fits = on_mesh or not all(r["fits"] for r in rows)
     chips = f", a chip, {first['mesh']}" if on_mesh else ""
+    several = len({r["model"] for r in rows}) > 1
+    what = "GiB in one step" if several else f"{first['model']}, GiB in one step"
     table = Table(
-        title=f"GiB in one step, batch {first['batch']}, {first['dtype']}, frozen "
+        title=f"{what}, batch {first['batch']}, {first['dtype']}, frozen "
         f"{first['frozen_dtype']}: {first['device']}{chips}"
     )
     staged = not says_fits and any(r["locating_bytes"] for r in rows)
-    names = ["model", "method", "total", "args", "temp"]
+    names = ["model"] * several + ["method", "total", "args", "temp"]
     names += ["fits"] * says_fits + ["locating"] * staged
     for name in (*names, "/lora", "/full", "TFLOP", "compile"):
-        left = name in names[:2]
+        left = name in ("model", "method")
         table.add_column(name, justify="left" if left else "right", no_wrap=left)
     totals = {(r["model"], figures.label(r)): r["total_bytes"] for r in rows}
     for r in rows:
@@ -263,8 +265,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         ]
         if says_fits:
             parts.append("yes" if r["fits"] else "NO")
-        cost = f"{r['matmul_flops'] / 1e12:.3g}", f"{r['compile_seconds']:.1f} s"
-        table.add_row(r["model"], figures.label(r), *parts, *ratios, *cost)
+        cost = f"{r['matmul_flops'] / 1e12:.3g}", f"{r['compile_seconds']:.0f} s"
+        model = [r["model"]] * several
+        table.add_row(*model, figures.label(r), *parts, *ratios, *cost)
     return table
 
 
