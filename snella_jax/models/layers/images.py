@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from snella_jax.models.layers.activations import Gelu, check_activation
-from snella_jax.models.layers.memory import kept_names
+from snella_jax.models.layers.memory import check_remat, kept_names
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -139,8 +139,7 @@ def check_input(config: Any) -> None:
     epsilon = getattr(config, "norm_eps", 1e-5)  # Swin has no other
     if not 0 < epsilon < math.inf:
         raise ValueError(f"norm_eps={epsilon}: expected a positive number.")
-    if config.remat not in ("none", "blocks"):
-        raise ValueError(f'remat={config.remat!r}: expected "none" or "blocks".')
+    check_remat(config.remat)
 
 
 def check_batch(images: Array, config: Any) -> None:

@@ -19,6 +19,15 @@ HIDDEN = "hidden"
 CHOICES = (ATTENTION, QKV, HIDDEN)  # in the order of what a byte less costs
 
 
+def check_remat(remat: str) -> None:
+    """Raises a `ValueError` unless `remat` is "none" or "blocks".
+
+    >>> check_remat("blocks")
+    """
+    if remat not in ("none", "blocks"):
+        raise ValueError(f'remat={remat!r}: expected "none" or "blocks".')
+
+
 def kept_names(memory: str) -> tuple[str, ...] | None:
     """Returns names of arrays that blocks keep besides their input; None for all.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from snella_jax.models.layers.activations import Silu, check_activation
 from snella_jax.models.layers.attention import Implementation
-from snella_jax.models.layers.memory import kept_names
+from snella_jax.models.layers.memory import check_remat, kept_names
 from snella_jax.models.llama.rotary import Llama3Scaling
 
 COUNTS = ("vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "mlp_dim")
@@ -84,8 +84,7 @@ class LlamaConfig:
             number = getattr(self, name)
             if not (math.isfinite(number) and number > 0):
                 raise ValueError(f"{name}={number}: expected a positive number.")
-        if self.remat not in ("none", "blocks"):
-            raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
+        check_remat(self.remat)
         kept_names(self.memory)
         check_activation(self.activation, Silu)
         if self.attention not in get_args(Implementation):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from snella_jax.models.layers.attention import Implementation, check_implementation
 from snella_jax.models.layers.images import PatchGrid, check_input
+from snella_jax.models.layers.memory import check_remat
 
 Activation = Literal["quick_gelu", "gelu"]
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -60,8 +61,7 @@ class ClipTextConfig:
 
     def __post_init__(self):
         _check_tower(self, "vocab_size", "positions")
-        if self.remat not in ("none", "blocks"):
-            raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
+        check_remat(self.remat)
         if self.eos is not None and not 0 <= self.eos < self.vocab_size:
             raise ValueError(
                 f"eos={self.eos}: expected one of the {self.vocab_size} tokens."

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from snella_jax.models.layers.activations import Gelu, check_activation
 from snella_jax.models.layers.attention import Implementation, check_implementation
-from snella_jax.models.layers.memory import kept_names
+from snella_jax.models.layers.memory import check_remat, kept_names
 
 COUNTS = (
     *("width", "depth", "heads", "channels", "patch", "positions"),
@@ -75,8 +75,7 @@ class MMDiTConfig:
             )
         if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
             raise ValueError(f"norm_eps={self.norm_eps}: expected a positive number.")
-        if self.remat not in ("none", "blocks"):
-            raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
+        check_remat(self.remat)
         kept_names(self.memory)
         check_activation(self.activation, Gelu)
         check_implementation(self.attention)

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from snella_jax.models.layers.memory import check_remat
+
 COUNTS = ("vocab_size", "width", "depth", "heads", "head_dim", "mlp_dim")
 
 
@@ -58,8 +60,7 @@ class T5Config:
             )
         if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
             raise ValueError(f"norm_eps={self.norm_eps}: expected a positive number.")
-        if self.remat not in ("none", "blocks"):
-            raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
+        check_remat(self.remat)
         if jnp.dtype(self.dtype) == jnp.float16:
             raise ValueError(
                 "dtype=float16: expected float32 or bfloat16, as a T5's activations "

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from snella_jax.models.layers.memory import check_remat
+
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
@@ -55,8 +57,7 @@ class VAEConfig:
                 raise ValueError(f"{name}={number}: expected a positive number.")
         if not math.isfinite(self.shift):
             raise ValueError(f"shift={self.shift}: expected a number.")
-        if self.remat not in ("none", "blocks"):
-            raise ValueError(f'remat={self.remat!r}: expected "none" or "blocks".')
+        check_remat(self.remat)
 
     @property
     def factor(self) -> int:
