@@ -40,7 +40,7 @@ from snella_jax.nnx.labels import labels, stop_gradients
 from snella_jax.nnx.multi_adapter import combine, per_example
 from snella_jax.nnx.peft_loading import load_peft, merge_peft
 from snella_jax.nnx.saving import load, save, unload
-from snella_jax.nnx.variables import Budget, Factor, Frozen
+from snella_jax.nnx.variables import Budget, DropKey, Factor, Frozen
 from snella_jax.ops.threshold import threshold
 from snella_jax.tuning import Tuning
 from snella_jax.version import __version__
@@ -49,6 +49,7 @@ __all__ = [
     "Budget",
     "BudgetsNeverMoved",
     "CheckpointError",
+    "DropKey",
     "Factor",
     "Frozen",
     "ImportanceState",

@@ -34,13 +34,12 @@ MEASURED = Path(__file__).parents[1] / "results" / "memory"
 OUTPUTS = 64 * 197 * 768 * 12
 GIB = 2**30
 FITS = 0.8  # of a device: the estimate is rough, and the runtime takes some
-COMPILED = {  # by what gives it: the folder, and its rows' sketch
-    "": ("h100_vit_b16_batch64_sketch4", 1),
-    "--memory lean": ("h100_vit_b16_batch64_lean", 1),
-    "--memory lean --activation gelu2 --snella.sketch 4": (
-        "h100_vit_b16_batch64_sketch4_lean_gelu2",
-        4,
-    ),
+FULL = MEASURED / "h100_vit_b16_batch64_sketch4" / "memory.json"
+CHOICES = MEASURED / "h100_vit_b16_batch64_choices" / "choices.json"
+COMPILED = {  # by what gives it: its rows' choice and sketch
+    "": ("as it comes", 1),
+    "--memory lean": ("lean", 1),
+    "--memory lean --activation gelu2 --snella.sketch 4": ("lean, gelu2", 4),
 }
 
 
@@ -168,9 +167,10 @@ def gib(situation: Situation, method: str, options: str = "") -> float:
     """
     if situation.outputs is None:
         raise ValueError("only memory of models with tokens of one width is scaled.")
-    folder, sketch = COMPILED[options]
-    rows = files.read(MEASURED / folder / "memory.json")
-    (row,) = (r for r in rows if r["method"] == method and r["sketch"] == sketch)
+    wanted = (method, *COMPILED[options])
+    rows = [{"choice": "as it comes"} | row for row in files.read(FULL)]
+    rows = [row for row in rows if row["method"] == "full"] + files.read(CHOICES)
+    (row,) = (r for r in rows if (r["method"], r["choice"], r["sketch"]) == wanted)
     weights = row["argument_bytes"] / row["parameters"]
     # Frozen weights were compiled in 16 bits; full's gradients are among temporaries.
     extra, fixed = (0, 6) if method == "full" else (2, 0)

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def write(
         "rest_of_base": rest.as_json(),
         "tensors": {key: sha256(value) for key, value in tensors.items()},
     }
-    content = json.dumps(config, indent=1).encode() + b"\n"
+    content = json.dumps(config, indent=1, default=_plain).encode() + b"\n"
     metadata = {"format": "pt", "config_sha256": _sha256(content)}
 
     def save() -> None:
@@ -244,6 +245,11 @@ def _described(weight: AdaptedWeight) -> dict[str, Any]:
         "base_dtype": dtype,
         "base_places": [fingerprint.as_hex(row) for row in places],
     }
+
+
+def _plain(value: Any) -> Any:
+    """Returns a NumPy number or a path as JSON has it."""
+    return value.item() if isinstance(value, np.generic) else os.fspath(value)
 
 
 def _density(described: Iterable[Mapping[str, Any]]) -> float:

@@ -158,6 +158,11 @@ class SnellaConfig(Rule):
             raise ValueError(
                 f"allocation={self.allocation!r}: expected adaptive or fixed."
             )
+        if self.initial_density == 0 and self.allocation == "adaptive":
+            raise ValueError(
+                "initial_density=0 lets no weight move, so no gradient says which "
+                "should: expected more than 0."
+            )
         dtype = self.frozen_dtype
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"frozen_dtype={dtype}: expected a floating-point dtype.")

@@ -177,20 +177,42 @@ def _traced_once(kernel, gate, factors, budget, found, dense):
 
 
 def _forward(kernel, gate, factors, budget, found, dense):
-    delta = _traced_once(kernel, gate, factors, budget, found, dense)
+    # Not `_traced_once`: where this is itself differentiated, the rules below hold.
+    delta = _made(kernel, gate, factors, budget, found, dense)
     return delta, (factors, budget, found)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _backward(kernel, gate, arguments, cotangent):
-    factors, budget, found = arguments
+    return _pulled(kernel, gate, *arguments, cotangent), None, None, None
 
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pulled(kernel, gate, factors, budget, found, cotangent):
     def through_gate(dense):
         return gates.pull(dense, budget, gate, found["tau"], cotangent)
 
     with jax.named_scope("snella_delta"):
-        pulled = kernel.pull(factors, found["statistics"], through_gate)
-    return pulled, None, None, None
+        return kernel.pull(factors, found["statistics"], through_gate)
+
+
+@_pulled.defjvp
+def _pulled_twice(kernel, gate, primals, tangents):
+    """Second derivatives: through the kernel, as no gradient passes its statistics."""
+    factors, budget, found, cotangent = primals
+
+    def update(factors):
+        dense = kernel.apply(factors)
+        # To the last bit what tau was found among.
+        exact = kernel.again(jax.lax.stop_gradient(factors), found["statistics"])
+        dense += jax.lax.stop_gradient(exact - dense)
+        return _gated(dense, budget, gate, found)
+
+    def pulled(factors, cotangent):
+        return jax.vjp(update, factors)[1](cotangent)[0]
+
+    varied = (tangents[0], tangents[3])
+    return jax.jvp(pulled, (factors, cotangent), varied)
 
 
 _made.defvjp(_forward, _backward)

@@ -110,6 +110,8 @@ def updated(
         rows: Array | None = None,
     ) -> Array:
         update.check(w0, factors, budget)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise ValueError(f"x is {x.dtype}: expected floats, as x.astype(w0.dtype).")
         budget = _counted(budget, w0)
         # Outside `recomputed`, for the transpose to add up the gradients. (Not the
         # extras: as traced, `op` itself makes of them what it needs.)

@@ -79,10 +79,16 @@ def sparsify(
       tau: the threshold, a scalar as `threshold` returns it; None to search for it.
 
     Raises:
-      ValueError: `gate` is not in the table, or as in `threshold`.
+      ValueError: `gate` is not in the table, `budget` is no scalar, or as in
+        `threshold`.
     """
     check_gate(gate)
     check_budget(budget)
+    if jnp.ndim(budget):
+        raise ValueError(
+            f"budget of shape {jnp.shape(budget)}: expected one number for one matrix. "
+            "For several at once use jax.vmap, or a Layout with slices."
+        )
     if gate == "none":
         return delta
     tau = threshold(delta, budget) if tau is None else jax.lax.stop_gradient(tau)

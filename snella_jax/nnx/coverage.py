@@ -9,8 +9,8 @@ from flax import nnx
 
 from snella_jax.nnx.layers import ADAPTABLE, Adapter, layout_of
 from snella_jax.nnx.selection import adapted_variables
-from snella_jax.nnx.targets import chosen_targets, is_weight, variables_held
-from snella_jax.nnx.variables import Factor, Frozen
+from snella_jax.nnx.targets import chosen_targets, is_weight
+from snella_jax.nnx.variables import Factor, Frozen, variables_held
 
 NUMBER = re.compile(r"(?<![^/])\d+(?![^/])")
 

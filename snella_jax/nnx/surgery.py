@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from snella_jax.core.paths import join, listed, matches_or_holds
-from snella_jax.nnx.variables import Factor, Frozen, variables_of
+from snella_jax.nnx.variables import Factor, Frozen, variables_held, variables_of
 
 
 class _Mixed(type(nnx.Module)):
@@ -85,7 +85,13 @@ def freeze(model: nnx.Module, trainable: str, dtype: DTypeLike | None = None) ->
         for path, variable in variables_of(model, nnx.Param)
         if not isinstance(variable, Factor)
     ]
-    frozen = [(p, v) for p, v in variables if not matches_or_holds(trainable, p)]
+    # By every path of a tied one, of which `variables_of` has the first.
+    named = {
+        id(variable)
+        for path, _, variable in variables_held(model)
+        if matches_or_holds(trainable, path)
+    }
+    frozen = [(path, v) for path, v in variables if id(v) not in named]
     if trainable and len(frozen) == len(variables):
         raise ValueError(
             f"trainable={trainable!r} matches nothing; pass trainable='' if only the "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from snella_jax.core.weight import Site
 from snella_jax.nnx.layers import ADAPTABLE, adapters_of, check_layer, layout_of
 from snella_jax.nnx.own_layers import AdaptedOwn
 from snella_jax.nnx.selection import adapted_layers, has_adapters
-from snella_jax.nnx.variables import variables_of
+from snella_jax.nnx.variables import variables_held, variables_of
 
 Layouts = Mapping[str, Layout]
 
@@ -225,23 +225,6 @@ def _holds_layers(module: Any) -> bool:
 def _widest(module: nnx.Module) -> int:
     own = (v for v in vars(module).values() if isinstance(v, nnx.Param))
     return max((getattr(v, "ndim", 0) for v in own), default=0)  # one may be no array
-
-
-def variables_held(model: nnx.Module) -> Iterator[tuple[str, Any, nnx.Variable]]:
-    """Yields path, holder and variable of every variable, once for each holder."""
-    for path, holder in nnx.iter_graph(model):
-        match holder:
-            case nnx.Module():
-                held = vars(holder).items()
-            case Mapping():
-                held = holder.items()
-            case list() | tuple():
-                held = enumerate(holder)
-            case _:
-                continue
-        for name, variable in held:
-            if isinstance(variable, nnx.Variable):
-                yield join((*path, name)), holder, variable
 
 
 def _parent(path: str) -> str:

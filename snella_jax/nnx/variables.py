@@ -1,6 +1,6 @@
 """Kinds of NNX variables: frozen weights, factors, budgets, dropout keys."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax import nnx
@@ -13,6 +13,23 @@ def variables_of(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
     for path, node in nnx.iter_graph(model):
         if isinstance(node, kind):
             yield join(path), node
+
+
+def variables_held(model: nnx.Module) -> Iterator[tuple[str, Any, nnx.Variable]]:
+    """Yields path, holder and variable of every variable, once for each holder."""
+    for path, holder in nnx.iter_graph(model):
+        match holder:
+            case nnx.Module():
+                held = vars(holder).items()
+            case Mapping():
+                held = holder.items()
+            case list() | tuple():
+                held = enumerate(holder)
+            case _:
+                continue
+        for name, variable in held:
+            if isinstance(variable, nnx.Variable):
+                yield join((*path, name)), holder, variable
 
 
 class Frozen(nnx.Variable):

@@ -123,15 +123,17 @@ class LinenModel:
         self.adapters.save(_params(parts), folder, base=base, batch_stats=stats)
 
 
-def streams_of(names: str | Sequence[str]) -> tuple[str, ...]:
-    """Returns names of streams as a tuple.
+def streams_of(names: str | Sequence[str], adapters: Adapters) -> tuple[str, ...]:
+    """Returns names of streams as a tuple, with that of adapters that drop.
 
     Raises:
       TypeError: one name alone, whose letters would be taken for names.
     """
     if isinstance(names, str):
         raise TypeError(f"streams={names!r}: expected a tuple of names, ({names!r},).")
-    return tuple(names)
+    rules = [site.rule for site in adapters.sites.values()]
+    drops = any(rule.dropout or rule.drop_path for rule in rules)
+    return tuple(dict.fromkeys([*names, *["dropout"] * drops]))
 
 
 def _params(parts: Parts) -> Tree:

@@ -33,8 +33,14 @@ class Plan:
           taken: steps since the start.
 
         Raises:
-          ValueError: the epoch is not over, or longer than it should be.
+          ValueError: the epoch is not over, or longer than it should be, or more
+            epochs have ended than there are.
         """
+        if passed >= self.epochs:
+            raise ValueError(
+                f"{passed} epochs have ended, and there are {self.epochs}: expected "
+                "the epochs that this state was made with."
+            )
         if passed == self.epochs - 1 and taken >= self.epochs * self.steps:
             return None
         since = taken - passed * self.steps
@@ -106,4 +112,9 @@ def plan(
             )
         return Plan(epochs, steps, None, config.must_move)
     course = config.schedule(weights, epochs, **(schedule or {}))
+    if config.must_move and epochs == 1:
+        raise ValueError(
+            "epochs=1: budgets move after each epoch but the last, so expected at "
+            'least 2, or allocation="fixed".'
+        )
     return Plan(epochs, steps, tuple(map(course, range(epochs))), config.must_move)

@@ -59,7 +59,7 @@ from snella_jax.tuning.start import copied, on_the_devices_of
 from snella_jax.tuning.tree_model import TreeModel
 from snella_jax.tuning.update import Loss, update
 
-OWN_KEY = np.uint32(2**32 - 1)  # folded into the key that factors are drawn with
+OWN_KEY = np.uint32(2**32 - 1)  # folded into the caller's, which no step donates
 
 
 @functools.partial(
@@ -187,7 +187,8 @@ class Tuning:
           inputs, kwargs: inputs of the module, to find its layers by.
           key: draws the factors; the steps' keys are folded from it.
           layouts: as in `linen.adapt`.
-          streams: random streams that the module draws from in training.
+          streams: random streams that the module draws from in training, besides
+            "dropout" where adapters drop.
 
         Raises:
           ValueError, TypeError: as `linen.adapt` and `create`.
@@ -195,7 +196,7 @@ class Tuning:
         adapters, params = linen.adapt(
             module, variables, config, *inputs, key=key, layouts=layouts, **kwargs
         )
-        binding = LinenModel(adapters, streams_of(streams))
+        binding = LinenModel(adapters, streams_of(streams, adapters))
         key, length = jax.random.fold_in(key, OWN_KEY), (epochs, steps_per_epoch)
         parts = binding.split(params, variables)
         return cls._of(binding, parts, config, tx, key, length, schedule)
@@ -243,7 +244,7 @@ class Tuning:
         """
         adapters, adapted = pytree.adapt(params, config, key=key, layouts=layouts)
         binding, length = TreeModel(adapters), (epochs, steps_per_epoch)
-        parts = binding.split(adapted)
+        parts, key = binding.split(adapted), jax.random.fold_in(key, OWN_KEY)
         return cls._of(binding, parts, config, tx, key, length, schedule)
 
     @classmethod

@@ -71,6 +71,13 @@ def test_budgets_of_0_are_saved_and_loaded(model, tmp_path):
     assert moved.tolist() == [0, 5, 0]
 
 
+def test_a_config_of_numpy_numbers_is_saved(tmp_path):
+    kernel = snella.kernels.mix_k(pieces=np.int64(2))
+    own = every(kernel=kernel, rank=np.int64(4), gate="hard", split=np.int32(1))
+    snella.save(own, tmp_path / "a", base=tmp_path / "base")
+    assert_same(snella.load(Every(nnx.Rngs(0)), tmp_path / "a"), own)
+
+
 def test_training_goes_on_where_it_was(model, saved):
     loaded = snella.load(Every(nnx.Rngs(0)), saved)
     assert_same(trained(loaded, 2), trained(nnx.clone(model), 2))

@@ -280,6 +280,7 @@ def test_compiled_gradient_recomputes(gate, searches, path):
         r"w0 has shape \(2, 12, 20\): expected \[n, m\]": {"w0": jnp.ones((2, N, M))},
         r"expected \(11, 20\)": {"w0": jnp.ones((11, M))},
         r"expected \(12, 21\)": {"w0": jnp.ones((N, 21))},
+        "x is int32: expected floats": {"x": jnp.ones((2, N), jnp.int32)},
     }.items(),
 )
 def test_errors(message, change):

@@ -319,6 +319,8 @@ def test_errors():
             jax.jit(function)(delta, jnp.float32(2))
     with pytest.raises(ValueError, match="'Soft': expected product, released, soft,"):
         sparsify(delta, 2, "Soft")
+    with pytest.raises(ValueError, match=r"budget of shape \(2,\): expected one"):
+        sparsify(delta, jnp.array([1, 2]))
 
 
 def test_too_many_elements_for_a_32_bit_count():

@@ -36,6 +36,20 @@ def test_a_shared_module_is_adapted_once_and_stays_shared():
     assert merged.first is merged.second and type(merged.first) is nnx.Linear
 
 
+def test_a_tied_weight_trains_by_each_of_its_names():
+    class Tied(nnx.Module):
+        def __init__(self, rngs):
+            self.fc = nnx.Linear(6, 6, rngs=rngs)
+            self.one, self.two = (nnx.Linear(6, 6, rngs=rngs) for _ in range(2))
+            self.two.kernel = self.one.kernel
+
+    for name in ("one", "two"):
+        config = snella.SnellaConfig(rank=RANK, targets="fc", trainable=name)
+        model = snella.adapt(Tied(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+        assert type(model.one.kernel) is nnx.Param
+        assert type(getattr(model, name).bias) is nnx.Param
+
+
 class Net(nnx.Module):
     def __init__(self, rngs, **options):
         self.fc1 = nnx.Linear(6, 8, rngs=rngs, **options)
@@ -133,6 +147,7 @@ def test_merging_budgets_that_never_moved_raises():
         ({"dropout": 0.1}, 'dropout=0.1 needs path="parallel"'),
         ({"target_density": 1.3}, "target_density=1.3: expected 0 to 1"),
         ({"initial_density": -0.1}, "initial_density=-0.1"),
+        ({"initial_density": 0}, "initial_density=0 lets no weight move"),
         ({"allocation": "learned"}, "expected adaptive or fixed"),
         ({"targets": "fc("}, r"regex 'fc\(' does not compile"),
         (

@@ -1,5 +1,7 @@
 """`Tuning` of Linen modules and of dicts of arrays: as loops around today's calls."""
 
+import dataclasses
+
 import documented
 import flax.core
 import flax.linen as nn
@@ -105,6 +107,29 @@ def test_random_streams_of_linen():
         state.step(updates, X)
     with pytest.raises(TypeError, match="streams='dropout': expected a tuple"):
         snella.Tuning.create_linen(*given, **options, streams="dropout")
+
+
+def test_adapters_of_linen_drop_whatever_the_modules_streams_are():
+    net, rule = Net(), {"path": "parallel", "dropout": 0.5}
+    config = dataclasses.replace(CONFIG, **rule)
+    given = net, net.init(KEY, X), config, optax.sgd(0.0), X
+    state = snella.Tuning.create_linen(
+        *given, epochs=2, steps_per_epoch=9, key=KEY, streams=("noise",)
+    )
+
+    def total(model, x):
+        return model(x).sum()
+
+    following, one = state.step(total, X)
+    assert float(one) != float(following.step(total, X)[1])
+
+
+def test_a_caller_keeps_the_key_of_a_donated_state():
+    params, key = {"fc1": jnp.ones((6, 8)), "head": jnp.ones(2)}, jax.random.key(3)
+    given = params, CONFIG, optax.sgd(0.1)
+    state = snella.Tuning.create_tree(*given, epochs=2, steps_per_epoch=1, key=key)
+    jax.jit(lambda state: state, donate_argnums=0)(state)
+    assert np.isfinite(jax.random.normal(key))
 
 
 def test_sketches_of_linen_draw_keys():

@@ -383,6 +383,11 @@ def test_an_adapter_is_saved(tmp_path):
     ("changes", "error", "message"),
     [
         ({"epochs": 1}, ValueError, "leave no step to move the budget"),
+        (
+            {"epochs": 1, "config": dataclasses.replace(CONFIG, initial_density=0.3)},
+            ValueError,
+            "epochs=1: budgets move after each epoch but the last",
+        ),
         ({"epochs": 0}, ValueError, "epochs=0, steps_per_epoch=2: expected at least"),
         ({"steps_per_epoch": 2.5}, TypeError, "integer"),
         ({"tx": 1e-3}, TypeError, "tx is a float: expected an optax transformation"),
