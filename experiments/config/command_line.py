@@ -16,7 +16,6 @@ from experiments.config.options import Option
 from experiments.config.presets import SUITES, Preset
 from experiments.config.run_config import RunConfig
 from experiments.names import guessed, unknown
-from experiments.tasks.catalogue import TASK_LIST
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 Presets = Mapping[str, Preset[AnyConfig]]
@@ -246,7 +245,7 @@ def _base(
     path = paths.at_home(name)
     if not os.path.isfile(path):
         names = [*presets, suite] if suite else list(presets)
-        text = unknown("preset or file", name, names, TASK_LIST)
+        text = unknown("preset or file", name, names, f"{program} --help")
         raise SystemExit(f"{program}: {text}")
     try:
         values = json.loads(path.read_text("utf-8"))

@@ -40,8 +40,8 @@ class DataOptions:
     class_name: str | None = None
     """Noun for what the concept is, such as dog. Default: the subject's."""
     kind: Literal["object", "live"] | None = None
-    """Kind of the 25 prompts: places, or clothes. Default: the subject's; of a folder
-    object."""
+    """Whose 25 prompts: object (places and colours), or live (places and clothes).
+    Default: the subject's; of a folder object."""
     size: int = 512
     """Side of photographs and pictures in pixels."""
     prior: float = 0.0

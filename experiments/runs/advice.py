@@ -48,7 +48,7 @@ class Situation:
     """What advice depends on.
 
     Attributes:
-      examples: images to train on.
+      tested: images to test on.
       classes: number of classes.
       weights: numbers of the model.
       width: width of its tokens; None of models without one.
@@ -61,7 +61,7 @@ class Situation:
       source: whose settings the preset has, if they are published.
     """
 
-    examples: int
+    tested: int
     classes: int
     weights: int
     width: int | None
@@ -111,7 +111,7 @@ def advised(situation: Situation) -> list[Advice]:
         ),
         Advice(
             "test",
-            f"{situation.examples} images, {situation.classes} classes: compare "
+            f"{situation.tested} images, {situation.classes} classes: compare "
             "methods by several --seed, and rates by --search.",
             "choosing.md#what-a-difference-is-worth",
         ),
@@ -195,7 +195,7 @@ def _memory(situation: Situation) -> Advice:
         if size > FITS * situation.device:
             continue
         how = f"with {options} ({size:.2g} GiB)" if options else "so"
-        price = " (what a sketch costs in accuracy was not measured)" * (
+        price = " (half a point on digits, -1 to 2; more noise in budgets)" * (
             "sketch" in options
         )
         return Advice("memory", f"{text}; snella fits {how}{price}.", source)
@@ -242,7 +242,7 @@ def of_run(config: ImageConfig, known: argparse.Namespace) -> Situation:
         outputs = at_once * tokens * width * shape.depth
     published = config.source != ImageConfig.source
     return Situation(
-        examples=len(task.full if config.trains_on_all else task.train),
+        tested=min(len(task.test), config.test_images or len(task.test)),
         classes=task.classes,
         weights=sum(np.size(x) for x in jax.tree.leaves(nnx.state(base, nnx.Param))),
         width=width,

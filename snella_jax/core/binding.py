@@ -49,6 +49,6 @@ def _binding(model: Any) -> tuple[str, str]:
         )
     return "", (
         "no NNX module, Linen module or nested dict of arrays. For another pytree "
-        "make its arrays a dict, and call snella_jax.pytree.adapt(params, config, "
-        "key=...): see docs/own_models.md."
+        "make its arrays a dict by snella_jax.pytree.flattened, and call "
+        "snella_jax.pytree.adapt(params, config, key=...): see docs/adapters.md."
     )

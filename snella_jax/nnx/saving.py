@@ -165,7 +165,10 @@ def load(
 
     def locate(path: str, rule: Rule, must_move: bool) -> tuple[Site, Array]:
         if path not in targets:
-            raise ValueError("this model has no such layer that can be adapted")
+            raise ValueError(
+                "this model has no such layer that can be adapted (a layer of your "
+                "own needs layouts=, as in adapt)"
+            )
         return targets[path].site(path, rule, must_move), targets[path].weight[...]
 
     params, statistics = (_variables(model, k) for k in (nnx.Param, nnx.BatchStat))

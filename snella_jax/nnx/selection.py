@@ -54,7 +54,16 @@ def has_adapters(model: nnx.Module) -> bool:
 
 
 def require_adapters(model: nnx.Module) -> None:
-    """Raises a `ValueError` if the model has no adapters; it may be abstract."""
+    """Raises a `ValueError` if the model has no adapters; it may be abstract.
+
+    Raises:
+      TypeError: it is no module.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}: expected an NNX module. Of a Tuning "
+            "take state.model, or call the state's own method."
+        )
     if not has_adapters(model):
         raise ValueError(
             "The model has no adapters: call snella.adapt(model, ...) first."

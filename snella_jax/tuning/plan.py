@@ -111,10 +111,10 @@ def plan(
                 "budgets stay."
             )
         return Plan(epochs, steps, None, config.must_move)
-    course = config.schedule(weights, epochs, **(schedule or {}))
     if config.must_move and epochs == 1:
         raise ValueError(
             "epochs=1: budgets move after each epoch but the last, so expected at "
             'least 2, or allocation="fixed".'
         )
+    course = config.schedule(weights, epochs, **(schedule or {}))
     return Plan(epochs, steps, tuple(map(course, range(epochs))), config.must_move)

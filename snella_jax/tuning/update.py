@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -46,6 +47,11 @@ def update(
             own = parts._replace(trainable=trainable, changing=changing)
             model = binding.training_model(own, key)
             value = loss_fn(model, batch)
+            if isinstance(value, tuple) or jnp.shape(value) != ():
+                raise TypeError(
+                    f"loss_fn returned {_kind(value)}: expected one scalar, as step "
+                    "passes nothing else on."
+                )
             return value, binding.changed(model)
 
         (value, changing), grads = jax.value_and_grad(loss, has_aux=True)(
@@ -68,3 +74,9 @@ def update(
         "steps": steps + 1,
     }
     return new, value
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return f"an array of shape {jnp.shape(value)}"

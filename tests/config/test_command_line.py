@@ -153,7 +153,7 @@ def test_an_error_of_a_methods_option_names_the_method():
         (["--snella.ranks", "1"], "--snella.rank", "vtab --help snella"),
         (["--methods", "snela"], "snella or snell", "vtab --help"),
         (["--help", "lorra"], "lora", "vtab --help"),
-        (["--config", "cifar10"], "cifar100", "tasks.show --list"),
+        (["--config", "cifar10"], "cifar100", "vtab --help"),
     ],
 )
 def test_what_is_nearest_comes_first(words, near, where):

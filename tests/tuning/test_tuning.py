@@ -382,7 +382,7 @@ def test_an_adapter_is_saved(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"epochs": 1}, ValueError, "leave no step to move the budget"),
+        ({"epochs": 1}, ValueError, "epochs=1: budgets move after each epoch but"),
         (
             {"epochs": 1, "config": dataclasses.replace(CONFIG, initial_density=0.3)},
             ValueError,
