@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
@@ -32,6 +33,7 @@ from snella_jax.adapters.base import Base
 from snella_jax.adapters.fitting import any_of, fit
 from snella_jax.core.config import Rule
 from snella_jax.core.layout import Layout
+from snella_jax.core.paths import join, path_of
 from snella_jax.core.placement import like
 from snella_jax.core.weight import Site
 from snella_jax.files.errors import CheckpointError
@@ -46,7 +48,7 @@ from snella_jax.nnx.selection import (
 )
 from snella_jax.nnx.surgery import freeze
 from snella_jax.nnx.targets import layouts_of, targets_of
-from snella_jax.nnx.variables import Factor, variables_of
+from snella_jax.nnx.variables import Factor, arrays_held, variables_of
 
 M = TypeVar("M", bound=nnx.Module)
 Format = Literal["snella", "peft"]
@@ -223,16 +225,25 @@ def base_of(model: nnx.Module) -> Base:
     """Returns the base of a plain model: its parameters, and what else is constant."""
     params = _variables(model, nnx.Param)
     others = {
-        path: variable.get_value()
+        path: variable
         for path, variable in variables_of(model, nnx.Variable)
         if path not in params and not isinstance(variable, STATE)
     }
     return Base(
-        {path: variable.get_value() for path, variable in params.items()},
-        others,
+        _leaves(params),
+        arrays_held(model) | _leaves(others),
         arithmetic.of(model),
         arithmetic.POSITIONS,
     )
+
+
+def _leaves(variables: Mapping[str, nnx.Variable]) -> dict[str, Any]:
+    """Returns values by path; those of a variable that holds a tree by their own."""
+    return {
+        join((path, *path_of(key))): value
+        for path, variable in variables.items()
+        for key, value in jax.tree_util.tree_leaves_with_path(variable.get_value())
+    }
 
 
 def _variables(model: nnx.Module, kind: type) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx
 
 from snella_jax.core.paths import join
@@ -17,6 +19,18 @@ def variables_of(model: nnx.Module, kind: type) -> Iterator[tuple[str, Any]]:
 
 def variables_held(model: nnx.Module) -> Iterator[tuple[str, Any, nnx.Variable]]:
     """Yields path, holder and variable of every variable, once for each holder."""
+    for path, holder, value in _held(model):
+        if isinstance(value, nnx.Variable):
+            yield path, holder, value
+
+
+def arrays_held(model: nnx.Module) -> dict[str, jax.Array | np.ndarray]:
+    """Returns the arrays by path that a model has as attributes, in no variable."""
+    kinds = (jax.Array, np.ndarray)
+    return {path: value for path, _, value in _held(model) if isinstance(value, kinds)}
+
+
+def _held(model: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
     for path, holder in nnx.iter_graph(model):
         match holder:
             case nnx.Module():
@@ -27,9 +41,8 @@ def variables_held(model: nnx.Module) -> Iterator[tuple[str, Any, nnx.Variable]]
                 held = enumerate(holder)
             case _:
                 continue
-        for name, variable in held:
-            if isinstance(variable, nnx.Variable):
-                yield join((*path, name)), holder, variable
+        for name, value in held:
+            yield join((*path, name)), holder, value
 
 
 class Frozen(nnx.Variable):

@@ -253,3 +253,24 @@ def test_the_same_positions_on_another_grid_are_another_base(tmp_path):
     snella.save(snella.adapt(one, CONFIG, rngs=nnx.Rngs(1)), tmp_path / "a")
     message = r"grid: \[2, 8\] in the file and \[4, 4\] in the model"
     refused(lambda: snella.load(other, tmp_path / "a"), message)
+
+
+class Held(nnx.Module):
+    """Numbers in no variable, in a list, and several in one parameter."""
+
+    def __init__(self, **changes):
+        numbers = {"jax": 2.0, "numpy": 2.0, "listed": 2.0, "tree": 2.0} | changes
+        self.fc = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+        self.scale = jnp.full(6, numbers["jax"])
+        self.offset = np.full(6, numbers["numpy"])
+        self.parts = nnx.List([jnp.full(2, numbers["listed"])])
+        self.tree = nnx.Param({"one": jnp.full(3, numbers["tree"])})
+
+
+@pytest.mark.parametrize("which", ["jax", "numpy", "listed", "tree"])
+def test_numbers_outside_of_plain_variables_are_compared(which, tmp_path):
+    config = snella.SnellaConfig(rank=4, targets="fc", trainable="", allocation="fixed")
+    model = snella.adapt(Held(), config, rngs=nnx.Rngs(1))
+    snella.save(model, tmp_path / "a")
+    snella.load(Held(), tmp_path / "a")
+    refused(lambda: snella.load(Held(**{which: 5.0}), tmp_path / "a"), "numbers")
