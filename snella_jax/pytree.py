@@ -189,7 +189,7 @@ class _Matrices:
         Their names tell whether they are weights, for nothing else is known of them.
         """
         missed = [
-            f"{name_of(key)} {list(jnp.shape(leaf))}"
+            f"{name_of(key)} {list(np.shape(leaf))}"
             for key, leaf in self.leaves.items()
             if layer_path(key) not in self.keys
             and any(re.fullmatch(targets, p) for p in (layer_path(key), name_of(key)))
@@ -220,13 +220,13 @@ class _Matrices:
         key = self.keys[path]
         layout = self._layout(key)
         assert layout is not None
-        return site(path, jnp.shape(self.leaves[key]), layout, rule, must_move)
+        return site(path, np.shape(self.leaves[key]), layout, rule, must_move)
 
     def _layout(self, key: Key) -> Layout | None:
         """Returns the axes of a leaf that is a matrix or in `layouts`, else None."""
         if (regex := self._regex(key)) is not None:
             return self.layouts[regex]
-        shape = jnp.shape(self.leaves[key])
+        shape = np.shape(self.leaves[key])
         return Layout(shape[:1], shape[1:]) if len(shape) == 2 else None
 
     def _regex(self, key: Key) -> str | None:
@@ -237,6 +237,6 @@ class _Matrices:
 
 
 def _is_weight(key: Key, leaf: Any) -> bool:
-    wide = sum(size > 1 for size in jnp.shape(leaf)) > 1
-    floats = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-    return wide and floats and not is_added(str(key[-1]))
+    wide = sum(size > 1 for size in np.shape(leaf)) > 1
+    floats = wide and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return floats and not is_added(str(key[-1]))

@@ -325,3 +325,16 @@ def test_there_is_no_fused_kernel_without_a_layer(caplog):
     adapted(implementation="pallas")
     (record,) = caplog.records
     assert "there is no kernel for weights of a pytree" in record.getMessage()
+
+
+def test_dtypes_of_what_is_no_array():
+    """None stays None, a number becomes an array of the dtype."""
+    params = {"fc": jnp.ones((6, 8)), "none": None, "number": 0.5, "count": 3}
+    config = snella.SnellaConfig(
+        rank=4, targets="fc", trainable="", frozen_dtype=jnp.bfloat16
+    )
+    adapters, adapted = pytree.adapt(params, config, key=jax.random.key(0))
+    assert adapted["none"] is None and adapted["number"].dtype == jnp.bfloat16
+    plain = adapters.merge(adapted, unmoved_budgets=True, dtype=jnp.float16)
+    assert plain["none"] is None and plain["count"] == 3
+    assert {plain[n].dtype for n in ("fc", "number")} == {jnp.dtype(jnp.float16)}

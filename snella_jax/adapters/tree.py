@@ -138,8 +138,7 @@ class Adapters:
         if dtype is None:
             return plain
         leaves = arrays_of(flat(plain))
-        floats = {k for k, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
-        cast = {k: x.astype(dtype) if k in floats else x for k, x in leaves.items()}
+        cast = {k: jnp.asarray(x, dtype) for k, x in leaves.items() if _is_float(x)}
         return nested(flat(plain) | cast)
 
     def unload(self, params: Tree) -> Tree:
@@ -242,8 +241,7 @@ def place(
         )
     if config.frozen_dtype is not None:
         for name, leaf in arrays_of(leaves).items():
-            floats = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-            if floats and name_of(name) not in trainable:
+            if _is_float(leaf) and name_of(name) not in trainable:
                 leaves[name] = jnp.asarray(leaf, config.frozen_dtype)
     by_path = {layer_path(key): site for key, site in sites.items()}
     for own, drawn in zip(sites, start(by_path, config, key).values(), strict=True):
@@ -360,3 +358,8 @@ def _put(leaves: dict[Key, Any], key: Key, values: Mapping[str, Any]) -> None:
             f"{name_of(key)} goes: an adapter (merge it first), or a layer to rename."
         )
     leaves |= {(*place, name): jnp.asarray(value) for name, value in values.items()}
+
+
+def _is_float(leaf: Any) -> bool:
+    """Returns False for None, too, which a dict of parameters may hold."""
+    return leaf is not None and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
