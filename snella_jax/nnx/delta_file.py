@@ -34,7 +34,7 @@ from snella_jax.files.errors import CheckpointError
 from snella_jax.files.hosts import once, to_host
 from snella_jax.files.readers import read_safetensors
 from snella_jax.files.tensors import write_tensors
-from snella_jax.nnx.variables import Factor, variables_of
+from snella_jax.nnx.variables import Factor, array_of, variables_of
 
 log = logging.getLogger("snella_jax")
 # Tensors of a weight, by how its places are written.
@@ -275,7 +275,7 @@ def _arrays(weights: nnx.Module | Mapping[str, Any]) -> Mapping[str, Any]:
     if any(True for _ in variables_of(weights, Factor)):
         raise ValueError("The model has adapters: give snella.merge(model).")
     return {
-        path: variable[...]
+        path: array_of(path, variable)
         for kind in (nnx.Param, nnx.BatchStat)
         for path, variable in variables_of(weights, kind)
     }

@@ -48,7 +48,7 @@ from snella_jax.nnx.selection import (
 )
 from snella_jax.nnx.surgery import freeze
 from snella_jax.nnx.targets import layouts_of, targets_of
-from snella_jax.nnx.variables import Factor, arrays_held, variables_of
+from snella_jax.nnx.variables import Factor, array_of, arrays_held, variables_of
 
 M = TypeVar("M", bound=nnx.Module)
 Format = Literal["snella", "peft"]
@@ -103,7 +103,7 @@ def save(
     check_format(format, like, names)
     weights, plain = weights_of(model), unload(model)
     kinds = (_trained(model), _variables(model, nnx.BatchStat))
-    trained, stats = ({p: v[...] for p, v in kind.items()} for kind in kinds)
+    trained, stats = ({p: array_of(p, v) for p, v in kind.items()} for kind in kinds)
     if format == "snella":
         file_format.write(folder, weights, trained, stats, base_of(plain), base)
         return

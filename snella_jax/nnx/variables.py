@@ -30,6 +30,21 @@ def arrays_held(model: nnx.Module) -> dict[str, jax.Array | np.ndarray]:
     return {path: value for path, _, value in _held(model) if isinstance(value, kinds)}
 
 
+def array_of(path: str, variable: nnx.Variable) -> jax.Array:
+    """Returns the array of a variable.
+
+    Raises:
+      TypeError: it holds a tree of arrays, which no file here has a place for.
+    """
+    value = variable.get_value()
+    if not hasattr(value, "shape"):
+        raise TypeError(
+            f"{path} holds a {type(value).__name__}: expected one array in a variable "
+            "that is saved; make each of its arrays an nnx.Param."
+        )
+    return value
+
+
 def _held(model: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
     for path, holder in nnx.iter_graph(model):
         match holder:

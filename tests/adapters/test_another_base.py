@@ -274,3 +274,14 @@ def test_numbers_outside_of_plain_variables_are_compared(which, tmp_path):
     snella.save(model, tmp_path / "a")
     snella.load(Held(), tmp_path / "a")
     refused(lambda: snella.load(Held(**{which: 5.0}), tmp_path / "a"), "numbers")
+
+
+def test_a_tree_that_would_be_saved_is_named(tmp_path):
+    config = snella.SnellaConfig(
+        rank=4, targets="fc", trainable="tree", allocation="fixed"
+    )
+    model = snella.adapt(Held(), config, rngs=nnx.Rngs(1))
+    with pytest.raises(TypeError, match="tree holds a dict: expected one array"):
+        snella.save(model, tmp_path / "a")
+    with pytest.raises(TypeError, match="tree holds a dict: expected one array"):
+        snella.save_delta(Held(), snella.merge(model), tmp_path / "d.safetensors")
